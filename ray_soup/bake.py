@@ -1,0 +1,129 @@
+"""Coefficients + ingredients -> model files.
+
+    theta[b] = sum_k c[k, b] theta_k[b]
+
+accumulated in float64 in the order of the ingredients, from the original files, one range of one tensor at a time: memory
+does not grow with the model or with the number of ingredients. Compression and the search leave no trace here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ray_soup.checkpoints import DTYPE_NAMES, Ingredient, check_finite, common_dtype, write_at
+from ray_soup.coefficients import Coefficients
+from ray_soup.errors import IngredientError, SoupError
+from ray_soup.shard import buffer_of
+
+RANGE = 1 << 20  # numbers mixed at a time by one thread
+Watch = Callable[[int, int], None]
+"""Is told (bytes read, bytes in all)."""
+
+
+def mix_range(ingredients: list[Ingredient], name: str, factors: np.ndarray, start: int, stop: int) -> torch.Tensor:
+    """Numbers start to stop of sum_k factors[k] theta_k for one tensor, in the dtype the ingredients hold it in.
+
+    Raises IngredientError where the sum is not finite.
+    """
+    from ray_soup.kernels import mix
+
+    dtype = common_dtype(ingredients, name)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    parts = [ingredient.read(name, start, stop).to(wide) for ingredient in ingredients]
+    addresses = np.array([part.data_ptr() for part in parts], dtype=np.uint64)
+    out = torch.empty(stop - start, dtype=wide)
+    finite = mix(addresses, parts[0][:0].numpy(), factors, out.numpy())
+    soup = out.to(dtype)
+    if not finite or (dtype == torch.float16 and not torch.isfinite(soup).all()):
+        check_finite(ingredients, name, start, parts)
+        raise IngredientError(f"The soup's tensor {name} does not fit into {dtype}: its numbers are too large.")
+    return soup
+
+
+def bake(
+    coefficients: Coefficients,
+    ingredients: list[Ingredient],
+    path: Path,
+    threads: int | None = None,
+    watch: Watch = lambda done, total: None,
+) -> None:
+    """Write the soup to `path` as safetensors, in the ingredients' names, order and dtypes; a tensor that the model ties
+    to another is written once and named in the metadata. A file half-written is removed.
+
+    The ingredients must have been checked against each other. Raises SoupError if the disk is full.
+    """
+    first = ingredients[0]
+    shapes = {name: info.shape for name, info in first.tensors.items()}
+    dtypes = {name: common_dtype(ingredients, name) for name in shapes}
+    header, begins, length = _header(shapes, dtypes, coefficients.tied or {})
+    tasks = []
+    for name in sorted(coefficients.block_of, key=lambda n: (first.tensors[n].file, first.tensors[n].offset)):
+        size = math.prod(shapes[name])
+        tasks += [(name, start, min(start + RANGE, size)) for start in range(0, size, RANGE)]
+    total = sum(i.tensors[name].nbytes for i in ingredients for name in coefficients.block_of)
+    for ingredient in ingredients:
+        ingredient.check_copies()
+    try:
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(length)
+
+            def write(name: str, start: int, numbers: torch.Tensor) -> None:
+                write_at(file, numbers.view(torch.uint8).numpy(), begins[name] + start * dtypes[name].itemsize)
+
+            def work(task: tuple[str, int, int]) -> int:
+                name, start, stop = task
+                write(name, start, mix_range(ingredients, name, coefficients.of(name), start, stop))
+                return sum((stop - start) * i.tensors[name].dtype.itemsize for i in ingredients)
+
+            for name in shapes:
+                if name not in coefficients.block_of:
+                    buffer = buffer_of(ingredients, name, coefficients.buffers).to(dtypes[name])
+                    write(name, 0, buffer)
+            done = 0
+            with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+                for nbytes in pool.map(work, tasks):
+                    done += nbytes
+                    watch(done, total)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise SoupError(
+            f"{path} could not be written ({error.strerror or error}); it takes {length:,} bytes. Free "
+            "some room and run the same command again."
+        ) from error
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        for ingredient in ingredients:
+            ingredient.close()
+
+
+def _header(
+    shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], tied: dict[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """The beginning of a safetensors file; where in it each tensor begins, widest dtypes first so that all are aligned;
+    and its length in bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **tied}}
+    begins: dict[str, int] = {}
+    end = 0
+    for name in sorted(shapes, key=lambda n: -dtypes[n].itemsize):
+        begins[name] = end
+        end += math.prod(shapes[name]) * dtypes[name].itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begins[name], end]
+        }  # fmt: skip
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end

@@ -1,0 +1,568 @@
+"""List, check and read ingredients, tensor by tensor, any format.
+
+A checkpoint is opened by its header alone: names, dtypes, shapes and the place of every tensor's bytes. safetensors
+say this at their beginning; a torch file is unpickled (`weights_only=True`, always) without its data. After that both
+are the same thing, bytes at an offset, and are read by range: local files through a memory map.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from ray_soup.errors import IngredientError, RecipeError
+
+SAFETENSORS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "ema_state_dict", "state_dict_ema", "model_ema")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+RESERVED_NAMES = {"best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+", "ensemble"}
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `offset` of the file number `file` of its ingredient."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    stride: tuple[int, ...] | None = None  # in numbers; None: row after row
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class Source:
+    """The bytes of one local file, memory-mapped; what comes back is a view, not a copy."""
+
+    def __init__(self, path: str):
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._view = memoryview(self._map)
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        return self._view[offset : offset + nbytes]
+
+    def drop_pages(self) -> None:
+        """Let go of the pages read so far (they stay in the system's cache)."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass
+class Ingredient:
+    """One fine-tuned checkpoint: `name`, its files, and where each tensor of its state dict lies.
+
+    Opened from headers alone. It can be pickled: the maps of its files are opened where it is read.
+    """
+
+    name: str
+    path: str
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]
+    mtimes_ns: tuple[int, ...]
+    containers: dict[str, dict[str, TensorInfo]]
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    copies: list[tuple[str, str, TensorInfo]] = field(default_factory=list)
+    _sources: dict[int, Source] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sources": {}}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its files in bytes."""
+        return sum(self.sizes)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What a cache may know it by without reading it: path, size and time of change of each file."""
+        return [[f, s, t] for f, s, t in zip(self.files, self.sizes, self.mtimes_ns, strict=True)]
+
+    def source(self, file: int) -> Source:
+        if file not in self._sources:
+            if os.path.getsize(self.files[file]) != self.sizes[file]:
+                raise IngredientError(f"{self.files[file]} changed its size while it was in use. Start again.")
+            self._sources[file] = Source(self.files[file])
+        return self._sources[file]
+
+    def close(self) -> None:
+        self._sources.clear()
+
+    def drop_pages(self) -> None:
+        for source in self._sources.values():
+            source.drop_pages()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Numbers `start` to `stop` of the tensor `name`, flattened: a 1-D tensor of its own dtype.
+
+        A read-only view of the file where the layout allows it.
+        """
+        info = self.tensors[name]
+        stop = info.numel if stop is None else stop
+        if stop <= start:
+            return torch.empty(0, dtype=info.dtype)
+        if info.stride is None:
+            buffer = self.source(info.file).read(
+                info.offset + start * info.dtype.itemsize, (stop - start) * info.dtype.itemsize
+            )
+            return _tensor_of(buffer, info.dtype)
+        extent = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))
+        buffer = self.source(info.file).read(info.offset, extent * info.dtype.itemsize)
+        whole = torch.as_strided(_tensor_of(buffer, info.dtype), info.shape, info.stride)
+        return whole.reshape(-1)[start:stop]
+
+    def match(self, expected: Iterable[str], tied: dict[str, str]) -> bool:
+        """Choose the container, and strip the prefix, that give exactly the tensors `expected`.
+
+        `tied` maps a second name of a tensor to its first: a file may hold either or both. True if it fits; else
+        `tensors` is the container nearest to it, its prefix stripped where that brings more names into place.
+        """
+        expected = set(expected)
+        best: dict[str, TensorInfo] = {}
+        best_score: tuple[bool, int] = (False, -1)
+        self.copies = []
+        for tensors in self.containers.values():
+            for candidate in _stripped(tensors):
+                named = dict(candidate)
+                copies = []
+                for alias, first in tied.items():
+                    if alias in named:
+                        info = named.pop(alias)
+                        if named.setdefault(first, info) != info:
+                            copies.append((first, alias, info))
+                score = (named.keys() == expected, len(named.keys() & expected))
+                if score > best_score:
+                    best, best_score, self.copies = named, score, copies
+        self.tensors = best
+        return best_score[0]
+
+    def check_copies(self) -> None:
+        """Tensors that the model ties together may be written twice; then both must hold the same numbers."""
+        for first, alias, info in self.copies:
+            aside = replace(self, tensors={alias: info}, _sources=self._sources)
+            if not torch.equal(self.read(first), aside.read(alias)):
+                raise IngredientError(
+                    f"{self.path}: {first} and {alias} are one tensor in the model and differ in this file. Give a "
+                    "model that does not tie them, or save the checkpoint from the tied model."
+                )
+
+
+def _tensor_of(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    import warnings
+
+    with warnings.catch_warnings():  # torch warns that the map is read-only; nothing here writes
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(buffer, dtype=dtype)
+
+
+def _stripped(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]:
+    """The names as they are, then without each prefix that all of them share, one prefix after another."""
+    yield tensors
+    names = tensors
+    while names:
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None)
+        if prefix is None:
+            return
+        names = {name.removeprefix(prefix): info for name, info in names.items()}
+        yield names
+
+
+# Headers
+
+
+def _safetensors_header(path: str, file: int) -> dict[str, TensorInfo]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
+        if length is None or length > size - 8 or length > 100_000_000:
+            raise IngredientError(
+                f"{path} is not a safetensors file, or is truncated: its header should take {length} bytes and the "
+                f"file has {size}. Copy it again."
+            )
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            tensors = {}
+            end = 8 + length
+            for name, entry in header.items():
+                if entry["dtype"] not in SAFETENSORS_DTYPES:
+                    raise IngredientError(
+                        f"{path}: the tensor {name} has dtype {entry['dtype']}; known are "
+                        f"{', '.join(SAFETENSORS_DTYPES)}. Save it in one of these."
+                    )
+                start, stop = entry["data_offsets"]
+                info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), file, 8 + length + start)
+                if stop - start != info.nbytes:
+                    raise IngredientError(
+                        f"{path}: the tensor {name} takes {stop - start} bytes; {info} would take {info.nbytes}. The "
+                        "file is damaged: copy it again."
+                    )
+                tensors[name] = info
+                end = max(end, 8 + length + stop)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IngredientError(f"{path} has a damaged safetensors header ({error}). Copy it again.") from error
+    if end > size:
+        raise IngredientError(f"{path} is truncated: it has {size:,} bytes and its header speaks of {end:,}. Copy it again.")
+    return tensors
+
+
+def _torch_containers(path: str, file: int) -> dict[str, dict[str, TensorInfo]]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():  # tensors without data, that know where in the file their data lies
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
+        what = f"it holds '{found.group(1).strip('.')}'" if found else "it holds more than tensors and plain values"
+        raise IngredientError(
+            f"{path} was not opened: {what}, and unpickling that would run code from the file. Save the state dict "
+            "alone: torch.save(model.state_dict(), path)."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise IngredientError(
+            f"{path} cannot be read as a torch checkpoint: it is damaged or truncated ({os.path.getsize(path):,} "
+            f"bytes; {reason}). Copy it again."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise IngredientError(f"{path} holds a {type(loaded).__name__}; expected a state dict. Save that.")
+    containers: dict[str, dict[str, TensorInfo]] = {}
+    for container, values in [("", loaded), *((name, loaded.get(name)) for name in CONTAINERS)]:
+        if isinstance(values, dict):
+            tensors = {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+            if tensors:
+                containers[container] = {k: _torch_info(path, file, k, v) for k, v in tensors.items()}
+    if not containers:
+        raise IngredientError(
+            f"{path} holds no tensors: found {sorted(map(str, loaded))[:8]}; expected a state dict, or one under "
+            f"{', '.join(CONTAINERS)}."
+        )
+    return containers
+
+
+def _torch_info(path: str, file: int, name: str, tensor: torch.Tensor) -> TensorInfo:
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+        raise IngredientError(
+            f"{path}: the tensor {name} is {tensor.dtype}, {tensor.layout}; expected a dense tensor of "
+            f"{', '.join(str(d).removeprefix('torch.') for d in DTYPE_NAMES)}."
+        )
+    if offset is None:
+        raise IngredientError(
+            f"{path} is in torch's old format of before 1.6, whose tensors cannot be read one by one. Save it again: "
+            f"torch.save(torch.load('{path}', weights_only=True), '{path}')."
+        )
+    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
+    start = int(offset) + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return TensorInfo(tensor.dtype, tuple(tensor.shape), file, start, stride)
+
+
+def open_ingredient(path: str, name: str | None = None) -> Ingredient:
+    """Open a checkpoint by its header: a file, a `*.safetensors.index.json`, or a folder that holds one model.
+
+    Raises IngredientError if the file is broken, RecipeError if there is none.
+    """
+    file = _checkpoint_of(path)
+    if file is None:
+        raise RecipeError(f"{path} is not a checkpoint: expected a file ending in {_suffixes()}, or a folder with one.")
+    if file.endswith(INDEX_SUFFIX):
+        files = _shards_of(file)
+        tensors = {}
+        for number, shard in enumerate(files):
+            if not os.path.exists(shard):
+                raise IngredientError(f"{shard} is missing: {file} names it. Copy it there.")
+            tensors.update(_safetensors_header(shard, number))
+        containers = {"": tensors}
+    else:
+        files = [file]
+        if os.path.getsize(file) == 0:
+            raise IngredientError(f"{file} is empty (0 bytes). Copy it again.")
+        if file.endswith(SAFETENSORS_SUFFIX):
+            containers = {"": _safetensors_header(file, 0)}
+        else:
+            containers = _torch_containers(file, 0)
+    stats = [os.stat(f) for f in files]
+    ingredient = Ingredient(
+        name or Path(path).name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or Path(path).name,
+        path,
+        tuple(files),
+        tuple(s.st_size for s in stats),
+        tuple(s.st_mtime_ns for s in stats),
+        containers,
+    )
+    ingredient.tensors = next(iter(containers.values()))
+    return ingredient
+
+
+def _shards_of(index: str) -> list[str]:
+    try:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        return [os.path.join(os.path.dirname(index), shard) for shard in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IngredientError(f"{index} is not a safetensors index: no readable 'weight_map' ({error}).") from error
+
+
+def _suffixes() -> str:
+    return ", ".join((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES))
+
+
+def _is_checkpoint(path: str) -> bool:
+    return path.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIX, *TORCH_SUFFIXES))
+
+
+def _checkpoint_of(path: str) -> str | None:
+    """The file that stands for the checkpoint at `path`: itself, or what a folder that holds one model calls it."""
+    if not os.path.isdir(path):
+        return path if _is_checkpoint(path) and os.path.isfile(path) else None
+    for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    return None
+
+
+def _without_shards(files: list[str]) -> list[str]:
+    """Leave out the shards that an index among `files` stands for."""
+    shards = {shard for index in files if index.endswith(INDEX_SUFFIX) for shard in _shards_of(index)}
+    return [f for f in files if f not in shards]
+
+
+def _natural(path: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+# A set of ingredients
+
+
+def find_checkpoints(spec: str | Sequence[str]) -> list[str]:
+    """The paths that a glob, a list or a folder names, in natural order (model_2 before model_10).
+
+    Raises RecipeError where there are none.
+    """
+    if not isinstance(spec, str):
+        return [path for one in spec for path in ([one] if _checkpoint_of(one) else find_checkpoints(one))]
+    if "://" in spec:
+        raise RecipeError(f"ingredients: {spec} is remote; this version reads local checkpoints. Copy them here.")
+    if glob.has_magic(spec) and not os.path.exists(spec):
+        found = sorted(glob.glob(os.path.expanduser(spec), recursive=True), key=_natural)
+        paths = [p for p in _without_shards(found) if _checkpoint_of(p)]
+    elif os.path.isdir(spec):
+        children = sorted((os.path.join(spec, child) for child in os.listdir(spec)), key=_natural)
+        paths = [p for p in _without_shards([c for c in children if _checkpoint_of(c)]) if _checkpoint_of(p)]
+    elif os.path.exists(spec):
+        paths = [spec] if _checkpoint_of(spec) else []
+    else:
+        raise RecipeError(f"ingredients: {spec} does not exist. Give a glob, a list or a folder of checkpoints.")
+    if not paths:
+        found_there = ", ".join(sorted(os.listdir(spec))[:5]) if os.path.isdir(spec) else "nothing that matches"
+        raise RecipeError(
+            f"ingredients: no checkpoints at {spec}; found {found_there or 'an empty folder'}; expected files ending "
+            f"in {_suffixes()}."
+        )
+    return paths
+
+
+def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
+    """Open all that `spec` names, by their headers. Raises RecipeError or IngredientError."""
+    if spec is None:
+        raise RecipeError("The recipe names no ingredients. Add ingredients: with a glob, a list or a folder.")
+    paths = find_checkpoints(spec)
+    names = _unique_names(paths)
+    ingredients = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
+    seen: dict[tuple[int, int], str] = {}
+    for ingredient in ingredients:
+        stat = os.stat(ingredient.files[0])
+        other = seen.setdefault((stat.st_dev, stat.st_ino), ingredient.path)
+        if other != ingredient.path or paths.count(ingredient.path) > 1:
+            raise IngredientError(
+                f"{ingredient.path} and {other} are the same file: it would count twice. Leave one of them out."
+            )
+    return ingredients
+
+
+def _unique_names(paths: list[str]) -> list[str]:
+    """Short names: without suffix where that is enough, else the path from where the paths part."""
+
+    def stem(path: str) -> str:
+        name = os.path.basename(path.rstrip("/"))
+        return name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or name if not os.path.isdir(path) else name
+
+    stems = [stem(p) for p in paths]
+    if len(set(stems)) == len(stems) and not set(stems) & RESERVED_NAMES:
+        return stems
+    root = os.path.commonpath([os.path.dirname(p) for p in paths]) if len(paths) > 1 else os.path.dirname(paths[0])
+    return [os.path.relpath(p, root) for p in paths]
+
+
+def check_together(
+    ingredients: list[Ingredient],
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    tied: dict[str, str] | None = None,
+) -> list[str]:
+    """Hold names, shapes and dtypes of all ingredients against the model (`shapes`), or where there is none against
+    what most of them hold. Returns the names in the order of the model. From headers alone.
+
+    Raises IngredientError that lists what does not fit, file by file, and RecipeError for less than two ingredients.
+    """
+    if len(ingredients) < 2:
+        raise RecipeError(f"A soup takes two ingredients or more; found one: {ingredients[0].path}. Check `ingredients:`.")
+    if shapes is None:
+        votes = Counter(_signature(i) for i in ingredients)
+        reference = next(i for i in ingredients if _signature(i) == votes.most_common(1)[0][0])
+        shapes = {name: info.shape for name, info in reference.tensors.items()}
+        whose = reference.path
+    else:
+        whose = "the model"
+    faults: list[str] = []
+    kinds: dict[str, bool] = {}
+    for name in shapes:
+        votes_float = Counter(i.tensors[name].dtype in FLOATS for i in ingredients if name in i.tensors)
+        kinds[name] = votes_float.most_common(1)[0][0] if votes_float else True
+    for ingredient in ingredients:
+        ingredient.match(shapes, tied or {})
+        lines = []
+        for name in [n for n in shapes if n not in ingredient.tensors]:
+            lines.append(f"missing: {name} {list(shapes[name])}")
+        for name in [n for n in ingredient.tensors if n not in shapes]:
+            lines.append(f"not in {whose}: {name} {ingredient.tensors[name]}")
+        for name, info in ingredient.tensors.items():
+            if name in shapes and info.shape != shapes[name]:
+                lines.append(f"shape: {name} is {list(info.shape)}, in {whose} {list(shapes[name])}")
+            elif name in shapes and (info.dtype in FLOATS) != kinds[name]:
+                expected = "floats" if kinds[name] else "integers"
+                lines.append(f"dtype: {name} is {info}, the other ingredients hold {expected}")
+        if lines:
+            more = [f"and {len(lines) - 6} more"] if len(lines) > 6 else []
+            faults.append(f"{ingredient.path} does not fit:\n" + "\n".join(f"    {line}" for line in lines[:6] + more))
+    if faults:
+        more_files = f"\n  and {len(faults) - 5} more files" if len(faults) > 5 else ""
+        raise IngredientError(
+            f"{len(faults)} of {len(ingredients)} ingredients do not fit together with {whose}:\n  "
+            + "\n  ".join(faults[:5])
+            + more_files
+            + "\nLeave them out, or give the model that they belong to."
+        )
+    return list(shapes)
+
+
+def _signature(ingredient: Ingredient) -> tuple[Any, ...]:
+    return tuple(sorted((n, i.shape, i.dtype in FLOATS) for n, i in ingredient.tensors.items()))
+
+
+def common_dtype(ingredients: list[Ingredient], name: str) -> torch.dtype:
+    """The dtype that the tensor `name` is written in: the widest one that an ingredient holds it in."""
+    dtype = ingredients[0].tensors[name].dtype
+    for ingredient in ingredients[1:]:
+        dtype = torch.promote_types(dtype, ingredient.tensors[name].dtype)
+    return dtype
+
+
+def check_finite(ingredients: list[Ingredient], name: str, start: int, parts: list[torch.Tensor]) -> None:
+    """Raises IngredientError for the first ingredient whose part of the tensor `name`, from number `start` on, holds a
+    number that is not finite."""
+    for ingredient, part in zip(ingredients, parts, strict=True):
+        wrong = torch.nonzero(~torch.isfinite(part)).flatten()
+        if len(wrong):
+            raise IngredientError(
+                f"{ingredient.path}: the tensor {name} holds {part[wrong[0]].item()} at number {start + int(wrong[0])}; "
+                "expected finite numbers. This training run diverged: leave it out."
+            )
+
+
+def write_at(file: IO[bytes], numbers: np.ndarray, offset: int) -> None:
+    """Write all of `numbers` at a byte of an open file, from any thread."""
+    view = memoryview(np.ascontiguousarray(numbers).view(np.uint8)).cast("B")  # type: ignore[arg-type]
+    while view:
+        written = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[written:], offset + written
+
+
+# Hashes
+
+
+class StreamingHash:
+    """SHA-256 of a file of which ranges are handed over in the order of the file; what lies between them is read.
+
+    `in_order` is False once a range came too late: the caller then hashes the file on its own.
+    """
+
+    def __init__(self, source: Source, size: int):
+        self._sha = hashlib.sha256()
+        self._source = source
+        self._size = size
+        self._position = 0
+        self.in_order = True
+
+    def update(self, offset: int, nbytes: int) -> None:
+        if offset < self._position or not self.in_order:
+            self.in_order = False
+            return
+        self._feed(offset + nbytes)
+
+    def _feed(self, stop: int) -> None:
+        while self._position < stop:
+            n = min(stop - self._position, 1 << 24)
+            self._sha.update(self._source.read(self._position, n))
+            self._position += n
+
+    def hexdigest(self) -> str:
+        self._feed(self._size)
+        return self._sha.hexdigest()
+
+
+def sha256_file(path: str, watch: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a local file; `watch` is told the bytes of each part read."""
+    sha = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        buffer = bytearray(1 << 22)
+        while n := stream.readinto(buffer):
+            sha.update(memoryview(buffer)[:n])
+            if watch:
+                watch(n)
+    return sha.hexdigest()
+
+
+def combined_sha256(digests: Sequence[str]) -> str:
+    """The hash of an ingredient: that of its file, or of the list of its files' hashes where it has several."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

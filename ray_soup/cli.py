@@ -1,0 +1,287 @@
+"""The `ray-soup` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ray_soup import __version__
+from ray_soup.errors import SoupError
+
+METHODS = ("mehl", "mehl+")
+
+
+class Progress:
+    """One bar on a terminal, for what lasts over two seconds; elsewhere a line every ten."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.console = Console(stderr=True)
+        columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        self._bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=False)
+        self._task: Any = None
+        self._what = ""
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._finish()
+            self._what, self._began, self._told = what, now, now
+        if self.console.is_terminal:
+            if self._task is None and (now - self._began > 1 or (done == 0 and total > 1)):
+                self._bars.start()
+                self._task = self._bars.add_task(what, total=total)
+            if self._task is not None:
+                self._bars.update(self._task, completed=done, total=total)
+        elif now - self._told > 10:
+            self._told = now
+            self.console.print(f"{what}: {done} of {total} ({now - self._began:.0f} s)", highlight=False)
+
+    def _finish(self) -> None:
+        self._task = None
+
+    def stop(self) -> None:
+        self._bars.stop()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """An error is a message and its exit code, never a traceback."""
+    try:
+        yield
+    except SoupError as error:
+        click.echo(f"ray-soup: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("ray-soup: interrupted. The same command goes on from here.", err=True)
+        sys.exit(130)
+
+
+def _work(task: Callable[[Progress], Any]) -> Any:
+    with _errors():
+        progress = Progress()
+        try:
+            return task(progress)
+        finally:
+            progress.stop()
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ray_soup.report import table
+
+    head, cells = table(rows)
+    shown = Table(*head)
+    for number, column in enumerate(shown.columns):
+        column.justify, column.no_wrap = ("right" if number else "left"), True
+    for line in cells:
+        shown.add_row(*line)
+    Console().print(shown)
+
+
+def _print_soup(soup: Any, as_json: bool) -> None:
+    if soup.was_complete:
+        click.echo(f"{soup.out} is complete; nothing was run. `ray-soup verify {soup.out}` checks it.", err=True)
+    for note in soup.notes:
+        click.echo(note, err=True)
+    if as_json:
+        click.echo(json.dumps({"out": str(soup.out), "results": soup.rows, "run": soup.record}))
+        return
+    _print_table(soup.rows)
+    click.echo(f"Wrote {soup.out}/model.safetensors, its coefficients, and README.md, the model card.")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable object last.")
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+recipe_argument = click.argument("recipe", type=click.Path())
+out_argument = click.argument("out", type=click.Path())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ray-soup")
+def main() -> None:
+    """Turn the checkpoints of a sweep into one model, better than the best of them.
+
+    A recipe (YAML) names ingredients, model and held-out data; KEY=VALUE after it overrides a key, as in learn.lr=0.02.
+    Running the same command again on the same OUT resumes it.
+    Exit codes: 0 done, 1 failed, 2 usage, recipe or data, 3 ingredients, 130 interrupted.
+    """
+
+
+@main.command()
+@click.argument("out", default="ray-soup-demo", type=click.Path())
+@json_option
+def demo(out: str, as_json: bool) -> None:
+    """Real digits, a zoo of 12 fine-tuned on the spot, four soups of it, one table. Minutes on two cores."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.demo import demo as run_demo
+
+        return run_demo(out, progress)
+
+    result = _work(task)
+    for note in result.notes:
+        click.echo(note, err=True)
+    if as_json:
+        click.echo(json.dumps({"results": result.rows, "files": {k: str(v) for k, v in result.files.items()}}))
+        return
+    _print_table(result.rows)
+    for name, path in result.files.items():
+        click.echo(f"{name:<12} {path}")
+
+
+@main.command()
+@click.argument("ingredients", nargs=-1, required=True)
+@click.option("--model", help="Hold them against this model, as in a recipe.")
+@json_option
+def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    """Keys, shapes, dtypes, bytes and faults of checkpoints; reads headers only."""
+    with _errors():
+        from ray_soup.checkpoints import check_together, open_ingredients
+
+        found = open_ingredients(list(ingredients) if len(ingredients) > 1 else ingredients[0])
+        shapes, tied = None, None
+        if model:
+            from ray_soup.models import describe
+
+            layout = describe(model)
+            shapes, tied = layout.state_shapes, layout.tied
+        names = check_together(found, shapes, tied)
+        first = found[0].tensors
+        numbers = sum(first[name].numel for name in names)
+        nbytes = sum(i.nbytes for i in found)
+        if as_json:
+            tensors = {name: [str(first[name].dtype).removeprefix("torch."), list(first[name].shape)] for name in names}
+            listed = [{"name": i.name, "path": i.path, "bytes": i.nbytes} for i in found]
+            click.echo(json.dumps({"ingredients": listed, "tensors": tensors, "numbers": numbers, "bytes": nbytes}))
+            return
+        for name in names:
+            click.echo(f"{name:<60} {first[name]}")
+        for ingredient in found:
+            click.echo(f"{ingredient.name:<40} {ingredient.nbytes:>15,} bytes  {ingredient.path}")
+        click.echo(
+            f"{len(found)} ingredients fit together: {len(names)} tensors, {numbers:,} numbers each, {nbytes:,} bytes."
+        )
+
+
+def _soup_command(name: str, method: str | None, text: str) -> None:
+    @recipe_argument
+    @out_argument
+    @overrides_argument
+    @json_option
+    def command(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+        chosen = method or options.get("method")
+
+        def task(progress: Progress) -> Any:
+            from ray_soup.errors import RecipeError
+            from ray_soup.pipeline import LEARNED, run
+            from ray_soup.recipe import load_recipe
+
+            loaded = load_recipe(recipe, overrides, **({"method": chosen} if chosen else {}))
+            if method is None and loaded.method not in LEARNED:
+                raise RecipeError(f"`learn` takes the methods {', '.join(LEARNED)}; the recipe says {loaded.method}.")
+            return run(loaded, out, progress)
+
+        _print_soup(_work(task), as_json)
+
+    if method is None:
+        command = click.option("--method", type=click.Choice(METHODS), help="Default: the recipe's.")(command)
+    main.command(name, help=text)(command)
+
+
+_soup_command("learn", None, "Learn a soup's coefficients (MEHL-Soup) and write the soup to OUT.")
+_soup_command("uniform", "uniform", "The plain mean of all ingredients.")
+_soup_command("best-single", "best_single", "The one ingredient that is most accurate on the held-out set.")
+
+
+@main.command()
+@recipe_argument
+@out_argument
+@overrides_argument
+@json_option
+def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Fine-tune a zoo of ingredients by random search (Ray Tune) and write it to OUT."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.finetune import finetune as run_finetune
+        from ray_soup.recipe import load_recipe
+
+        return run_finetune(load_recipe(recipe, overrides), out, progress)
+
+    entries = _work(task)
+    if as_json:
+        click.echo(json.dumps({"out": out, "ingredients": entries}))
+        return
+    for entry in entries:
+        accuracy = f"  held-out accuracy {entry['accuracy']:.2%}" if "accuracy" in entry else ""
+        click.echo(f"{entry['file']}  lr {entry['lr']:.1e}  epochs {entry['epochs']}{accuracy}")
+    click.echo(f"Wrote {len(entries)} checkpoints and manifest.json to {out}.")
+
+
+@main.command()
+@recipe_argument
+@click.argument("model", type=click.Path())
+@overrides_argument
+@click.option("--split", type=click.Choice(["fit", "select", "test"]), default="test", show_default=True)
+@json_option
+def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as_json: bool) -> None:
+    """Accuracy and NLL of MODEL, a checkpoint or a soup's folder, on a split."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.pipeline import evaluate as run_evaluate
+        from ray_soup.recipe import load_recipe
+
+        return run_evaluate(load_recipe(recipe, overrides), model, split, progress)
+
+    row = _work(task)
+    click.echo(json.dumps(row)) if as_json else _print_table([row])
+
+
+@main.command()
+@out_argument
+@click.argument("newout", type=click.Path())
+@json_option
+def bake(out: str, newout: str, as_json: bool) -> None:
+    """The model in OUT again, from its coefficients and ingredients alone, written to NEWOUT."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.pipeline import bake_again
+
+        return bake_again(out, newout, progress)
+
+    _print_soup(_work(task), as_json)
+
+
+@main.command()
+@out_argument
+@json_option
+def verify(out: str, as_json: bool) -> None:
+    """Check OUT: hashes, column sums, and the model against its coefficients, bit for bit."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.pipeline import verify as run_verify
+
+        return run_verify(out, progress)
+
+    checked = _work(task)
+    if as_json:
+        click.echo(json.dumps({"out": out, "verified": checked}))
+        return
+    for line in checked:
+        click.echo(f"ok: {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The loop: MEHL soups by block coordinate descent over model batches, around one center.
+
+In each turn one model batch of ingredients moves and the others keep their place. The turn ends at its best point on select,
+the starting point included, and the next turn starts there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ray_soup.coefficients import learning_rate, make_optimizer, to_x, without_noise
+from ray_soup.data import batch_positions
+from ray_soup.errors import SoupError
+from ray_soup.recipe import Recipe
+from ray_soup.shard import Partial, Score
+
+SAVE_EVERY_S = 60.0
+
+
+class Asked(Protocol):
+    """What the loop asks of the actors."""
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None: ...
+    def step(self, x: np.ndarray, positions: np.ndarray) -> list[Partial]: ...
+    def evaluate(self, x: np.ndarray, split: str, examples: int) -> Score: ...
+
+
+@dataclass
+class State:
+    """All that changes while a soup is learned: what a killed run needs to go on with the same bits."""
+
+    y: torch.Tensor
+    """Coordinates float64 [K, B], those of past turns at their best points."""
+    turn: int = 0
+    epoch: int = 0
+    step: int = 0
+    """Of the epoch."""
+    moving: torch.Tensor | None = None
+    """Coordinates float64 [m, B] of the model batch at work."""
+    optimizer: dict[str, Any] | None = None
+    best: torch.Tensor | None = None
+    """The best `moving` of this turn on select, which scored best_nll."""
+    best_nll: float = float("inf")
+    fit_loss: float = 0.0
+    fit_count: int = 0
+    """Sum over this epoch's examples so far."""
+    steps: int = 0
+    image_passes: int = 0
+    step_ms: list[float] = field(default_factory=list)
+    overhead_ms: list[float] = field(default_factory=list)
+    wire_bytes: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """A line an epoch: turn, epoch, fit_nll, select_nll, select_accuracy."""
+
+
+def save_state(state: State, path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({f: getattr(state, f) for f in state.__dataclass_fields__}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_state(path: Path) -> State:
+    return State(**torch.load(path, weights_only=True))
+
+
+def model_batches(ingredients: int, size: int, seed: int, models_epochs: int) -> list[np.ndarray]:
+    """The ingredients of each turn, int64, sorted: shuffled anew in every models_epoch and cut into model batches."""
+    turns = []
+    for models_epoch in range(models_epochs):
+        order = np.random.default_rng([seed, 1, models_epoch]).permutation(ingredients)
+        turns += [np.sort(order[first : first + size]) for first in range(0, ingredients, size)]
+    return turns
+
+
+def learn(
+    recipe: Recipe,
+    actors: Asked,
+    norms: np.ndarray,
+    examples: dict[str, int],
+    model_batch: int,
+    state_file: Path,
+    watch: Callable[[int, int, State], None] = lambda step, steps, state: None,
+) -> State:
+    """Learn coordinates for directions with norms float64 [K, B]; goes on from `state_file` where there is one.
+
+    `watch` is told (step, steps in all, state) after every step. Returns the last state; its `y` is the soup.
+    """
+    options = recipe.learn
+    ingredients, blocks = norms.shape
+    turns = model_batches(ingredients, model_batch, options.seed, options.models_epochs)
+    steps_per_epoch = -(-examples["fit"] // options.batch_size)
+    steps_per_turn = steps_per_epoch * options.epochs
+    state = load_state(state_file) if state_file.exists() else State(torch.zeros(ingredients, blocks, dtype=torch.float64))
+    started, saved = time.monotonic() - state.seconds, time.monotonic()
+
+    def save(optimizer: torch.optim.Optimizer | None) -> None:
+        nonlocal saved
+        state.optimizer = None if optimizer is None else optimizer.state_dict()
+        state.seconds, saved = time.monotonic() - started, time.monotonic()
+        save_state(state, state_file)
+
+    for turn in range(state.turn, len(turns)):
+        chosen = turns[turn]
+        n = norms[chosen]
+        actors.begin(chosen, to_x(state.y.numpy(), norms).astype(np.float32))
+        if state.moving is None:
+            state.moving, state.best = state.y[chosen].clone(), state.y[chosen].clone()
+        optimizer = make_optimizer(options, state.moving)
+        if state.optimizer is not None:
+            optimizer.load_state_dict(state.optimizer)
+        if turn == 0 and not state.curve:
+            start = actors.evaluate(to_x(state.moving.numpy(), n).astype(np.float32), "select", examples["select"])
+            state.best_nll = start.nll
+            state.curve.append(
+                {"turn": 0, "epoch": -1, "select_nll": start.nll, "select_accuracy": start.accuracy, "steps": 0}
+            )
+        for epoch in range(state.epoch, options.epochs):
+            batches = batch_positions(examples["fit"], options.batch_size, options.seed, 2, turn, epoch)
+            for step in range(state.step, steps_per_epoch):
+                begun = time.perf_counter()
+                x = to_x(state.moving.numpy(), n).astype(np.float32)
+                partials = actors.step(x, batches[step])
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(options, epoch * steps_per_epoch + step, steps_per_turn)
+                state.moving.grad = torch.from_numpy(_gradient(partials, len(batches[step]), n, options.clip, state))
+                optimizer.step()
+                state.step = step + 1
+                _count(state, partials, len(batches[step]), x, time.perf_counter() - begun)
+                watch(state.steps, len(turns) * steps_per_turn, state)
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    save(optimizer)
+            score = actors.evaluate(to_x(state.moving.numpy(), n).astype(np.float32), "select", examples["select"])
+            if score.nll < state.best_nll:
+                state.best_nll, state.best = score.nll, state.moving.clone()
+            state.curve.append(
+                {
+                    "turn": turn, "epoch": epoch, "fit_nll": state.fit_loss / state.fit_count,
+                    "select_nll": score.nll, "select_accuracy": score.accuracy, "steps": state.steps,
+                }
+            )  # fmt: skip
+            state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0
+            save(optimizer)
+        state.y[chosen] = state.best
+        state.turn, state.epoch, state.moving, state.best = turn + 1, 0, None, None
+        save(None)
+    return state
+
+
+def _gradient(partials: list[Partial], count: int, norms: np.ndarray, clip: float | None, state: State) -> np.ndarray:
+    """dL/dy float64 [m, B]: the partial projected gradients summed in the order of ranks, divided by the examples of the
+    batch once, and by the norms: dL/dy = dL/dx / n."""
+    total = np.zeros_like(norms)
+    for partial in partials:
+        total += partial.gradient
+    gradient = without_noise(to_x(total / count, norms))
+    if not np.isfinite(gradient).all():
+        raise SoupError(f"The loss is no longer finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
+    size = float(np.linalg.norm(gradient))
+    return gradient * (clip / size) if clip is not None and size > clip else gradient
+
+
+def _count(state: State, partials: list[Partial], examples: int, x: np.ndarray, seconds: float) -> None:
+    state.fit_loss += sum(p.loss for p in partials)
+    state.fit_count += examples
+    state.steps += 1
+    state.image_passes += examples
+    state.wire_bytes = x.nbytes + 4 * examples // len(partials) + partials[0].gradient.nbytes
+    if len(state.step_ms) < 1000:
+        state.step_ms.append(1000 * seconds)
+        state.overhead_ms.append(1000 * (seconds - max(p.seconds for p in partials)))
+
+
+def summary(state: State) -> dict[str, Any]:
+    """The figures of a run that go into run.json."""
+    return {
+        "steps": state.steps,
+        "image_passes": state.image_passes,
+        "step_ms": median(state.step_ms),
+        "driver_overhead_ms": median(state.overhead_ms),
+        "wire_bytes_per_step": state.wire_bytes,
+        "curve": state.curve,
+    }

@@ -1,0 +1,97 @@
+"""Build the model that a recipe names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+
+from ray_soup.blocks import Layout, layout_of
+from ray_soup.errors import RecipeError
+from ray_soup.recipe import is_function
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that maps a batch of images to logits [n, classes], and what turns a PIL image into its input."""
+
+    model: torch.nn.Module
+    preprocess: Callable[[Any], torch.Tensor] | None = None
+
+
+class ImageClassifier(torch.nn.Module):
+    """The image tower of an open_clip model and a linear head on its features."""
+
+    def __init__(self, visual: torch.nn.Module, features: int, classes: int):
+        super().__init__()
+        self.visual = visual
+        self.head = torch.nn.Linear(features, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.visual(images))
+
+
+def import_function(spec: str) -> Callable[..., Any]:
+    """`package.module:function`, looked for in the current folder too. Raises RecipeError."""
+    module_name, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise RecipeError(
+            f"{spec}: the module {module_name} cannot be imported ({error}). It must lie in the current folder, the "
+            "working directory of the job, or be installed."
+        ) from error
+    except AttributeError:
+        raise RecipeError(f"{spec}: the module {module_name} has no '{name}'.") from None
+
+
+def build(spec: str) -> Built:
+    """The model that `spec` names, its numbers yet to be filled in. Raises RecipeError."""
+    if spec.startswith("open_clip:"):
+        return _open_clip(spec)
+    if is_function(spec):
+        built = import_function(spec)()
+        if isinstance(built, torch.nn.Module):
+            return Built(built)
+        if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module):
+            return Built(*built)
+        raise RecipeError(f"{spec} returned {type(built).__name__}; expected a model, or a model and its preprocessing.")
+    raise RecipeError(f"model: {spec!r} found; expected open_clip:NAME?classes=N, or package.module:function.")
+
+
+def _open_clip(spec: str) -> Built:
+    import open_clip
+
+    name, _, query = spec.removeprefix("open_clip:").partition("?")
+    options = dict(parse_qsl(query))
+    if not options.get("classes", "").isdigit() or set(options) != {"classes"}:
+        raise RecipeError(f"model: {spec!r} found; expected the number of classes, as in open_clip:{name}?classes=1000.")
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise RecipeError(f"model: open_clip has no '{name}'. `python -c 'import open_clip; "
+                          "print(open_clip.list_models())'` lists what it has.")  # fmt: skip
+    clip = open_clip.create_model(name, pretrained=None)
+    visual = clip.visual
+    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    preprocess = open_clip.image_transform(visual.image_size, is_train=False, mean=mean, std=std)
+    return Built(ImageClassifier(visual, config["embed_dim"], int(options["classes"])), preprocess)
+
+
+def describe(spec: str) -> Layout:
+    """The layout of the model that `spec` names, without its numbers where the model can be built so."""
+    try:
+        with torch.device("meta"):
+            return layout_of(build(spec).model)
+    except RecipeError:
+        raise
+    except Exception:  # some models need real numbers to be built
+        return layout_of(build(spec).model)

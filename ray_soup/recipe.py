@@ -1,0 +1,249 @@
+"""The validated, frozen description of a run; YAML in and out; unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ray_soup.errors import RecipeError
+
+Auto = Literal["auto"]
+Method = Literal["best_single", "uniform", "mehl", "mehl+"]
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mehl": {"blocks": "model"},
+    "mehl+": {"blocks": "tensor"},
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """Where the labelled images are: `.npz`, Parquet, or `module:function`. Held-out data: no ingredient saw it."""
+
+    train: str | None = None
+    """What `finetune` trains on."""
+    fit: str | None = None
+    """Held-out data that the coefficients learn on."""
+    select: float | str = 0.2
+    """Held-out data that choices are made on: a source of its own, or this share of `fit`."""
+    test: str | None = None
+    """Data that is only reported on."""
+
+    @model_validator(mode="after")
+    def _select_is_a_share(self) -> Data:
+        if isinstance(self.select, float) and not 0 < self.select < 1:
+            raise ValueError(f"data.select is {self.select}: give a share between 0 and 1, or a file")
+        return self
+
+
+class Learn(Section):
+    lr: float = Field(0.01, gt=0)
+    """Learning rate of the unit-scaled coordinates."""
+    wd: float = Field(0.0, ge=0)
+    """Weight decay, towards the uniform soup."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    cosine_lr: bool = True
+    """Linear warm-up, then a cosine to zero, over the steps of one model batch."""
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Share of the steps that warm up."""
+    clip: float | None = Field(None, gt=0)
+    """Largest norm of the summed projected gradient; null: no bound."""
+    batch_size: int = Field(128, ge=1)
+    """Images in a step, over all actors."""
+    micro_batch: int | Auto = "auto"
+    """Images in one forward pass of one actor."""
+    epochs: int = Field(5, ge=1)
+    """Passes over fit for each model batch."""
+    model_batch: int | Auto = "auto"
+    """Ingredients whose coordinates move at a time; auto: as many as fit."""
+    models_epochs: int = Field(1, ge=1)
+    """Passes over all ingredients."""
+    seed: int = 1
+
+
+class ActorsSection(Section):
+    replicas: int | Auto = "auto"
+    """Whole models; they split the data."""
+    shards: int | Auto = "auto"
+    """Actors that together hold one replica."""
+    cpus: int | Auto = "auto"
+    """CPUs, and threads, of one actor."""
+    gpus: float = Field(0, ge=0)
+    """GPUs of one actor."""
+
+
+class Directions(Section):
+    dtype: Literal["float32", "bfloat16", "int8"] = "int8"
+    """How directions are stored while coefficients are learned; the soup itself is made from the original files."""
+
+
+class Finetune(Section):
+    """Random search for a zoo of ingredients. A value is a number, or one of {loguniform: [low, high]},
+    {uniform: [low, high]}, {randint: [low, high]} (high left out) and {choice: [...]}."""
+
+    trials: int = Field(12, ge=1)
+    init: str | None = None
+    """A checkpoint that every trial starts from; null: a trunk is trained first, with `trunk`."""
+    trunk: dict[str, Any] = {"lr": 3e-3, "wd": 0.05, "epochs": 25, "shift": 1, "label_smoothing": 0.0, "mixup": 0.0}
+    """Hyperparameters of the trunk."""
+    lr: Any = {"loguniform": [1e-6, 1e-4]}
+    wd: Any = {"loguniform": [1e-4, 0.63]}
+    epochs: Any = {"randint": [4, 17]}
+    label_smoothing: Any = {"choice": [0.0, 0.1]}
+    mixup: Any = {"choice": [0.0, 0.2]}
+    """Alpha of the Beta distribution that mixes pairs of images; 0: no mixing."""
+    shift: Any = 0
+    """Largest random translation in pixels."""
+    batch_size: int = Field(64, ge=1)
+    seed: int = 1
+
+
+class Recipe(Section):
+    method: Method = "mehl+"
+    ingredients: str | list[str] | None = None
+    """Glob, list or folder of checkpoints that started from one initialisation."""
+    model: str
+    """`open_clip:NAME?classes=N`, or `package.module:function` that returns the model."""
+    data: Data = Data()
+    blocks: Literal["tensor", "layer", "model"] | int = "model"
+    """What shares a coefficient: every tensor, a layer, the model, or tensors in a row up to a least size in numbers.
+    Default: tensor for the "+" methods, model for the others."""
+    buffers: Literal["average", "first"] = "average"
+    """Buffers: floats averaged and integers held to agree, or all taken from the first ingredient."""
+    learn: Learn = Learn()
+    actors: ActorsSection = ActorsSection()
+    directions: Directions = Directions()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward and backward passes while learning; auto: bfloat16 where the hardware has it. Results are reported
+    in float32."""
+    finetune: Finetune = Finetune()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**METHOD_DEFAULTS.get(values.get("method", "mehl+"), {}), **values}
+
+
+def is_function(spec: str) -> bool:
+    """True for `package.module:function`."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec) is not None
+
+
+def absolute(spec: str, folder: Path) -> str:
+    """A path as seen from `folder`; URIs and `module:function` stay what they are."""
+    if "://" in spec or is_function(spec):
+        return spec
+    return str(folder.absolute() / Path(spec).expanduser())
+
+
+def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    values = dict(values)
+    if "ingredients" in values:
+        spec = values["ingredients"]
+        if isinstance(spec, str):
+            values["ingredients"] = absolute(spec, folder)
+        elif isinstance(spec, list):
+            values["ingredients"] = [absolute(s, folder) if isinstance(s, str) else s for s in spec]
+    for section, keys in {"data": ("train", "fit", "select", "test"), "finetune": ("init",)}.items():
+        if isinstance(values.get(section), dict):
+            given = values[section]
+            values[section] = {k: absolute(v, folder) if k in keys and isinstance(v, str) else v for k, v in given.items()}
+    return values
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(into)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """`["learn.lr=0.02"]` -> `{"learn": {"lr": 0.02}}`. Relative paths are seen from the current folder."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"'{override}' is not an override. Write key=value, as in learn.lr=0.02.")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"The value of the override '{override}' is not YAML: {error}") from error
+        if isinstance(value, str):  # YAML takes 1e-3 for text; a person means a number
+            with suppress(ValueError):
+                value = float(value)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    return _absolute_paths(values, Path.cwd())
+
+
+def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
+    """Validate `values`. Raises RecipeError with a line for each fault, and near names for unknown keys."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines: dict[str, list[str]] = {}
+        for fault in error.errors():
+            key, text = _explain(fault)
+            lines.setdefault(key, []).append(text)
+        raise RecipeError(
+            f"{source} is not valid:\n" + "\n".join(f"  {key}{'; or '.join(texts)}" for key, texts in lines.items())
+        ) from None
+
+
+def _explain(fault: Any) -> tuple[str, str]:
+    """What pydantic found, as ("key: ", "what is wrong with it")."""
+    section: Any = Recipe
+    where: list[str] = []
+    for part in fault["loc"]:  # the location goes on into the branches of a union: stop at the last field
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            break
+        where.append(str(part))
+        section = section.model_fields[part].annotation if part in section.model_fields else None
+    key = ".".join(where)
+    if fault["type"] == "extra_forbidden":
+        parent: Any = Recipe
+        for part in where[:-1]:
+            parent = parent.model_fields[part].annotation
+        near = difflib.get_close_matches(where[-1], list(parent.model_fields), n=1)
+        prefix = ".".join(where[:-1] + [""])
+        hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(parent.model_fields)}."
+        return f"{key}: ", f"unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{key}: ", "missing."
+    message = fault["msg"].removeprefix("Value error, ")
+    return (f"{key}: " if key else ""), f"{fault['input']!r} found. {message}" if key else message
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), **fixed: Any) -> Recipe:
+    """Read a recipe from YAML. Its relative paths are seen from its own folder, those of `overrides` from the current
+    one; `fixed` keys come last. Raises RecipeError."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"The recipe {path} holds {type(values).__name__}; expected keys such as 'ingredients:'.")
+    values = _merge(_absolute_paths(values, path.absolute().parent), parse_overrides(overrides))
+    return make_recipe(_merge(values, fixed), f"The recipe {path}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML; loading it again gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_soup.errors import RecipeError
+from ray_soup.recipe import dump_recipe, load_recipe, make_recipe, parse_overrides
+
+MINIMAL = {"model": "a:b", "ingredients": "zoo"}
+
+
+def test_dump_then_load_is_the_identity(tmp_path: Path) -> None:
+    recipe = make_recipe({**MINIMAL, "ingredients": str(tmp_path), "learn": {"lr": 0.5}, "blocks": 1000})
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"ingredient": "x"}, "did you mean 'ingredients'?"),
+        ({"learn": {"learnrate": 1, "epoch": 2}}, "did you mean 'learn.epochs'?"),
+        ({"learn": {"lr": -1}}, "learn.lr: -1 found"),
+        ({"learn": {"model_batch": "all"}}, "learn.model_batch: 'all' found"),
+        ({"data": {"select": 1.5}}, "give a share between 0 and 1"),
+        ({"method": "mehl++"}, "method: 'mehl++' found"),
+        ({"blocks": "row"}, "blocks: 'row' found"),
+    ],
+)
+def test_faults_name_the_key(values: dict, said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        make_recipe({**MINIMAL, **values})
+    assert said in str(error.value)
+
+
+def test_the_model_is_required() -> None:
+    with pytest.raises(RecipeError, match="model: missing"):
+        make_recipe({"ingredients": "x"})
+
+
+def test_methods_have_their_own_blocks_and_the_recipe_overrides_them() -> None:
+    assert make_recipe({**MINIMAL, "method": "mehl"}).blocks == "model"
+    assert make_recipe({**MINIMAL, "method": "mehl+"}).blocks == "tensor"
+    assert make_recipe({**MINIMAL, "method": "mehl+", "blocks": "layer"}).blocks == "layer"
+
+
+def test_paths_are_seen_from_the_recipe_and_overrides_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = {**MINIMAL, "ingredients": ["a.pt", "s3://bucket/b.pt"], "data": {"fit": "f.npz", "test": "m.n:f"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(text))
+    recipe = load_recipe(tmp_path / "r.yaml", ["data.select=s.npz", "learn.lr=1e-3", "learn.clip=null"])
+    assert recipe.ingredients == [str(tmp_path / "a.pt"), "s3://bucket/b.pt"]
+    assert recipe.data.fit == str(tmp_path / "f.npz")
+    assert recipe.data.test == "m.n:f"
+    assert recipe.data.select == str(tmp_path / "here" / "s.npz")
+    assert recipe.learn.lr == 1e-3
+    assert recipe.learn.clip is None
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=str(tmp_path / "r.yaml")):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_an_override_without_a_value_is_refused() -> None:
+    with pytest.raises(RecipeError, match="key=value"):
+        parse_overrides(["learn.lr"])

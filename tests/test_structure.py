@@ -1,0 +1,29 @@
+"""A module imports only modules above it in reading order."""
+
+import ast
+
+from tests.conftest import ROOT
+
+ORDER = """errors recipe cache checkpoints blocks models data kernels directions hyperplane shard actors coefficients learn
+greedy bake report pipeline finetune demo cli""".split()
+MAY_IMPORT_RAY = {"actors", "finetune"}
+
+
+def test_modules_import_only_modules_above_them() -> None:
+    modules = {path.stem for path in (ROOT / "ray_soup").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+    for name in ORDER:
+        above = set(ORDER[: ORDER.index(name)])
+        for node in ast.walk(ast.parse((ROOT / "ray_soup" / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            for target in imported:
+                parts = target.split(".")
+                if parts[0] == "ray_soup" and parts[1] in ORDER:
+                    assert parts[1] in above, f"{name} imports {parts[1]}"
+                if parts[0] == "ray":
+                    assert name in MAY_IMPORT_RAY, f"{name} imports Ray"
