@@ -53,7 +53,7 @@ def connect() -> Iterator[None]:
         ray.shutdown()
 
 
-def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, int]:
+def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float]:
     """The mesh and the CPUs of an actor that `auto` stands for on this cluster: an actor for each GPU, or for each two
     cores (for each core where there are less than four); as few shards as fit into memory. Raises RecipeError for what
     the cluster can never place."""
@@ -63,7 +63,7 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mes
     cores, gpus, memory = int(have.get("CPU", 0)), have.get("GPU", 0.0), have.get("memory", 0.0)
     asked = recipe.actors
     cpus = asked.cpus if asked.cpus != "auto" else 1 if cores < 4 or asked.gpus else 2
-    most = max(1, int(min(cores // max(cpus, 1), gpus / asked.gpus if asked.gpus else float("inf"))))
+    most = max(1, int(min(cores // cpus if cpus else cores, gpus / asked.gpus if asked.gpus else float("inf"))))
     itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[recipe.directions.dtype]
     shards = asked.shards
     if shards == "auto":
@@ -79,8 +79,8 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mes
     mesh = Mesh(replicas, shards)
     if mesh.size * cpus > cores or mesh.size * asked.gpus > gpus:
         raise RecipeError(
-            f"actors: {replicas} replicas x {shards} shards with {cpus} CPUs and {asked.gpus:g} GPUs each take "
-            f"{mesh.size * cpus} CPUs and {mesh.size * asked.gpus:g} GPUs; the cluster has {cores} and {gpus:g}."
+            f"actors: {replicas} replicas x {shards} shards with {cpus:g} CPUs and {asked.gpus:g} GPUs each take "
+            f"{mesh.size * cpus:g} CPUs and {mesh.size * asked.gpus:g} GPUs; the cluster has {cores} and {gpus:g}."
         )
     return mesh, cpus
 
@@ -98,7 +98,7 @@ class RemoteShard(Shard):
 class Actors:
     """A mesh of actors, and what the driver may ask of them. Every answer comes in the order of ranks."""
 
-    def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, cpus: int, learning: bool):
+    def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, cpus: float, learning: bool):
         import ray
 
         self.mesh, self._learning = mesh, learning
@@ -120,7 +120,7 @@ class Actors:
         self._handles: list[Any] = [None] * mesh.size
 
     @staticmethod
-    def _placement(recipe: Recipe, mesh: Mesh, cpus: int) -> Any:
+    def _placement(recipe: Recipe, mesh: Mesh, cpus: float) -> Any:
         """Shards of a replica stay inside a node."""
         import ray
 

@@ -18,40 +18,41 @@ METHODS = ("mehl", "mehl+")
 
 
 class Progress:
-    """One bar on a terminal, for what lasts over two seconds; elsewhere a line every ten."""
+    """A bar on a terminal for what lasts; elsewhere a line every ten seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
 
-        self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-        self._bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=False)
-        self._task: Any = None
+        self._console = Console(stderr=True)
+        self._bars: Any = None
         self._what = ""
         self._began = self._told = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what:
-            self._finish()
+            self.stop()
             self._what, self._began, self._told = what, now, now
-        if self.console.is_terminal:
-            if self._task is None and (now - self._began > 1 or (done == 0 and total > 1)):
-                self._bars.start()
-                self._task = self._bars.add_task(what, total=total)
-            if self._task is not None:
-                self._bars.update(self._task, completed=done, total=total)
+        if self._console.is_terminal:
+            self._draw(what, done, total)
         elif now - self._told > 10:
             self._told = now
-            self.console.print(f"{what}: {done} of {total} ({now - self._began:.0f} s)", highlight=False)
+            self._console.print(f"{what}: {done} of {total} ({now - self._began:.0f} s)", highlight=False)
 
-    def _finish(self) -> None:
-        self._task = None
+    def _draw(self, what: str, done: int, total: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        if self._bars is None:
+            columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+            self._bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
+            self._bars.start()
+            self._task = self._bars.add_task(what, total=total)
+        self._bars.update(self._task, completed=done, total=total)
 
     def stop(self) -> None:
-        self._bars.stop()
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
 
 @contextmanager

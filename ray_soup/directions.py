@@ -21,7 +21,15 @@ import torch
 
 from ray_soup.blocks import Layout, Partition
 from ray_soup.cache import InUse, cached, content_key
-from ray_soup.checkpoints import Ingredient, StreamingHash, check_finite, combined_sha256, common_dtype, sha256_file, write_at
+from ray_soup.checkpoints import (
+    Ingredient,
+    StreamingHash,
+    check_finite,
+    combined_sha256,
+    common_dtype,
+    sha256_file,
+    write_at,
+)
 from ray_soup.errors import IngredientError
 
 FORMAT = 1

@@ -247,7 +247,7 @@ def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Pa
     return Soup(out, [row], record, notes)
 
 
-def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: bool) -> tuple[Mesh, int, int]:
+def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: bool) -> tuple[Mesh, float, int]:
     """Mesh, CPUs of an actor and model batch: what `auto` meant when this run was begun."""
     file = out / "state" / "resolved.json"
     if file.exists():

@@ -75,7 +75,7 @@ class ActorsSection(Section):
     """Whole models; they split the data."""
     shards: int | Auto = "auto"
     """Actors that together hold one replica."""
-    cpus: int | Auto = "auto"
+    cpus: float | Auto = "auto"
     """CPUs, and threads, of one actor."""
     gpus: float = Field(0, ge=0)
     """GPUs of one actor."""

@@ -72,7 +72,7 @@ def test_safetensors_alone_and_in_shards(tmp_path: Path) -> None:
     assert_reads_as(folder, tensors)
     assert find_checkpoints(str(tmp_path)) == [str(tmp_path / "a.safetensors"), str(folder)]
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(IngredientError, match="model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(IngredientError, match=r"model-00002-of-00002\.safetensors is missing"):
         open_ingredient(str(folder))
 
 
@@ -115,7 +115,11 @@ def test_folders_globs_and_lists_in_natural_order(tmp_path: Path) -> None:
     expected = [str(tmp_path / f"m_{k}.safetensors") for k in (1, 9, 10)]
     assert find_checkpoints(str(tmp_path)) == expected
     assert find_checkpoints(str(tmp_path / "*")) == expected
-    assert find_checkpoints([str(tmp_path / "m_9.safetensors"), str(tmp_path / "m_1*")]) == [expected[1], expected[0], expected[2]]
+    assert find_checkpoints([str(tmp_path / "m_9.safetensors"), str(tmp_path / "m_1*")]) == [
+        expected[1],
+        expected[0],
+        expected[2],
+    ]
     assert [i.name for i in open_ingredients(str(tmp_path))] == ["m_1", "m_9", "m_10"]
 
 

@@ -4,8 +4,7 @@ import ast
 
 from tests.conftest import ROOT
 
-ORDER = """errors recipe cache checkpoints blocks models data kernels directions hyperplane shard actors coefficients learn
-greedy bake report pipeline finetune demo cli""".split()
+ORDER = ["errors", "recipe", "cache", "checkpoints", "blocks", "models", "data", "kernels", "directions", "hyperplane", "shard", "actors", "coefficients", "learn", "greedy", "bake", "report", "pipeline", "finetune", "demo", "cli"]
 MAY_IMPORT_RAY = {"actors", "finetune"}
 
 

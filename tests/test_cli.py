@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from ray_soup.bake import bake
+from ray_soup.cli import main
+from tests.conftest import ROOT, ray_soup, values
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "r.yaml"
+
+
+@pytest.fixture
+def own(zoo: Path, tmp_path: Path) -> Path:
+    """A copy of data and zoo, to be broken."""
+    shutil.copytree(zoo / "zoo", tmp_path / "zoo")
+    for name in ("heldout", "test"):
+        shutil.copy(zoo / f"{name}.npz", tmp_path)
+    return tmp_path
+
+
+def changed(folder: Path, k: int, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "zoo" / f"model_{k}.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "zoo" / "model_2.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_code(folder: Path) -> None:
+    class Bad:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {folder}/was_run",)
+
+    torch.save({"x": Bad()}, folder / "zoo" / "model_9.pt")
+
+
+def only_one(folder: Path) -> None:
+    for k in range(1, 8):
+        (folder / "zoo" / f"model_{k}.safetensors").unlink()
+
+
+def no_ingredients(folder: Path) -> None:
+    shutil.rmtree(folder / "zoo")
+    (folder / "zoo").mkdir()
+
+
+def wrong_label(folder: Path) -> None:
+    data = dict(np.load(folder / "test.npz"))
+    data["labels"][41] = 10
+    np.savez(folder / "test.npz", **data)
+
+
+def nan(state: dict[str, torch.Tensor]) -> None:
+    state["key.weight"][1, 2] = float("nan")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
+    "a truncated file": (truncate, 3, "model_2.safetensors is truncated"),
+    "a pickle that would run code": (pickle_code, 3, "model_9.pt was not opened: it holds 'posix.system'"),
+    "a missing tensor": (lambda f: changed(f, 3, lambda s: s.pop("head.bias")), 3, "missing: head.bias [10]"),
+    "an additional tensor": (
+        lambda f: changed(f, 3, lambda s: s.update(more=torch.zeros(2))), 3, "not in the model: more float32 [2]",
+    ),
+    "a misshapen tensor": (
+        lambda f: changed(f, 3, lambda s: s.update({"head.bias": torch.zeros(9)})), 3,
+        "shape: head.bias is [9], in the model [10]",
+    ),
+    "NaN in one tensor": (lambda f: changed(f, 5, nan), 3, "model_5.safetensors: the tensor key.weight holds nan"),
+    "integers where the others have floats": (
+        lambda f: changed(f, 3, lambda s: s.update({"head.bias": torch.zeros(10, dtype=torch.int64)})), 3,
+        "dtype: head.bias is int64 [10], the other ingredients hold floats",
+    ),
+    "an empty folder": (no_ingredients, 2, "no checkpoints at"),
+    "one ingredient only": (only_one, 2, "A soup takes two ingredients or more; found one"),
+    "the same file twice": (
+        lambda f: os.symlink(f / "zoo" / "model_1.safetensors", f / "zoo" / "model_8.safetensors"), 3, "are the same file",
+    ),
+    "a label outside the classes": (
+        wrong_label, 2, "test.npz: label 10 at row 41 (1 such); the model has 10 classes, so labels are 0 to 9",
+    ),
+    "no data": (lambda f: (f / "heldout.npz").unlink(), 2, "heldout.npz does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_leaves_nothing_half_written(own: Path, fault: str) -> None:
+    damage, code, said = FAULTS[fault]
+    damage(own)
+    recipe = write_recipe(own, {**values(own), "ingredients": str(own / "zoo")})
+    result = call("learn", recipe, own / "out")
+    assert said in result.stderr
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    assert not (own / "was_run").exists()
+    if (own / "out").exists():
+        left = {f.name for f in (own / "out").iterdir()}
+        assert left <= {"run.json", "state"}
+        assert json.loads((own / "out" / "run.json").read_text())["exit"] == code
+        assert not (own / "out" / "state" / "out").exists()
+
+
+def test_recipe_faults(own: Path) -> None:
+    recipe = write_recipe(own, {**values(own), "ingredeints": "x"})
+    result = call("learn", recipe, own / "out")
+    assert result.exit_code == 2
+    assert "ingredeints: unknown key; did you mean 'ingredients'?" in result.stderr
+    recipe = write_recipe(own, values(own))
+    result = call("learn", recipe, own / "out", "learn.lrr=1")
+    assert (result.exit_code, "did you mean 'learn.lr'?" in result.stderr) == (2, True)
+    result = call("learn", recipe, own / "out", "model=tests.tiny:nothing")
+    assert (result.exit_code, "has no 'nothing'" in result.stderr) == (2, True)
+    result = call("learn", recipe, own / "out", "model=open_clip:ViT-B-33?classes=10")
+    assert (result.exit_code, "open_clip has no 'ViT-B-33'" in result.stderr) == (2, True)
+    result = call("learn", own / "none.yaml", own / "out")
+    assert (result.exit_code, "cannot be read" in result.stderr) == (2, True)
+    assert call("learn", recipe).exit_code == 2
+    assert not (own / "out").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_same_command_says_complete_and_another_recipe_is_refused(own: Path) -> None:
+    recipe = write_recipe(own, values(own, learn__epochs=1))
+    first = call("learn", recipe, own / "out", "--json")
+    assert first.exit_code == 0, first.output
+    record = json.loads(first.stdout.splitlines()[-1])
+    assert record["results"][0]["model_name"] == "mehl+"
+    second = call("learn", recipe, own / "out")
+    assert second.exit_code == 0
+    assert "is complete; nothing was run" in second.stderr
+    other = call("learn", recipe, own / "out", "learn.lr=0.5")
+    assert other.exit_code == 2
+    assert "belongs to another recipe: learn.lr was 0.01 and is now 0.5" in other.stderr
+    (own / "notes").mkdir()
+    (own / "notes" / "thesis.tex").touch()
+    foreign = call("learn", recipe, own / "notes")
+    assert (foreign.exit_code, "thesis.tex" in foreign.stderr) == (2, True)
+    assert [f.name for f in (own / "notes").iterdir() if f.name != "state"] == ["thesis.tex"]
+    assert call("verify", own / "out").exit_code == 0
+    with open(own / "out" / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    flipped = call("verify", own / "out")
+    assert (flipped.exit_code, "model.safetensors: SHA-256" in flipped.stderr) == (1, True)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_one_run_at_a_time_in_a_folder(own: Path) -> None:
+    from ray_soup.pipeline import locked
+
+    recipe = write_recipe(own, values(own))
+    with locked(own / "out"):
+        result = subprocess.run(ray_soup("learn", str(recipe), str(own / "out")), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Another run is at work in" in result.stderr
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_full_disk_while_baking_fails_and_the_same_command_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = own / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs takes more rights than there are here")
+
+    def bake_on_a_full_disk(*arguments: Any, **options: Any) -> None:
+        with open(small / "ballast", "wb", buffering=0) as file:
+            written = 4096
+            while written == 4096:
+                try:
+                    written = file.write(b"x" * 4096)
+                except OSError:
+                    break
+        bake(*arguments, **options)
+
+    try:
+        recipe = write_recipe(own, values(own, learn__epochs=1))
+        with monkeypatch.context() as patch:
+            patch.setattr("ray_soup.pipeline.bake", bake_on_a_full_disk)
+            result = call("learn", recipe, small / "out")
+        assert "model.safetensors could not be written (No space left on device)" in result.stderr
+        assert result.exit_code == 1
+        assert not list((small / "out").rglob("*.safetensors"))
+        (small / "ballast").unlink()
+        assert call("learn", recipe, small / "out").exit_code == 0
+        assert call("verify", small / "out").exit_code == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_inspect_reads_headers_and_names_faults(own: Path) -> None:
+    result = call("inspect", own / "zoo", "--json")
+    shown = json.loads(result.stdout)
+    assert len(shown["ingredients"]) == 8
+    assert shown["tensors"]["head.bias"] == ["float32", [10]]
+    assert call("inspect", own / "zoo", "--model", "tests.tiny:build").exit_code == 0
+    changed(own, 3, lambda s: s.update({"head.bias": torch.zeros(9)}))
+    result = call("inspect", own / "zoo")
+    assert result.exit_code == 3
+    assert "1 of 8 ingredients do not fit together" in result.stderr
+
+
+@pytest.mark.usefixtures("cluster")
+def test_uniform_best_single_and_evaluate(own: Path) -> None:
+    recipe = write_recipe(own, values(own))
+    assert call("uniform", recipe, own / "u").exit_code == 0
+    assert call("best-single", recipe, own / "b").exit_code == 0
+    row = json.loads(call("evaluate", recipe, own / "u", "--split", "select", "--json").stdout)
+    saved = json.loads((own / "u" / "results.jsonl").read_text())
+    assert row["select_accuracy"] == saved["select_accuracy"]
+    assert call("evaluate", recipe, own / "zoo" / "model_0.safetensors").exit_code == 0
+    result = call("bake", own / "u", own / "again", "--json")
+    assert result.exit_code == 0
+    assert (own / "again" / "model.safetensors").read_bytes() == (own / "u" / "model.safetensors").read_bytes()
+    wrong = call("learn", write_recipe(own, values(own, method="uniform")), own / "x")
+    assert (wrong.exit_code, "the recipe says uniform" in wrong.stderr) == (2, True)
+
+
+def test_help_names_the_exit_codes() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for verb in ("demo", "inspect", "finetune", "uniform", "learn", "evaluate", "bake", "verify"):
+        assert verb in result.output
+        assert call(verb, "--help").exit_code == 0

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+
+from ray_soup.actors import Actors, resolve_mesh
+from ray_soup.coefficients import load_coefficients, to_coefficients, to_x
+from ray_soup.errors import RecipeError
+from ray_soup.learn import State, learn, load_state, model_batches, save_state
+from ray_soup.pipeline import prepare
+from ray_soup.recipe import make_recipe
+from ray_soup.shard import Mesh
+from tests.conftest import ROOT, ray_soup, values
+
+
+def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple[np.ndarray, State]:
+    """Coefficients float64 [K, B] that a run on this mesh finds."""
+    recipe = make_recipe(values(folder, directions={"dtype": "float32"}, **changes))
+    ingredients, _ = prepare(recipe)
+    actors = Actors(recipe, ingredients, mesh, 2 / mesh.size if mesh.size > 2 else 1, learning=True)
+    try:
+        ready = actors.setup(lambda what, done, total: None)
+        size = recipe.learn.model_batch if recipe.learn.model_batch != "auto" else len(ingredients)
+        state = learn(recipe, actors, ready.norms, ready.examples, size, state_file)
+    finally:
+        actors.close()
+    return to_coefficients(to_x(state.y.numpy(), ready.norms)), state
+
+
+@pytest.mark.usefixtures("cluster")
+def test_meshes_agree_and_the_same_mesh_gives_the_same_bits(zoo: Path, tmp_path: Path) -> None:
+    """448 fit examples in batches of 61: the last is odd; 4,530 parameters do not divide by the shards."""
+    found = {}
+    for number, mesh in enumerate((Mesh(1, 1), Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(2, 2))):
+        file = tmp_path / f"{number}.pt"
+        found[number], state = learned(zoo, file, mesh, learn__epochs=3, learn__model_batch=8)
+        assert state.steps == 24
+        assert state.best_nll < state.curve[0]["select_nll"]
+    np.testing.assert_array_equal(found[0], found[1])
+    for number in (2, 3, 4):
+        assert np.linalg.norm(found[number] - found[0]) <= 1e-4 * np.linalg.norm(found[0])
+    assert np.abs(found[0] - 1 / 8).max() > 0.01
+
+
+@pytest.mark.usefixtures("cluster")
+def test_micro_batches_and_model_batches(zoo: Path, tmp_path: Path) -> None:
+    whole, _ = learned(zoo, tmp_path / "a.pt", Mesh(1, 1), learn__model_batch=3, method="mehl", blocks="layer")
+    micro, state = learned(
+        zoo, tmp_path / "b.pt", Mesh(1, 1), learn__model_batch=3, learn__micro_batch=7, method="mehl", blocks="layer"
+    )
+    assert np.linalg.norm(whole - micro) <= 1e-5 * np.linalg.norm(whole)
+    assert state.turn == 3
+    assert [c["turn"] for c in state.curve] == [0, 0, 0, 1, 1, 2, 2]
+    best = min(c["select_nll"] for c in state.curve)
+    assert state.best_nll == best
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_best_point_on_select_is_kept_not_the_last(zoo: Path, tmp_path: Path) -> None:
+    """A learning rate that only does harm: the soup is the uniform one."""
+    changes = {"learn__lr": 1e4, "learn__cosine_lr": False, "learn__epochs": 1}
+    found, state = learned(zoo, tmp_path / "a.pt", Mesh(1, 1), **changes)
+    assert state.curve[-1]["select_nll"] > state.curve[0]["select_nll"]
+    np.testing.assert_array_equal(found, 1 / 8)
+
+
+def test_every_model_comes_once_in_a_models_epoch() -> None:
+    turns = model_batches(10, 4, seed=3, models_epochs=2)
+    assert [len(t) for t in turns] == [4, 4, 2, 4, 4, 2]
+    for turn in (turns[:3], turns[3:]):
+        assert sorted(np.concatenate(turn)) == list(range(10))
+    assert not np.array_equal(turns[0], turns[3])
+    assert all(np.array_equal(a, b) for a, b in zip(turns, model_batches(10, 4, 3, 2), strict=True))
+
+
+def test_a_state_saved_then_loaded_is_the_same(tmp_path: Path) -> None:
+    state = State(torch.randn(3, 2).double(), turn=1, epoch=2, moving=torch.randn(1, 2).double(), step_ms=[1.5])
+    save_state(state, tmp_path / "s.pt")
+    loaded = load_state(tmp_path / "s.pt")
+    assert torch.equal(loaded.y, state.y)
+    assert torch.equal(loaded.moving, state.moving)
+    assert (loaded.turn, loaded.epoch, loaded.step_ms, loaded.best) == (1, 2, [1.5], None)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_mesh_that_the_cluster_cannot_place_is_refused(zoo: Path) -> None:
+    recipe = make_recipe(values(zoo, actors={"replicas": 50, "shards": 2, "cpus": 1}))
+    with pytest.raises(RecipeError, match="50 replicas x 2 shards with 1 CPUs and 0 GPUs each take 100 CPUs"):
+        resolve_mesh(recipe, 1000, 8)
+    recipe = make_recipe(values(zoo, actors={"gpus": 1}))
+    with pytest.raises(RecipeError, match="1 GPUs; the cluster has"):
+        resolve_mesh(recipe, 1000, 8)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("mesh", "fault"), [(Mesh(2, 1), signal.SIGKILL), (Mesh(1, 2), signal.SIGKILL), (Mesh(1, 2), signal.SIGSTOP)]
+)
+def test_a_lost_actor_is_replaced_and_changes_no_bit(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mesh: Mesh, fault: signal.Signals
+) -> None:
+    undisturbed, _ = learned(zoo, tmp_path / "a.pt", mesh, learn__model_batch=5)
+    if fault == signal.SIGSTOP:
+        monkeypatch.setattr("ray_soup.actors.DEADLINE_S", 20.0)
+    killed: list[int] = []
+    step = Actors.step
+
+    def disturbed(self: Actors, x: np.ndarray, positions: np.ndarray) -> Any:
+        disturbed.calls += 1
+        if disturbed.calls == 13:  # in the second epoch of the first turn
+            mine = {p.pid for p in psutil.process_iter(["cmdline"]) if "RemoteShard" in " ".join(p.info["cmdline"] or [])}
+            killed.append(max(mine))
+            os.kill(killed[0], fault)
+        return step(self, x, positions)
+
+    disturbed.calls = 0
+    monkeypatch.setattr(Actors, "step", disturbed)
+    found, _ = learned(zoo, tmp_path / "b.pt", mesh, learn__model_batch=5)
+    assert killed
+    np.testing.assert_array_equal(found, undisturbed)
+
+
+def at_work(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_driver_goes_on_with_the_same_bits(zoo: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, after at least one was saved; then the same command."""
+    recipe = values(zoo, learn__epochs=5, learn__batch_size=8, learn__model_batch=4, actors__replicas=2)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ray_soup("learn", str(tmp_path / "r.yaml"))
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
+
+    process = subprocess.Popen([*command, str(tmp_path / "cut")], cwd=ROOT, stderr=subprocess.PIPE)
+    state_file = tmp_path / "cut" / "state" / "learn.pt"
+    while not state_file.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    steps_before = load_state(state_file).steps
+    assert 0 < steps_before < 10 * 56
+    deadline = time.monotonic() + 60
+    while any(map(at_work, children)):
+        assert time.monotonic() < deadline, f"a killed driver left processes behind: {children}"
+        time.sleep(0.2)
+    assert not (tmp_path / "cut" / "run.json").exists()
+
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, cwd=ROOT, capture_output=True)
+    whole, cut = (load_coefficients(tmp_path / name / "coefficients.safetensors") for name in ("whole", "cut"))
+    np.testing.assert_array_equal(whole.values, cut.values)
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
+    assert records[0]["steps"] == records[1]["steps"] == 10 * 56
+    assert records[0]["curve"] == records[1]["curve"]
