@@ -17,6 +17,7 @@ import numpy as np
 
 from ray_soup.checkpoints import Ingredient
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.models import look_in
 from ray_soup.recipe import Recipe
 from ray_soup.shard import GroupLost, Mesh, Partial, Ready, Score, Shard
 
@@ -86,7 +87,11 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mes
 
 
 class RemoteShard(Shard):
-    """A shard in an actor's process: it knows its node."""
+    """A shard in an actor's process."""
+
+    def __init__(self, folder: str, *arguments: Any):
+        look_in(folder)
+        super().__init__(*arguments)
 
     def serve_group(self) -> tuple[str, int]:
         import ray
@@ -104,7 +109,7 @@ class Actors:
         self.mesh, self._learning = mesh, learning
         self._begun: tuple[np.ndarray, np.ndarray] | None = None
         self._groups = [self._placement(recipe, mesh, cpus) for _ in range(mesh.replicas)]
-        remote = ray.remote(RemoteShard)
+        remote, folder = ray.remote(RemoteShard), os.getcwd()
 
         def make(rank: int) -> Any:
             options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": recipe.actors.gpus, "max_restarts": 0}
@@ -114,7 +119,7 @@ class Actors:
                 options["placement_group_bundle_index"] = rank % mesh.shards
             else:
                 options["scheduling_strategy"] = "SPREAD"
-            return remote.options(**options).remote(recipe, ingredients, mesh, rank, max(1, int(cpus)))
+            return remote.options(**options).remote(folder, recipe, ingredients, mesh, rank, max(1, int(cpus)))
 
         self._make = make
         self._handles: list[Any] = [None] * mesh.size

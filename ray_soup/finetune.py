@@ -183,8 +183,11 @@ def _trunk(recipe: Recipe, file: Path, watch: Watch) -> str:
     if not file.exists():
         cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])))
 
+        folder = os.getcwd()
+
         def work(threads: int) -> Iterator[tuple[int, int]]:
             torch.set_num_threads(threads)
+            models.look_in(folder)
             yield from train(recipe, recipe.finetune.trunk, None, recipe.finetune.seed, f"{file}.tmp")
             os.replace(f"{file}.tmp", file)
 
@@ -211,7 +214,7 @@ def _search(
     recipe: Recipe, space: dict[str, Any], init: str, state: Path, watch: Watch
 ) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
     """(hyperparameters, metrics, checkpoint file) of each trial that did not fail, in order."""
-    total = recipe.finetune.trials
+    total, folder = recipe.finetune.trials, os.getcwd()
 
     Progress.watch, Progress.total = staticmethod(watch), total
 
@@ -219,10 +222,11 @@ def _search(
         import tempfile
 
         torch.set_num_threads(1)
-        with tempfile.TemporaryDirectory() as folder:
-            work = train(recipe, config, init, config["seed"], f"{folder}/model.safetensors")
+        models.look_in(folder)
+        with tempfile.TemporaryDirectory() as made:
+            work = train(recipe, config, init, config["seed"], f"{made}/model.safetensors")
             metrics = yield_from(work)
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(made))
 
     resources = {"cpu": 1, "gpu": recipe.actors.gpus} if recipe.actors.gpus else {"cpu": 1}
     trainable = tune.with_resources(trial, resources)

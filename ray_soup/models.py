@@ -37,11 +37,16 @@ class ImageClassifier(torch.nn.Module):
         return self.head(self.visual(images))
 
 
+def look_in(folder: str) -> None:
+    """Find `module:function` in this folder too: a worker's current folder need not be its driver's."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def import_function(spec: str) -> Callable[..., Any]:
     """`package.module:function`, looked for in the current folder too. Raises RecipeError."""
     module_name, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    look_in(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), name)
     except ImportError as error:

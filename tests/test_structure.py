@@ -4,7 +4,10 @@ import ast
 
 from tests.conftest import ROOT
 
-ORDER = ["errors", "recipe", "cache", "checkpoints", "blocks", "models", "data", "kernels", "directions", "hyperplane", "shard", "actors", "coefficients", "learn", "greedy", "bake", "report", "pipeline", "finetune", "demo", "cli"]
+ORDER = str.split(
+    "errors recipe cache checkpoints blocks models data kernels directions hyperplane shard actors coefficients learn "
+    "greedy bake report pipeline finetune demo cli"
+)
 MAY_IMPORT_RAY = {"actors", "finetune"}
 
 
