@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -83,7 +84,12 @@ def _open_clip(spec: str) -> Built:
     if config is None:
         raise RecipeError(f"model: open_clip has no '{name}'. `python -c 'import open_clip; "
                           "print(open_clip.list_models())'` lists what it has.")  # fmt: skip
-    clip = open_clip.create_model(name, pretrained=None)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # that no pretrained weights were loaded: the ingredients bring theirs
+    try:
+        clip = open_clip.create_model(name, pretrained=None)
+    finally:
+        logging.disable(before)
     visual = clip.visual
     mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD

@@ -1,0 +1,1 @@
+"""Speed and memory, as ratios inside one run: `python -m tests.benchmarks [NAME...]`."""
