@@ -78,13 +78,14 @@ def _work(task: Callable[[Progress], Any]) -> Any:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from ray_soup.report import table
 
     head, cells = table(rows)
-    shown = Table(*head)
+    shown = Table(*head, box=box.SIMPLE, padding=(0, 1, 0, 0))  # fits into 80 columns
     for number, column in enumerate(shown.columns):
         column.justify, column.no_wrap = ("right" if number else "left"), True
     for line in cells:
