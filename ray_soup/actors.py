@@ -248,6 +248,7 @@ class Actors:
             self._handles[rank] = self._make(rank)
         news = {self._handles[rank].setup.remote(self._learning): rank for rank in ranks}
         ready: dict[int, Ready] = {}
+        watch("starting actors", 0, len(ranks))
         while news:
             some, _ = ray.wait(list(news), num_returns=1, timeout=DEADLINE_S)
             if not some:
@@ -267,6 +268,7 @@ class Actors:
                 raise SoupError(f"Actor {news[some[0]]} was lost while setting up: {_first_line(error)}") from error
             if isinstance(value, Ready):
                 ready[news[some[0]]] = value
+                watch("starting actors", len(ready), len(ranks))
             else:
                 watch(*value)
         if self.mesh.shards > 1:

@@ -72,6 +72,7 @@ def _work(task: Callable[[Progress], Any]) -> Any:
     with _errors():
         progress = Progress()
         try:
+            progress("starting", 0, 1)  # Ray and the libraries take seconds to come up
             return task(progress)
         finally:
             progress.stop()
