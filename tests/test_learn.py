@@ -117,7 +117,7 @@ def test_a_lost_actor_is_replaced_and_changes_no_bit(
 ) -> None:
     undisturbed, _ = learned(zoo, tmp_path / "a.pt", mesh, learn__model_batch=5)
     if fault == signal.SIGSTOP:
-        monkeypatch.setattr("ray_soup.actors.DEADLINE_S", 20.0)
+        monkeypatch.setattr("ray_soup.actors.DEADLINE_S", 45.0)
     killed: list[int] = []
     step = Actors.step
 
