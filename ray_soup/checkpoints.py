@@ -389,7 +389,7 @@ def find_checkpoints(spec: str | Sequence[str]) -> list[str]:
         paths = [p for p in _without_shards(found) if _checkpoint_of(p)]
     elif os.path.isdir(spec):
         children = sorted((os.path.join(spec, child) for child in os.listdir(spec)), key=_natural)
-        paths = [p for p in _without_shards([c for c in children if _checkpoint_of(c)]) if _checkpoint_of(p)]
+        paths = _without_shards([c for c in children if _checkpoint_of(c)])
     elif os.path.exists(spec):
         paths = [spec] if _checkpoint_of(spec) else []
     else:

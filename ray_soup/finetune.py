@@ -26,10 +26,9 @@ from ray.tune.search import BasicVariantGenerator
 
 from ray_soup import models
 from ray_soup.actors import Watch, connect
-from ray_soup.blocks import layout_of
-from ray_soup.checkpoints import open_ingredient, sha256_file
+from ray_soup.checkpoints import sha256_file
 from ray_soup.data import batch_positions, load_source
-from ray_soup.errors import IngredientError, RecipeError, SoupError
+from ray_soup.errors import RecipeError, SoupError
 from ray_soup.recipe import Recipe
 
 T = TypeVar("T")
@@ -49,7 +48,7 @@ def train(
     built = models.build(recipe.model)
     model = built.model.to(device)
     if init is not None:
-        _load(model, init)
+        models.load_checkpoint(model, init)
     assert recipe.data.train is not None
     loaded = yield from load_source(recipe.data.train, built.preprocess)
     random = np.random.default_rng(seed)
@@ -103,17 +102,6 @@ def shifted(images: torch.Tensor, most: int, random: np.random.Generator) -> tor
         for image, (top, left) in zip(padded, random.integers(0, 2 * most + 1, (len(images), 2)), strict=True)
     ]
     return torch.stack(moved)
-
-
-def _load(model: torch.nn.Module, path: str) -> None:
-    layout = layout_of(model)
-    checkpoint = open_ingredient(path)
-    if not checkpoint.match(layout.state_shapes, layout.tied):
-        raise IngredientError(f"{path} does not fit the model that is to be fine-tuned.")
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, shape in layout.state_shapes.items():
-            state[name].copy_(checkpoint.read(name).view(shape))
 
 
 def _accuracy(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> float:
@@ -182,7 +170,6 @@ def _trunk(recipe: Recipe, file: Path, watch: Watch) -> str:
     """The initialisation that all trials share, trained on all cores of one node unless it is there."""
     if not file.exists():
         cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])))
-
         folder = os.getcwd()
 
         def work(threads: int) -> Iterator[tuple[int, int]]:
@@ -215,7 +202,6 @@ def _search(
 ) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
     """(hyperparameters, metrics, checkpoint file) of each trial that did not fail, in order."""
     total, folder = recipe.finetune.trials, os.getcwd()
-
     Progress.watch, Progress.total = staticmethod(watch), total
 
     def trial(config: dict[str, Any]) -> None:

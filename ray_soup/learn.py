@@ -113,17 +113,21 @@ def learn(
         state.seconds, saved = time.monotonic() - started, time.monotonic()
         save_state(state, state_file)
 
+    def x_of(y: torch.Tensor, norms: np.ndarray) -> np.ndarray:
+        """What travels to the actors."""
+        return to_x(y.numpy(), norms).astype(np.float32)
+
     for turn in range(state.turn, len(turns)):
         chosen = turns[turn]
         n = norms[chosen]
-        actors.begin(chosen, to_x(state.y.numpy(), norms).astype(np.float32))
+        actors.begin(chosen, x_of(state.y, norms))
         if state.moving is None:
             state.moving, state.best = state.y[chosen].clone(), state.y[chosen].clone()
         optimizer = make_optimizer(options, state.moving)
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
         if turn == 0 and not state.curve:
-            start = actors.evaluate(to_x(state.moving.numpy(), n).astype(np.float32), "select", examples["select"])
+            start = actors.evaluate(x_of(state.moving, n), "select", examples["select"])
             state.best_nll = start.nll
             state.curve.append(
                 {"turn": 0, "epoch": -1, "select_nll": start.nll, "select_accuracy": start.accuracy, "steps": 0}
@@ -132,7 +136,7 @@ def learn(
             batches = batch_positions(examples["fit"], options.batch_size, options.seed, 2, turn, epoch)
             for step in range(state.step, steps_per_epoch):
                 begun = time.perf_counter()
-                x = to_x(state.moving.numpy(), n).astype(np.float32)
+                x = x_of(state.moving, n)
                 partials = actors.step(x, batches[step])
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(options, epoch * steps_per_epoch + step, steps_per_turn)
@@ -143,7 +147,7 @@ def learn(
                 watch(state.steps, len(turns) * steps_per_turn, state)
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save(optimizer)
-            score = actors.evaluate(to_x(state.moving.numpy(), n).astype(np.float32), "select", examples["select"])
+            score = actors.evaluate(x_of(state.moving, n), "select", examples["select"])
             if score.nll < state.best_nll:
                 state.best_nll, state.best = score.nll, state.moving.clone()
             state.curve.append(

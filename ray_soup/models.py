@@ -14,7 +14,8 @@ from urllib.parse import parse_qsl
 import torch
 
 from ray_soup.blocks import Layout, layout_of
-from ray_soup.errors import RecipeError
+from ray_soup.checkpoints import open_ingredient
+from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.recipe import is_function
 
 
@@ -95,6 +96,19 @@ def _open_clip(spec: str) -> Built:
     std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     preprocess = open_clip.image_transform(visual.image_size, is_train=False, mean=mean, std=std)
     return Built(ImageClassifier(visual, config["embed_dim"], int(options["classes"])), preprocess)
+
+
+def load_checkpoint(model: torch.nn.Module, path: str) -> None:
+    """Fill in the numbers of `model`, in place, from the checkpoint at `path`. Raises IngredientError if it does not fit."""
+    layout = layout_of(model)
+    checkpoint = open_ingredient(path)
+    if not checkpoint.match(layout.state_shapes, layout.tied):
+        missing = sorted(set(layout.state_shapes) - set(checkpoint.tensors))[:3]
+        raise IngredientError(f"{path} does not fit the model: it lacks {missing}.")
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, shape in layout.state_shapes.items():
+            state[name].copy_(checkpoint.read(name).view(shape))
 
 
 def describe(spec: str) -> Layout:

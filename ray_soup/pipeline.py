@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ray_soup import __version__
-from ray_soup.actors import Actors, connect, resolve_mesh
+from ray_soup.actors import Actors, Watch, connect, resolve_mesh
 from ray_soup.bake import bake, mix_range
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
@@ -45,8 +45,6 @@ from ray_soup.recipe import Data, Recipe, dump_recipe, load_recipe
 from ray_soup.report import model_card
 from ray_soup.shard import Mesh, Ready, buffer_of
 
-Watch = Callable[[str, int, int], None]
-"""Is told (what is being done, done, in all)."""
 LEARNED = ("mehl", "mehl+")
 MODEL, COEFFICIENTS = "model.safetensors", "coefficients.safetensors"
 
@@ -115,7 +113,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def _completed(recipe: Recipe, ingredients: list[Ingredient], out: Path) -> Soup | None:
     """The finished soup in `out`, if there is one of this recipe. Raises RecipeError if there is one of another."""
-    begun: dict[str, Any] = {"recipe": dump_recipe(recipe), "ingredients": [i.identity for i in ingredients]}
+    begun = _begun(recipe, ingredients)
     file = out / "state" / "begun.json"
     foreign = [f.name for f in out.iterdir() if f.name != "state"]
     if not file.exists():
@@ -137,6 +135,11 @@ def _completed(recipe: Recipe, ingredients: list[Ingredient], out: Path) -> Soup
         return None
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return Soup(out, rows, record, record.get("notes", []), was_complete=True)
+
+
+def _begun(recipe: Recipe, ingredients: list[Ingredient]) -> dict[str, Any]:
+    """What a folder is begun with: the same command finds the same here."""
+    return {"recipe": dump_recipe(recipe), "ingredients": [i.identity for i in ingredients]}
 
 
 def _difference(old: str, new: str) -> str:
@@ -437,8 +440,7 @@ def bake_again(out: str | Path, new_out: str | Path, watch: Watch = silent) -> S
         folder.mkdir()
         bake(coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        begun: dict[str, Any] = {"recipe": dump_recipe(recipe), "ingredients": [i.identity for i in ingredients]}
-        _write(new_out / "state" / "begun.json", json.dumps(begun))
+        _write(new_out / "state" / "begun.json", json.dumps(_begun(recipe, ingredients)))
         _publish(recipe, coefficients, rows, record, record.get("notes", []), folder, new_out)
     return Soup(new_out, rows, record)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ray_soup import directions, models
 from ray_soup.blocks import Partition, flatten, layout_of, partition
-from ray_soup.checkpoints import Ingredient, open_ingredient
+from ray_soup.checkpoints import Ingredient
 from ray_soup.data import Examples, load_splits
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.hyperplane import Hyperplane
@@ -51,7 +51,6 @@ class Partial:
     gradient: np.ndarray
     """float64 [m, B]: sum over the examples of dL/dx."""
     loss: float
-    correct: int
     seconds: float
 
 
@@ -77,14 +76,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Ready:
-    """What an actor knows once it is set up: examples in each split, classes, the blocks and their norms."""
+    """What an actor knows once it is set up: examples in each split, the blocks and their norms, the ingredients' hashes."""
 
     examples: dict[str, int]
-    classes: int
     partition: Partition | None
     norms: np.ndarray | None
     """float64 [K, B]."""
-    row_bytes: int
     sha256: tuple[str, ...]
 
 
@@ -103,9 +100,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         with open("/proc/cpuinfo") as info:
-            return any(flag in info.read() for flag in ("avx512_bf16", "amx_bf16"))
+            flags = info.read()
     except OSError:
         return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 class GroupLost(Exception):
@@ -140,7 +138,7 @@ class Shard:
         self.examples: dict[str, Examples] = yield from _named(
             "decoding images", load_splits(self.recipe.data, self.recipe.learn.seed, built.preprocess)
         )
-        classes = self._check_classes()
+        self._check_classes()
         shards = self.mesh.shards
         self.slice = -(-self.layout.numel // shards)  # the vector is padded to slices of equal length
         self.low = min(self.shard * self.slice, self.layout.numel)
@@ -151,7 +149,7 @@ class Shard:
         self.autocast = self.recipe.precision == "bfloat16" or (
             self.recipe.precision == "auto" and has_fast_bfloat16(self.device)
         )
-        parts, norms, row_bytes = None, None, 0
+        parts, norms = None, None
         sha256: tuple[str, ...] = ()
         if learning:
             store = yield from _named(
@@ -162,12 +160,16 @@ class Shard:
             self.plane = Hyperplane(store, parts, self.low, self.high, self.device, self.threads)
             self.center = _readable(store.center[self.low : self.high]).to(self.device)
             self._want_gradients_of(store.variant)
-            row_bytes, sha256 = store.row_bytes, store.sha256
+            sha256 = store.sha256
         flatten(self.model, self.theta, self.gradient if learning else None, self.layout)
-        self._average_buffers()
-        yield Ready({k: len(v) for k, v in self.examples.items()}, classes, parts, norms, row_bytes, sha256)
+        self._soup_buffers = {
+            name: buffer_of(self.ingredients, name, self.recipe.buffers).to(self.device)
+            for name in (self.layout.buffers if self.ingredients else ())
+        }
+        self._restore_buffers()
+        yield Ready({k: len(v) for k, v in self.examples.items()}, parts, norms, sha256)
 
-    def _check_classes(self) -> int:
+    def _check_classes(self) -> None:
         first = next(iter(self.examples.values()), None)
         if first is None:
             raise RecipeError("The recipe names no data. Add data: with fit and test.")
@@ -184,19 +186,17 @@ class Shard:
             raise RecipeError(f"The model {self.recipe.model} returned {list(logits.shape)}; expected logits [n, classes].")
         for examples in self.examples.values():
             examples.check_labels(logits.shape[1])
-        return logits.shape[1]
 
     def _want_gradients_of(self, variant: np.ndarray) -> None:
         parameters = dict(self.model.named_parameters())
         for name, moves in zip(self.layout.names, variant, strict=True):
             parameters[name].requires_grad_(bool(moves))
 
-    def _average_buffers(self) -> None:
+    def _restore_buffers(self) -> None:
         """Buffers as the soup will have them (bake.py writes the same)."""
         state = self.model.state_dict()
-        for name in self.layout.buffers:
-            if self.ingredients:
-                state[name].copy_(buffer_of(self.ingredients, name, self.recipe.buffers).view(state[name].shape))
+        for name, buffer in self._soup_buffers.items():
+            state[name].copy_(buffer.view(state[name].shape))
 
     # Fellow shards
 
@@ -262,7 +262,6 @@ class Shard:
         self._combine(x)
         self.gradient.zero_()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for first in range(0, len(positions), self.micro_batch):
             images, labels = self.examples["fit"].batch(positions[first : first + self.micro_batch], self.device)
             with self._precision():
@@ -270,9 +269,8 @@ class Shard:
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             loss.backward()
             loss_sum += loss.detach()
-            correct += (logits.argmax(dim=1) == labels).sum()
         projected = self.plane.project(self._scatter())
-        return Partial(projected, loss_sum.item(), int(correct.item()), time.perf_counter() - start)
+        return Partial(projected, loss_sum.item(), time.perf_counter() - start)
 
     def evaluate(self, x: np.ndarray, split: str, part: tuple[int, int]) -> Score:
         """Score of the current model batch at x float32 [m, B] on the examples part[0] to part[1] of a split."""
@@ -282,20 +280,11 @@ class Shard:
 
     def evaluate_file(self, path: str, split: str, part: tuple[int, int]) -> Score:
         """Score in float32 of the checkpoint at `path` on the examples part[0] to part[1] of a split."""
-        ingredient = open_ingredient(path)
-        if not ingredient.match(self.layout.state_shapes, self.layout.tied):
-            missing = sorted(set(self.layout.state_shapes) - set(ingredient.tensors))[:3]
-            raise IngredientError(f"{path} does not fit the model {self.recipe.model}: it lacks {missing}.")
-        for name, start, size in zip(self.layout.names, self.layout.offsets, self.layout.sizes, strict=False):
-            self.theta[start : start + size].copy_(ingredient.read(name))
-        state = self.model.state_dict()
-        for name in self.layout.buffers:
-            state[name].copy_(ingredient.read(name).view(state[name].shape))
-        ingredient.close()
+        models.load_checkpoint(self.model, path)
         try:
             return self._score(split, part)
         finally:
-            self._average_buffers()
+            self._restore_buffers()
 
     def _score(self, split: str, part: tuple[int, int]) -> Score:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
