@@ -96,6 +96,7 @@ def main() -> dict[str, float]:
     try:
         layout = describe(MODEL)
         write_zoo(folder, layout.state_shapes)
+        os.sync()  # the writing of the zoo is not what is measured
         files = sorted(folder.glob("*.safetensors"))
         nbytes = sum(f.stat().st_size for f in files)
         start = time.perf_counter()
