@@ -6,7 +6,6 @@ asked again; what the code got wrong is raised.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -16,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ray_soup.checkpoints import Ingredient
+from ray_soup.data import Split
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.models import look_in
+from ray_soup.outcomes import Outcome, Score, join
 from ray_soup.recipe import Recipe
-from ray_soup.shard import GroupLost, Mesh, Partial, Ready, Score, Shard
+from ray_soup.shard import GroupLost, Mesh, Partial, Ready, Shard, Taken
 
 DEADLINE_S = float(os.environ.get("RAY_SOUP_DEADLINE_S", 600))  # of one answer, or one sign of life while setting up
 ATTEMPTS = 5  # at one call, before a run that loses its actors again and again is given up
@@ -103,10 +104,11 @@ class RemoteShard(Shard):
 class Actors:
     """A mesh of actors, and what the driver may ask of them. Every answer comes in the order of ranks."""
 
-    def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, cpus: float, learning: bool):
+    def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, cpus: float):
         import ray
 
-        self.mesh, self._learning = mesh, learning
+        self.mesh = mesh
+        self._taken: tuple[tuple[int, ...], str | int] | None = None
         self._begun: tuple[np.ndarray, np.ndarray] | None = None
         self._groups = [self._placement(recipe, mesh, cpus) for _ in range(mesh.replicas)]
         remote, folder = ray.remote(RemoteShard), os.getcwd()
@@ -145,54 +147,96 @@ class Actors:
 
     def setup(self, watch: Watch) -> Ready:
         """Start all actors and wait until they are ready; what they know is the same for all of them."""
-        return self._start(list(range(self.mesh.size)), watch)[0]
+        return self._start(list(range(self.mesh.size)), watch)
 
     # What the driver asks
+
+    def take(self, subset: tuple[int, ...], blocks: str | int, watch: Watch) -> Taken:
+        """Hold directions of the ingredients `subset` around their mean, to learn coefficients for blocks of this kind."""
+        self._taken, self._begun = None, None
+        call = (subset, blocks)
+        taken = self._ask("take", lambda actor, rank: actor.take.remote(*call), watch=watch)[0]
+        self._taken = call
+        return taken
 
     def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
         """Start a model batch: ingredients `chosen` [m] move, the others stay at x float32 [K, B]."""
         self._begun = (chosen, x)
         self._ask("begin", lambda actor, rank: actor.begin.remote(chosen, x))
 
-    def step(self, x: np.ndarray, positions: np.ndarray) -> list[Partial]:
-        """Partial projected gradients at x float32 [m, B], of one batch of fit split over the actors."""
-        parts = np.array_split(positions, self.mesh.size)
-        return self._ask("step", lambda actor, rank: actor.step.remote(x, parts[rank]))
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
+        """Partial projected gradients at x float32 [m, B], of one batch split over the actors."""
+        parts = batch.parts(self.mesh.size)
+        return self._ask("step", lambda actor, rank: actor.step.remote(x, factor, parts[rank]))
 
-    def evaluate(self, x: np.ndarray, split: str, examples: int) -> Score:
-        """Score on a split at x float32 [m, B], its examples split over the actors."""
-        parts = _spans(examples, self.mesh.size)
-        scores = self._ask("evaluate", lambda actor, rank: actor.evaluate.remote(x, split, parts[rank]))
-        return sum(scores, Score())
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
+        """Score at x float32 [m, B], the examples split over the actors."""
+        parts = split.parts(self.mesh.size)
+        return sum(self._ask("evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank])), Score())
 
-    def evaluate_file(self, path: str, split: str, examples: int) -> Score:
-        """Score of the checkpoint at `path`, the examples of the split split over the actors."""
-        parts = _spans(examples, self.mesh.size)
-        scores = self._ask("evaluate_file", lambda actor, rank: actor.evaluate_file.remote(path, split, parts[rank]))
-        return sum(scores, Score())
+    def gram(self) -> np.ndarray:
+        """Inner products of the directions that are held, float64 [K, K]."""
+        shards, replicas = self.mesh.shards, self.mesh.replicas
+        return sum(self._ask("gram", lambda actor, rank: actor.gram.remote((rank // shards, replicas))))
 
-    def evaluate_files(self, paths: list[str], split: str, examples: int) -> Iterator[Score]:
-        """Score of each checkpoint, whole checkpoints spread over the actors: yields them in order."""
+    def evaluate_file(self, path: str, splits: list[Split], factored: bool = True) -> list[Outcome]:
+        """What the checkpoint at `path` does on each split, the examples split over the actors."""
+        return self._whole("evaluate_file", splits, path, factored=factored)
+
+    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """The same of the last of `paths`, whose logits are added to those of the ones before it."""
+        return self._whole("evaluate_member", splits, paths)
+
+    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """What the mean of the logits of all `paths` does."""
+        return self._whole("evaluate_ensemble", splits, paths)
+
+    def _whole(self, what: str, splits: list[Split], paths: Any, **options: Any) -> list[Outcome]:
+        parts = [split.parts(self.mesh.size) for split in splits]
+        answers = self._ask(
+            what, lambda actor, rank: getattr(actor, what).remote(paths, [p[rank] for p in parts], **options)
+        )
+        return [join(outcomes) for outcomes in zip(*answers, strict=True)]
+
+    def evaluate_files(self, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+        """What each checkpoint does, whole checkpoints spread over the actors: yields them in order."""
         for first in range(0, len(paths), self.mesh.size):
             some = paths[first : first + self.mesh.size]
             yield from self._ask(
                 "evaluate_file",
-                lambda actor, rank, some=some: actor.evaluate_file.remote(some[rank], split, (0, examples)),
+                lambda actor, rank, some=some: actor.evaluate_file.remote(some[rank], splits, factored=False),
                 range(len(some)),
             )
 
+    def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
+        """How many examples the mean of the ingredients `kept` and `candidate` gets right; every actor takes each
+        mesh.size-th of them."""
+        size = self.mesh.size
+
+        def call(actor: Any, rank: int) -> Any:
+            return actor.try_candidate.remote(kept, candidate, [Split(s.source, s.rows[rank::size]) for s in splits])
+
+        return sum(self._ask("try_candidate", call))
+
+    def forget(self) -> None:
+        """Let go of what was kept for an ensemble or a greedy search."""
+        self._ask("forget", lambda actor, rank: actor.forget.remote())
+
+    def reset_peak(self) -> None:
+        self._ask("reset_peak", lambda actor, rank: actor.reset_peak.remote())
+
     def peak_memory(self) -> list[int]:
-        """Most bytes that each actor has held."""
+        """Most bytes that each actor has held since `reset_peak`."""
         return self._ask("peak_memory", lambda actor, rank: actor.peak_memory.remote())
 
     # How it is asked
 
-    def _ask(self, what: str, call: Callable[[Any, int], Any], ranks: Any = None) -> list[Any]:
+    def _ask(self, what: str, call: Callable[[Any, int], Any], ranks: Any = None, watch: Watch | None = None) -> list[Any]:
         missing = list(range(self.mesh.size)) if ranks is None else list(ranks)
         answers: dict[int, Any] = {}
         wanted = list(missing)
         for _ in range(ATTEMPTS):
-            lost, reason = self._collect({rank: call(self._handles[rank], rank) for rank in missing}, answers)
+            lost, reason = self._collect({rank: call(self._handles[rank], rank) for rank in missing}, answers, watch)
             if not lost:
                 return [answers[rank] for rank in wanted]
             replicas = {rank // self.mesh.shards for rank in lost}
@@ -200,22 +244,28 @@ class Actors:
             self._replace(replicas)
         raise SoupError(f"'{what}' failed {ATTEMPTS} times: actors {sorted(lost)} were lost again and again ({reason}).")
 
-    def _collect(self, refs: dict[int, Any], answers: dict[int, Any]) -> tuple[set[int], str]:
-        """Fill in the answers; returns the ranks that were lost, and how."""
+    def _collect(self, calls: dict[int, Any], answers: dict[int, Any], watch: Watch | None = None) -> tuple[set[int], str]:
+        """Fill in the answers; returns the ranks that were lost, and how. With `watch` the calls are streams: it is told
+        what they yield before their answer."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        rank_of = {ref: rank for rank, ref in refs.items()}
+        rank_of = {call: rank for rank, call in calls.items()}
         waiting = list(rank_of)
         lost: set[int] = set()
         reason = ""
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=DEADLINE_S)
             if not ready:
-                return lost | {rank_of[ref] for ref in waiting}, f"no answer within {DEADLINE_S:.0f} s"
+                return lost | {rank_of[call] for call in waiting}, f"no answer within {DEADLINE_S:.0f} s"
             rank = rank_of[ready[0]]
             try:
-                answers[rank] = ray.get(ready[0])
+                value: Any = ray.get(next(ready[0]) if watch else ready[0])
+                if watch and isinstance(value, tuple):
+                    watch(*value)
+                    waiting.append(ready[0])
+                else:
+                    answers[rank] = value
             except RayActorError as error:
                 lost.add(rank)
                 reason = _first_line(error)
@@ -233,47 +283,35 @@ class Actors:
         ranks = [r * self.mesh.shards + s for r in sorted(replicas) for s in range(self.mesh.shards)]
         for rank in ranks:
             ray.kill(self._handles[rank])
-        self._start(ranks, lambda what, done, total: None)
+        self._start(ranks, quiet)
+        if self._taken is not None:
+            subset, blocks = self._taken
+            self._must(ranks, "being replaced", lambda actor: actor.take.remote(subset, blocks), quiet)
         if self._begun is not None:
             chosen, x = self._begun
-            lost, reason = self._collect({r: self._handles[r].begin.remote(chosen, x) for r in ranks}, {})
-            if lost:
-                raise SoupError(f"Actors {sorted(lost)} were lost while they were being replaced ({reason}).")
+            self._must(ranks, "being replaced", lambda actor: actor.begin.remote(chosen, x))
 
-    def _start(self, ranks: list[int], watch: Watch) -> list[Ready]:
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
+    def _must(self, ranks: list[int], when: str, call: Callable[[Any], Any], watch: Watch | None = None) -> list[Any]:
+        answers: dict[int, Any] = {}
+        lost, reason = self._collect({rank: call(self._handles[rank]) for rank in ranks}, answers, watch)
+        if lost:
+            import ray
 
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            raise SoupError(
+                f"Actors {sorted(lost)} were lost while {when} ({reason}). Is the cluster busy? It has free: {free}."
+            )
+        return [answers[rank] for rank in ranks]
+
+    def _start(self, ranks: list[int], watch: Watch) -> Ready:
         for rank in ranks:
             self._handles[rank] = self._make(rank)
-        news = {self._handles[rank].setup.remote(self._learning): rank for rank in ranks}
-        ready: dict[int, Ready] = {}
         watch("starting actors", 0, len(ranks))
-        while news:
-            some, _ = ray.wait(list(news), num_returns=1, timeout=DEADLINE_S)
-            if not some:
-                raise SoupError(
-                    f"Actors {sorted(news.values())} gave no sign of life within {DEADLINE_S:.0f} s of starting. Is the "
-                    "cluster busy? It has free: "
-                    f"{ {k: v for k, v in ray.available_resources().items() if k in ('CPU', 'GPU')} }."
-                )
-            try:
-                value = ray.get(next(some[0]))  # type: ignore[call-overload]
-            except StopIteration:
-                del news[some[0]]
-                continue
-            except RayTaskError as error:
-                raise error.cause from error
-            except RayActorError as error:
-                raise SoupError(f"Actor {news[some[0]]} was lost while setting up: {_first_line(error)}") from error
-            if isinstance(value, Ready):
-                ready[news[some[0]]] = value
-                watch("starting actors", len(ready), len(ranks))
-            else:
-                watch(*value)
+        ready = self._must(ranks, "starting", lambda actor: actor.setup.remote(), watch)
+        watch("starting actors", len(ranks), len(ranks))
         if self.mesh.shards > 1:
             self._join(ranks)
-        return [ready[rank] for rank in ranks]
+        return ready[0]
 
     def _join(self, ranks: list[int]) -> None:
         import ray
@@ -285,9 +323,7 @@ class Actors:
         ray.get(joins, timeout=DEADLINE_S)
 
 
-def _spans(examples: int, parts: int) -> list[tuple[int, int]]:
-    cuts = [examples * p // parts for p in range(parts + 1)]
-    return list(itertools.pairwise(cuts))
+def quiet(what: str, done: int, total: int) -> None: ...
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,6 +61,7 @@ def bake(
     The ingredients must have been checked against each other. Raises SoupError if the disk is full.
     """
     first = ingredients[0]
+    used = [ingredients[k] for k in coefficients.used()]
     shapes = {name: info.shape for name, info in first.tensors.items()}
     dtypes = {name: common_dtype(ingredients, name) for name in shapes}
     header, begins, length = _header(shapes, dtypes, coefficients.tied or {})
@@ -86,7 +87,7 @@ def bake(
 
             for name in shapes:
                 if name not in coefficients.block_of:
-                    buffer = buffer_of(ingredients, name, coefficients.buffers).to(dtypes[name])
+                    buffer = buffer_of(used, name, coefficients.buffers).to(dtypes[name])
                     write(name, 0, buffer)
             done = 0
             with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:

@@ -6,6 +6,7 @@ contiguous run of parameter tensors that share one coefficient per ingredient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,10 @@ class Layout:
     def numel(self) -> int:
         """N, the length of the parameter vector."""
         return int(self.sizes.sum())
+
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """Name, start and stop of each tensor."""
+        return zip(self.names, self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:

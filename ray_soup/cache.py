@@ -73,6 +73,14 @@ def cached(kind: str, key: str, nbytes: int, make: Callable[[Path], Iterator[T]]
         return InUse(folder)
 
 
+def lookup(kind: str, key: str) -> InUse | None:
+    """The folder, held, if it has been made."""
+    try:
+        return InUse(cache_folder() / kind / key)
+    except OSError:
+        return None
+
+
 @contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
     try:

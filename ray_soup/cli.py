@@ -14,7 +14,7 @@ import click
 from ray_soup import __version__
 from ray_soup.errors import SoupError
 
-METHODS = ("mehl", "mehl+")
+METHODS = ("learned", "learned+", "mehl", "mehl+")
 
 
 class Progress:
@@ -192,7 +192,7 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
             from ray_soup.pipeline import LEARNED, run
             from ray_soup.recipe import load_recipe
 
-            loaded = load_recipe(recipe, overrides, **({"method": chosen} if chosen else {}))
+            loaded = load_recipe(recipe, overrides, chosen)
             if method is None and loaded.method not in LEARNED:
                 raise RecipeError(f"`learn` takes the methods {', '.join(LEARNED)}; the recipe says {loaded.method}.")
             return run(loaded, out, progress)
@@ -204,8 +204,9 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
     main.command(name, help=text)(command)
 
 
-_soup_command("learn", None, "Learn a soup's coefficients (MEHL-Soup) and write the soup to OUT.")
+_soup_command("learn", None, "Learn a soup's coefficients (MEHL-Soup, Learned-Soup) and write the soup to OUT.")
 _soup_command("uniform", "uniform", "The plain mean of all ingredients.")
+_soup_command("greedy", "greedy", "The mean of those ingredients that, from the best down, do not lower its accuracy.")
 _soup_command("best-single", "best_single", "The one ingredient that is most accurate on the held-out set.")
 
 

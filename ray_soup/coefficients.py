@@ -2,6 +2,9 @@
 
 x[k, b] = y[k, b] / n[k, b]                          coordinates y are unit-scaled: one learning rate fits every block
 c[k, b] = x[k, b] + (1 - sum_j x[j, b]) / K          each column sums to 1, any sign
+
+Learned soups (Wortsman et al. 2022): c = softmax(y) over the ingredients, and a factor t on the logits. Since c sums to 1,
+sum_k c_k theta_k = center + sum_k c_k d_k: the same combine and project with x = c, and the chain rule.
 """
 
 from __future__ import annotations
@@ -34,6 +37,43 @@ def to_coefficients(x: np.ndarray) -> np.ndarray:
     return x + (1 - x.sum(axis=0, keepdims=True)) / len(x)
 
 
+@dataclass(frozen=True)
+class Affine:
+    """MEHL: coordinates y float64 [m, B] for directions with norms [m, B]; y = 0 is the uniform soup."""
+
+    norms: np.ndarray
+    learns_factor = False
+
+    def x(self, y: np.ndarray) -> np.ndarray:
+        return to_x(y, self.norms)
+
+    def gradient(self, y: np.ndarray, by_x: np.ndarray) -> np.ndarray:
+        """dL/dy from dL/dx, both [m, B]."""
+        return to_x(by_x, self.norms)
+
+    def coefficients(self, y: np.ndarray) -> np.ndarray:
+        return to_coefficients(to_x(y, self.norms))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Learned soups: y float64 [K, B], x = c = softmax(y) over all ingredients; y = 0 is the uniform soup."""
+
+    norms: np.ndarray
+    learns_factor = True
+
+    def x(self, y: np.ndarray) -> np.ndarray:
+        powers = np.exp(y - y.max(axis=0))
+        return powers / powers.sum(axis=0)
+
+    def gradient(self, y: np.ndarray, by_x: np.ndarray) -> np.ndarray:
+        """dL/dy = c (dL/dc - sum_j c_j dL/dc_j), [K, B]."""
+        c = self.x(y)
+        return c * (by_x - (c * by_x).sum(axis=0))
+
+    coefficients = x
+
+
 def learning_rate(learn: Learn, step: int, steps: int) -> float:
     """Of step 0 <= step < steps: a linear warm-up, then a cosine to zero; or constant."""
     if not learn.cosine_lr:
@@ -44,11 +84,11 @@ def learning_rate(learn: Learn, step: int, steps: int) -> float:
     return learn.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def make_optimizer(learn: Learn, y: torch.Tensor) -> torch.optim.Optimizer:
-    """For the coordinates y float64 [m, B]."""
+def make_optimizer(learn: Learn, *parameters: torch.Tensor) -> torch.optim.Optimizer:
+    """For the coordinates y float64 [m, B], and the factor on the logits where it is learned."""
     if learn.optimizer == "sgd":
-        return torch.optim.SGD([y], lr=learn.lr, weight_decay=learn.wd, momentum=0.9)
-    return torch.optim.AdamW([y], lr=learn.lr, weight_decay=learn.wd)
+        return torch.optim.SGD(parameters, lr=learn.lr, weight_decay=learn.wd, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=learn.lr, weight_decay=learn.wd)
 
 
 def without_noise(gradient: np.ndarray, precision: float = 1e-6) -> np.ndarray:
@@ -70,11 +110,20 @@ class Coefficients:
     """Block of each parameter tensor, or MEAN."""
     buffers: str = "average"
     tied: dict[str, str] | None = None
+    factor: float = 1.0
+    """On the logits, learned beside the coefficients: one over the temperature."""
+    factored: tuple[str, ...] = ()
+    """The last layer's tensors, which carry `factor` in the model; empty where the model has no such layer."""
 
     def of(self, tensor: str) -> np.ndarray:
-        """The K coefficients of a parameter tensor."""
-        block = self.block_of[tensor]
-        return np.full(len(self.values), 1 / len(self.values)) if block == MEAN else self.values[:, block]
+        """The K coefficients of a parameter tensor, times the factor where it carries it."""
+        block, count = self.block_of[tensor], len(self.values)
+        values = np.full(count, 1 / count) if block == MEAN else self.values[:, block]
+        return values * self.factor if tensor in self.factored else values
+
+    def used(self) -> list[int]:
+        """The ingredients with a coefficient that is not zero."""
+        return [int(k) for k in np.flatnonzero(self.values.any(axis=1))]
 
     def shares(self) -> np.ndarray:
         """Each ingredient's mean coefficient over the blocks, float64 [K]."""
@@ -91,6 +140,7 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
         "block_of": json.dumps(c.block_of),
         "buffers": c.buffers,
         "tied": json.dumps(c.tied or {}),
+        "factor": json.dumps({"value": c.factor, "tensors": c.factored}),
     }
     save_file({"coefficients": torch.from_numpy(np.ascontiguousarray(c.values))}, path, metadata)
 
@@ -103,6 +153,7 @@ def load_coefficients(path: Path) -> Coefficients:
             if metadata.get("format") != FORMAT:
                 raise RecipeError(f"{path} has the format {metadata.get('format')!r}; expected {FORMAT!r}.")
             values = file.get_tensor("coefficients").numpy()
+        factor = json.loads(metadata.get("factor", '{"value": 1.0, "tensors": []}'))
         return Coefficients(
             values,
             tuple(json.loads(metadata["ingredients"])),
@@ -110,6 +161,8 @@ def load_coefficients(path: Path) -> Coefficients:
             json.loads(metadata["block_of"]),
             metadata["buffers"],
             json.loads(metadata["tied"]),
+            factor["value"],
+            tuple(factor["tensors"]),
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as coefficients ({error}).") from error

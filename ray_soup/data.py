@@ -1,4 +1,4 @@
-"""The splits as cached arrays; seeded batches.
+"""Sources of labelled images as cached arrays; the cut into splits; seeded batches.
 
 A source is `.npz` (arrays `images` and `labels`, handed to the model as they are), Parquet (a column of image bytes and one
 of labels, decoded and preprocessed as the model wants it), or `module:function` (returns a map-style dataset of pairs).
@@ -7,9 +7,10 @@ What had to be decoded lies in the cache of the node as a memory-mapped array.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,53 +23,56 @@ from ray_soup.errors import RecipeError
 from ray_soup.models import import_function
 from ray_soup.recipe import Data, is_function
 
-SPLITS = ("fit", "select", "test")
+SOURCES = ("fit", "select", "test")
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Images, any shape with the batch first, and int64 labels; `rows` are those of the split."""
+class Split:
+    """Rows int32 of one source. Where select is a share of fit, both are rows of the source `fit`."""
 
     source: str
-    images: np.ndarray
-    labels: np.ndarray
     rows: np.ndarray
-    hold: InUse | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, positions: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and labels at `positions` of the split."""
-        rows = self.rows[positions]
+    def parts(self, count: int) -> list[Split]:
+        """Cut into as many parts in a row."""
+        return [Split(self.source, rows) for rows in np.array_split(self.rows, count)]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A source: images, any shape with the batch first, and int64 labels."""
+
+    spec: str
+    images: np.ndarray
+    labels: np.ndarray
+    hold: InUse | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels of `rows`."""
         images = torch.from_numpy(np.ascontiguousarray(self.images[rows]))
         return images.to(device, non_blocking=True), torch.from_numpy(self.labels[rows]).to(device, non_blocking=True)
 
     def check_labels(self, classes: int) -> None:
         """Raises RecipeError for a label that the model has no output for."""
-        labels = self.labels[self.rows]
-        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
         if len(wrong):
             raise RecipeError(
-                f"{self.source}: label {labels[wrong[0]]} at row {self.rows[wrong[0]]} ({len(wrong)} such); the model "
-                f"has {classes} classes, so labels are 0 to {classes - 1}. Correct the labels or the model."
+                f"{self.spec}: label {self.labels[wrong[0]]} at row {wrong[0]} ({len(wrong)} such); the model has "
+                f"{classes} classes, so labels are 0 to {classes - 1}. Correct the labels or the model."
             )
-
-
-@dataclass
-class Loaded:
-    """One source in memory or mapped; `hold` keeps its place in the cache."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    hold: InUse | None = None
 
 
 Preprocess = Callable[[Any], torch.Tensor] | None
 
 
-def load_source(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int], None, Loaded]:
-    """Yields (images decoded, images in all); the value of the generator is Loaded. Raises RecipeError."""
+def load_source(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int], None, Examples]:
+    """Yields (images decoded, images in all); the value of the generator is its Examples. Raises RecipeError."""
     if is_function(spec):
         return (yield from _from_function(spec))
     if not os.path.exists(spec):
@@ -80,15 +84,15 @@ def load_source(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int],
     raise RecipeError(f"data: {spec} is of no known kind. Expected .npz, .parquet, or module:function.")
 
 
-def _checked(spec: str, images: np.ndarray, labels: np.ndarray) -> Loaded:
+def _checked(spec: str, images: np.ndarray, labels: np.ndarray) -> Examples:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise RecipeError(f"data: {spec}: labels are {labels.dtype} {list(labels.shape)}; expected int64 [n].")
     if len(images) != len(labels) or len(images) == 0:
         raise RecipeError(f"data: {spec}: {len(images)} images and {len(labels)} labels; expected as many of both.")
-    return Loaded(images, labels.astype(np.int64))
+    return Examples(spec, images, labels.astype(np.int64))
 
 
-def _from_npz(spec: str) -> Loaded:
+def _from_npz(spec: str) -> Examples:
     try:
         with np.load(spec, allow_pickle=False) as arrays:
             missing = {"images", "labels"} - set(arrays.files)
@@ -99,7 +103,7 @@ def _from_npz(spec: str) -> Loaded:
         raise RecipeError(f"data: {spec} cannot be read as .npz ({error}). Write it with numpy.savez.") from error
 
 
-def _from_function(spec: str) -> Generator[tuple[int, int], None, Loaded]:
+def _from_function(spec: str) -> Generator[tuple[int, int], None, Examples]:
     dataset = import_function(spec)()
     total = len(dataset)
     images, labels = [], []
@@ -112,7 +116,7 @@ def _from_function(spec: str) -> Generator[tuple[int, int], None, Loaded]:
     return _checked(spec, np.stack(images), np.array(labels, dtype=np.int64))
 
 
-def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int], None, Loaded]:
+def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int], None, Examples]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,8 +137,7 @@ def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int
         )
     labels = table.column(label_column).to_numpy()
     images = table.column(image_column)
-    files = [Path(spec)] if os.path.isfile(spec) else sorted(Path(spec).rglob("*.parquet"))
-    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(spec)]
     first = _decode(spec, 0, images[0].as_py(), preprocess)
     nbytes = first.nbytes * len(images)
 
@@ -154,9 +157,11 @@ def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int
         array.flush()
 
     hold = yield from cached("data", content_key(stats, image_column, repr(preprocess)), nbytes, make)
-    loaded = _checked(spec, np.load(hold.path / "images.npy", mmap_mode="r"), labels)
-    loaded.hold = hold
-    return loaded
+    return replace(_checked(spec, np.load(hold.path / "images.npy", mmap_mode="r"), labels), hold=hold)
+
+
+def _files(spec: str) -> list[Path]:
+    return sorted(Path(spec).rglob("*.parquet")) if os.path.isdir(spec) else [Path(spec)]
 
 
 def _is_image(kind: Any) -> bool:
@@ -177,24 +182,105 @@ def _decode(spec: str, row: int, value: Any, preprocess: Callable[[Any], torch.T
         raise RecipeError(f"data: {spec}: the image at row {row} cannot be decoded ({error}).") from error
 
 
-def load_splits(data: Data, seed: int, preprocess: Preprocess) -> Generator[tuple[int, int], None, dict[str, Examples]]:
-    """Yields (images decoded, in all) of the source at work; the value is {split: Examples}, of fit, select and test
-    those that the recipe names. A select share is drawn from fit by `seed`. Raises RecipeError."""
-    splits: dict[str, Examples] = {}
-    for name in SPLITS:
+def load_sources(data: Data, preprocess: Preprocess) -> Generator[tuple[int, int], None, dict[str, Examples]]:
+    """Yields (images decoded, in all) of the source at work; the value is {source: Examples}, of fit, select and test
+    those that the recipe names. Raises RecipeError."""
+    sources: dict[str, Examples] = {}
+    for name in SOURCES:
         spec = getattr(data, name)
         if isinstance(spec, str):
-            loaded = yield from load_source(spec, preprocess)
-            rows = np.arange(len(loaded.labels))
-            splits[name] = Examples(spec, loaded.images, loaded.labels, rows, loaded.hold)
+            sources[name] = yield from load_source(spec, preprocess)
+    return sources
+
+
+def digests(spec: str) -> Generator[tuple[int, int], None, np.ndarray]:
+    """A 64-bit hash of what each example's image is made from: the bytes in a Parquet file, else the array. uint64 [n].
+
+    Yields (done, in all). Kept in the cache for files.
+    """
+    if is_function(spec):
+        return _hashed((yield from load_source(spec, None)).images)
+
+    def make(folder: Path) -> Iterator[tuple[int, int]]:
+        if spec.endswith(".npz"):
+            found = _hashed((yield from load_source(spec, None)).images)
+        else:
+            parts = []
+            for column, done, total in _image_column(spec):
+                parts.append(_hashed([v["bytes"] if isinstance(v, dict) else v for v in column.to_pylist()]))
+                yield done, total
+            found = np.concatenate(parts)
+        np.save(folder / "digests.npy", found)
+        yield len(found), len(found)
+
+    key = content_key("digests", [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(spec)])
+    hold = yield from cached("digests", key, 0, make)
+    found = np.load(hold.path / "digests.npy")
+    hold.close()
+    return found
+
+
+def _hashed(images: Sequence[Any] | np.ndarray) -> np.ndarray:
+    def one(image: Any) -> bytes:
+        data = np.ascontiguousarray(image).data if isinstance(image, np.ndarray) else image
+        return hashlib.blake2b(data, digest_size=8).digest()
+
+    return np.frombuffer(b"".join(map(one, images)), np.uint64)
+
+
+def _image_column(spec: str) -> Iterator[tuple[Any, int, int]]:
+    import pyarrow.parquet as pq
+
+    done, readers = 0, [pq.ParquetFile(file) for file in _files(spec)]
+    total = sum(reader.metadata.num_rows for reader in readers)
+    for reader in readers:
+        column = next(field.name for field in reader.schema_arrow if _is_image(field.type))
+        for batch in reader.iter_batches(1024, columns=[column]):
+            done += len(batch)
+            yield batch.column(0), done, total
+
+
+def check_leaks(data: Data) -> Generator[tuple[int, int], None, dict[str, np.ndarray]]:
+    """No image may be in two of fit, select, test and the data that the ingredients were fine-tuned on. Raises RecipeError.
+
+    Yields (done, in all); the value is the digests of each.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name in ("train", *SOURCES):
+        spec = getattr(data, name)
+        if not isinstance(spec, str):
+            continue
+        found[name] = yield from digests(spec)
+        for other, theirs in found.items():
+            shared = np.flatnonzero(np.isin(found[name], theirs))
+            if other != name and len(shared):
+                first = shared[0]
+                twin = np.flatnonzero(theirs == found[name][first])[0]
+                raise RecipeError(
+                    f"data.{name} and data.{other} share {len(shared)} images: row {first} of {spec} is row {twin} of "
+                    f"{getattr(data, other)}. Figures on images that steered the choice, or trained the ingredients, would "
+                    "flatter: take these rows out of one of them."
+                )
+    return found
+
+
+def cut(data: Data, sizes: dict[str, int], fit_digests: np.ndarray | None, seed: int) -> dict[str, Split]:
+    """Fit, select and test, those that there are, as rows of the sources with these sizes. A select share is drawn from
+    fit by `seed`; images that are equal stay together. Raises RecipeError."""
+    splits = {name: Split(name, np.arange(size, dtype=np.int32)) for name, size in sizes.items()}
     if "fit" in splits and isinstance(data.select, float):
-        fit = splits["fit"]
-        chosen = round(len(fit) * data.select)
-        if not 0 < chosen < len(fit):
-            raise RecipeError(f"data: {fit.source} has {len(fit)} examples: too few to take {data.select} for select.")
-        order = np.random.default_rng([seed, 0]).permutation(len(fit))
-        splits["select"] = replace(fit, rows=np.sort(order[:chosen]))
-        splits["fit"] = replace(fit, rows=np.sort(order[chosen:]))
+        size = sizes["fit"]
+        chosen = round(size * data.select)
+        if not 0 < chosen < size:
+            raise RecipeError(f"data: {data.fit} has {size} examples: too few to take {data.select} for select.")
+        order = np.random.default_rng([seed, 0]).permutation(size).astype(np.int32)
+        if fit_digests is not None:
+            _, first, group = np.unique(fit_digests[order], return_index=True, return_inverse=True)
+            order = order[np.argsort(first[group], kind="stable")]
+            while chosen < size - 1 and fit_digests[order[chosen]] == fit_digests[order[chosen - 1]]:
+                chosen += 1
+        splits["select"] = Split("fit", np.sort(order[:chosen]))
+        splits["fit"] = Split("fit", np.sort(order[chosen:]))
     return splits
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from ray_soup.actors import Watch, connect
 from ray_soup.errors import RecipeError
 from ray_soup.finetune import finetune
 from ray_soup.pipeline import run
-from ray_soup.recipe import dump_recipe, make_recipe
+from ray_soup.recipe import make_recipe
 
 METHODS = ("best_single", "uniform", "mehl", "mehl+")
 RECIPE: dict[str, Any] = {
@@ -84,7 +85,7 @@ def demo(out: str | Path, watch: Watch) -> Demo:
         },
     }
     recipe = make_recipe(values)
-    (out / "recipe.yaml").write_text(dump_recipe(recipe))
+    (out / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     rows, notes = [], []
     with connect():
         finetune(recipe, out / "zoo", watch)

@@ -29,6 +29,7 @@ from ray_soup.actors import Watch, connect
 from ray_soup.checkpoints import sha256_file
 from ray_soup.data import batch_positions, load_source
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.folder import locked
 from ray_soup.recipe import Recipe
 
 T = TypeVar("T")
@@ -141,8 +142,6 @@ def search_space(recipe: Recipe) -> dict[str, Any]:
 def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, total: None) -> list[dict[str, Any]]:
     """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`, which lists for
     each its hyperparameters, metrics and SHA-256, and is returned. Goes on where a run before this one was stopped."""
-    from ray_soup.pipeline import locked
-
     out = Path(out).absolute()
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data.train to fine-tune on.")

@@ -109,6 +109,13 @@ class Hyperplane:
         return np.sum(list(self._pool.map(work, self._cuts)), axis=0)
 
 
+def widened(store: DirectionStore, start: int, stop: int, chunk: int) -> torch.Tensor:
+    """All directions between the numbers start and stop of one chunk, float32 [K, stop - start]."""
+    rows = torch.from_numpy(np.ascontiguousarray(store.rows[:, start:stop]))
+    rows = rows.view(torch.bfloat16) if store.dtype == "bfloat16" else rows
+    return rows.float() * torch.from_numpy(store.scales[:, [chunk]])
+
+
 def _segments(plane: Hyperplane, device: torch.device) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """The slice as segments of one block and chunk, those between pieces too: lengths, blocks (-1 between), chunks."""
     lengths, blocks, chunks = [], [], []

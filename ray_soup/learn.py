@@ -1,4 +1,5 @@
-"""The loop: MEHL soups by block coordinate descent over model batches, around one center.
+"""The loop: MEHL soups by block coordinate descent over model batches, around one center; learned soups likewise, with all
+ingredients in one model batch.
 
 In each turn one model batch of ingredients moves and the others keep their place. The turn ends at its best point on select,
 the starting point included, and the next turn starts there.
@@ -17,11 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ray_soup.coefficients import learning_rate, make_optimizer, to_x, without_noise
-from ray_soup.data import batch_positions
+from ray_soup.coefficients import Affine, Softmax, learning_rate, make_optimizer, without_noise
+from ray_soup.data import Split, batch_positions
 from ray_soup.errors import SoupError
-from ray_soup.recipe import Recipe
-from ray_soup.shard import Partial, Score
+from ray_soup.outcomes import Score
+from ray_soup.recipe import SOFTMAX, Recipe
+from ray_soup.shard import Partial
 
 SAVE_EVERY_S = 60.0
 
@@ -30,8 +32,8 @@ class Asked(Protocol):
     """What the loop asks of the actors."""
 
     def begin(self, chosen: np.ndarray, x: np.ndarray) -> None: ...
-    def step(self, x: np.ndarray, positions: np.ndarray) -> list[Partial]: ...
-    def evaluate(self, x: np.ndarray, split: str, examples: int) -> Score: ...
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]: ...
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score: ...
 
 
 @dataclass
@@ -47,8 +49,11 @@ class State:
     moving: torch.Tensor | None = None
     """Coordinates float64 [m, B] of the model batch at work."""
     optimizer: dict[str, Any] | None = None
+    factor: torch.Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    """On the logits."""
     best: torch.Tensor | None = None
     """The best `moving` of this turn on select, which scored best_nll."""
+    best_factor: float = 1.0
     best_nll: float = float("inf")
     fit_loss: float = 0.0
     fit_count: int = 0
@@ -86,23 +91,28 @@ def model_batches(ingredients: int, size: int, seed: int, models_epochs: int) ->
     return turns
 
 
+def parametrisation(method: str, norms: np.ndarray) -> Affine | Softmax:
+    """How a method's coordinates make coefficients, for directions with norms float64 [m, B]."""
+    return Softmax(norms) if method in SOFTMAX else Affine(norms)
+
+
 def learn(
     recipe: Recipe,
     actors: Asked,
     norms: np.ndarray,
-    examples: dict[str, int],
+    splits: dict[str, Split],
     model_batch: int,
     state_file: Path,
     watch: Callable[[int, int, State], None] = lambda step, steps, state: None,
 ) -> State:
     """Learn coordinates for directions with norms float64 [K, B]; goes on from `state_file` where there is one.
 
-    `watch` is told (step, steps in all, state) after every step. Returns the last state; its `y` is the soup.
+    `watch` is told (step, steps in all, state) after every step. Returns the last state; its `y` and `factor` are the soup.
     """
-    options = recipe.learn
+    options, fit, select = recipe.learn, splits["fit"], splits["select"]
     ingredients, blocks = norms.shape
     turns = model_batches(ingredients, model_batch, options.seed, options.models_epochs)
-    steps_per_epoch = -(-examples["fit"] // options.batch_size)
+    steps_per_epoch = -(-len(fit) // options.batch_size)
     steps_per_turn = steps_per_epoch * options.epochs
     state = load_state(state_file) if state_file.exists() else State(torch.zeros(ingredients, blocks, dtype=torch.float64))
     started, saved = time.monotonic() - state.seconds, time.monotonic()
@@ -113,43 +123,44 @@ def learn(
         state.seconds, saved = time.monotonic() - started, time.monotonic()
         save_state(state, state_file)
 
-    def x_of(y: torch.Tensor, norms: np.ndarray) -> np.ndarray:
+    def x_of(of: Affine | Softmax, y: torch.Tensor) -> np.ndarray:
         """What travels to the actors."""
-        return to_x(y.numpy(), norms).astype(np.float32)
+        return of.x(y.numpy()).astype(np.float32)
 
     for turn in range(state.turn, len(turns)):
         chosen = turns[turn]
-        n = norms[chosen]
-        actors.begin(chosen, x_of(state.y, norms))
+        of = parametrisation(recipe.method, norms[chosen])
+        actors.begin(chosen, x_of(parametrisation(recipe.method, norms), state.y))
         if state.moving is None:
             state.moving, state.best = state.y[chosen].clone(), state.y[chosen].clone()
-        optimizer = make_optimizer(options, state.moving)
+        optimizer = make_optimizer(options, state.moving, *([state.factor] if of.learns_factor else []))
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
         if turn == 0 and not state.curve:
-            start = actors.evaluate(x_of(state.moving, n), "select", examples["select"])
+            start = actors.evaluate(x_of(of, state.moving), 1.0, select)
             state.best_nll = start.nll
             state.curve.append(
                 {"turn": 0, "epoch": -1, "select_nll": start.nll, "select_accuracy": start.accuracy, "steps": 0}
             )
         for epoch in range(state.epoch, options.epochs):
-            batches = batch_positions(examples["fit"], options.batch_size, options.seed, 2, turn, epoch)
+            batches = batch_positions(len(fit), options.batch_size, options.seed, 2, turn, epoch)
             for step in range(state.step, steps_per_epoch):
                 begun = time.perf_counter()
-                x = x_of(state.moving, n)
-                partials = actors.step(x, batches[step])
+                x, batch = x_of(of, state.moving), Split(fit.source, fit.rows[batches[step]])
+                partials = actors.step(x, state.factor.item(), batch)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(options, epoch * steps_per_epoch + step, steps_per_turn)
-                state.moving.grad = torch.from_numpy(_gradient(partials, len(batches[step]), n, options.clip, state))
+                state.moving.grad = torch.from_numpy(_gradient(partials, len(batch), of, options.clip, state))
+                state.factor.grad = torch.tensor(sum(p.by_factor for p in partials) / len(batch), dtype=torch.float64)
                 optimizer.step()
                 state.step = step + 1
-                _count(state, partials, len(batches[step]), x, time.perf_counter() - begun)
+                _count(state, partials, len(batch), x, time.perf_counter() - begun)
                 watch(state.steps, len(turns) * steps_per_turn, state)
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save(optimizer)
-            score = actors.evaluate(x_of(state.moving, n), "select", examples["select"])
+            score = actors.evaluate(x_of(of, state.moving), state.factor.item(), select)
             if score.nll < state.best_nll:
-                state.best_nll, state.best = score.nll, state.moving.clone()
+                state.best_nll, state.best, state.best_factor = score.nll, state.moving.clone(), state.factor.item()
             state.curve.append(
                 {
                     "turn": turn, "epoch": epoch, "fit_nll": state.fit_loss / state.fit_count,
@@ -158,19 +169,22 @@ def learn(
             )  # fmt: skip
             state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0
             save(optimizer)
+        assert state.best is not None
         state.y[chosen] = state.best
+        state.factor.fill_(state.best_factor)
         state.turn, state.epoch, state.moving, state.best = turn + 1, 0, None, None
         save(None)
     return state
 
 
-def _gradient(partials: list[Partial], count: int, norms: np.ndarray, clip: float | None, state: State) -> np.ndarray:
+def _gradient(partials: list[Partial], count: int, of: Affine | Softmax, clip: float | None, state: State) -> np.ndarray:
     """dL/dy float64 [m, B]: the partial projected gradients summed in the order of ranks, divided by the examples of the
-    batch once, and by the norms: dL/dy = dL/dx / n."""
-    total = np.zeros_like(norms)
+    batch once, then the chain rule."""
+    total = np.zeros_like(of.norms)
     for partial in partials:
         total += partial.gradient
-    gradient = without_noise(to_x(total / count, norms))
+    assert state.moving is not None
+    gradient = without_noise(of.gradient(state.moving.numpy(), total / count))
     if not np.isfinite(gradient).all():
         raise SoupError(f"The loss is no longer finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
     size = float(np.linalg.norm(gradient))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -96,6 +99,16 @@ def _open_clip(spec: str) -> Built:
     std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     preprocess = open_clip.image_transform(visual.image_size, is_train=False, mean=mean, std=std)
     return Built(ImageClassifier(visual, config["embed_dim"], int(options["classes"])), preprocess)
+
+
+def fingerprint(spec: str, built: Built) -> str:
+    """SHA-256 of the model's structure and preprocessing, and of the file that its function lies in."""
+    preprocess = getattr(built.preprocess, "__qualname__", built.preprocess)
+    digest = hashlib.sha256(f"{spec}\n{built.model}\n{preprocess}".encode())
+    if is_function(spec):
+        with contextlib.suppress(OSError, TypeError):
+            digest.update(inspect.getsource(sys.modules[spec.partition(":")[0]]).encode())
+    return digest.hexdigest()
 
 
 def load_checkpoint(model: torch.nn.Module, path: str) -> None:

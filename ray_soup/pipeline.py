@@ -1,25 +1,20 @@
-"""One run from recipe to output folder."""
+"""Soups: one run from recipe to output folder, and what is asked of a finished one."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
-from ray_soup import __version__
-from ray_soup.actors import Actors, Watch, connect, resolve_mesh
+from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
 from ray_soup.bake import bake, mix_range
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
@@ -30,224 +25,116 @@ from ray_soup.checkpoints import (
     open_ingredients,
     sha256_file,
 )
-from ray_soup.coefficients import (
-    Coefficients,
-    load_coefficients,
-    save_coefficients,
-    to_coefficients,
-    to_x,
-)
+from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
+from ray_soup.data import SOURCES, Split, cut
 from ray_soup.errors import IngredientError, RecipeError, SoupError
-from ray_soup.greedy import best_single, individual_scores, one_hot, uniform
-from ray_soup.learn import learn, summary
+from ray_soup.folder import (
+    COEFFICIENTS,
+    MODEL,
+    Clock,
+    Soup,
+    begun,
+    completed,
+    failures_recorded,
+    finished_record,
+    locked,
+    new_folder,
+    publish,
+    versions,
+    write,
+)
+from ray_soup.greedy import evaluation_key, greedy, individual_outcomes, mean_of, one_hot, ranking, uniform
+from ray_soup.learn import learn, parametrisation, summary
 from ray_soup.models import describe
-from ray_soup.recipe import Data, Recipe, dump_recipe, load_recipe
+from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, scaled_nll
+from ray_soup.recipe import SOFTMAX, Data, Recipe, load_recipe
 from ray_soup.report import model_card
-from ray_soup.shard import Mesh, Ready, buffer_of
+from ray_soup.shard import Mesh, Ready, Taken, buffer_of
 
-LEARNED = ("mehl", "mehl+")
-MODEL, COEFFICIENTS = "model.safetensors", "coefficients.safetensors"
-
-
-def silent(what: str, done: int, total: int) -> None: ...
-
-
-@dataclass
-class Soup:
-    """A finished run: its folder, the lines of results.jsonl, and run.json."""
-
-    out: Path
-    rows: list[dict[str, Any]]
-    record: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    was_complete: bool = False
+LEARNED = (*SOFTMAX, "mehl", "mehl+")
 
 
 def prepare(recipe: Recipe) -> tuple[list[Ingredient], Layout]:
     """Open and check the ingredients against each other and the model, from headers alone."""
+    if recipe.data.fit is None and recipe.method != "uniform":
+        raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it: .npz or .parquet.")
     ingredients = open_ingredients(recipe.ingredients)
     layout = describe(recipe.model)
     check_together(ingredients, layout.state_shapes, layout.tied)
     return ingredients, layout
 
 
-def run(recipe: Recipe, out: str | Path, watch: Watch = silent) -> Soup:
-    """Make the soup that `recipe` describes in the folder `out`; goes on where a run before this one was stopped, or
-    returns what is complete. Raises SoupError."""
-    out = Path(out).absolute()
-    if recipe.data.fit is None and recipe.method != "uniform":
-        raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it: .npz or .parquet.")
-    ingredients, layout = prepare(recipe)
-    with locked(out):
-        complete = _completed(recipe, ingredients, out)
-        if complete is not None:
-            return complete
-        try:
-            return _make(recipe, ingredients, layout, out, watch)
-        except BaseException as error:
-            _record_failure(out, error)
-            raise
+@dataclass
+class Bench:
+    """Actors at work on a set of ingredients, and what is known of these so far."""
+
+    recipe: Recipe
+    ingredients: list[Ingredient]
+    layout: Layout
+    mesh: Mesh
+    cpus: float
+    model_batch: int
+    actors: Actors
+    ready: Ready
+    watch: Watch
+    sha256: list[str] = field(default_factory=list)
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    """What each ingredient does on a source."""
+
+    @property
+    def held_out(self) -> list[Split]:
+        """Fit and select together."""
+        return [self.whole(source) for source in SOURCES[:2] if source in self.ready.sizes]
+
+    def whole(self, source: str) -> Split:
+        return Split(source, np.arange(self.ready.sizes[source], dtype=np.int32))
+
+    def cut(self, seed: int) -> dict[str, Split]:
+        return cut(self.recipe.data, self.ready.sizes, self.ready.fit_digests, seed)
+
+    def take(self, subset: tuple[int, ...], blocks: str | int) -> Taken:
+        taken = self.actors.take(subset, blocks, self.watch)
+        if taken.partition.count == 0:
+            raise IngredientError(f"All {len(subset)} ingredients hold the same numbers: there is nothing to learn.")
+        if len(subset) == len(self.ingredients):
+            self.sha256 = list(taken.sha256)
+        return taken
+
+    def keys(self, splits: list[Split]) -> list[list[str]]:
+        """The names that evaluations of the ingredients on whole sources are kept under, [K][splits]."""
+        self.sha256 = self.sha256 or hash_ingredients(self.ingredients, self.watch)
+        device = "cuda" if self.recipe.actors.gpus else "cpu"
+        known = [(self.ready.fingerprint, self.ready.contents[s.source], device, versions()["torch"]) for s in splits]
+        return [[evaluation_key(digest, *parts) for parts in known] for digest in self.sha256]
+
+    def individual(self) -> list[Outcome]:
+        """What each ingredient does on the held-out set."""
+        splits = self.held_out
+        if any(s.source not in self.outcomes for s in splits):
+            found = individual_outcomes(
+                self.actors,
+                [i.path for i in self.ingredients],
+                self.keys(splits),
+                splits,
+                lambda done, total: self.watch("evaluating ingredients", done, total),
+            )
+            self.outcomes |= {s.source: [row[n] for row in found] for n, s in enumerate(splits)}
+        return [join(row) for row in zip(*(self.outcomes[s.source] for s in splits), strict=True)]
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder. A lock dies with its process."""
-    state = out / "state"
-    existed = out.exists()
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"The output folder {out} cannot be made: {error.strerror}.") from error
-    lock = FileLock(state / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RecipeError(f"Another run is at work in {out}. Wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if not existed and not any(f.name != "lock" for f in state.iterdir()) and len(list(out.iterdir())) == 1:
-            shutil.rmtree(out)  # nothing came of it
-
-
-def _completed(recipe: Recipe, ingredients: list[Ingredient], out: Path) -> Soup | None:
-    """The finished soup in `out`, if there is one of this recipe. Raises RecipeError if there is one of another."""
-    begun = _begun(recipe, ingredients)
-    file = out / "state" / "begun.json"
-    foreign = [f.name for f in out.iterdir() if f.name != "state"]
-    if not file.exists():
-        if foreign:
-            raise RecipeError(
-                f"{out} is not empty and holds no run of ray-soup (found {', '.join(sorted(foreign)[:4])}). Choose a new "
-                "folder."
-            )
-        _write(file, json.dumps(begun))
-        return None
-    before = json.loads(file.read_text())
-    if before["recipe"] != begun["recipe"]:
-        raise RecipeError(f"{out} belongs to another recipe: {_difference(before['recipe'], begun['recipe'])}. "
-                          "Choose a new folder, or the old recipe.")  # fmt: skip
-    if before["ingredients"] != begun["ingredients"]:
-        raise RecipeError(f"{out} was begun with ingredients that have changed since. Choose a new folder.")
-    record = _read_record(out)
-    if record is None or record.get("exit") != 0:
-        return None
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return Soup(out, rows, record, record.get("notes", []), was_complete=True)
-
-
-def _begun(recipe: Recipe, ingredients: list[Ingredient]) -> dict[str, Any]:
-    """What a folder is begun with: the same command finds the same here."""
-    return {"recipe": dump_recipe(recipe), "ingredients": [i.identity for i in ingredients]}
-
-
-def _difference(old: str, new: str) -> str:
-    import yaml
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        lines: dict[str, Any] = {}
-        for key, value in values.items():
-            lines.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return lines
-
-    a, b = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
-    found = [f"{key} was {a.get(key)} and is now {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
-    return "; ".join(found[:3])
-
-
-def _read_record(out: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((out / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _record_failure(out: Path, error: BaseException) -> None:
-    code = error.exit_code if isinstance(error, SoupError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    shutil.rmtree(out / "state" / "out", ignore_errors=True)
-    with suppress(OSError):
-        _write(out / "run.json", json.dumps({"exit": code, "error": f"{error}" or type(error).__name__}, indent=1))
-
-
-def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Path, watch: Watch) -> Soup:
-    clock = Clock()
-    learning = recipe.method in LEARNED
-    folder = out / "state" / "out"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-
-    def mix(values: np.ndarray, parts: Partition) -> Coefficients:
-        coefficients = Coefficients(
-            values,
-            tuple(i.name for i in ingredients),
-            parts.names,
-            dict(zip(layout.names, parts.block.tolist(), strict=True)),
-            recipe.buffers,
-            layout.tied,
-        )
-        bake(coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
-        clock.lap("mixing")
-        return coefficients
-
-    row: dict[str, Any] = {"model_name": recipe.method}
-    record: dict[str, Any] = {"method": recipe.method, "seed": recipe.learn.seed, "exit": 0}
-    sha256: list[str] = []
-    if recipe.data == Data():
-        coefficients = mix(uniform(len(ingredients)), partition(layout, "model"))
-        notes = ["The recipe names no data: this soup was not evaluated."]
-    else:
-        with connect():
-            mesh, cpus, model_batch = _resolved(recipe, layout, len(ingredients), out, learning)
-            actors = Actors(recipe, ingredients, mesh, cpus, learning)
-            try:
-                ready = actors.setup(watch)
-                clock.lap("start")
-                values, parts, figures, notes = _coefficients(
-                    recipe, ingredients, layout, actors, ready, model_batch, out, watch
-                )
-                clock.lap(recipe.method)
-                coefficients = mix(values, parts)
-                for split in [s for s in ("select", "test") if s in ready.examples]:
-                    score = actors.evaluate_file(str(folder / MODEL), split, ready.examples[split])
-                    row |= {f"{split}_accuracy": score.accuracy, f"{split}_nll": score.nll}
-                clock.lap("evaluation")
-                peak = max(actors.peak_memory())
-            finally:
-                actors.close()
-        clock.lap("stop")
-        if mesh.shards > 1 and learning:  # gather and scatter among the shards
-            figures["wire_bytes_per_step"] += 8 * layout.numel * (mesh.shards - 1) // mesh.shards
-        record |= {
-            "mesh": {"replicas": mesh.replicas, "shards": mesh.shards, "cpus": cpus},
-            "model_batch": model_batch if learning else None,
-            "examples": ready.examples,
-            "peak_memory_bytes": peak,
-            **figures,
-        }
-        row |= {"steps": figures.get("steps"), "peak_memory_bytes": peak}
-        sha256 = list(ready.sha256)
-    sha256 = sha256 or hash_ingredients(ingredients, watch)
-    clock.lap("hashing")
-    notes += _duplicates(ingredients, sha256)
-    record |= {
-        "parameters": layout.numel,
-        "blocks": len(coefficients.blocks),
-        "wall_s": clock.total(),
-        "seconds": clock.laps,
-        "versions": versions(),
-        "ingredients": [{"name": i.name, "path": i.path, "sha256": s} for i, s in zip(ingredients, sha256, strict=True)],
-        "notes": notes,
-    }
-    row["seconds"] = clock.total()
-    _publish(recipe, coefficients, [row], record, notes, folder, out)
-    return Soup(out, [row], record, notes)
+def open_bench(
+    recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Path, learning: bool, watch: Watch
+) -> Iterator[Bench]:
+    """Actors on the mesh that this run was begun with, set up."""
+    with connect():
+        mesh, cpus, model_batch = _resolved(recipe, layout, len(ingredients), out, learning)
+        actors = Actors(recipe, ingredients, mesh, cpus)
+        try:
+            ready = actors.setup(watch)
+            yield Bench(recipe, ingredients, layout, mesh, cpus, model_batch, actors, ready, watch)
+        finally:
+            actors.close()
 
 
 def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: bool) -> tuple[Mesh, float, int]:
@@ -258,82 +145,196 @@ def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: b
         return Mesh(kept["replicas"], kept["shards"]), kept["cpus"], kept["model_batch"]
     mesh, cpus = resolve_mesh(recipe, layout.numel, count if learning else 0)
     asked = recipe.learn.model_batch
-    model_batch = count if asked == "auto" else min(asked, count)
-    _write(file, json.dumps(
+    model_batch = count if asked == "auto" or recipe.method in SOFTMAX else min(asked, count)
+    write(file, json.dumps(
         {"replicas": mesh.replicas, "shards": mesh.shards, "cpus": cpus, "model_batch": model_batch}
     ))  # fmt: skip
     return mesh, cpus, model_batch
 
 
-def _coefficients(
-    recipe: Recipe,
-    ingredients: list[Ingredient],
-    layout: Layout,
-    actors: Actors,
-    ready: Ready,
-    model_batch: int,
-    out: Path,
-    watch: Watch,
-) -> tuple[np.ndarray, Partition, dict[str, Any], list[str]]:
-    """By method: coefficients float64 [K, B], their partition, figures for run.json, and what the user should know."""
-    whole = partition(layout, "model")
-    count = len(ingredients)
+@dataclass
+class Made:
+    """The coefficients of a soup, and how they came about."""
+
+    coefficients: Coefficients
+    figures: dict[str, Any] = field(default_factory=dict)
+    """For run.json: steps, image_passes, curve and others."""
+    notes: list[str] = field(default_factory=list)
+
+
+def make_soup(
+    bench: Bench, recipe: Recipe, subset: tuple[int, ...], splits: dict[str, Split], model_batch: int, state_file: Path
+) -> Made:
+    """The soup of the ingredients `subset` by the recipe's method. What was learned lies in `state_file`, and is gone on
+    with."""
+    whole, count, watch = partition(bench.layout, "model"), len(subset), bench.watch
+
+    def made(values: np.ndarray, parts: Partition, **options: Any) -> Coefficients:
+        block_of = dict(zip(bench.layout.names, parts.block.tolist(), strict=True))
+        names = tuple(bench.ingredients[k].name for k in subset)
+        return Coefficients(values, names, parts.names, block_of, recipe.buffers, bench.layout.tied, **options)
+
     if recipe.method == "uniform":
-        return uniform(count), whole, {}, []
-    if recipe.method == "best_single":
-        scores = individual_scores(
-            actors, ingredients, ready.examples, lambda done, total: watch("evaluating ingredients", done, total)
+        return Made(made(uniform(count), whole))
+    if recipe.method in ("best_single", "greedy"):
+        all_held_out = bench.individual()
+        held_out = {k: all_held_out[k] for k in subset}
+        passes = count * len(all_held_out[0])
+        names = [bench.ingredients[k].name for k in range(len(bench.ingredients))]
+        figures: dict[str, Any] = {
+            "held_out": {names[k]: {"accuracy": o.accuracy, "nll": o.nll} for k, o in held_out.items()}
+        }
+        if recipe.method == "best_single":
+            best = ranking(held_out)[0]
+            note = f"Best single on fit and select together: {names[best]}."
+            figures |= {"best_single": names[best], "image_passes": passes}
+            return Made(made(one_hot(subset.index(best), count), whole), figures, [note])
+        search = greedy(
+            bench.actors, held_out, bench.held_out, recipe.greedy.keep,
+            lambda done, total: watch("greedy", done, total),
+        )  # fmt: skip
+        share = search.looked / max(1, search.candidates * len(all_held_out[0]))
+        figures |= {
+            "image_passes": passes + search.looked,
+            "greedy": {"kept": [names[k] for k in search.kept], "candidates": search.candidates, "looked_share": share},
+        }
+        note = (
+            f"Greedy kept {len(search.kept)} of {count} ingredients, and looked at {share:.0%} of its candidates' held-out "
+            "images."
         )
-        best = best_single(scores)
-        held_out = {i.name: {"accuracy": s.accuracy, "nll": s.nll} for i, s in zip(ingredients, scores, strict=True)}
-        note = f"Best single on fit and select together: {ingredients[best].name}."
-        return one_hot(best, count), whole, {"best_single": ingredients[best].name, "held_out": held_out}, [note]
-    assert ready.partition is not None
-    assert ready.norms is not None
-    if ready.partition.count == 0:
-        raise IngredientError(f"All {count} ingredients hold the same numbers: there is nothing to learn.")
+        return Made(made(mean_of([subset.index(k) for k in search.kept], count), whole), figures, [note])
+    taken = bench.take(subset, recipe.blocks)
     state = learn(
         recipe,
-        actors,
-        ready.norms,
-        ready.examples,
+        bench.actors,
+        taken.norms,
+        splits,
         model_batch,
-        out / "state" / "learn.pt",
-        lambda step, steps, _: watch("learning", step, steps),
+        state_file,
+        lambda step, steps, _: watch(f"learning {recipe.method}", step, steps),
     )
     notes = []
     if not state.y.any():
-        notes.append("Learning found nothing better on select than the uniform soup: this is the uniform soup.")
-    values = to_coefficients(to_x(state.y.numpy(), ready.norms))
-    return values, ready.partition, summary(state), notes
+        notes.append(f"{recipe.method}: nothing better on select was found than the uniform soup: this is the uniform soup.")
+    options: dict[str, Any] = {}
+    if recipe.method in SOFTMAX:
+        options = {"factor": state.factor.item(), "factored": taken.output}
+        if not taken.output:
+            notes.append(
+                f"{recipe.method}: no layer of the model scales its logits; the learned factor {state.factor.item():.4f} on "
+                "them is kept beside the coefficients, and the model's NLL is without it."
+            )
+    values = parametrisation(recipe.method, taken.norms).coefficients(state.y.numpy())
+    return Made(made(values, taken.partition, **options), summary(state), notes)
 
 
-def _publish(
-    recipe: Recipe,
-    coefficients: Coefficients,
-    rows: list[dict[str, Any]],
-    record: dict[str, Any],
-    notes: list[str],
-    folder: Path,
-    out: Path,
-) -> None:
-    """Finish the files in `folder`, then move them into `out`, run.json last."""
-    try:
-        save_coefficients(coefficients, folder / COEFFICIENTS)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "README.md").write_text(model_card(recipe, coefficients, rows, notes))
-        record["files"] = {f.name: sha256_file(str(f)) for f in sorted(folder.iterdir())}
-        (folder / "run.json").write_text(json.dumps(record, indent=1))
-        for file in sorted(folder.iterdir(), key=lambda f: f.name == "run.json"):
-            file.replace(out / file.name)
-        folder.rmdir()
-        (out / "state" / "learn.pt").unlink(missing_ok=True)
-    except OSError as error:
-        raise SoupError(f"{out} could not be written ({error.strerror}). Free some room, then run it again.") from error
+def baked(bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits: dict[str, Split]) -> dict[str, Outcome]:
+    """Write the soup to `path`; what that file does on each of `splits`."""
+    chosen = [bench.ingredients[k] for k in subset]
+    bake(made.coefficients, chosen, path, watch=lambda done, total: bench.watch("mixing", done, total))
+    outcomes = bench.actors.evaluate_file(str(path), list(splits.values()))
+    return dict(zip(splits, outcomes, strict=True))
 
 
-def hash_ingredients(ingredients: list[Ingredient], watch: Watch = silent) -> list[str]:
+def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
+    """The keys of results.jsonl for what a model does on each split; the temperature is found on select."""
+    row: dict[str, float] = {}
+    factor = best_log_factor(outcomes["select"]) if "select" in outcomes else None
+    for split, outcome in outcomes.items():
+        row |= {f"{split}_accuracy": outcome.accuracy, f"{split}_nll": outcome.nll}
+        if factor is not None and split != "select":
+            row[f"{split}_nll_scaled"] = scaled_nll(outcome, factor)
+        row[f"{split}_ece"] = calibration_error(outcome)
+    if factor is not None:
+        row["temperature"] = float(np.exp(-factor))
+    return row
+
+
+def reported(splits: dict[str, Split]) -> dict[str, Split]:
+    """The splits that a finished soup is evaluated on."""
+    return {name: splits[name] for name in ("select", "test") if name in splits}
+
+
+def cosines(gram: np.ndarray) -> np.ndarray:
+    """Of directions with these inner products, [K, K]."""
+    lengths = np.sqrt(np.diag(gram))
+    scale = np.outer(lengths, lengths)
+    return np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
+
+
+def run(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
+    """Make the soup that `recipe` describes in the folder `out`; goes on where a run before this one was stopped, or
+    returns what is complete. Raises SoupError."""
+    out = Path(out).absolute()
+    ingredients, layout = prepare(recipe)
+    with locked(out):
+        complete = completed(out, begun(recipe, ingredients))
+        if complete is not None:
+            return complete
+        with failures_recorded(out):
+            return _make(recipe, ingredients, layout, out, watch)
+
+
+def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Path, watch: Watch) -> Soup:
+    clock, folder = Clock(), new_folder(out)
+    everything, learning = tuple(range(len(ingredients))), recipe.method in LEARNED
+    row: dict[str, Any] = {"model_name": recipe.method}
+    record: dict[str, Any] = {"method": recipe.method, "seed": recipe.learn.seed, "exit": 0}
+    sha256: list[str] = []
+    if recipe.data == Data():
+        whole = partition(layout, "model")
+        block_of = dict.fromkeys(layout.names, 0)
+        values = uniform(len(ingredients))
+        names = tuple(i.name for i in ingredients)
+        made = Made(Coefficients(values, names, whole.names, block_of, recipe.buffers, layout.tied))
+        made.notes.append("The recipe names no data: this soup was not evaluated.")
+        bake(made.coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
+        clock.lap("mixing")
+    else:
+        with open_bench(recipe, ingredients, layout, out, learning, watch) as bench:
+            if learning:
+                bench.take(everything, recipe.blocks)
+            clock.lap("start")
+            splits = bench.cut(recipe.learn.seed)
+            made = make_soup(bench, recipe, everything, splits, bench.model_batch, out / "state" / "learn.pt")
+            clock.lap(recipe.method)
+            row |= figures_of(baked(bench, made, everything, folder / MODEL, reported(splits)))
+            clock.lap("mixing and evaluation")
+            peak = max(bench.actors.peak_memory())
+            sha256 = bench.sha256
+        clock.lap("stop")
+        figures = made.figures
+        if bench.mesh.shards > 1 and learning:  # gather and scatter among the shards
+            figures["wire_bytes_per_step"] += 8 * layout.numel * (bench.mesh.shards - 1) // bench.mesh.shards
+        record |= {
+            "mesh": {"replicas": bench.mesh.replicas, "shards": bench.mesh.shards, "cpus": bench.cpus},
+            "model_batch": bench.model_batch if learning else None,
+            "examples": {name: len(split) for name, split in splits.items()},
+            "peak_memory_bytes": peak,
+            **figures,
+        }
+        row |= {"steps": figures.get("steps"), "image_passes": figures.get("image_passes"), "peak_memory_bytes": peak}
+    row["ingredients_used"] = len(made.coefficients.used())
+    sha256 = sha256 or hash_ingredients(ingredients, watch)
+    clock.lap("hashing")
+    notes = made.notes + duplicates(ingredients, sha256)
+    record |= {
+        "parameters": layout.numel,
+        "blocks": len(made.coefficients.blocks),
+        "wall_s": clock.total(),
+        "seconds": clock.laps,
+        "versions": versions(),
+        "ingredients": [{"name": i.name, "path": i.path, "sha256": s} for i, s in zip(ingredients, sha256, strict=True)],
+        "notes": notes,
+    }
+    row["seconds"] = clock.total()
+    save_coefficients(made.coefficients, folder / COEFFICIENTS)
+    (folder / "README.md").write_text(model_card(recipe, made.coefficients, [row], notes))
+    publish(recipe, [row], record, folder, out)
+    return Soup(out, [row], record, notes)
+
+
+def hash_ingredients(ingredients: list[Ingredient], watch: Watch = quiet) -> list[str]:
     """SHA-256 of each ingredient."""
     total = sum(i.nbytes for i in ingredients)
     done = 0
@@ -347,7 +348,8 @@ def hash_ingredients(ingredients: list[Ingredient], watch: Watch = silent) -> li
         return list(pool.map(lambda i: combined_sha256([sha256_file(f, count) for f in i.files]), ingredients))
 
 
-def _duplicates(ingredients: list[Ingredient], sha256: list[str]) -> list[str]:
+def duplicates(ingredients: list[Ingredient], sha256: list[str]) -> list[str]:
+    """A line for each ingredient that is another one over again."""
     first: dict[str, str] = {}
     notes = []
     for ingredient, digest in zip(ingredients, sha256, strict=True):
@@ -357,66 +359,34 @@ def _duplicates(ingredients: list[Ingredient], sha256: list[str]) -> list[str]:
     return notes
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("ray", "torch", "open_clip_torch", "numpy", "safetensors", "numba")
-    return {"ray_soup": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-class Clock:
-    """Seconds of each part of a run."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = round(now - self._last, 3)
-        self._last = now
-
-    def total(self) -> float:
-        return round(time.monotonic() - self._start, 3)
-
-
 # A finished soup
 
 
-def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = silent) -> dict[str, Any]:
-    """Accuracy and NLL of a checkpoint, or of a soup's folder, on one split."""
+def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> dict[str, Any]:
+    """What a checkpoint, or a soup's folder, does on one split; with a temperature where there is a select to find it on."""
     path = str(Path(model) / MODEL) if (Path(model) / "run.json").exists() else model
     open_ingredient(path)
     layout = describe(recipe.model)
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0)
-        actors = Actors(recipe, [], Mesh(mesh.size, 1), cpus, learning=False)
+        actors = Actors(recipe, [], Mesh(mesh.size, 1), cpus)
         try:
             ready = actors.setup(watch)
-            if split not in ready.examples:
-                raise RecipeError(f"The recipe names no data.{split}; it has {', '.join(ready.examples) or 'none'}.")
-            score = actors.evaluate_file(path, split, ready.examples[split])
+            splits = cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
+            if split not in splits:
+                raise RecipeError(f"The recipe names no data.{split}; it has {', '.join(splits) or 'none'}.")
+            wanted = {name: splits[name] for name in dict.fromkeys((split, "select")) if name in splits}
+            outcomes = dict(zip(wanted, actors.evaluate_file(path, list(wanted.values())), strict=True))
         finally:
             actors.close()
-    return {
-        "model_name": model,
-        f"{split}_accuracy": score.accuracy,
-        f"{split}_nll": score.nll,
-        "examples": score.count,
-    }
-
-
-def _finished_record(out: Path) -> dict[str, Any]:
-    record = _read_record(out)
-    if record is None or record.get("exit") != 0:
-        found = "no run.json" if record is None else f"a run that ended with exit code {record.get('exit')}"
-        raise RecipeError(f"{out} is not a finished soup: found {found}. Run the command that makes it again.")
-    return record
+    found = figures_of(outcomes)
+    kept = {key: value for key, value in found.items() if key.startswith(f"{split}_") or key == "temperature"}
+    return {"model_name": model, **kept, "examples": len(splits[split])}
 
 
 def _of_folder(out: Path) -> tuple[Recipe, dict[str, Any], Coefficients, list[Ingredient]]:
     """Recipe, run.json, coefficients and ingredients of a finished soup."""
-    record = _finished_record(out)
+    record = finished_record(out)
     recipe = load_recipe(out / "recipe.yaml")
     coefficients = load_coefficients(out / COEFFICIENTS)
     ingredients = [open_ingredient(i["path"], i["name"]) for i in record["ingredients"]]
@@ -427,7 +397,7 @@ def _of_folder(out: Path) -> tuple[Recipe, dict[str, Any], Coefficients, list[In
     return recipe, record, coefficients, ingredients
 
 
-def bake_again(out: str | Path, new_out: str | Path, watch: Watch = silent) -> Soup:
+def bake_again(out: str | Path, new_out: str | Path, watch: Watch = quiet) -> Soup:
     """The soup in `out` again, from its coefficients and the ingredients alone, in a new folder."""
     out, new_out = Path(out).absolute(), Path(new_out).absolute()
     recipe, record, coefficients, ingredients = _of_folder(out)
@@ -436,12 +406,13 @@ def bake_again(out: str | Path, new_out: str | Path, watch: Watch = silent) -> S
             raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
         sha256 = hash_ingredients(ingredients, watch)
         _same_ingredients(record, ingredients, sha256)
-        folder = new_out / "state" / "out"
-        folder.mkdir()
+        folder = new_folder(new_out)
         bake(coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        _write(new_out / "state" / "begun.json", json.dumps(_begun(recipe, ingredients)))
-        _publish(recipe, coefficients, rows, record, record.get("notes", []), folder, new_out)
+        write(new_out / "state" / "begun.json", json.dumps(begun(recipe, ingredients)))
+        save_coefficients(coefficients, folder / COEFFICIENTS)
+        (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record.get("notes", [])))
+        publish(recipe, rows, record, folder, new_out)
     return Soup(new_out, rows, record)
 
 
@@ -454,11 +425,11 @@ def _same_ingredients(record: dict[str, Any], ingredients: list[Ingredient], sha
             )
 
 
-def verify(out: str | Path, watch: Watch = silent) -> list[str]:
+def verify(out: str | Path, watch: Watch = quiet) -> list[str]:
     """Hold a finished soup against itself: hashes of its files, column sums, hashes of the ingredients, and the model
     against its coefficients, bit for bit. Returns what was checked; raises SoupError for the first thing that is wrong."""
     out = Path(out).absolute()
-    record = _finished_record(out)
+    record = finished_record(out)
     for name, digest in record["files"].items():
         found = sha256_file(str(out / name)) if (out / name).exists() else "missing"
         if found != digest:
@@ -468,13 +439,14 @@ def verify(out: str | Path, watch: Watch = silent) -> list[str]:
     if off > 1e-12:
         raise SoupError(f"{out / COEFFICIENTS}: a column sums to 1 within {off:.1e} only; expected 1e-12.")
     _same_ingredients(record, ingredients, hash_ingredients(ingredients, watch))
+    used = [ingredients[k] for k in coefficients.used()]
     model = open_ingredient(str(out / MODEL))
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
             again = mix_range(ingredients, name, coefficients.of(name), 0, info.numel)
         else:
-            again = buffer_of(ingredients, name, coefficients.buffers).to(info.dtype)
+            again = buffer_of(used, name, coefficients.buffers).to(info.dtype)
         if not torch.equal(again.view(torch.uint8), model.read(name).view(torch.uint8)):
             raise SoupError(f"{out / MODEL}: the tensor {name} is not what coefficients and ingredients make.")
         watch("comparing", done + 1, total)

@@ -14,9 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ray_soup.errors import RecipeError
 
 Auto = Literal["auto"]
-Method = Literal["best_single", "uniform", "mehl", "mehl+"]
+Method = Literal["best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+"]
 
+SOFTMAX = ("learned", "learned+")
+SOFTMAX_LEARN = {"lr": 0.05, "batch_size": 256, "cosine_lr": False}  # Wortsman et al. 2022
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "learned": {"blocks": "model", "learn": SOFTMAX_LEARN},
+    "learned+": {"blocks": "tensor", "learn": SOFTMAX_LEARN},
     "mehl": {"blocks": "model"},
     "mehl+": {"blocks": "tensor"},
 }
@@ -107,18 +111,27 @@ class Finetune(Section):
     seed: int = 1
 
 
+class Greedy(Section):
+    keep: Literal[">=", ">"] = ">="
+    """An ingredient is kept if the accuracy with it is >= (Wortsman et al. 2022), or >, than without."""
+
+
 class Recipe(Section):
     method: Method = "mehl+"
     ingredients: str | list[str] | None = None
     """Glob, list or folder of checkpoints that started from one initialisation."""
     model: str
     """`open_clip:NAME?classes=N`, or `package.module:function` that returns the model."""
+    base_model: str | None = None
+    """What the ingredients were fine-tuned from, as the Hub knows it; for the model card."""
     data: Data = Data()
     blocks: Literal["tensor", "layer", "model"] | int = "model"
     """What shares a coefficient: every tensor, a layer, the model, or tensors in a row up to a least size in numbers.
     Default: tensor for the "+" methods, model for the others."""
     buffers: Literal["average", "first"] = "average"
-    """Buffers: floats averaged and integers held to agree, or all taken from the first ingredient."""
+    """Buffers: floats averaged and integers held to agree, or all taken from the first ingredient; of the ingredients
+    that the soup uses."""
+    greedy: Greedy = Greedy()
     learn: Learn = Learn()
     actors: ActorsSection = ActorsSection()
     directions: Directions = Directions()
@@ -132,7 +145,20 @@ class Recipe(Section):
     def _method_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {**METHOD_DEFAULTS.get(values.get("method", "mehl+"), {}), **values}
+        defaults = METHOD_DEFAULTS.get(values.get("method", "mehl+"), {})
+        return _merge(defaults, {k: v for k, v in values.items() if not (k == "learn" and v is None)})
+
+
+def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
+    """The same recipe for another method: what is tuned to a method (learning rate, schedule, batch size, blocks) is kept
+    only for methods of the same kind, softmax or hyperplane; the others take their defaults. `learn` comes last."""
+    values = recipe.model_dump(exclude={"method", "learn", "blocks"})
+    kept = recipe.learn.model_dump()
+    if (method in SOFTMAX) != (recipe.method in SOFTMAX):
+        kept = {key: kept[key] for key in ("epochs", "micro_batch", "seed")}
+    if method == recipe.method:
+        values["blocks"] = recipe.blocks
+    return Recipe.model_validate({**values, "method": method, "learn": {**kept, **learn}})
 
 
 def is_function(spec: str) -> bool:
@@ -228,9 +254,9 @@ def _explain(fault: Any) -> tuple[str, str]:
     return (f"{key}: " if key else ""), f"{fault['input']!r} found. {message}" if key else message
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), **fixed: Any) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), method: str | None = None) -> Recipe:
     """Read a recipe from YAML. Its relative paths are seen from its own folder, those of `overrides` from the current
-    one; `fixed` keys come last. Raises RecipeError."""
+    one. With another `method` than the recipe's it is read as `for_method` says. Raises RecipeError."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text())
@@ -240,8 +266,13 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
         raise RecipeError(f"The recipe {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"The recipe {path} holds {type(values).__name__}; expected keys such as 'ingredients:'.")
-    values = _merge(_absolute_paths(values, path.absolute().parent), parse_overrides(overrides))
-    return make_recipe(_merge(values, fixed), f"The recipe {path}")
+    values = _absolute_paths(values, path.absolute().parent)
+    changes, source = parse_overrides(overrides), f"The recipe {path}"
+    recipe = make_recipe(_merge(values, changes), source)
+    if method is None or method == recipe.method:
+        return recipe
+    other = for_method(make_recipe(values, source), method).model_dump()
+    return make_recipe(_merge(other, {**changes, "method": method}), source)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 
 from ray_soup import directions, models
 from ray_soup.blocks import Partition, flatten, layout_of, partition
-from ray_soup.checkpoints import Ingredient
-from ray_soup.data import Examples, load_splits
+from ray_soup.cache import content_key
+from ray_soup.checkpoints import Ingredient, common_dtype
+from ray_soup.data import Examples, Split, check_leaks, load_sources
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.hyperplane import Hyperplane
+from ray_soup.hyperplane import Hyperplane, widened
+from ray_soup.outcomes import LOG_FACTORS, Outcome, Score, join
 from ray_soup.recipe import Recipe
 
 T = TypeVar("T")
@@ -50,39 +52,36 @@ class Partial:
 
     gradient: np.ndarray
     """float64 [m, B]: sum over the examples of dL/dx."""
+    by_factor: float
+    """Likewise of dL/dt, t the factor on the logits."""
     loss: float
     seconds: float
 
 
 @dataclass(frozen=True)
-class Score:
-    """Sums over examples; scores add up."""
+class Ready:
+    """What an actor knows once it is set up."""
 
-    loss: float = 0.0
-    correct: int = 0
-    count: int = 0
-
-    def __add__(self, other: Score) -> Score:
-        return Score(self.loss + other.loss, self.correct + other.correct, self.count + other.count)
-
-    @property
-    def nll(self) -> float:
-        return self.loss / self.count
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.count
+    sizes: dict[str, int]
+    """Examples in each source."""
+    fit_digests: np.ndarray | None
+    """uint64 [n]; from the first actor alone, like `contents`."""
+    contents: dict[str, str]
+    """A hash of the images and labels of each source."""
+    fingerprint: str
+    """Of the model's structure and of the file that its function lies in: with the numbers, it is the same model."""
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What an actor knows once it is set up: examples in each split, the blocks and their norms, the ingredients' hashes."""
+class Taken:
+    """What is known of the ingredients that an actor took: blocks, norms of the directions, SHA-256."""
 
-    examples: dict[str, int]
-    partition: Partition | None
-    norms: np.ndarray | None
+    partition: Partition
+    norms: np.ndarray
     """float64 [K, B]."""
     sha256: tuple[str, ...]
+    output: tuple[str, ...]
+    """The parameters that scale the logits; empty where there are none."""
 
 
 def micro_batch_size(recipe: Recipe, parameters: int) -> int:
@@ -119,73 +118,128 @@ def _group_errors() -> Iterator[None]:
 
 
 class Shard:
-    """Actor number `rank` of the mesh. `setup` first, then `join` where it has fellow shards."""
+    """Actor number `rank` of the mesh. `setup` first, then `join` where it has fellow shards, then `take` to learn."""
 
     def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, rank: int, threads: int):
         self.recipe, self.ingredients, self.mesh, self.rank, self.threads = recipe, ingredients, mesh, rank, threads
         self.shard = rank % mesh.shards
+        self._taken: tuple[int, ...] = ()
+        self._members: tuple[str, ...] = ()
+        self._logits: list[torch.Tensor] = []
+        self._summed: tuple[int, ...] = ()
+        self._tried: tuple[tuple[int, ...], int] | None = None
+        self.forget()
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if recipe.actors.gpus else "cpu")
 
-    def setup(self, learning: bool) -> Iterator[tuple[str, int, int] | Ready]:
-        """Build the model, decode the data and, for `learning`, make or open the direction store.
+    def setup(self) -> Iterator[tuple[str, int, int] | Ready]:
+        """Build the model and decode the data. Yields (what, done, in all) on the way and Ready at the end.
 
-        Yields (what, done, in all) on the way and Ready at the end. Raises RecipeError, IngredientError.
+        Raises RecipeError; the first actor also for images that are in two splits.
         """
         built = models.build(self.recipe.model)
         self.model = built.model.to(self.device).eval()
         self.layout = layout_of(self.model)
         self.examples: dict[str, Examples] = yield from _named(
-            "decoding images", load_splits(self.recipe.data, self.recipe.learn.seed, built.preprocess)
+            "decoding images", load_sources(self.recipe.data, built.preprocess)
         )
-        self._check_classes()
+        first = next(iter(self.examples.values()), None)
+        if first is None:
+            raise RecipeError("The recipe names no data. Add data: with fit and test.")
+        images, _ = first.batch(np.zeros(1, np.int64), self.device)
+        self.classes = self._classes(images, first.spec)
+        for examples in self.examples.values():
+            examples.check_labels(self.classes)
+        found: dict[str, np.ndarray] = {}
+        if self.rank == 0:
+            found = yield from _named("comparing images", check_leaks(self.recipe.data))
         shards = self.mesh.shards
         self.slice = -(-self.layout.numel // shards)  # the vector is padded to slices of equal length
         self.low = min(self.shard * self.slice, self.layout.numel)
         self.high = min(self.low + self.slice, self.layout.numel)
         self.theta = torch.zeros(self.slice * shards, device=self.device)
-        self.gradient = torch.zeros(self.slice * shards if learning else 0, device=self.device)
+        flatten(self.model, self.theta, None, self.layout)
         self.micro_batch = micro_batch_size(self.recipe, self.layout.numel)
         self.autocast = self.recipe.precision == "bfloat16" or (
             self.recipe.precision == "auto" and has_fast_bfloat16(self.device)
         )
-        parts, norms = None, None
-        sha256: tuple[str, ...] = ()
-        if learning:
-            store = yield from _named(
-                "reading ingredients",
-                directions.open_store(self.ingredients, self.layout, self.recipe.directions.dtype, self.threads),
-            )
-            parts, norms = store.blocks(partition(self.layout, self.recipe.blocks))
-            self.plane = Hyperplane(store, parts, self.low, self.high, self.device, self.threads)
-            self.center = _readable(store.center[self.low : self.high]).to(self.device)
-            self._want_gradients_of(store.variant)
-            sha256 = store.sha256
-        flatten(self.model, self.theta, self.gradient if learning else None, self.layout)
-        self._soup_buffers = {
-            name: buffer_of(self.ingredients, name, self.recipe.buffers).to(self.device)
-            for name in (self.layout.buffers if self.ingredients else ())
-        }
-        self._restore_buffers()
-        yield Ready({k: len(v) for k, v in self.examples.items()}, parts, norms, sha256)
+        self._soup_buffers: dict[str, torch.Tensor] = {}
+        yield Ready(
+            {name: len(examples) for name, examples in self.examples.items()},
+            found.get("fit"),
+            {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in self.examples.items() if found},
+            models.fingerprint(self.recipe.model, built),
+        )
 
-    def _check_classes(self) -> None:
-        first = next(iter(self.examples.values()), None)
-        if first is None:
-            raise RecipeError("The recipe names no data. Add data: with fit and test.")
-        images, _ = first.batch(np.zeros(1, np.int64), self.device)
+    def take(self, subset: tuple[int, ...], blocks: str | int) -> Iterator[tuple[str, int, int] | Taken]:
+        """Make or open the direction store of the ingredients `subset`, to learn coefficients for blocks of this kind.
+
+        Yields (what, done, in all) on the way and Taken at the end. Raises IngredientError.
+        """
+        chosen = [self.ingredients[k] for k in subset]
+        if self._taken != subset:
+            store = directions.open_store(chosen, self.layout, self.recipe.directions.dtype, self.threads)
+            self.store: directions.DirectionStore = yield from _named("reading ingredients", store)
+            self._soup_buffers = {
+                name: buffer_of(chosen, name, self.recipe.buffers).to(self.device) for name in self.layout.buffers
+            }
+            self._taken = subset
+            if not hasattr(self, "gradient"):
+                self.gradient = torch.zeros(self.slice * self.mesh.shards, device=self.device)
+            self._want_gradients_of(self.store.variant)
+            flatten(self.model, self.theta, self.gradient, self.layout)
+            self._restore_buffers()
+            self.theta[: self.layout.numel] = _readable(self.store.center)
+            self._output = self._output_layer()
+        parts, norms = self.store.blocks(partition(self.layout, blocks))
+        self.plane = Hyperplane(self.store, parts, self.low, self.high, self.device, self.threads)
+        self.center = _readable(self.store.center[self.low : self.high]).to(self.device)
+        yield Taken(parts, norms, self.store.sha256, self._output)
+
+    def gram(self, part: tuple[int, int]) -> np.ndarray:
+        """Sum over part[0] of part[1] parts of the store of d_j d_k: float64 [K, K]."""
+        total = np.zeros((len(self.store.rows),) * 2)
+        for start, stop, _, chunk in self.plane.pieces[part[0] :: part[1]]:
+            rows = widened(self.store, start, stop, chunk)
+            total += (rows @ rows.T).double().numpy()
+        return total
+
+    def _classes(self, images: torch.Tensor, spec: str) -> int:
         try:
             with torch.inference_mode():
                 logits = self.model(images)
         except (RuntimeError, ValueError, TypeError) as error:
             raise RecipeError(
-                f"The model {self.recipe.model} cannot take the images of {first.source}, {images.dtype} "
+                f"The model {self.recipe.model} cannot take the images of {spec}, {images.dtype} "
                 f"{list(images.shape[1:])} each: {str(error).partition(chr(10))[0]}"
             ) from error
         if logits.ndim != 2:
             raise RecipeError(f"The model {self.recipe.model} returned {list(logits.shape)}; expected logits [n, classes].")
-        for examples in self.examples.values():
-            examples.check_labels(logits.shape[1])
+        return logits.shape[1]
+
+    def _output_layer(self) -> tuple[str, ...]:
+        """The parameters that, doubled, double the logits: those of one module with a dimension as long as there are
+        classes. Found by trying; later modules first."""
+        modules = [name for name, module in self.model.named_modules() if any(True for _ in module.parameters(False))]
+        images, _ = next(iter(self.examples.values())).batch(np.zeros(1, np.int64), self.device)
+        with torch.no_grad():
+            logits = self.model(images)
+            for module in reversed(modules):
+                prefix = f"{module}." if module else ""
+                names = [
+                    name
+                    for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
+                    if name.startswith(prefix) and "." not in name[len(prefix) :] and self.classes in shape
+                ]
+                parameters = [self.model.get_parameter(name) for name in names]
+                for parameter in parameters:
+                    parameter.mul_(2)
+                doubled = torch.allclose(self.model(images), 2 * logits, rtol=1e-4, atol=1e-6)
+                for parameter in parameters:
+                    parameter.div_(2)
+                if names and doubled:
+                    return tuple(names)
+        return ()
 
     def _want_gradients_of(self, variant: np.ndarray) -> None:
         parameters = dict(self.model.named_parameters())
@@ -253,55 +307,166 @@ class Shard:
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
-    def step(self, x: np.ndarray, positions: np.ndarray) -> Partial:
+    def _micro_batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for first in range(0, len(split), self.micro_batch):
+            yield self.examples[split.source].batch(split.rows[first : first + self.micro_batch], self.device)
+
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> Partial:
         """Combine, forward and backward on this actor's part of the batch, project.
 
-        x float32 [m, B]; positions: of the split fit.
+        x float32 [m, B]; factor: on the logits.
         """
         start = time.perf_counter()
         self._combine(x)
         self.gradient.zero_()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(positions), self.micro_batch):
-            images, labels = self.examples["fit"].batch(positions[first : first + self.micro_batch], self.device)
+        t = torch.tensor(factor, dtype=torch.float32, device=self.device, requires_grad=True)
+        t.grad = torch.zeros_like(t)
+        for images, labels in self._micro_batches(batch):
             with self._precision():
                 logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = F.cross_entropy(logits.float() * t, labels, reduction="sum")
             loss.backward()
             loss_sum += loss.detach()
         projected = self.plane.project(self._scatter())
-        return Partial(projected, loss_sum.item(), time.perf_counter() - start)
+        return Partial(projected, t.grad.item(), loss_sum.item(), time.perf_counter() - start)
 
-    def evaluate(self, x: np.ndarray, split: str, part: tuple[int, int]) -> Score:
-        """Score of the current model batch at x float32 [m, B] on the examples part[0] to part[1] of a split."""
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
+        """Score of the current model batch at x float32 [m, B], with this factor on the logits."""
         self._combine(x)
         with self._precision():
-            return self._score(split, part)
+            return self._score(split, factor)
 
-    def evaluate_file(self, path: str, split: str, part: tuple[int, int]) -> Score:
-        """Score in float32 of the checkpoint at `path` on the examples part[0] to part[1] of a split."""
-        models.load_checkpoint(self.model, path)
-        try:
-            return self._score(split, part)
-        finally:
-            self._restore_buffers()
-
-    def _score(self, split: str, part: tuple[int, int]) -> Score:
+    def _score(self, split: Split, factor: float = 1.0) -> Score:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         with torch.inference_mode():
-            for first in range(part[0], part[1], self.micro_batch):
-                positions = np.arange(first, min(first + self.micro_batch, part[1]))
-                images, labels = self.examples[split].batch(positions, self.device)
+            for images, labels in self._micro_batches(split):
                 logits = self.model(images).float()
-                loss += F.cross_entropy(logits, labels, reduction="sum")
+                loss += F.cross_entropy(logits * factor, labels, reduction="sum")
                 correct += (logits.argmax(dim=1) == labels).sum()
-        return Score(loss.item(), int(correct.item()), part[1] - part[0])
+        return Score(loss.item(), int(correct.item()), len(split))
+
+    # Whole models, in float32
+
+    def evaluate_file(self, path: str, splits: list[Split], factored: bool) -> list[Outcome]:
+        """What the checkpoint at `path` does on each split; `factored`: with the losses that temperatures are found from."""
+        models.load_checkpoint(self.model, path)
+        try:
+            with torch.inference_mode():
+                return [
+                    join_or_empty([outcome_of(self.model(i), labels, factored) for i, labels in self._micro_batches(split)])
+                    for split in splits
+                ]
+        finally:
+            self._restore_buffers()
+
+    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """What the last of the checkpoints `paths` does on each split; its logits are added to those of the ones before."""
+        if self._members != paths[:-1]:
+            self._members = ()
+            for end in range(1, len(paths)):  # this actor took the place of a lost one
+                self.evaluate_member(paths[:end], splits)
+        if not self._members:
+            self._logits = [torch.zeros(len(split), self.classes, device=self.device) for split in splits]
+        models.load_checkpoint(self.model, paths[-1])
+        outcomes = []
+        with torch.inference_mode():
+            for split, total in zip(splits, self._logits, strict=True):
+                parts, first = [], 0
+                for images, labels in self._micro_batches(split):
+                    logits = self.model(images).float()
+                    total[first : first + len(labels)] += logits
+                    first += len(labels)
+                    parts.append(outcome_of(logits, labels))
+                outcomes.append(join_or_empty(parts))
+        self._members = paths
+        self._restore_buffers()
+        return outcomes
+
+    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """What the mean of the logits of the checkpoints `paths` does on each split."""
+        if self._members != paths:
+            self.evaluate_member(paths, splits)
+        outcomes = []
+        for split, total in zip(splits, self._logits, strict=True):
+            labels = torch.from_numpy(self.examples[split.source].labels[split.rows]).to(self.device)
+            outcomes.append(outcome_of(total / len(paths), labels, factored=True))
+        return outcomes
+
+    def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
+        """How many examples the plain mean of the ingredients `kept` and `candidate` gets right. A running sum is kept, and
+        an ingredient read once."""
+        if self._tried != (kept, candidate):
+            self._mix(kept, candidate)
+        return sum(self._score(split).correct for split in splits)
+
+    def _mix(self, kept: tuple[int, ...], candidate: int) -> None:
+        """theta = (sum of kept + candidate) / (len(kept) + 1), in float64, then rounded as in bake.py."""
+        if self._summed != kept:
+            if self._summed == kept[:-1] and self._tried == (kept[:-1], kept[-1]):
+                self._sum += self._candidate
+            else:
+                self._sum = torch.zeros(self.layout.numel, dtype=torch.float64)
+                for k in kept:
+                    self._sum += self._flat(k)
+            self._summed = kept
+        self._candidate = self._flat(candidate)
+        count = len(kept) + 1
+        chosen = [self.ingredients[k] for k in (*kept, candidate)]
+        for name, start, stop in self.layout.spans():
+            mean = (self._sum[start:stop] + self._candidate[start:stop]) / count
+            self.theta[start:stop] = mean.to(common_dtype(chosen, name))
+        state = self.model.state_dict()
+        for name in self.layout.buffers:
+            state[name].copy_(buffer_of(chosen, name, self.recipe.buffers).view(state[name].shape))
+        self._tried = (kept, candidate)
+
+    def _flat(self, k: int) -> torch.Tensor:
+        """The parameter vector of ingredient k, float32 [N]."""
+        flat = torch.empty(self.layout.numel)
+        for name, start, stop in self.layout.spans():
+            flat[start:stop] = self.ingredients[k].read(name).view(-1)
+        self.ingredients[k].close()
+        return flat
+
+    def forget(self) -> None:
+        """Let go of what was kept between calls for an ensemble or a greedy search."""
+        self._members, self._logits = (), []
+        self._summed, self._tried = (), None
+        self._sum = self._candidate = torch.empty(0)
+
+    def reset_peak(self) -> None:
+        """Count the peak of memory anew from here."""
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def peak_memory(self) -> int:
-        """Most bytes this actor has held: resident memory, and what it took of its GPU."""
+        """Most bytes that this actor has held since `reset_peak`: resident memory, and what it took of its GPU."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with contextlib.suppress(OSError), open("/proc/self/status") as file:
+            host = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), host)
         return host + (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
+
+
+def outcome_of(logits: torch.Tensor, labels: torch.Tensor, factored: bool = False) -> Outcome:
+    """Of logits [n, classes] for labels int64 [n]."""
+    logits = logits.float()
+    log_p = F.log_softmax(logits, dim=1)
+    loss = F.nll_loss(log_p, labels, reduction="none")
+    best = log_p.max(dim=1)
+    losses = None
+    if factored:
+        factors = torch.from_numpy(np.exp(LOG_FACTORS)).float().to(logits.device)
+        own = logits.gather(1, labels[:, None])
+        losses = torch.stack([torch.logsumexp(f * logits, dim=1) - f * own[:, 0] for f in factors], dim=1).cpu().numpy()
+    return Outcome(loss.cpu().numpy(), (best.indices == labels).cpu().numpy(), best.values.exp().cpu().numpy(), losses)
+
+
+def join_or_empty(parts: list[Outcome]) -> Outcome:
+    return join(parts) if parts else Outcome(np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.float32))
 
 
 def _named(what: str, work: Generator[tuple[int, int], None, T]) -> Generator[tuple[str, int, int], None, T]:

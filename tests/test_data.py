@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_soup.data import Examples, batch_positions, load_splits
+from ray_soup.data import Examples, Split, batch_positions, check_leaks, cut, load_sources
 from ray_soup.errors import RecipeError
 from ray_soup.finetune import yield_from
 from ray_soup.recipe import Data
@@ -38,8 +38,12 @@ def write_parquet(path: Path, broken: int | None = None, hub: bool = True) -> No
     pq.write_table(pa.table({"image": values, "label": labels[:30]}), path)
 
 
-def splits(data: Data, seed: int = 1, preprocess: Any = as_tensor) -> dict[str, Examples]:
-    return yield_from(load_splits(data, seed, preprocess))
+def sources(data: Data, preprocess: Any = as_tensor) -> dict[str, Examples]:
+    return yield_from(load_sources(data, preprocess))
+
+
+def splits(data: Data, seed: int = 1) -> dict[str, Split]:
+    return cut(data, {k: len(v) for k, v in sources(data).items()}, yield_from(check_leaks(data)).get("fit"), seed)
 
 
 def everything(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +56,7 @@ def test_parquet_npz_and_a_function_hold_the_same(tmp_path: Path, hub: bool) -> 
     images, labels = digits()
     np.savez(tmp_path / "a.npz", images=images[:30], labels=labels[:30])
     for spec in (str(tmp_path / "a.parquet"), str(tmp_path / "a.npz"), "tests.test_data:pairs"):
-        found_images, found_labels = everything(splits(Data(test=spec))["test"])
+        found_images, found_labels = everything(sources(Data(test=spec))["test"])
         np.testing.assert_array_equal(found_images.numpy(), images[:30])
         np.testing.assert_array_equal(found_labels.numpy(), labels[:30])
 
@@ -77,16 +81,16 @@ def test_one_pass_takes_every_example_once() -> None:
 def test_data_faults_name_the_file(tmp_path: Path) -> None:
     write_parquet(tmp_path / "broken.parquet", broken=7)
     with pytest.raises(RecipeError, match=r"broken\.parquet: the image at row 7 cannot be decoded"):
-        splits(Data(test=str(tmp_path / "broken.parquet")))
+        sources(Data(test=str(tmp_path / "broken.parquet")))
     write_parquet(tmp_path / "good.parquet")
     with pytest.raises(RecipeError, match="the model brings no preprocessing"):
-        splits(Data(test=str(tmp_path / "good.parquet")), preprocess=None)
+        sources(Data(test=str(tmp_path / "good.parquet")), preprocess=None)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(RecipeError, match="expected one of image bytes and one of integer labels"):
-        splits(Data(test=str(tmp_path / "text.parquet")))
+        sources(Data(test=str(tmp_path / "text.parquet")))
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 2)), labels=np.zeros(2, np.int64))
     with pytest.raises(RecipeError, match=r"a\.npz: 3 images and 2 labels"):
-        splits(Data(test=str(tmp_path / "a.npz")))
+        sources(Data(test=str(tmp_path / "a.npz")))
     (tmp_path / "b.npz").write_bytes(b"nothing")
     with pytest.raises(RecipeError, match=r"b\.npz cannot be read"):
-        splits(Data(test=str(tmp_path / "b.npz")))
+        sources(Data(test=str(tmp_path / "b.npz")))

@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from ray_soup.actors import Actors, resolve_mesh
-from ray_soup.coefficients import load_coefficients, to_coefficients, to_x
+from ray_soup.actors import Actors, quiet, resolve_mesh
+from ray_soup.coefficients import load_coefficients
+from ray_soup.data import cut
 from ray_soup.errors import RecipeError
-from ray_soup.learn import State, learn, load_state, model_batches, save_state
+from ray_soup.learn import State, learn, load_state, model_batches, parametrisation, save_state
 from ray_soup.pipeline import prepare
 from ray_soup.recipe import make_recipe
 from ray_soup.shard import Mesh
@@ -28,14 +29,16 @@ def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple
     """Coefficients float64 [K, B] that a run on this mesh finds."""
     recipe = make_recipe(values(folder, directions={"dtype": "float32"}, **changes))
     ingredients, _ = prepare(recipe)
-    actors = Actors(recipe, ingredients, mesh, 2 / mesh.size if mesh.size > 2 else 1, learning=True)
+    actors = Actors(recipe, ingredients, mesh, 2 / mesh.size if mesh.size > 2 else 1)
     try:
-        ready = actors.setup(lambda what, done, total: None)
+        ready = actors.setup(quiet)
+        taken = actors.take(tuple(range(len(ingredients))), recipe.blocks, quiet)
+        splits = cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
         size = recipe.learn.model_batch if recipe.learn.model_batch != "auto" else len(ingredients)
-        state = learn(recipe, actors, ready.norms, ready.examples, size, state_file)
+        state = learn(recipe, actors, taken.norms, splits, size, state_file)
     finally:
         actors.close()
-    return to_coefficients(to_x(state.y.numpy(), ready.norms)), state
+    return parametrisation(recipe.method, taken.norms).coefficients(state.y.numpy()), state
 
 
 @pytest.mark.usefixtures("cluster")
@@ -121,13 +124,13 @@ def test_a_lost_actor_is_replaced_and_changes_no_bit(
     killed: list[int] = []
     step = Actors.step
 
-    def disturbed(self: Actors, x: np.ndarray, positions: np.ndarray) -> Any:
+    def disturbed(self: Actors, *arguments: Any) -> Any:
         disturbed.calls += 1
         if disturbed.calls == 13:  # in the second epoch of the first turn
             mine = {p.pid for p in psutil.process_iter(["cmdline"]) if "RemoteShard" in " ".join(p.info["cmdline"] or [])}
             killed.append(max(mine))
             os.kill(killed[0], fault)
-        return step(self, x, positions)
+        return step(self, *arguments)
 
     disturbed.calls = 0
     monkeypatch.setattr(Actors, "step", disturbed)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ray_soup.actors import Actors
+from ray_soup.actors import Actors, quiet
+from ray_soup.data import cut
 from ray_soup.directions import open_store
 from ray_soup.finetune import yield_from
 from ray_soup.learn import learn
@@ -83,14 +84,16 @@ def test_memory_follows_the_model_batch(zoo: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         ingredients, layout = prepare(recipe)
         yield_from(open_store(ingredients, layout, "float32"))  # made before: only learning is measured
-        actors = Actors(recipe, ingredients, Mesh(1, 1), 1, learning=True)
+        actors = Actors(recipe, ingredients, Mesh(1, 1), 1)
         try:
-            ready = actors.setup(lambda what, done, total: None)
+            ready = actors.setup(quiet)
+            taken = actors.take(tuple(range(count)), recipe.blocks, quiet)
+            splits = cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
             sampler = Sampler()
             sampler.sample()
             before = sampler.total
             sampler.start()
-            state = learn(recipe, actors, ready.norms, ready.examples, 4, tmp_path / f"{number}.pt")
+            state = learn(recipe, actors, taken.norms, splits, 4, tmp_path / f"{number}.pt")
             sampler.done.set()
             sampler.join()
         finally:
