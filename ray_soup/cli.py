@@ -78,14 +78,17 @@ def _work(task: Callable[[Progress], Any]) -> Any:
             progress.stop()
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from ray_soup.report import COST, QUALITY, table
+
+    _print_table(*table(rows, QUALITY + COST))
+
+
+def _print_table(head: list[str], cells: list[list[str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from ray_soup.report import table
-
-    head, cells = table(rows)
     shown = Table(*head, box=box.SIMPLE, padding=(0, 1, 0, 0))  # fits into 80 columns
     for number, column in enumerate(shown.columns):
         column.justify, column.no_wrap = ("right" if number else "left"), True
@@ -102,7 +105,7 @@ def _print_soup(soup: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"out": str(soup.out), "results": soup.rows, "run": soup.record}))
         return
-    _print_table(soup.rows)
+    _print_rows(soup.rows)
     click.echo(f"Wrote {soup.out}/model.safetensors, its coefficients, and README.md, the model card.")
 
 
@@ -119,7 +122,8 @@ def main() -> None:
 
     A recipe (YAML) names ingredients, model and held-out data; KEY=VALUE after it overrides a key, as in learn.lr=0.02.
     Running the same command again on the same OUT resumes it.
-    Exit codes: 0 done, 1 failed, 2 usage, recipe or data, 3 ingredients, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage, recipe or data, 3 ingredients, 4 no improvement where one was required, 130
+    interrupted.
     """
 
 
@@ -140,7 +144,7 @@ def demo(out: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"results": result.rows, "files": {k: str(v) for k, v in result.files.items()}}))
         return
-    _print_table(result.rows)
+    _print_rows(result.rows)
     for name, path in result.files.items():
         click.echo(f"{name:<12} {path}")
 
@@ -210,6 +214,86 @@ _soup_command("greedy", "greedy", "The mean of those ingredients that, from the 
 _soup_command("best-single", "best_single", "The one ingredient that is most accurate on the held-out set.")
 
 
+def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in value.split(",") if number)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} found; expected numbers, as in 0,2,4.") from None
+
+
+@main.command()
+@recipe_argument
+@out_argument
+@overrides_argument
+@click.option("--seeds", default=1, show_default=True, help="Redraw fit/select and the batches; give mean and spread.")
+@click.option("--drop-top", default="", callback=_numbers, metavar="0,2,...", help="Also without as many of the best.")
+@click.option("--by-count", default="", callback=_numbers, metavar="9,18,...", help="Also with only as many ingredients.")
+@click.option("--require-improvement", is_flag=True, help="Exit with 4 if no soup beats the best single on select.")
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
+@click.option("--into", type=click.Path(), help="Write them between two lines <!-- ray-soup compare --> of this file.")
+@json_option
+def compare(
+    recipe: str,
+    out: str,
+    overrides: tuple[str, ...],
+    seeds: int,
+    drop_top: tuple[int, ...],
+    by_count: tuple[int, ...],
+    require_improvement: bool,
+    markdown: bool,
+    into: str | None,
+    as_json: bool,
+) -> None:
+    """Every soup and its references in one table; the best on select is written to OUT, with report.html.
+
+    Best single, uniform, greedy, Learned-Soup(+), MEHL-Soup(+) with all ingredients and with model batches, and the logit
+    ensemble. Test is only reported on.
+    """
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.compare import Options
+        from ray_soup.compare import compare as run_compare
+        from ray_soup.recipe import load_recipe
+
+        return run_compare(load_recipe(recipe, overrides), out, Options(seeds, drop_top, by_count), progress)
+
+    soup = _work(task)
+    if soup.was_complete:
+        click.echo(f"{soup.out} is complete; nothing was run.", err=True)
+    with _errors():
+        _print_comparison(soup, markdown, into, as_json)
+    if require_improvement and soup.record["improvement"]["select_nll"] >= 0:
+        click.echo("ray-soup: no improvement, and one was required.", err=True)
+        sys.exit(4)
+
+
+def _print_comparison(soup: Any, markdown: bool, into: str | None, as_json: bool) -> None:
+    from ray_soup.report import AGAINST, COST, QUALITY, comparison_markdown, insert, series_table, table, tests_table
+
+    record = soup.record
+    if into:
+        insert(comparison_markdown(record), into)
+        click.echo(f"Wrote the tables into {into}.", err=True)
+    if markdown:
+        click.echo(comparison_markdown(record))
+    for note in soup.notes:
+        click.echo(note, err=True)
+    if as_json:
+        click.echo(json.dumps({"out": str(soup.out), "results": soup.rows, "run": record}))
+    if markdown or as_json:
+        return
+    _print_table(*table(record["table"], [c for c in QUALITY if c[0] != "select_accuracy"]))  # 80 columns
+    _print_table(*table(record["table"], [QUALITY[0], QUALITY[1], *COST]))
+    for title, key, rows in (("Without the best", "dropped", "eliminations"), ("By number", "count", "counts")):
+        if record[rows]:
+            click.echo(f"{title}, accuracy in percent:")
+            _print_table(*series_table(record[rows], key))
+    for other in AGAINST if record["tests"] else ():
+        click.echo(f"Paired tests against {other}, on test:")
+        _print_table(*tests_table(record["tests"], other))
+    click.echo(f"Wrote {soup.out}/report.html, the tables and figures, and model.safetensors: {record['chosen']}.")
+
+
 @main.command()
 @recipe_argument
 @out_argument
@@ -250,7 +334,7 @@ def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as
         return run_evaluate(load_recipe(recipe, overrides), model, split, progress)
 
     row = _work(task)
-    click.echo(json.dumps(row)) if as_json else _print_table([row])
+    click.echo(json.dumps(row)) if as_json else _print_rows([row])
 
 
 @main.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from ray_soup.actors import Actors
 from ray_soup.cache import cached, content_key, lookup
 from ray_soup.data import Split
-from ray_soup.outcomes import Outcome
+from ray_soup.outcomes import Outcome, load_outcomes, save_outcomes
 
 FORMAT = 1
 Watch = Callable[[int, int], None]
@@ -28,7 +27,7 @@ def remember(key: str, outcome: Outcome) -> None:
     """Keep an outcome in the cache of this node."""
 
     def make(folder: Path) -> Iterator[None]:
-        np.savez(folder / "outcome.npz", loss=outcome.loss, correct=outcome.correct, confidence=outcome.confidence)
+        save_outcomes({"": outcome}, folder / "outcome.npz")
         yield
 
     work = cached("evaluations", key, outcome.loss.nbytes * 3, make)
@@ -44,8 +43,7 @@ def recall(key: str) -> Outcome | None:
     hold = lookup("evaluations", key)
     if hold is None:
         return None
-    with np.load(os.path.join(hold.path, "outcome.npz")) as arrays:
-        outcome = Outcome(arrays["loss"], arrays["correct"], arrays["confidence"])
+    outcome = load_outcomes(hold.path / "outcome.npz")[""]
     hold.close()
     return outcome
 

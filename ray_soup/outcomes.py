@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
@@ -64,6 +65,28 @@ def join(parts: Sequence[Outcome]) -> Outcome:
     """The outcomes of examples in a row, as one."""
     columns = zip(*(part.arrays() for part in parts), strict=True)
     return Outcome(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+
+
+def save_outcomes(outcomes: dict[str, Outcome], file: Path) -> None:
+    """As .npz, whole or not at all."""
+    arrays = {
+        f"{name}.{f.name}": getattr(outcome, f.name)
+        for name, outcome in outcomes.items()
+        for f in fields(Outcome)
+        if getattr(outcome, f.name) is not None
+    }
+    temporary = file.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(file)
+
+
+def load_outcomes(file: Path) -> dict[str, Outcome]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(file) as arrays:
+        for key in arrays.files:
+            name, _, column = key.rpartition(".")
+            found.setdefault(name, {})[column] = arrays[key]
+    return {name: Outcome(**columns) for name, columns in found.items()}
 
 
 def best_log_factor(outcome: Outcome) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,15 +49,15 @@ from ray_soup.learn import learn, parametrisation, summary
 from ray_soup.models import describe
 from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, scaled_nll
 from ray_soup.recipe import SOFTMAX, Data, Recipe, load_recipe
-from ray_soup.report import model_card
+from ray_soup.report import Report, html, model_card
 from ray_soup.shard import Mesh, Ready, Taken, buffer_of
 
 LEARNED = (*SOFTMAX, "mehl", "mehl+")
 
 
-def prepare(recipe: Recipe) -> tuple[list[Ingredient], Layout]:
+def prepare(recipe: Recipe, needs_fit: bool = False) -> tuple[list[Ingredient], Layout]:
     """Open and check the ingredients against each other and the model, from headers alone."""
-    if recipe.data.fit is None and recipe.method != "uniform":
+    if recipe.data.fit is None and (needs_fit or recipe.method != "uniform"):
         raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it: .npz or .parquet.")
     ingredients = open_ingredients(recipe.ingredients)
     layout = describe(recipe.model)
@@ -239,7 +240,8 @@ def baked(bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits:
 def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
     """The keys of results.jsonl for what a model does on each split; the temperature is found on select."""
     row: dict[str, float] = {}
-    factor = best_log_factor(outcomes["select"]) if "select" in outcomes else None
+    select = outcomes.get("select")
+    factor = best_log_factor(select) if select is not None and select.factored is not None else None
     for split, outcome in outcomes.items():
         row |= {f"{split}_accuracy": outcome.accuracy, f"{split}_nll": outcome.nll}
         if factor is not None and split != "select":
@@ -281,6 +283,8 @@ def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Pa
     row: dict[str, Any] = {"model_name": recipe.method}
     record: dict[str, Any] = {"method": recipe.method, "seed": recipe.learn.seed, "exit": 0}
     sha256: list[str] = []
+    shown: dict[str, Outcome] = {}
+    similar: np.ndarray | None = None
     if recipe.data == Data():
         whole = partition(layout, "model")
         block_of = dict.fromkeys(layout.names, 0)
@@ -298,9 +302,12 @@ def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Pa
             splits = bench.cut(recipe.learn.seed)
             made = make_soup(bench, recipe, everything, splits, bench.model_batch, out / "state" / "learn.pt")
             clock.lap(recipe.method)
-            row |= figures_of(baked(bench, made, everything, folder / MODEL, reported(splits)))
-            clock.lap("mixing and evaluation")
             peak = max(bench.actors.peak_memory())
+            similar = cosines(bench.actors.gram()) if learning else None
+            outcomes = baked(bench, made, everything, folder / MODEL, reported(splits))
+            clock.lap("mixing and evaluation")
+            row |= figures_of(outcomes)
+            shown = {recipe.method: outcomes["test" if "test" in outcomes else "select"]} if outcomes else {}
             sha256 = bench.sha256
         clock.lap("stop")
         figures = made.figures
@@ -329,7 +336,12 @@ def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Pa
     }
     row["seconds"] = clock.total()
     save_coefficients(made.coefficients, folder / COEFFICIENTS)
-    (folder / "README.md").write_text(model_card(recipe, made.coefficients, [row], notes))
+    (folder / "README.md").write_text(model_card(recipe, made.coefficients, [row], record))
+    learned = {recipe.method: made.coefficients} if learning else {}
+    curves = {recipe.method: made.figures["curve"]} if learning else {}
+    title = f"{recipe.method} soup of {len(ingredients)} ingredients"
+    report = Report(title, recipe, [row], record, learned, curves, shown, similar)
+    (folder / "report.html").write_text(html(report))
     publish(recipe, [row], record, folder, out)
     return Soup(out, [row], record, notes)
 
@@ -411,7 +423,8 @@ def bake_again(out: str | Path, new_out: str | Path, watch: Watch = quiet) -> So
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
         write(new_out / "state" / "begun.json", json.dumps(begun(recipe, ingredients)))
         save_coefficients(coefficients, folder / COEFFICIENTS)
-        (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record.get("notes", [])))
+        (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record))
+        shutil.copyfile(out / "report.html", folder / "report.html")
         publish(recipe, rows, record, folder, new_out)
     return Soup(new_out, rows, record)
 

@@ -1,65 +1,248 @@
-"""Tables and the model card."""
+"""Tables, the report, and the model card."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ray_soup.coefficients import Coefficients
+from ray_soup.errors import RecipeError
+from ray_soup.outcomes import Outcome
 from ray_soup.recipe import Recipe, dump_recipe
 
-COLUMNS = (
+QUALITY = (
     ("model_name", "model", "{}"),
-    ("select_accuracy", "select %", "{:.2%}"),
+    ("select_accuracy", "select %", "{:.2f}"),
     ("select_nll", "select NLL", "{:.4f}"),
-    ("test_accuracy", "test %", "{:.2%}"),
+    ("test_accuracy", "test %", "{:.2f}"),
     ("test_nll", "test NLL", "{:.4f}"),
-    ("steps", "steps", "{}"),
-    ("seconds", "seconds", "{:.1f}"),
-    ("peak_memory_bytes", "peak MB", "{}"),
+    ("test_nll_scaled", "NLL scaled", "{:.4f}"),
 )
+COST = (
+    ("steps", "steps", "{:,.0f}"),
+    ("image_passes", "images", "{:,.0f}"),
+    ("seconds", "seconds", "{:.1f}"),
+    ("peak_memory_bytes", "peak MB", "{:,.0f}"),
+    ("ingredients_used", "used", "{:.3g}"),
+)
+UNITS = {"select_accuracy": 100, "test_accuracy": 100, "fit_accuracy": 100, "peak_memory_bytes": 1e-6}
+AGAINST = ("best_single", "greedy")  # what each soup is tested against
+TESTS_LEGEND = (
+    "Paired, on the test images: differences of accuracy, in points, and of NLL, with 95 % intervals (bootstrap), and the p of "
+    "the exact McNemar test of the accuracies. A negative NLL difference is better. An interval that holds 0 proves nothing."
+)
+DROPPED_LEGEND = "Accuracy in percent when so many of the best ingredients are left out."
+COUNTS_LEGEND = "Accuracy in percent with so many ingredients, the first of a shuffle."
+MARK = "<!-- ray-soup compare -->"
+TWIN = 0.999  # directions with a larger cosine are of the same checkpoint, as good as
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table of `rows`: a column for each key that a row has."""
-    columns = [c for c in COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of `rows`: those of the columns that a row has; with ± where there is a spread."""
+    shown = [c for c in columns if any(row.get(c[0]) is not None for row in rows)]
     cells = []
     for row in rows:
         line = []
-        for key, _, form in columns:
-            value = row.get(key)
-            if value is not None and key == "peak_memory_bytes":
-                value = round(value / 1e6)
-            line.append("-" if value is None else form.format(value).rstrip("%"))
+        for key, _, form in shown:
+            value, spread, unit = row.get(key), row.get(f"{key}_sd"), UNITS.get(key)
+            text = "-" if value is None else form.format(value * unit if unit else value)
+            if spread:
+                text += f" ±{form.format(spread * (unit or 1))}"
+            line.append(text)
         cells.append(line)
-    return [c[1] for c in columns], cells
+    return [c[1] for c in shown], cells
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    head, cells = table(rows)
+def tests_table(tests: Sequence[dict[str, Any]], against: str) -> tuple[list[str], list[list[str]]]:
+    """Paired tests as text: differences to the soup `against` with their intervals, and p."""
+    head = [f"minus {against}", "points", "95 % interval", "p", "NLL", "95 % interval"]
+    return head, [
+        [
+            t["model_name"],
+            f"{100 * t['accuracy']:+.2f}",
+            f"{100 * t['accuracy_low']:+.2f} to {100 * t['accuracy_high']:+.2f}",
+            f"{t['mcnemar_p']:.2g}",
+            f"{t['nll']:+.4f}",
+            f"{t['nll_low']:+.4f} to {t['nll_high']:+.4f}",
+        ]
+        for t in tests
+        if t["against"] == against
+    ]
+
+
+def series_table(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
+    """A line a method, a column for each value of `key`: accuracy in percent, on test where there is one."""
+    split = "test" if any("test_accuracy" in row for row in rows) else "select"
+    values = list(dict.fromkeys(row[key] for row in rows))
+    found = {(row["model_name"], row[key]): row[f"{split}_accuracy"] for row in rows}
+    names = list(dict.fromkeys(row["model_name"] for row in rows))
+    return ["model", *map(str, values)], [[n, *(f"{100 * found[n, v]:.2f}" for v in values)] for n in names]
+
+
+def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
-    """The README.md beside a soup."""
+def comparison_markdown(record: dict[str, Any]) -> str:
+    """The tables of a comparison as Markdown, with what their reader must know."""
+    parts = [markdown(*table(record["table"], QUALITY + COST)), legend(record)]
+    if record["tests"]:
+        parts += [markdown(*tests_table(record["tests"], other)) for other in AGAINST]
+        parts.append(TESTS_LEGEND)
+    if record["eliminations"]:
+        parts += [markdown(*series_table(record["eliminations"], "dropped")), DROPPED_LEGEND]
+    if record["counts"]:
+        parts += [markdown(*series_table(record["counts"], "count")), COUNTS_LEGEND]
+    return "\n\n".join(parts)
+
+
+def insert(text: str, file: str) -> None:
+    """Put `text` between the two lines MARK of a file. Raises RecipeError."""
+    try:
+        before, _, after = Path(file).read_text().split(MARK)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file} must hold two lines {MARK}, between which the tables go.") from error
+    Path(file).write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
+
+
+def legend(record: dict[str, Any]) -> str:
+    """What the reader of the table must know."""
+    seeds, examples = record.get("seeds", []), record.get("examples", {})
+    sizes = ", ".join(f"{name} {count:,}" for name, count in examples.items())
+    text = (
+        f"Examples: {sizes}. Figures are those of the written models, in float32. Select is held-out data that choices were "
+        "made on, so its figures flatter; test steered nothing. NLL scaled: test NLL after temperature scaling found on "
+        "select. Images: forward passes to make the soup, evaluations of the ingredients counted for best_single and greedy. "
+        "Seconds: what came on top of the work that all share. -m: with model batches of so many ingredients."
+    )
+    if len(seeds) > 1:
+        text += (
+            f" Mean ± standard deviation over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), which redraw the cut into fit "
+            "and select and the order of batches; ingredients and test are the same in all. What has no spread does not "
+            "depend on the seed. Tests, figures and the chosen soup are of the first seed."
+        )
+    return text
+
+
+@dataclass
+class Report:
+    """What a report shows; what is empty is left out."""
+
+    title: str
+    recipe: Recipe
+    rows: Sequence[dict[str, Any]]
+    record: dict[str, Any]
+    coefficients: dict[str, Coefficients] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    similarity: np.ndarray | None = None
+
+
+def html(report: Report) -> str:
+    """The report as one self-contained page."""
+    from jinja2 import Environment
+
+    record = report.record
+    tables = []
+    for other in AGAINST if record.get("tests") else ():
+        head, cells = tests_table(record["tests"], other)
+        tables.append({"title": f"Against {other}", "head": head, "cells": cells, "text": TESTS_LEGEND})
+    if record.get("eliminations"):
+        head, cells = series_table(record["eliminations"], "dropped")
+        tables.append({"title": "Without the best", "head": head, "cells": cells, "text": DROPPED_LEGEND})
+    if record.get("counts"):
+        head, cells = series_table(record["counts"], "count")
+        tables.append({"title": "By number of ingredients", "head": head, "cells": cells, "text": COUNTS_LEGEND})
+    template = (files("ray_soup") / "report.html.jinja").read_text()
+    return Environment(autoescape=True, trim_blocks=True).from_string(template).render(
+        title=report.title,
+        subtitle=f"{record['parameters']:,} parameters; model {report.recipe.model}; {record['wall_s']:.0f} s in all.",
+        notes=record["notes"],
+        table=table(report.rows, QUALITY + COST),
+        chosen=record.get("chosen"),
+        legend=legend(record),
+        tables=tables,
+        figures=[{**f, "source": _embedded(f["svg"])} for f in _figures(report)],
+        recipe=dump_recipe(report.recipe).strip(),
+        ingredients=record["ingredients"],
+        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    )  # fmt: skip
+
+
+def _embedded(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _figures(report: Report) -> list[dict[str, str]]:
+    from ray_soup import figures
+
+    record, names = report.record, [i["name"] for i in report.record["ingredients"]]
+    split = "test" if "test" in record.get("examples", {}) else "select"
+    found = []
+
+    def add(title: str, text: str, svg: str) -> None:
+        found.append({"title": title, "text": text, "svg": svg})
+
+    if len(report.rows) > 1:
+        add("Accuracy by method", "With 95 % intervals (Wilson); soups as dots, their references as diamonds; dotted: the "
+            "best single.", figures.accuracy_by_method(report.rows, split, record["examples"][split]))  # fmt: skip
+    if record.get("counts"):
+        add("Accuracy by number of ingredients", f"On {split}; the first of a shuffle.",
+            figures.by_count(record["counts"], split))  # fmt: skip
+    if report.curves:
+        add("Learning curves", "NLL on fit (dashed) and select (solid); the ring is the point that was kept.",
+            figures.learning_curves(report.curves))  # fmt: skip
+    if report.coefficients:
+        add("Distribution of coefficients", "Hatched: negative ones. Dotted: 1/K, the uniform soup.",
+            figures.distribution(report.coefficients))  # fmt: skip
+    for label, coefficients in report.coefficients.items():
+        if coefficients.values.shape[1] > 1:
+            add(f"Coefficients of {label}", "Ingredients by blocks; white is 1/K.", figures.heat_map(coefficients))
+    if report.similarity is not None:
+        twins = [(int(j), int(k)) for j, k in np.argwhere(np.triu(report.similarity > TWIN, 1))]
+        said = "; ".join(f"{names[j]} and {names[k]}" for j, k in twins)
+        add("Cosines of directions", "Of each ingredient's difference from the mean of all, in the order of the list. "
+            + (f"Crossed: as good as duplicates ({said})." if twins else "No two are duplicates."),
+            figures.similarity(report.similarity, names, twins))  # fmt: skip
+    if report.outcomes:
+        add("Reliability", f"Accuracy against confidence on {split}; on the dotted line a model knows how sure it may be.",
+            figures.reliability_diagram(report.outcomes))  # fmt: skip
+    return found
+
+
+def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> str:
+    """The README.md beside a soup, with the front matter of the Hub."""
     order = sorted(zip(coefficients.shares(), coefficients.ingredients, strict=True), reverse=True)
     shares = "\n".join(f"| {name} | {share:+.4f} |" for share, name in order)
     load = "load_file" if not coefficients.tied else "load_model"
+    library = "open_clip" if recipe.model.startswith("open_clip:") else "pytorch"
+    base = f"base_model: {recipe.base_model}\n" if recipe.base_model else ""
+    used = len(coefficients.used())
+    notes = "".join(f"\n\n{note}" for note in record["notes"])
+    factor = f" Its logits carry a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
     return f"""---
+{base}base_model_relation: merge
 tags: [merge, model-soup, ray-soup]
-base_model_relation: merge
+library_name: {library}
 ---
-# A model soup of {len(order)} ingredients
+# A model soup of {used} ingredients
 
-Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{recipe.method}` for the model `{recipe.model}`:
-each tensor is a weighted sum of the same tensor in {len(order)} fine-tuned checkpoints, with weights that sum to 1.
+Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model `{recipe.model}`:
+each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoints, with weights that sum to 1.{factor}
 `model.safetensors` loads with `safetensors.torch.{load}`.
 
-{markdown(rows)}
+## Results
 
-Accuracy and NLL are those of this file, in float32. *select* is held-out data that choices were made on, so its figures
-flatter; *test* steered nothing.{"".join(chr(10) * 2 + note for note in notes)}
+{markdown(*table(rows, QUALITY + COST))}
+
+{legend(record) if record.get("examples") else ""}{notes}
 
 ## Ingredients
 
@@ -70,14 +253,15 @@ flatter; *test* steered nothing.{"".join(chr(10) * 2 + note for note in notes)}
 `coefficients.safetensors` holds all of them ({len(coefficients.blocks)} blocks), and with the ingredients makes this model
 again: `ray-soup bake`.
 
+## Intended use and limits
+
+For the task and the kind of data that it was learned and tested on, in place of the best of its ingredients, at the same
+inference cost. It keeps the ingredients' biases and licences. On other data it may do worse than any of them: test it
+there. A soup of runs from different initialisations does not work.
+
 ## Recipe
 
 ```yaml
 {dump_recipe(recipe).strip()}
 ```
-
-## Limits
-
-A soup is as good as what it is made of, for the data it was learned on: it keeps the ingredients' biases and licences, and a
-soup of runs from different initialisations does not work.
 """

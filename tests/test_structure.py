@@ -6,7 +6,7 @@ from tests.conftest import ROOT
 
 ORDER = str.split(
     "errors recipe cache checkpoints blocks models data outcomes kernels directions hyperplane shard actors coefficients "
-    "learn greedy bake report folder pipeline finetune demo cli"
+    "learn greedy bake figures report folder pipeline compare finetune demo cli"
 )
 MAY_IMPORT_RAY = {"actors", "finetune"}
 

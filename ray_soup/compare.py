@@ -1,0 +1,349 @@
+"""Every soup of the paper on the same ingredients, and what they are measured against, in one table.
+
+Work that methods share is done once: evaluations of ingredients, directions, decoded data. Test is read once for each
+finished soup, and steers nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_soup.actors import Watch, quiet
+from ray_soup.bake import bake
+from ray_soup.blocks import Layout
+from ray_soup.checkpoints import Ingredient
+from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
+from ray_soup.data import Split
+from ray_soup.errors import RecipeError
+from ray_soup.folder import (
+    COEFFICIENTS,
+    MODEL,
+    Clock,
+    Soup,
+    begun,
+    completed,
+    failures_recorded,
+    locked,
+    new_folder,
+    publish,
+    versions,
+    write,
+)
+from ray_soup.greedy import ensemble_outcomes, ranking, recall
+from ray_soup.outcomes import Outcome, load_outcomes, paired_test, save_outcomes
+from ray_soup.pipeline import (
+    LEARNED,
+    Bench,
+    baked,
+    cosines,
+    duplicates,
+    figures_of,
+    make_soup,
+    open_bench,
+    prepare,
+    reported,
+)
+from ray_soup.recipe import Recipe, for_method
+from ray_soup.report import AGAINST, Report, html, model_card
+
+SEEDLESS = ("best_single", "uniform", "greedy")
+AVERAGED = (
+    "select_accuracy", "select_nll", "test_accuracy", "test_nll", "test_nll_scaled", "test_ece", "temperature", "steps",
+    "image_passes", "seconds", "peak_memory_bytes", "ingredients_used",
+)  # fmt: skip
+SPREAD = AVERAGED[:7]
+OF_DROPPED = ("best_single", "uniform", "greedy", "mehl+")
+OF_COUNTED = ("greedy", "mehl+")
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: int = 1
+    """Cuts of the held-out set into fit and select, and orders of batches; the ingredients and test stay."""
+    drop_top: tuple[int, ...] = ()
+    """Leave out as many of the best ingredients."""
+    by_count: tuple[int, ...] = ()
+    """Take only as many ingredients, the first of a shuffle."""
+
+    def check(self, ingredients: int) -> None:
+        """Raises RecipeError."""
+        for name, values, low, high in (
+            ("--seeds", (self.seeds,), 1, 1000),
+            ("--drop-top", self.drop_top, 0, ingredients - 2),
+            ("--by-count", self.by_count, 2, ingredients),
+        ):
+            wrong = [value for value in values if not low <= value <= high]
+            if wrong:
+                raise RecipeError(f"{name}: {wrong[0]} found; expected {low} to {high} with {ingredients} ingredients.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One soup to be made: a method on a subset of the ingredients, by a seed, with a model batch where it learns."""
+
+    method: str
+    subset: tuple[int, ...]
+    seed: int
+    model_batch: int
+
+    @property
+    def label(self) -> str:
+        """Its name in the table: of the paper, and with the model batch where not all ingredients are in it."""
+        return self.method if self.model_batch >= len(self.subset) else f"{self.method}-m{self.model_batch}"
+
+    @property
+    def file(self) -> str:
+        digest = hashlib.sha256(repr(self.subset).encode()).hexdigest()[:12]
+        return f"{self.label}_seed{self.seed}_{digest}"
+
+
+@dataclass
+class Result:
+    """What a model does, on select and test or, where no seed matters, on every source; and how it was made."""
+
+    outcomes: dict[str, Outcome]
+    figures: dict[str, Any] = field(default_factory=dict)
+    coefficients: Coefficients | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def on(self, name: str, splits: dict[str, Split]) -> Outcome:
+        """On a split, as `splits` cuts it."""
+        split = splits[name]
+        return self.outcomes[name] if name in self.outcomes else self.outcomes[split.source].at(split.rows)
+
+    def row(self, splits: dict[str, Split]) -> dict[str, Any]:
+        """Keys and values for results.jsonl."""
+        plain = {key: self.figures[key] for key in AVERAGED if key in self.figures}
+        return {**figures_of({name: self.on(name, splits) for name in reported(splits)}), **plain}
+
+
+def table_entries(count: int, model_batch: int, seed: int) -> list[Entry]:
+    """The soups of the table for one seed; MEHL soups with all ingredients in one model batch, and with `model_batch`."""
+    everything = tuple(range(count))
+    entries = [Entry(method, everything, seed, count) for method in (*SEEDLESS, *LEARNED)]
+    if model_batch < count:
+        entries += [Entry(method, everything, seed, model_batch) for method in ("mehl", "mehl+")]
+    return entries
+
+
+def compare(recipe: Recipe, out: str | Path, options: Options = Options(), watch: Watch = quiet) -> Soup:
+    """Make every soup, and write the table, the report and the soup that is best on select to `out`; goes on where a run
+    before this one was stopped, or returns what is complete. Raises SoupError."""
+    out = Path(out).absolute()
+    ingredients, layout = prepare(recipe, needs_fit=True)
+    options.check(len(ingredients))
+    with locked(out):
+        asked = [options.seeds, list(options.drop_top), list(options.by_count)]
+        complete = completed(out, begun(recipe, ingredients, compare=asked))
+        if complete is not None:
+            return complete
+        with failures_recorded(out):
+            return _compare(recipe, ingredients, layout, out, options, watch)
+
+
+def _compare(
+    recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Path, options: Options, watch: Watch
+) -> Soup:
+    clock, made, count = Clock(), out / "state" / "soups", len(ingredients)
+    made.mkdir(exist_ok=True)
+    asked = recipe.learn.model_batch
+    model_batch = -(-count // 4) if asked == "auto" else min(asked, count)  # a quarter, as in the paper
+    seeds = [recipe.learn.seed + n for n in range(options.seeds)]
+    with open_bench(recipe, ingredients, layout, out, True, watch) as bench:
+        bench.take(tuple(range(count)), "tensor")
+        clock.lap("start and directions")
+        individual, ensemble, similarity = _shared(bench, made)
+        clock.lap("evaluating ingredients")
+        ranked = ranking(dict(enumerate(bench.individual())))
+        shuffled = np.random.default_rng([recipe.learn.seed, 4]).permutation(count).tolist()
+        dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
+        counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
+        entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed)]
+        for subsets, methods in ((dropped, OF_DROPPED), (counted, OF_COUNTED)):
+            entries += [Entry(method, subset, seeds[0], len(subset)) for subset in subsets.values() for method in methods]
+        entries = list(dict.fromkeys(replace(e, seed=seeds[0]) if e.method in SEEDLESS else e for e in entries))
+        splits = {seed: bench.cut(seed) for seed in seeds}
+        results = {}
+        for number, entry in enumerate(entries):
+            bench.watch = lambda what, done, total, n=number: watch(f"{n + 1}/{len(entries)} {what}", done, total)
+            results[entry] = _result(bench, entry, splits[entry.seed], made / entry.file)
+        clock.lap("soups")
+        sha256 = bench.sha256
+
+    first = splits[seeds[0]]
+    own = {entry.label: results[entry] for entry in table_entries(count, model_batch, seeds[0])}
+    single = own["best_single"]
+    label = min((name for name in own if name != "best_single"), key=lambda name: own[name].on("select", first).nll)
+    chosen = own[label]
+    assert chosen.coefficients is not None
+    table = [_mean("mean of ingredients", [r.row(first) for r in individual], spread=False)]
+    every = [splits[seed] for seed in seeds]
+    table.append(_mean("best_single", [single.row(cut) for cut in every]))
+    table.append(_mean("ensemble", [ensemble.row(cut) for cut in every]))
+    for entry in table_entries(count, model_batch, seeds[0])[1:]:
+        per_seed = [results.get(replace(entry, seed=seed), results.get(entry)) for seed in seeds]
+        table.append(_mean(entry.label, [r.row(cut) for r, cut in zip(per_seed, every, strict=True) if r is not None]))
+    ours, best = chosen.on("select", first), single.on("select", first)
+    notes = [
+        _verdict(label, ours, best),
+        *_diagnosis(ensemble.on("select", first), best),
+        *dict.fromkeys(note for result in own.values() for note in result.notes),
+        *duplicates(ingredients, sha256),
+    ]
+    record = {
+        "method": label.partition("-m")[0],
+        "chosen": label,
+        "improvement": {"select_accuracy": ours.accuracy - best.accuracy, "select_nll": ours.nll - best.nll},
+        "seed": seeds[0],
+        "seeds": seeds,
+        "exit": 0,
+        "mesh": {"replicas": bench.mesh.replicas, "shards": bench.mesh.shards, "cpus": bench.cpus},
+        "examples": {name: len(split) for name, split in first.items()},
+        "parameters": layout.numel,
+        "table": table,
+        "tests": _tests(own, first),
+        "eliminations": _series("dropped", dropped, OF_DROPPED, results, first, seeds[0]),
+        "counts": _series("count", counted, OF_COUNTED, results, first, seeds[0]),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
+        "versions": versions(),
+        "ingredients": [{"name": i.name, "path": i.path, "sha256": s} for i, s in zip(ingredients, sha256, strict=True)],
+        "notes": notes,
+    }
+    rows = [{"model_name": i.name, **r.row(first)} for i, r in zip(ingredients, individual, strict=True)]
+    rows.append({"model_name": "ensemble", **ensemble.row(first)})
+    for entry, result in results.items():
+        if len(entry.subset) == count:
+            settings = {"seed": entry.seed, "model_batch": entry.model_batch}
+            rows.append({"model_name": entry.method, **settings, **result.row(splits[entry.seed])})
+    folder = new_folder(out)
+    for name, result in own.items():
+        if result.coefficients is not None:
+            save_coefficients(result.coefficients, folder / f"{name}.{COEFFICIENTS}")
+    save_coefficients(chosen.coefficients, folder / COEFFICIENTS)
+    bake(chosen.coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
+    clock.lap("mixing")
+    record |= {"wall_s": clock.total(), "seconds": clock.laps}
+    report = Report(
+        f"{count} ingredients compared",
+        recipe,
+        table,
+        record,
+        {name: r.coefficients for name, r in own.items() if r.coefficients is not None and name not in SEEDLESS},
+        {name: r.figures["curve"] for name, r in own.items() if "curve" in r.figures},
+        {name: own[name].on("test" if "test" in first else "select", first) for name in ("best_single", label)},
+        similarity,
+    )
+    (folder / "report.html").write_text(html(report))
+    (folder / "README.md").write_text(model_card(recipe, chosen.coefficients, table, record))
+    publish(recipe, rows, record, folder, out)
+    return Soup(out, rows, record, notes)
+
+
+def _shared(bench: Bench, folder: Path) -> tuple[list[Result], Result, np.ndarray]:
+    """What every ingredient, and the mean of their logits, do on every source; and the cosines of their directions."""
+    splits = [bench.whole(source) for source in bench.ready.sizes]
+    keys, file = bench.keys(splits), folder / "ensemble.npz"
+    known = [[recall(key) for key in row] for row in keys]
+    if file.exists() and all(outcome is not None for row in known for outcome in row):
+        ensemble, similarity = load_outcomes(file), np.load(folder / "cosines.npy")
+    else:
+        similarity = cosines(bench.actors.gram())
+        np.save(folder / "cosines.npy", similarity)
+        paths = [ingredient.path for ingredient in bench.ingredients]
+        found, together = ensemble_outcomes(
+            bench.actors, paths, keys, splits, lambda done, total: bench.watch("evaluating ingredients", done, total)
+        )
+        known = [list(row) for row in found]
+        ensemble = {split.source: outcome for split, outcome in zip(splits, together, strict=True)}
+        save_outcomes(ensemble, file)
+    individual = [{s.source: o for s, o in zip(splits, row, strict=True) if o is not None} for row in known]
+    bench.outcomes = {s.source: [outcomes[s.source] for outcomes in individual] for s in splits}
+    return [Result(outcomes) for outcomes in individual], Result(ensemble, {"ingredients_used": len(individual)}), similarity
+
+
+def _result(bench: Bench, entry: Entry, splits: dict[str, Split], file: Path) -> Result:
+    """The soup of an entry, made unless it lies at `file` already."""
+    coefficients, outcomes, made_so = (file.with_name(f"{file.name}.{end}") for end in ("safetensors", "npz", "json"))
+    if not made_so.exists():
+        recipe = for_method(bench.recipe, entry.method, seed=entry.seed)
+        clock = Clock()
+        bench.actors.reset_peak()
+        made = make_soup(bench, recipe, entry.subset, splits, entry.model_batch, file.with_name(f"{file.name}.pt"))
+        made.figures |= {
+            "seconds": round(clock.lap("making"), 3),
+            "peak_memory_bytes": max(bench.actors.peak_memory()),
+            "ingredients_used": len(made.coefficients.used()),
+        }
+        model = file.with_name("model.safetensors")
+        on = {s: bench.whole(s) for s in bench.ready.sizes} if entry.method in SEEDLESS else reported(splits)
+        save_outcomes(baked(bench, made, entry.subset, model, on), outcomes)
+        model.unlink()
+        save_coefficients(made.coefficients, coefficients)
+        write(made_so, json.dumps({"figures": made.figures, "notes": made.notes}))
+    return Result(load_outcomes(outcomes), coefficients=load_coefficients(coefficients), **json.loads(made_so.read_text()))
+
+
+# The table
+
+
+def _mean(name: str, rows: Sequence[dict[str, Any]], spread: bool = True) -> dict[str, Any]:
+    """The mean of rows, with the standard deviations of what may vary by seed as `key_sd`."""
+    found: dict[str, Any] = {"model_name": name}
+    for key in AVERAGED:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            found[key] = float(np.mean(values))
+            if spread and key in SPREAD and len(values) > 1:
+                found[f"{key}_sd"] = float(np.std(values, ddof=1))
+    return found
+
+
+def _tests(own: dict[str, Result], splits: dict[str, Split]) -> list[dict[str, Any]]:
+    """Each soup against best single and greedy, on test."""
+    if "test" not in splits:
+        return []
+    return [
+        {"model_name": name, "against": other, **paired_test(own[name].on("test", splits), own[other].on("test", splits))}
+        for other in AGAINST
+        for name in own
+        if name not in ("best_single", other)
+    ]
+
+
+def _series(
+    key: str,
+    subsets: dict[int, tuple[int, ...]],
+    methods: Sequence[str],
+    results: dict[Entry, Result],
+    splits: dict[str, Split],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A line for each soup of a subset of the ingredients."""
+    return [
+        {key: n, "model_name": method, **results[Entry(method, subset, seed, len(subset))].row(splits)}
+        for n, subset in subsets.items()
+        for method in methods
+    ]
+
+
+def _verdict(label: str, ours: Outcome, single: Outcome) -> str:
+    figures = f"{ours.nll:.4f} for {single.nll:.4f}, accuracy {ours.accuracy:.2%} for {single.accuracy:.2%}"
+    if ours.nll < single.nll:
+        return f"Chosen by its NLL on select: {label}, better than the best single there ({figures})."
+    return f"No soup is better than the best single on select; the nearest is {label} ({figures}). Use the best single."
+
+
+def _diagnosis(ensemble: Outcome, single: Outcome) -> Iterable[str]:
+    if ensemble.accuracy <= single.accuracy and ensemble.nll >= single.nll:
+        yield (
+            "The logit ensemble of all ingredients does not beat the best single on select (accuracy "
+            f"{ensemble.accuracy:.2%} for {single.accuracy:.2%}, NLL {ensemble.nll:.4f} for {single.nll:.4f}): no soup of "
+            "them is likely to. They may be under-fitted, or not come from one initialisation."
+        )
