@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,17 +27,17 @@ class Layout:
     tied: dict[str, str] = field(default_factory=dict)
     """Second names of tensors, to their first."""
 
-    @property
+    @cached_property
     def sizes(self) -> np.ndarray:
         """Numbers in each tensor, int64 [tensors]."""
         return np.array([int(np.prod(shape)) for shape in self.shapes], dtype=np.int64)
 
-    @property
+    @cached_property
     def offsets(self) -> np.ndarray:
         """Where each tensor begins, and the end: int64 [tensors + 1]."""
         return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """N, the length of the parameter vector."""
         return int(self.sizes.sum())

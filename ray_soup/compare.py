@@ -183,7 +183,7 @@ def _compare(
     label = min((name for name in own if name != "best_single"), key=lambda name: own[name].on("select", first).nll)
     chosen = own[label]
     assert chosen.coefficients is not None
-    table = [_mean("mean of ingredients", [r.row(first) for r in individual], spread=False)]
+    table = [_mean("mean single", [r.row(first) for r in individual], spread=False)]
     every = [splits[seed] for seed in seeds]
     table.append(_mean("best_single", [single.row(cut) for cut in every]))
     table.append(_mean("ensemble", [ensemble.row(cut) for cut in every]))
@@ -300,7 +300,7 @@ def _mean(name: str, rows: Sequence[dict[str, Any]], spread: bool = True) -> dic
         values = [row[key] for row in rows if row.get(key) is not None]
         if values:
             found[key] = float(np.mean(values))
-            if spread and key in SPREAD and len(values) > 1:
+            if spread and key in SPREAD and np.ptp(values) > 0:
                 found[f"{key}_sd"] = float(np.std(values, ddof=1))
     return found
 

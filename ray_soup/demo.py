@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 import yaml
 
-from ray_soup.actors import Watch, connect
+from ray_soup.actors import Watch, connect, quiet
+from ray_soup.compare import compare
 from ray_soup.errors import RecipeError
 from ray_soup.finetune import finetune
-from ray_soup.pipeline import run
+from ray_soup.folder import Soup
 from ray_soup.recipe import make_recipe
 
-METHODS = ("best_single", "uniform", "mehl", "mehl+")
 RECIPE: dict[str, Any] = {
     "model": "ray_soup.demo:digits_vit",
     "actors": {"replicas": 1, "shards": 2, "cpus": 1},
@@ -63,14 +62,7 @@ def write_digits(folder: Path) -> None:
         temporary.replace(folder / f"{name}.npz")
 
 
-@dataclass
-class Demo:
-    rows: list[dict[str, Any]]
-    notes: list[str]
-    files: dict[str, Path]
-
-
-def demo(out: str | Path, watch: Watch) -> Demo:
+def demo(out: str | Path, watch: Watch = quiet) -> Soup:
     """Make data, zoo and soups in the folder `out`; what is there already is used again."""
     out = Path(out).absolute()
     if not (out / "data" / "test.npz").exists():
@@ -86,14 +78,6 @@ def demo(out: str | Path, watch: Watch) -> Demo:
     }
     recipe = make_recipe(values)
     (out / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    rows, notes = [], []
     with connect():
         finetune(recipe, out / "zoo", watch)
-        for method in METHODS:
-            soup = run(make_recipe({**values, "method": method}), out / method, watch)
-            rows += soup.rows
-            notes += soup.notes
-    written = {"data": out / "data", "zoo": out / "zoo", "recipe": out / "recipe.yaml"}
-    return Demo(
-        rows, list(dict.fromkeys(notes)), written | {method: out / method / "model.safetensors" for method in METHODS}
-    )
+        return compare(recipe, out / "soups", watch=watch)

@@ -62,7 +62,7 @@ def accuracy_by_method(rows: Sequence[dict[str, Any]], split: str, count: int) -
         for place, row in enumerate(reversed(shown)):
             accuracy = row[f"{split}_accuracy"]
             low, high = accuracy_interval(round(accuracy * count), count)
-            soup = row["model_name"] not in ("mean of ingredients", "best_single", "ensemble")
+            soup = row["model_name"] not in ("mean single", "best_single", "ensemble")
             axes.plot([100 * low, 100 * high], [place, place], color=BLUE if soup else GREY, linewidth=2)
             axes.plot([100 * accuracy], [place], "o" if soup else "D", color=BLUE if soup else GREY)
             if row["model_name"] == "best_single":
@@ -164,7 +164,7 @@ def similarity(cosines: np.ndarray, names: Sequence[str], twins: Sequence[tuple[
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(cosines, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+        image = axes.imshow(cosines, aspect="auto", cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
         figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.8)
         for pair in twins:
             axes.plot(*zip(pair, pair[::-1], strict=True), "x", color="black", markersize=7, linestyle="none")

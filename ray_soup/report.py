@@ -34,8 +34,9 @@ COST = (
 UNITS = {"select_accuracy": 100, "test_accuracy": 100, "fit_accuracy": 100, "peak_memory_bytes": 1e-6}
 AGAINST = ("best_single", "greedy")  # what each soup is tested against
 TESTS_LEGEND = (
-    "Paired, on the test images: differences of accuracy, in points, and of NLL, with 95 % intervals (bootstrap), and the p of "
-    "the exact McNemar test of the accuracies. A negative NLL difference is better. An interval that holds 0 proves nothing."
+    "Paired, on the test images: differences of accuracy, in points, and of NLL, with 95 % intervals (bootstrap), and the p "
+    "of the exact McNemar test of the accuracies. A negative NLL difference is better. An interval that holds 0 proves "
+    "nothing."
 )
 DROPPED_LEGEND = "Accuracy in percent when so many of the best ingredients are left out."
 COUNTS_LEGEND = "Accuracy in percent with so many ingredients, the first of a shuffle."
@@ -119,8 +120,9 @@ def legend(record: dict[str, Any]) -> str:
     text = (
         f"Examples: {sizes}. Figures are those of the written models, in float32. Select is held-out data that choices were "
         "made on, so its figures flatter; test steered nothing. NLL scaled: test NLL after temperature scaling found on "
-        "select. Images: forward passes to make the soup, evaluations of the ingredients counted for best_single and greedy. "
-        "Seconds: what came on top of the work that all share. -m: with model batches of so many ingredients."
+        "select. Images: forward passes to make the soup, those of the ingredients counted for best_single and greedy. "
+        "Seconds: what came on top of the work that all share. -m: with model batches of so many ingredients. mean single: "
+        "the mean of the ingredients' own figures."
     )
     if len(seeds) > 1:
         text += (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 SHORT = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # Ray's sockets need a short path
@@ -17,6 +18,11 @@ os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT /
 os.environ.pop("RAY_ADDRESS", None)
 ROOT = Path(__file__).parent.parent
 
+from ray_soup.data import Split  # noqa: E402
+from ray_soup.outcomes import Score  # noqa: E402
+from ray_soup.pipeline import prepare  # noqa: E402
+from ray_soup.recipe import Recipe  # noqa: E402
+from ray_soup.shard import Mesh, Partial, Shard, Taken  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -46,6 +52,47 @@ def cluster() -> Iterator[None]:
 
     with connect():
         yield
+
+
+class InProcess:
+    """Actors without Ray: the same shards, asked one after the other."""
+
+    def __init__(self, recipe: Recipe, size: int = 1) -> None:
+        ingredients, self.layout = prepare(recipe)
+        self.mesh = Mesh(size, 1)
+        self.shards = [Shard(recipe, ingredients, self.mesh, rank, 1) for rank in range(size)]
+        self.ready, *_ = [yield_last(shard.setup()) for shard in self.shards]
+
+    def take(self, blocks: str) -> Taken:
+        everything = tuple(range(len(self.shards[0].ingredients)))
+        taken, *_ = [yield_last(shard.take(everything, blocks)) for shard in self.shards]
+        return taken
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
+        for shard in self.shards:
+            shard.begin(chosen, x)
+
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
+        return [s.step(x, factor, part) for s, part in zip(self.shards, batch.parts(self.mesh.size), strict=True)]
+
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
+        parts = split.parts(self.mesh.size)
+        return sum((s.evaluate(x, factor, part) for s, part in zip(self.shards, parts, strict=True)), Score())
+
+    def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
+        size = self.mesh.size
+        return sum(
+            s.try_candidate(kept, candidate, [Split(p.source, p.rows[s.rank :: size]) for p in splits]) for s in self.shards
+        )
+
+    def forget(self) -> None:
+        for shard in self.shards:
+            shard.forget()
+
+
+def yield_last(work: Iterator[Any]) -> Any:
+    *_, last = work
+    return last
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:

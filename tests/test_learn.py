@@ -12,17 +12,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_file
 
 from ray_soup.actors import Actors, quiet, resolve_mesh
 from ray_soup.coefficients import load_coefficients
-from ray_soup.data import cut
+from ray_soup.data import batch_positions, cut
 from ray_soup.errors import RecipeError
 from ray_soup.learn import State, learn, load_state, model_batches, parametrisation, save_state
 from ray_soup.pipeline import prepare
 from ray_soup.recipe import make_recipe
 from ray_soup.shard import Mesh
-from tests.conftest import ROOT, ray_soup, values
+from tests import tiny
+from tests.conftest import ROOT, InProcess, ray_soup, values
 
 
 def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple[np.ndarray, State]:
@@ -182,3 +185,59 @@ def test_a_killed_driver_goes_on_with_the_same_bits(zoo: Path, tmp_path: Path) -
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
     assert records[0]["steps"] == records[1]["steps"] == 10 * 56
     assert records[0]["curve"] == records[1]["curve"]
+
+
+def reference_learned_soup(
+    folder: Path, plus: bool, batches: list[np.ndarray], lr: float
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Learned-Soup by autograd over a graph of all ingredients, as Wortsman et al. 2022 describe it: after every step the
+    coefficients [K, tensors], and the factor on the logits."""
+    states = [load_file(f) for f in sorted((folder / "zoo").glob("*.safetensors"))]
+    model = tiny.Tiny().eval()
+    names = [name for name, _ in model.named_parameters()]
+    stacked = {name: torch.stack([s[name] for s in states]) for name in names}
+    raw = torch.zeros(len(states), len(names) if plus else 1, dtype=torch.float64, requires_grad=True)
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([raw, factor], lr=lr, weight_decay=0.0)
+    images, labels = (torch.from_numpy(a[600:1197]) for a in tiny.digits())
+    coefficients, factors = [], []
+    for batch in batches:
+        c = raw.softmax(0).expand(-1, len(names))
+        mixed = {n: torch.einsum("k,k...->...", c[:, i].float(), stacked[n]) for i, n in enumerate(names)}
+        logits = torch.func.functional_call(model, mixed, (images[batch],))
+        optimizer.zero_grad()
+        F.cross_entropy(logits * factor.float(), labels[batch]).backward()
+        if plus:  # no gradient but rounding noise, which AdamW would blow up
+            raw.grad[:, [names.index("key.bias"), names.index("unused")]] = 0
+        optimizer.step()
+        coefficients.append(raw.detach().softmax(0).expand(-1, len(names)).clone())
+        factors.append(factor.item())
+    return coefficients, factors
+
+
+@pytest.mark.parametrize("method", ["learned", "learned+"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_learned_soups_are_those_of_autograd_over_all_ingredients(zoo: Path, tmp_path: Path, method: str, size: int) -> None:
+    changes = {"learn": {"batch_size": 112, "epochs": 5}, "directions": {"dtype": "float32"}}
+    recipe = make_recipe(values(zoo, method=method, **changes))
+    assert (recipe.learn.lr, recipe.learn.cosine_lr) == (0.05, False)
+    actors = InProcess(recipe, size)
+    taken = actors.take(recipe.blocks)
+    splits = cut(recipe.data, actors.ready.sizes, actors.ready.fit_digests, recipe.learn.seed)
+    state = learn(recipe, actors, taken.norms, splits, 8, tmp_path / "s.pt")
+    assert state.steps == 20
+    order = [batch_positions(448, 112, recipe.learn.seed, 2, 0, epoch) for epoch in range(5)]
+    batches = [splits["fit"].rows[positions] for epoch in order for positions in epoch]
+    coefficients, factors = reference_learned_soup(zoo, method == "learned+", batches, recipe.learn.lr)
+    kept = min(state.curve, key=lambda line: line["select_nll"])["steps"]
+    assert kept > 0
+    found = parametrisation(method, taken.norms).coefficients(state.y.numpy())
+    blocks = taken.partition.block
+    wide = np.stack([found[:, b] if b >= 0 else np.full(8, 1 / 8) for b in blocks], axis=1)
+    expected = coefficients[kept - 1].numpy()
+    if method == "learned":
+        wide, expected = found, expected[:, :1]
+    assert np.linalg.norm(wide - expected) <= 1e-4 * np.linalg.norm(expected)
+    assert abs(state.factor.item() - factors[kept - 1]) <= 1e-4 * factors[kept - 1]
+    assert abs(state.factor.item() - 1) > 0.01
+    assert np.abs(found - 1 / 8).max() > 0.01

@@ -3,9 +3,9 @@
 import json
 import sys
 
-from tests.benchmarks import ingredients
+from tests.benchmarks import greedy, ingredients
 
-BENCHMARKS = {"ingredients": ingredients.main}
+BENCHMARKS = {"ingredients": ingredients.main, "greedy": greedy.main}
 
 
 def main() -> None:
