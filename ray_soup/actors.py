@@ -28,6 +28,9 @@ Watch = Callable[[str, int, int], None]
 """Is told (what is being done, done, in all)."""
 
 
+def quiet(what: str, done: int, total: int) -> None: ...
+
+
 @contextmanager
 def connect() -> Iterator[None]:
     """Ray as it is: the session that is there, the cluster at RAY_ADDRESS, or a quiet one of our own for as long as this
@@ -172,16 +175,17 @@ class Actors:
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
         """Score at x float32 [m, B], the examples split over the actors."""
         parts = split.parts(self.mesh.size)
-        return sum(self._ask("evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank])), Score())
+        scores = self._ask("evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), watch=quiet)
+        return sum(scores, Score())
 
     def gram(self) -> np.ndarray:
         """Inner products of the directions that are held, float64 [K, K]."""
         shards, replicas = self.mesh.shards, self.mesh.replicas
         return sum(self._ask("gram", lambda actor, rank: actor.gram.remote((rank // shards, replicas))))
 
-    def evaluate_file(self, path: str, splits: list[Split], factored: bool = True) -> list[Outcome]:
+    def evaluate_file(self, path: str, splits: list[Split], watch: Watch = quiet) -> list[Outcome]:
         """What the checkpoint at `path` does on each split, the examples split over the actors."""
-        return self._whole("evaluate_file", splits, path, factored=factored)
+        return self._whole("evaluate_file", splits, path, watch, factored=True)
 
     def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
         """The same of the last of `paths`, whose logits are added to those of the ones before it."""
@@ -191,10 +195,10 @@ class Actors:
         """What the mean of the logits of all `paths` does."""
         return self._whole("evaluate_ensemble", splits, paths)
 
-    def _whole(self, what: str, splits: list[Split], paths: Any, **options: Any) -> list[Outcome]:
+    def _whole(self, what: str, splits: list[Split], paths: Any, watch: Watch = quiet, **options: Any) -> list[Outcome]:
         parts = [split.parts(self.mesh.size) for split in splits]
         answers = self._ask(
-            what, lambda actor, rank: getattr(actor, what).remote(paths, [p[rank] for p in parts], **options)
+            what, lambda actor, rank: getattr(actor, what).remote(paths, [p[rank] for p in parts], **options), watch=watch
         )
         return [join(outcomes) for outcomes in zip(*answers, strict=True)]
 
@@ -206,6 +210,7 @@ class Actors:
                 "evaluate_file",
                 lambda actor, rank, some=some: actor.evaluate_file.remote(some[rank], splits, factored=False),
                 range(len(some)),
+                watch=quiet,
             )
 
     def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
@@ -321,9 +326,6 @@ class Actors:
         where = dict(zip(firsts, ray.get(serving, timeout=DEADLINE_S), strict=True))
         joins = [self._handles[rank].join.remote(*where[rank - rank % self.mesh.shards]) for rank in ranks]
         ray.get(joins, timeout=DEADLINE_S)
-
-
-def quiet(what: str, done: int, total: int) -> None: ...
 
 
 def _first_line(error: BaseException) -> str:

@@ -257,9 +257,9 @@ def check_leaks(data: Data) -> Generator[tuple[int, int], None, dict[str, np.nda
                 first = shared[0]
                 twin = np.flatnonzero(theirs == found[name][first])[0]
                 raise RecipeError(
-                    f"data.{name} and data.{other} share {len(shared)} images: row {first} of {spec} is row {twin} of "
-                    f"{getattr(data, other)}. Figures on images that steered the choice, or trained the ingredients, would "
-                    "flatter: take these rows out of one of them."
+                    f"data.{name} and data.{other} share images ({len(shared)} of {len(found[name])}): row {first} of "
+                    f"{spec} is row {twin} of {getattr(data, other)}. Figures on images that steered the choice, or trained "
+                    "the ingredients, would flatter. Take these rows out of one of the two."
                 )
     return found
 

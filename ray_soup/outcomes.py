@@ -61,8 +61,12 @@ class Outcome:
         return self.loss, self.correct, self.confidence, self.factored
 
 
+NO_OUTCOME = Outcome(np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.float32))
+
+
 def join(parts: Sequence[Outcome]) -> Outcome:
     """The outcomes of examples in a row, as one."""
+    parts = [part for part in parts if len(part)] or [NO_OUTCOME]
     columns = zip(*(part.arrays() for part in parts), strict=True)
     return Outcome(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
 

@@ -233,7 +233,7 @@ def baked(bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits:
     """Write the soup to `path`; what that file does on each of `splits`."""
     chosen = [bench.ingredients[k] for k in subset]
     bake(made.coefficients, chosen, path, watch=lambda done, total: bench.watch("mixing", done, total))
-    outcomes = bench.actors.evaluate_file(str(path), list(splits.values()))
+    outcomes = bench.actors.evaluate_file(str(path), list(splits.values()), bench.watch)
     return dict(zip(splits, outcomes, strict=True))
 
 
@@ -388,7 +388,7 @@ def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> di
             if split not in splits:
                 raise RecipeError(f"The recipe names no data.{split}; it has {', '.join(splits) or 'none'}.")
             wanted = {name: splits[name] for name in dict.fromkeys((split, "select")) if name in splits}
-            outcomes = dict(zip(wanted, actors.evaluate_file(path, list(wanted.values())), strict=True))
+            outcomes = dict(zip(wanted, actors.evaluate_file(path, list(wanted.values()), watch), strict=True))
         finally:
             actors.close()
     found = figures_of(outcomes)

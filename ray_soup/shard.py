@@ -331,11 +331,21 @@ class Shard:
         projected = self.plane.project(self._scatter())
         return Partial(projected, t.grad.item(), loss_sum.item(), time.perf_counter() - start)
 
-    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
-        """Score of the current model batch at x float32 [m, B], with this factor on the logits."""
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Iterator[tuple[str, int, int] | Score]:
+        """Score of the current model batch at x float32 [m, B], with this factor on the logits. Like all that follows, which
+        may take long, it yields (what, done, in all) as signs of life, and the answer at the end."""
         self._combine(x)
-        with self._precision():
-            return self._score(split, factor)
+        score = Score()
+        for piece in self._pieces(split):
+            with self._precision():
+                score += self._score(piece, factor)
+            yield "evaluating", score.count, len(split)
+        yield score
+
+    def _pieces(self, split: Split) -> Iterator[Split]:
+        size = 8 * self.micro_batch
+        for first in range(0, len(split), size):
+            yield Split(split.source, split.rows[first : first + size])
 
     def _score(self, split: Split, factor: float = 1.0) -> Score:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -349,50 +359,53 @@ class Shard:
 
     # Whole models, in float32
 
-    def evaluate_file(self, path: str, splits: list[Split], factored: bool) -> list[Outcome]:
-        """What the checkpoint at `path` does on each split; `factored`: with the losses that temperatures are found from."""
+    def evaluate_file(
+        self, path: str, splits: list[Split], factored: bool, totals: list[torch.Tensor] | None = None
+    ) -> Iterator[tuple[str, int, int] | list[Outcome]]:
+        """What the checkpoint at `path` does on each split; `factored`: with the losses that temperatures are found from.
+        The logits are added to `totals` [n, classes], one a split."""
         models.load_checkpoint(self.model, path)
-        try:
-            with torch.inference_mode():
-                return [
-                    join_or_empty([outcome_of(self.model(i), labels, factored) for i, labels in self._micro_batches(split)])
-                    for split in splits
-                ]
-        finally:
-            self._restore_buffers()
+        outcomes, done, count = [], 0, sum(map(len, splits))
+        for number, split in enumerate(splits):
+            parts: list[Outcome] = []
+            first = 0
+            for piece in self._pieces(split):
+                with torch.inference_mode():
+                    for images, labels in self._micro_batches(piece):
+                        logits = self.model(images).float()
+                        parts.append(outcome_of(logits, labels, factored))
+                        if totals is not None:
+                            totals[number][first : first + len(labels)] += logits
+                        first += len(labels)
+                done += len(piece)
+                yield "evaluating", done, count
+            outcomes.append(join(parts))
+        self._restore_buffers()
+        yield outcomes
 
-    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> Iterator[tuple[str, int, int] | list[Outcome]]:
         """What the last of the checkpoints `paths` does on each split; its logits are added to those of the ones before."""
-        if self._members != paths[:-1]:
+        if self._members != paths[:-1]:  # this actor took the place of a lost one
             self._members = ()
-            for end in range(1, len(paths)):  # this actor took the place of a lost one
-                self.evaluate_member(paths[:end], splits)
+            for end in range(1, len(paths)):
+                yield from (news for news in self.evaluate_member(paths[:end], splits) if isinstance(news, tuple))
         if not self._members:
             self._logits = [torch.zeros(len(split), self.classes, device=self.device) for split in splits]
-        models.load_checkpoint(self.model, paths[-1])
-        outcomes = []
-        with torch.inference_mode():
-            for split, total in zip(splits, self._logits, strict=True):
-                parts, first = [], 0
-                for images, labels in self._micro_batches(split):
-                    logits = self.model(images).float()
-                    total[first : first + len(labels)] += logits
-                    first += len(labels)
-                    parts.append(outcome_of(logits, labels))
-                outcomes.append(join_or_empty(parts))
-        self._members = paths
-        self._restore_buffers()
-        return outcomes
+        before, self._members = self._members, ("unfinished",)
+        yield from self.evaluate_file(paths[-1], splits, False, self._logits)
+        self._members = (*before, paths[-1])
 
-    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+    def evaluate_ensemble(
+        self, paths: tuple[str, ...], splits: list[Split]
+    ) -> Iterator[tuple[str, int, int] | list[Outcome]]:
         """What the mean of the logits of the checkpoints `paths` does on each split."""
         if self._members != paths:
-            self.evaluate_member(paths, splits)
+            yield from (news for news in self.evaluate_member(paths, splits) if isinstance(news, tuple))
         outcomes = []
         for split, total in zip(splits, self._logits, strict=True):
             labels = torch.from_numpy(self.examples[split.source].labels[split.rows]).to(self.device)
             outcomes.append(outcome_of(total / len(paths), labels, factored=True))
-        return outcomes
+        yield outcomes
 
     def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
         """How many examples the plain mean of the ingredients `kept` and `candidate` gets right. A running sum is kept, and
@@ -463,10 +476,6 @@ def outcome_of(logits: torch.Tensor, labels: torch.Tensor, factored: bool = Fals
         own = logits.gather(1, labels[:, None])
         losses = torch.stack([torch.logsumexp(f * logits, dim=1) - f * own[:, 0] for f in factors], dim=1).cpu().numpy()
     return Outcome(loss.cpu().numpy(), (best.indices == labels).cpu().numpy(), best.values.exp().cpu().numpy(), losses)
-
-
-def join_or_empty(parts: list[Outcome]) -> Outcome:
-    return join(parts) if parts else Outcome(np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.float32))
 
 
 def _named(what: str, work: Generator[tuple[int, int], None, T]) -> Generator[tuple[str, int, int], None, T]:

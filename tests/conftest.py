@@ -77,7 +77,7 @@ class InProcess:
 
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
         parts = split.parts(self.mesh.size)
-        return sum((s.evaluate(x, factor, part) for s, part in zip(self.shards, parts, strict=True)), Score())
+        return sum((yield_last(s.evaluate(x, factor, p)) for s, p in zip(self.shards, parts, strict=True)), Score())
 
     def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
         size = self.mesh.size

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ def test_reported_figures_are_those_of_the_file(zoo: Path, soup: Path, cluster: 
 
 def test_what_a_run_leaves(soup: Path) -> None:
     assert {f.name for f in soup.iterdir()} == {
-        "model.safetensors", "coefficients.safetensors", "recipe.yaml", "results.jsonl", "run.json", "README.md", "state",
+        "model.safetensors", "coefficients.safetensors", "recipe.yaml", "results.jsonl", "run.json", "README.md",
+        "report.html", "state",
     }  # fmt: skip
     record = json.loads((soup / "run.json").read_text())
     for key in ("method", "seed", "versions", "mesh", "steps", "image_passes", "wall_s", "peak_memory_bytes",
@@ -236,3 +238,38 @@ def test_an_unfinished_folder_is_no_soup(tmp_path: Path) -> None:
     for call in (verify, lambda out: bake_again(out, tmp_path / "new")):
         with pytest.raises(RecipeError, match=r"is not a finished soup: found no run\.json"):
             call(tmp_path)
+
+
+def test_a_soup_has_the_buffers_of_the_ingredients_that_it_uses(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "zoo").mkdir()
+    for k, state in enumerate(ingredients_of(zoo)[:3]):
+        save_file({**state, "mean": torch.tensor(float(k))}, tmp_path / "zoo" / f"m{k}.safetensors")
+    ingredients = open_ingredients(str(tmp_path / "zoo"))
+    block_of = dict.fromkeys(dict(Tiny().named_parameters()), 0)
+    for shares, mean in (([0, 0, 1], 2.0), ([0.5, 0, 0.5], 1.0), ([-1, 2, 0], 0.5)):
+        values = np.array(shares, dtype=float)[:, None]
+        bake(Coefficients(values, ("0", "1", "2"), ("model",), block_of), ingredients, tmp_path / "soup")
+        assert load_file(tmp_path / "soup")["mean"].item() == mean
+    one = load_file(tmp_path / "zoo" / "m2.safetensors")
+    bake(Coefficients(np.eye(3)[:, [2]], ("0", "1", "2"), ("model",), block_of), ingredients, tmp_path / "soup")
+    assert all(torch.equal(t, one[name]) for name, t in load_file(tmp_path / "soup").items())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_learned_factor_lies_in_the_last_layer(zoo: Path, tmp_path: Path) -> None:
+    soup = run(make_recipe(values(zoo, method="learned+")), tmp_path / "out")
+    coefficients = load_coefficients(soup.out / "coefficients.safetensors")
+    assert coefficients.factored == ("head.weight", "head.bias")
+    assert abs(coefficients.factor - 1) > 0.01
+    assert np.abs(coefficients.values.sum(axis=0) - 1).max() <= 1e-12
+    assert (coefficients.values > 0).all()
+    bake(replace(coefficients, factored=()), open_ingredients(str(zoo / "zoo")), tmp_path / "plain")
+    images = torch.from_numpy(np.load(zoo / "test.npz")["images"])
+    logits = []
+    for file in (soup.out / "model.safetensors", tmp_path / "plain"):
+        model = Tiny()
+        model.load_state_dict(load_file(file))
+        with torch.inference_mode():
+            logits.append(model(images))
+    torch.testing.assert_close(logits[0], coefficients.factor * logits[1], rtol=1e-5, atol=1e-5)
+    assert len(verify(soup.out)) == 4

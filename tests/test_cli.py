@@ -74,6 +74,12 @@ def wrong_label(folder: Path) -> None:
     np.savez(folder / "test.npz", **data)
 
 
+def leak(folder: Path) -> None:
+    data, held_out = dict(np.load(folder / "test.npz")), np.load(folder / "heldout.npz")
+    data["images"][[41, 50]] = held_out["images"][[7, 9]]
+    np.savez(folder / "test.npz", **data)
+
+
 def nan(state: dict[str, torch.Tensor]) -> None:
     state["key.weight"][1, 2] = float("nan")
 
@@ -102,6 +108,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "a label outside the classes": (
         wrong_label, 2, "test.npz: label 10 at row 41 (1 such); the model has 10 classes, so labels are 0 to 9",
     ),
+    "an image of fit in test": (leak, 2, "data.test and data.fit share images (2 of 600): row 41 of"),
     "no data": (lambda f: (f / "heldout.npz").unlink(), 2, "heldout.npz does not exist"),
 }  # fmt: skip
 

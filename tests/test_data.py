@@ -72,6 +72,55 @@ def test_select_is_cut_from_fit_by_the_seed(tmp_path: Path) -> None:
     assert not np.array_equal(cut[0]["select"].rows, cut[2]["select"].rows)
 
 
+@pytest.mark.parametrize("kind", ["npz", "parquet", "function"])
+def test_equal_images_stay_on_one_side_of_the_cut(tmp_path: Path, kind: str) -> None:
+    """Ten images, each five times over, in any order."""
+    spec = five_times(tmp_path, kind)
+    images = sources(Data(fit=spec))["fit"].images
+    for seed in range(10):
+        cut_so = splits(Data(fit=spec, select=0.3), seed)
+        fit, select = ({images[row].tobytes() for row in cut_so[name].rows} for name in ("fit", "select"))
+        assert not fit & select
+        assert len(fit | select) == 10
+        assert sorted([*cut_so["fit"].rows, *cut_so["select"].rows]) == list(range(50))
+        assert len(cut_so["select"]) >= 15
+
+
+def repeated() -> list[tuple[np.ndarray, int]]:
+    images, labels = digits()
+    rows = np.random.default_rng(0).permutation(50) % 10
+    return [(images[row], int(labels[row])) for row in rows]
+
+
+def five_times(folder: Path, kind: str) -> str:
+    if kind == "function":
+        return "tests.test_data:repeated"
+    images, labels = zip(*repeated(), strict=True)
+    if kind == "npz":
+        np.savez(folder / "a.npz", images=np.stack(images), labels=np.array(labels))
+        return str(folder / "a.npz")
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        files.append(file.getvalue())
+    pq.write_table(pa.table({"image": files, "label": labels}), folder / "a.parquet")
+    return str(folder / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["train", "select", "test"])
+def test_an_image_in_two_splits_is_refused(tmp_path: Path, name: str) -> None:
+    images, labels = digits()
+    np.savez(tmp_path / "fit.npz", images=images[:50], labels=labels[:50])
+    np.savez(tmp_path / "other.npz", images=images[49:99], labels=labels[49:99])
+    data = Data(**{"fit": str(tmp_path / "fit.npz"), name: str(tmp_path / "other.npz")})
+    with pytest.raises(RecipeError, match=rf"data\.fit|data\.{name}") as refused:
+        yield_from(check_leaks(data))
+    assert "share images (1 of 50)" in str(refused.value)
+    np.savez(tmp_path / "other.npz", images=images[50:99], labels=labels[50:99])
+    assert set(yield_from(check_leaks(data))) == {"fit", name}
+
+
 def test_one_pass_takes_every_example_once() -> None:
     batches = batch_positions(103, 20, 1, 2)
     assert [len(b) for b in batches] == [20] * 5 + [3]

@@ -22,14 +22,28 @@ def call(*arguments: str) -> dict:
 def test_the_demo_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     shown = call("demo", str(out))
-    assert [row["model_name"] for row in shown["results"]] == ["best_single", "uniform", "mehl", "mehl+"]
-    assert all(Path(path).exists() for path in shown["files"].values())
+    table = {row["model_name"]: row for row in shown["run"]["table"]}
+    assert set(table) >= {
+        "mean single",
+        "best_single",
+        "ensemble",
+        "uniform",
+        "greedy",
+        "learned",
+        "learned+",
+        "mehl",
+        "mehl+",
+    }
     assert len(list((out / "zoo").glob("*.safetensors"))) == 12
-    soups = {row["model_name"]: row for row in shown["results"]}
-    for method in ("mehl", "mehl+"):
-        assert json.loads((out / method / "run.json").read_text())["mesh"]["shards"] == 2
-        assert soups[method]["select_nll"] <= soups["uniform"]["select_nll"] * 1.005  # learning starts at the uniform soup
-    call("verify", str(out / "mehl+"))
+    assert shown["run"]["mesh"]["shards"] == 2
+    for method in ("learned", "learned+", "mehl", "mehl+"):  # learning starts at the uniform soup
+        assert table[method]["select_nll"] <= table["uniform"]["select_nll"] * 1.005
+    greedy = next(note for note in shown["run"]["notes"] if note.startswith("Greedy"))
+    assert float(greedy.split("looked at ")[1].split("%")[0]) <= 60, greedy
+    assert (out / "soups" / "report.html").stat().st_size > 100_000
+    call("verify", str(out / "soups"))
+    plus = call("learn", str(out / "recipe.yaml"), str(tmp_path / "plus"))["results"][0]
+    assert plus["select_nll"] == table["mehl+"]["select_nll"]
     wide = call("learn", str(out / "recipe.yaml"), str(tmp_path / "wide"), "directions.dtype=float32")["results"][0]
-    assert abs(wide["select_nll"] / soups["mehl+"]["select_nll"] - 1) <= 0.005
-    assert call("demo", str(out))["results"] == shown["results"]
+    assert abs(wide["select_nll"] / plus["select_nll"] - 1) <= 0.005
+    assert call("demo", str(out))["run"] == shown["run"]

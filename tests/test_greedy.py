@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from ray_soup.data import Split
 from ray_soup.greedy import greedy, mean_of, ranking
-from ray_soup.outcomes import Outcome
+from ray_soup.outcomes import Outcome, join
 from ray_soup.recipe import make_recipe
 from ray_soup.shard import outcome_of
 from tests import tiny
-from tests.conftest import InProcess, values
+from tests.conftest import InProcess, values, yield_last
 
 
 def write_random_zoo(source: Path, folder: Path, seed: int) -> None:
@@ -112,3 +112,32 @@ def test_a_candidate_is_the_same_whoever_is_asked(zoo: Path) -> None:
 
 def test_the_mean_of_some() -> None:
     np.testing.assert_array_equal(mean_of([2, 0], 4)[:, 0], [0.5, 0, 0.5, 0])
+
+
+def test_the_ensemble_is_the_mean_of_the_logits_whoever_is_asked(zoo: Path) -> None:
+    """Two actors that went through all members, and two that took their places at the end."""
+    recipe = make_recipe(values(zoo, method="greedy"))
+    paths = tuple(str(zoo / "zoo" / f"model_{k}.safetensors") for k in range(4))
+    splits = [Split("fit", np.arange(100, 331, dtype=np.int32)), Split("test", np.arange(600, dtype=np.int32))]
+    actors, others = InProcess(recipe, 2).shards, InProcess(recipe, 2).shards
+    parts = [[split.parts(2)[rank] for split in splits] for rank in range(2)]
+    members = [[yield_last(s.evaluate_member(paths[: k + 1], parts[s.rank])) for s in actors] for k in range(4)]
+    found = [yield_last(s.evaluate_ensemble(paths, parts[s.rank])) for s in actors]
+    again = [yield_last(s.evaluate_ensemble(paths, parts[s.rank])) for s in others]
+    images = {"fit": tiny.digits()[0][600:1197], "test": tiny.digits()[0][1197:]}
+    labels = {"fit": tiny.digits()[1][600:1197], "test": tiny.digits()[1][1197:]}
+    for n, split in enumerate(splits):
+        logits = []
+        for k, path in enumerate(paths):
+            model = tiny.Tiny()
+            model.load_state_dict(load_file(path))
+            with torch.inference_mode():
+                logits.append(model(torch.from_numpy(images[split.source][split.rows])))
+            alone = outcome_of(logits[-1], torch.from_numpy(labels[split.source][split.rows]))
+            one = join([members[k][rank][n] for rank in range(2)])
+            np.testing.assert_allclose(one.loss, alone.loss, rtol=1e-4, atol=1e-6)
+        expected = outcome_of(torch.stack(logits).mean(0), torch.from_numpy(labels[split.source][split.rows]))
+        for outcomes in (found, again):
+            together = join([outcomes[rank][n] for rank in range(2)])
+            np.testing.assert_allclose(together.loss, expected.loss, rtol=1e-4, atol=1e-6)
+            assert together.factored is not None

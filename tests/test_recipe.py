@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from ray_soup.errors import RecipeError
-from ray_soup.recipe import dump_recipe, load_recipe, make_recipe, parse_overrides
+from ray_soup.recipe import dump_recipe, for_method, load_recipe, make_recipe, parse_overrides
 
 MINIMAL = {"model": "a:b", "ingredients": "zoo"}
 
@@ -70,3 +70,20 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 def test_an_override_without_a_value_is_refused() -> None:
     with pytest.raises(RecipeError, match="key=value"):
         parse_overrides(["learn.lr"])
+
+
+def test_another_method_keeps_what_is_not_tuned_to_the_first(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({**MINIMAL, "blocks": "layer", "learn": {"lr": 0.5, "epochs": 3, "seed": 9}, "greedy": {"keep": ">"}})
+    )
+    own = load_recipe(tmp_path / "r.yaml")
+    assert (own.method, own.blocks, own.learn.lr, own.learn.batch_size) == ("mehl+", "layer", 0.5, 128)
+    same_kind = load_recipe(tmp_path / "r.yaml", (), "mehl")
+    assert (same_kind.blocks, same_kind.learn.lr, same_kind.learn.epochs) == ("model", 0.5, 3)
+    other = load_recipe(tmp_path / "r.yaml", ("learn.clip=1",), "learned+")
+    assert (other.blocks, other.learn.lr, other.learn.batch_size, other.learn.cosine_lr) == ("tensor", 0.05, 256, False)
+    assert (other.learn.epochs, other.learn.seed, other.learn.clip, other.greedy.keep) == (3, 9, 1, ">")
+    said = load_recipe(tmp_path / "r.yaml", ("learn.lr=0.1",), "learned")
+    assert said.learn.lr == 0.1
+    for method in ("learned", "mehl+", "uniform"):
+        assert load_recipe(tmp_path / "r.yaml", (), method) == for_method(own, method)
