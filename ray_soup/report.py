@@ -34,9 +34,9 @@ COST = (
 UNITS = {"select_accuracy": 100, "test_accuracy": 100, "fit_accuracy": 100, "peak_memory_bytes": 1e-6}
 AGAINST = ("best_single", "greedy")  # what each soup is tested against
 TESTS_LEGEND = (
-    "Paired, on the test images: differences of accuracy, in points, and of NLL, with 95 % intervals (bootstrap), and the p "
-    "of the exact McNemar test of the accuracies. A negative NLL difference is better. An interval that holds 0 proves "
-    "nothing."
+    "Paired, on the test images: differences of accuracy, in percentage points, and of NLL, with 95 % intervals "
+    "(bootstrap), and the p of the exact McNemar test of the accuracies. A negative NLL difference is better. An interval "
+    "that holds 0 proves nothing."
 )
 DROPPED_LEGEND = "Accuracy in percent when so many of the best ingredients are left out."
 COUNTS_LEGEND = "Accuracy in percent with so many ingredients, the first of a shuffle."
@@ -62,15 +62,13 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]
 
 def tests_table(tests: Sequence[dict[str, Any]], against: str) -> tuple[list[str], list[list[str]]]:
     """Paired tests as text: differences to the soup `against` with their intervals, and p."""
-    head = [f"minus {against}", "points", "95 % interval", "p", "NLL", "95 % interval"]
+    head = [f"minus {against}", "points (95 %)", "p", "NLL (95 %)"]
     return head, [
         [
             t["model_name"],
-            f"{100 * t['accuracy']:+.2f}",
-            f"{100 * t['accuracy_low']:+.2f} to {100 * t['accuracy_high']:+.2f}",
+            f"{100 * t['accuracy']:+.2f} ({100 * t['accuracy_low']:+.2f} to {100 * t['accuracy_high']:+.2f})",
             f"{t['mcnemar_p']:.2g}",
-            f"{t['nll']:+.4f}",
-            f"{t['nll_low']:+.4f} to {t['nll_high']:+.4f}",
+            f"{t['nll']:+.4f} ({t['nll_low']:+.4f} to {t['nll_high']:+.4f})",
         ]
         for t in tests
         if t["against"] == against
@@ -155,7 +153,9 @@ def html(report: Report) -> str:
     tables = []
     for other in AGAINST if record.get("tests") else ():
         head, cells = tests_table(record["tests"], other)
-        tables.append({"title": f"Against {other}", "head": head, "cells": cells, "text": TESTS_LEGEND})
+        tables.append(
+            {"title": f"Against {other}", "head": head, "cells": cells, "text": TESTS_LEGEND if other == AGAINST[-1] else ""}
+        )
     if record.get("eliminations"):
         head, cells = series_table(record["eliminations"], "dropped")
         tables.append({"title": "Without the best", "head": head, "cells": cells, "text": DROPPED_LEGEND})

@@ -76,7 +76,7 @@ def test_the_page_shows_every_figure_and_asks_nobody(page: Any) -> None:
         assert height > 100
         assert len(alt) > 20
     assert page.locator("h2").all_text_contents()[0] == "Results"
-    assert page.locator("table.wide").count() == 5
+    assert page.locator("table.wide").count() == 3
 
 
 def test_awkward_names_are_shown_as_they_are(page: Any) -> None:
