@@ -151,103 +151,171 @@ def compare(recipe: Recipe, out: str | Path, options: Options = Options(), watch
 def _compare(
     recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Path, options: Options, watch: Watch
 ) -> Soup:
-    clock, made, count = Clock(), out / "state" / "soups", len(ingredients)
-    made.mkdir(exist_ok=True)
-    asked = recipe.learn.model_batch
-    model_batch = -(-count // 4) if asked == "auto" else min(asked, count)  # a quarter, as in the paper
-    seeds = [recipe.learn.seed + n for n in range(options.seeds)]
+    clock, folder = Clock(), new_folder(out)
     with open_bench(recipe, ingredients, layout, out, True, watch) as bench:
-        bench.take(tuple(range(count)), "tensor")
+        bench.take(tuple(range(len(ingredients))), "tensor")
         clock.lap("start and directions")
-        individual, ensemble, similarity = _shared(bench, made)
+        shared = _shared(bench, out / "state" / "soups")
         clock.lap("evaluating ingredients")
-        ranked = ranking(dict(enumerate(bench.individual())))
-        shuffled = np.random.default_rng([recipe.learn.seed, 4]).permutation(count).tolist()
-        dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
-        counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
-        entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed)]
-        for subsets, methods in ((dropped, OF_DROPPED), (counted, OF_COUNTED)):
-            entries += [Entry(method, subset, seeds[0], len(subset)) for subset in subsets.values() for method in methods]
-        entries = list(dict.fromkeys(replace(e, seed=seeds[0]) if e.method in SEEDLESS else e for e in entries))
-        splits = {seed: bench.cut(seed) for seed in seeds}
-        results = {}
-        for number, entry in enumerate(entries):
-            bench.watch = lambda what, done, total, n=number: watch(f"{n + 1}/{len(entries)} {what}", done, total)
-            results[entry] = _result(bench, entry, splits[entry.seed], made / entry.file)
+        made = _make_all(bench, shared, options, out / "state" / "soups")
         clock.lap("soups")
-        sha256 = bench.sha256
-
-    first = splits[seeds[0]]
-    own = {entry.label: results[entry] for entry in table_entries(count, model_batch, seeds[0])}
-    single = own["best_single"]
+        sha256, mesh, cpus = bench.sha256, bench.mesh, bench.cpus
+    own, first, table = made.own, made.first, made.table()
     label = min((name for name in own if name != "best_single"), key=lambda name: own[name].on("select", first).nll)
-    chosen = own[label]
-    assert chosen.coefficients is not None
-    table = [_mean("mean single", [r.row(first) for r in individual], spread=False)]
-    every = [splits[seed] for seed in seeds]
-    table.append(_mean("best_single", [single.row(cut) for cut in every]))
-    table.append(_mean("ensemble", [ensemble.row(cut) for cut in every]))
-    for entry in table_entries(count, model_batch, seeds[0])[1:]:
-        per_seed = [results.get(replace(entry, seed=seed), results.get(entry)) for seed in seeds]
-        table.append(_mean(entry.label, [r.row(cut) for r, cut in zip(per_seed, every, strict=True) if r is not None]))
-    ours, best = chosen.on("select", first), single.on("select", first)
+    coefficients = {name: result.coefficients for name, result in own.items() if result.coefficients is not None}
+    for name, values in coefficients.items():
+        save_coefficients(values, folder / f"{name}.{COEFFICIENTS}")
+    save_coefficients(coefficients[label], folder / COEFFICIENTS)
+    bake(coefficients[label], ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
+    clock.lap("mixing")
+    ours, single = own[label].on("select", first), own["best_single"].on("select", first)
     notes = [
-        _verdict(label, ours, best),
-        *_diagnosis(ensemble.on("select", first), best),
+        _verdict(label, ours, single),
+        *_diagnosis(made.ensemble.on("select", first), single),
         *dict.fromkeys(note for result in own.values() for note in result.notes),
         *duplicates(ingredients, sha256),
     ]
     record = {
         "method": label.partition("-m")[0],
         "chosen": label,
-        "improvement": {"select_accuracy": ours.accuracy - best.accuracy, "select_nll": ours.nll - best.nll},
-        "seed": seeds[0],
-        "seeds": seeds,
+        "improvement": {"select_accuracy": ours.accuracy - single.accuracy, "select_nll": ours.nll - single.nll},
+        "seed": made.seeds[0],
+        "seeds": made.seeds,
         "exit": 0,
-        "mesh": {"replicas": bench.mesh.replicas, "shards": bench.mesh.shards, "cpus": bench.cpus},
+        "mesh": {"replicas": mesh.replicas, "shards": mesh.shards, "cpus": cpus},
         "examples": {name: len(split) for name, split in first.items()},
         "parameters": layout.numel,
         "table": table,
-        "tests": _tests(own, first),
-        "eliminations": _series("dropped", dropped, OF_DROPPED, results, first, seeds[0]),
-        "counts": _series("count", counted, OF_COUNTED, results, first, seeds[0]),
+        "tests": made.tests(),
+        "eliminations": made.series("dropped", made.dropped, OF_DROPPED),
+        "counts": made.series("count", made.counted, OF_COUNTED),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
+        "wall_s": clock.total(),
+        "seconds": clock.laps,
         "versions": versions(),
         "ingredients": [{"name": i.name, "path": i.path, "sha256": s} for i, s in zip(ingredients, sha256, strict=True)],
         "notes": notes,
     }
-    rows = [{"model_name": i.name, **r.row(first)} for i, r in zip(ingredients, individual, strict=True)]
-    rows.append({"model_name": "ensemble", **ensemble.row(first)})
-    for entry, result in results.items():
-        if len(entry.subset) == count:
-            settings = {"seed": entry.seed, "model_batch": entry.model_batch}
-            rows.append({"model_name": entry.method, **settings, **result.row(splits[entry.seed])})
-    folder = new_folder(out)
-    for name, result in own.items():
-        if result.coefficients is not None:
-            save_coefficients(result.coefficients, folder / f"{name}.{COEFFICIENTS}")
-    save_coefficients(chosen.coefficients, folder / COEFFICIENTS)
-    bake(chosen.coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
-    clock.lap("mixing")
-    record |= {"wall_s": clock.total(), "seconds": clock.laps}
     report = Report(
-        f"{count} ingredients compared",
+        f"{len(ingredients)} ingredients compared",
         recipe,
         table,
         record,
-        {name: r.coefficients for name, r in own.items() if r.coefficients is not None and name not in SEEDLESS},
-        {name: r.figures["curve"] for name, r in own.items() if "curve" in r.figures},
+        {name: values for name, values in coefficients.items() if name not in SEEDLESS},
+        {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
         {name: own[name].on("test" if "test" in first else "select", first) for name in ("best_single", label)},
-        similarity,
+        made.similarity,
     )
     (folder / "report.html").write_text(html(report))
-    (folder / "README.md").write_text(model_card(recipe, chosen.coefficients, table, record))
+    (folder / "README.md").write_text(model_card(recipe, coefficients[label], table, record))
+    rows = made.rows([ingredient.name for ingredient in ingredients])
     publish(recipe, rows, record, folder, out)
     return Soup(out, rows, record, notes)
 
 
-def _shared(bench: Bench, folder: Path) -> tuple[list[Result], Result, np.ndarray]:
-    """What every ingredient, and the mean of their logits, do on every source; and the cosines of their directions."""
+@dataclass
+class Shared:
+    """What is found out once for all methods."""
+
+    individual: list[Result]
+    """What each ingredient does."""
+    ensemble: Result
+    """What the mean of their logits does."""
+    similarity: np.ndarray
+    """Cosines of their directions, [K, K]."""
+
+
+@dataclass
+class Comparison(Shared):
+    """All soups that were made."""
+
+    seeds: list[int]
+    model_batch: int
+    dropped: dict[int, tuple[int, ...]]
+    """The ingredients that are left without so many of the best."""
+    counted: dict[int, tuple[int, ...]]
+    """So many ingredients."""
+    splits: dict[int, dict[str, Split]]
+    """By seed."""
+    results: dict[Entry, Result]
+
+    @property
+    def first(self) -> dict[str, Split]:
+        return self.splits[self.seeds[0]]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The soups of the table, of the first seed."""
+        return table_entries(len(self.individual), self.model_batch, self.seeds[0])
+
+    @property
+    def own(self) -> dict[str, Result]:
+        return {entry.label: self.results[entry] for entry in self.entries}
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a method, means over the seeds; those that no seed changes are judged on every seed's select."""
+        rows = [_mean("mean single", [result.row(self.first) for result in self.individual], spread=False)]
+        for entry in self.entries:
+            made = [self.results.get(replace(entry, seed=seed), self.results[entry]) for seed in self.seeds]
+            rows.append(_mean(entry.label, [r.row(self.splits[s]) for r, s in zip(made, self.seeds, strict=True)]))
+        rows.insert(2, _mean("ensemble", [self.ensemble.row(self.splits[seed]) for seed in self.seeds]))
+        return rows
+
+    def rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A line for every ingredient, the ensemble, and every soup of all ingredients by every seed."""
+        rows = [{"model_name": n, **r.row(self.first)} for n, r in zip(names, self.individual, strict=True)]
+        rows.append({"model_name": "ensemble", **self.ensemble.row(self.first)})
+        for entry, result in self.results.items():
+            if len(entry.subset) == len(self.individual):
+                settings = {"seed": entry.seed, "model_batch": entry.model_batch}
+                rows.append({"model_name": entry.method, **settings, **result.row(self.splits[entry.seed])})
+        return rows
+
+    def tests(self) -> list[dict[str, Any]]:
+        """Each soup against best single and greedy, on test."""
+        if "test" not in self.first:
+            return []
+        found = {name: result.on("test", self.first) for name, result in self.own.items()}
+        return [
+            {"model_name": name, "against": other, **paired_test(found[name], found[other])}
+            for other in AGAINST
+            for name in found
+            if name not in ("best_single", other)
+        ]
+
+    def series(self, key: str, subsets: dict[int, tuple[int, ...]], methods: Sequence[str]) -> list[dict[str, Any]]:
+        """A line for each soup of a subset of the ingredients."""
+        return [
+            {key: n, "model_name": m, **self.results[Entry(m, subset, self.seeds[0], len(subset))].row(self.first)}
+            for n, subset in subsets.items()
+            for m in methods
+        ]
+
+
+def _make_all(bench: Bench, shared: Shared, options: Options, folder: Path) -> Comparison:
+    count, asked, seed = len(bench.ingredients), bench.recipe.learn.model_batch, bench.recipe.learn.seed
+    model_batch = -(-count // 4) if asked == "auto" else min(asked, count)  # a quarter, as in the paper
+    seeds = [seed + n for n in range(options.seeds)]
+    ranked = ranking(dict(enumerate(bench.individual())))
+    shuffled = np.random.default_rng([seed, 4]).permutation(count).tolist()
+    dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
+    counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
+    entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed)]
+    for subsets, methods in ((dropped, OF_DROPPED), (counted, OF_COUNTED)):
+        entries += [Entry(method, subset, seed, len(subset)) for subset in subsets.values() for method in methods]
+    entries = list(dict.fromkeys(replace(e, seed=seed) if e.method in SEEDLESS else e for e in entries))
+    splits = {seed: bench.cut(seed) for seed in seeds}
+    results, watch = {}, bench.watch
+    for number, entry in enumerate(entries):
+        bench.watch = lambda what, done, total, n=number: watch(f"{n + 1}/{len(entries)} {what}", done, total)
+        results[entry] = _result(bench, entry, splits[entry.seed], folder / entry.file)
+    return Comparison(**vars(shared), seeds=seeds, model_batch=model_batch, dropped=dropped, counted=counted, splits=splits,
+                      results=results)  # fmt: skip
+
+
+def _shared(bench: Bench, folder: Path) -> Shared:
+    """Every ingredient and the ensemble on every source, unless they were before."""
+    folder.mkdir(exist_ok=True)
     splits = [bench.whole(source) for source in bench.ready.sizes]
     keys, file = bench.keys(splits), folder / "ensemble.npz"
     known = [[recall(key) for key in row] for row in keys]
@@ -257,15 +325,16 @@ def _shared(bench: Bench, folder: Path) -> tuple[list[Result], Result, np.ndarra
         similarity = cosines(bench.actors.gram())
         np.save(folder / "cosines.npy", similarity)
         paths = [ingredient.path for ingredient in bench.ingredients]
-        found, together = ensemble_outcomes(
+        found, joint = ensemble_outcomes(
             bench.actors, paths, keys, splits, lambda done, total: bench.watch("evaluating ingredients", done, total)
         )
         known = [list(row) for row in found]
-        ensemble = {split.source: outcome for split, outcome in zip(splits, together, strict=True)}
+        ensemble = {split.source: outcome for split, outcome in zip(splits, joint, strict=True)}
         save_outcomes(ensemble, file)
     individual = [{s.source: o for s, o in zip(splits, row, strict=True) if o is not None} for row in known]
     bench.outcomes = {s.source: [outcomes[s.source] for outcomes in individual] for s in splits}
-    return [Result(outcomes) for outcomes in individual], Result(ensemble, {"ingredients_used": len(individual)}), similarity
+    together = Result(ensemble, {"ingredients_used": len(individual)})
+    return Shared([Result(outcomes) for outcomes in individual], together, similarity)
 
 
 def _result(bench: Bench, entry: Entry, splits: dict[str, Split], file: Path) -> Result:
@@ -303,34 +372,6 @@ def _mean(name: str, rows: Sequence[dict[str, Any]], spread: bool = True) -> dic
             if spread and key in SPREAD and np.ptp(values) > 0:
                 found[f"{key}_sd"] = float(np.std(values, ddof=1))
     return found
-
-
-def _tests(own: dict[str, Result], splits: dict[str, Split]) -> list[dict[str, Any]]:
-    """Each soup against best single and greedy, on test."""
-    if "test" not in splits:
-        return []
-    return [
-        {"model_name": name, "against": other, **paired_test(own[name].on("test", splits), own[other].on("test", splits))}
-        for other in AGAINST
-        for name in own
-        if name not in ("best_single", other)
-    ]
-
-
-def _series(
-    key: str,
-    subsets: dict[int, tuple[int, ...]],
-    methods: Sequence[str],
-    results: dict[Entry, Result],
-    splits: dict[str, Split],
-    seed: int,
-) -> list[dict[str, Any]]:
-    """A line for each soup of a subset of the ingredients."""
-    return [
-        {key: n, "model_name": method, **results[Entry(method, subset, seed, len(subset))].row(splits)}
-        for n, subset in subsets.items()
-        for method in methods
-    ]
 
 
 def _verdict(label: str, ours: Outcome, single: Outcome) -> str:
