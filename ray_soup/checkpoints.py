@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.sweeps import Sweep, Trial, is_experiment, read_sweep, split_metric
 
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -103,6 +104,8 @@ class Ingredient:
     containers: dict[str, dict[str, TensorInfo]]
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     copies: list[tuple[str, str, TensorInfo]] = field(default_factory=list)
+    trial: Trial | None = None
+    """The trial that it came from, where it was taken from a sweep."""
     _sources: dict[int, Source] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -376,14 +379,26 @@ def _natural(path: str) -> list[Any]:
 
 
 def find_checkpoints(spec: str | Sequence[str]) -> list[str]:
-    """The paths that a glob, a list or a folder names, in natural order (model_2 before model_10).
+    """The paths that a glob, a list or a folder names, in natural order (model_2 before model_10); of an experiment of
+    Ray Tune or Train the checkpoints of its trials.
 
     Raises RecipeError where there are none.
     """
+    return [path for path, _ in _find(spec)]
+
+
+def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
     if not isinstance(spec, str):
-        return [path for one in spec for path in ([one] if _checkpoint_of(one) else find_checkpoints(one))]
+        return [found for one in spec for found in ([(one, None)] if _checkpoint_of(one) else _find(one))]
     if "://" in spec:
         raise RecipeError(f"ingredients: {spec} is remote; this version reads local checkpoints. Copy them here.")
+    sweeps = find_sweeps(spec)
+    if sweeps:
+        if not any(sweep.trials for sweep in sweeps):
+            raise RecipeError(
+                f"ingredients: no finished trial with a checkpoint. {' '.join(s.note() or '' for s in sweeps)}"
+            )
+        return [(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
     if glob.has_magic(spec) and not os.path.exists(spec):
         found = sorted(glob.glob(os.path.expanduser(spec), recursive=True), key=_natural)
         paths = [p for p in _without_shards(found) if _checkpoint_of(p)]
@@ -400,16 +415,57 @@ def find_checkpoints(spec: str | Sequence[str]) -> list[str]:
             f"ingredients: no checkpoints at {spec}; found {found_there or 'an empty folder'}; expected files ending "
             f"in {_suffixes()}."
         )
-    return paths
+    return [(path, None) for path in paths]
+
+
+def find_sweeps(spec: str | Sequence[str] | None) -> list[Sweep]:
+    """The experiments of Ray Tune or Train that `spec` names: a folder, a glob or a list of them, or a folder of them;
+    behind it `?metric=NAME&mode=max` for the best checkpoint of each trial by a metric. Without it: the last.
+
+    Raises RecipeError for a metric where there is no experiment.
+    """
+    if spec is None or not isinstance(spec, str):
+        return [sweep for one in spec or () for sweep in find_sweeps(one)]
+    pattern, metric, mode = split_metric(spec)
+    folders = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(os.path.expanduser(pattern)), key=_natural)
+    experiments = [f for f in folders if os.path.isdir(f) and is_experiment(f)]
+    if not experiments and len(folders) == 1 and os.path.isdir(folders[0]):
+        children = sorted((os.path.join(folders[0], child) for child in os.listdir(folders[0])), key=_natural)
+        if not any(_checkpoint_of(child) for child in children):
+            experiments = [child for child in children if os.path.isdir(child) and is_experiment(child)]
+    if metric is not None and not experiments:
+        raise RecipeError(f"ingredients: {spec}: no experiment of Ray Tune or Train at {pattern} to take the metric from.")
+    return [read_sweep(folder, metric, mode) for folder in experiments]
+
+
+def _model_of(trial: Trial) -> str:
+    """The file of a trial's checkpoint that holds the model."""
+    own = _checkpoint_of(trial.folder)
+    if own is not None:
+        return own
+    files = sorted(name for name in os.listdir(trial.folder) if _is_checkpoint(name))
+    models = [name for name in files if "model" in name.lower()]
+    chosen = files if len(files) == 1 else models
+    if len(chosen) != 1:
+        raise IngredientError(
+            f"{trial.folder}: which file is the model? Found {', '.join(files) or 'no checkpoint'}; expected one file "
+            f"ending in {_suffixes()}, or one that is called model. Name the files with a glob instead."
+        )
+    return os.path.join(trial.folder, chosen[0])
 
 
 def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
     """Open all that `spec` names, by their headers. Raises RecipeError or IngredientError."""
     if spec is None:
         raise RecipeError("The recipe names no ingredients. Add ingredients: with a glob, a list or a folder.")
-    paths = find_checkpoints(spec)
-    names = _unique_names(paths)
+    found = _find(spec)
+    paths, trials = [path for path, _ in found], [trial for _, trial in found]
+    names = [t.name for t in trials if t is not None]
+    if len(set(names)) < len(paths):
+        names = _unique_names(paths)
     ingredients = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
+    for ingredient, trial in zip(ingredients, trials, strict=True):
+        ingredient.trial = trial
     seen: dict[tuple[int, int], str] = {}
     for ingredient in ingredients:
         stat = os.stat(ingredient.files[0])

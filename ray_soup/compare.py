@@ -43,11 +43,12 @@ from ray_soup.pipeline import (
     Bench,
     baked,
     cosines,
-    duplicates,
     figures_of,
+    listed,
     make_soup,
     open_bench,
     prepare,
+    remarks,
     reported,
 )
 from ray_soup.recipe import Recipe, for_method
@@ -173,7 +174,7 @@ def _compare(
         _verdict(label, ours, single),
         *_diagnosis(made.ensemble.on("select", first), single),
         *dict.fromkeys(note for result in own.values() for note in result.notes),
-        *duplicates(ingredients, sha256),
+        *remarks(recipe, ingredients, sha256),
     ]
     record = {
         "method": label.partition("-m")[0],
@@ -193,7 +194,7 @@ def _compare(
         "wall_s": clock.total(),
         "seconds": clock.laps,
         "versions": versions(),
-        "ingredients": [{"name": i.name, "path": i.path, "sha256": s} for i, s in zip(ingredients, sha256, strict=True)],
+        "ingredients": listed(ingredients, sha256),
         "notes": notes,
     }
     report = Report(

@@ -22,6 +22,7 @@ from ray_soup.checkpoints import (
     Ingredient,
     check_together,
     combined_sha256,
+    find_sweeps,
     open_ingredient,
     open_ingredients,
     sha256_file,
@@ -324,14 +325,14 @@ def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Pa
     row["ingredients_used"] = len(made.coefficients.used())
     sha256 = sha256 or hash_ingredients(ingredients, watch)
     clock.lap("hashing")
-    notes = made.notes + duplicates(ingredients, sha256)
+    notes = made.notes + remarks(recipe, ingredients, sha256)
     record |= {
         "parameters": layout.numel,
         "blocks": len(made.coefficients.blocks),
         "wall_s": clock.total(),
         "seconds": clock.laps,
         "versions": versions(),
-        "ingredients": [{"name": i.name, "path": i.path, "sha256": s} for i, s in zip(ingredients, sha256, strict=True)],
+        "ingredients": listed(ingredients, sha256),
         "notes": notes,
     }
     row["seconds"] = clock.total()
@@ -360,10 +361,20 @@ def hash_ingredients(ingredients: list[Ingredient], watch: Watch = quiet) -> lis
         return list(pool.map(lambda i: combined_sha256([sha256_file(f, count) for f in i.files]), ingredients))
 
 
-def duplicates(ingredients: list[Ingredient], sha256: list[str]) -> list[str]:
-    """A line for each ingredient that is another one over again."""
+def listed(ingredients: list[Ingredient], sha256: list[str]) -> list[dict[str, Any]]:
+    """Ingredients for run.json; with hyperparameters and metrics where they came from a sweep."""
+    return [
+        {"name": i.name, "path": i.path, "sha256": s}
+        | ({"hyperparameters": i.trial.config, "metrics": i.trial.metrics} if i.trial else {})
+        for i, s in zip(ingredients, sha256, strict=True)
+    ]
+
+
+def remarks(recipe: Recipe, ingredients: list[Ingredient], sha256: list[str]) -> list[str]:
+    """What the user should know of the ingredients: trials of a sweep that were left out, and ingredients that are another
+    one over again."""
+    notes = [note for sweep in find_sweeps(recipe.ingredients) if (note := sweep.note())]
     first: dict[str, str] = {}
-    notes = []
     for ingredient, digest in zip(ingredients, sha256, strict=True):
         if digest in first:
             notes.append(f"{ingredient.name} and {first[digest]} hold the same bytes: one model counts twice.")

@@ -1,0 +1,134 @@
+"""Experiments of Ray Tune and Ray Train as their folders tell of them: trials, hyperparameters, metrics and checkpoints.
+
+Only JSON is read; nothing is unpickled, and Ray is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from glob import escape, glob
+from typing import Any
+
+from ray_soup.errors import IngredientError, RecipeError
+
+OF_TUNE = {  # what Tune adds to every report
+    "checkpoint_dir_name", "date", "done", "experiment_tag", "hostname", "iterations_since_restore", "node_ip", "pid",
+    "should_checkpoint", "time_since_restore", "time_this_iter_s", "timestamp", "trial_id",
+}  # fmt: skip
+TUNE, TRAIN = "experiment_state-*.json", "checkpoint_manager_snapshot.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One finished trial, and the folder of the checkpoint that it is represented by."""
+
+    name: str
+    folder: str
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    """What was reported with this checkpoint."""
+
+
+@dataclass
+class Sweep:
+    folder: str
+    trials: list[Trial] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many trials failed, did not finish, or have no checkpoint."""
+
+    def note(self) -> str | None:
+        """What was left out, in a line."""
+        if not self.left_out:
+            return None
+        what = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        return f"{self.folder}: {len(self.trials)} trials taken, left out: {what}."
+
+
+def split_metric(spec: str) -> tuple[str, str | None, str]:
+    """`folder?metric=accuracy&mode=max` -> folder, metric or None, mode."""
+    found = re.fullmatch(r"(.*)\?metric=([^&?]+)(?:&mode=(min|max))?", spec)
+    return (found[1], found[2], found[3] or "max") if found else (spec, None, "max")
+
+
+def is_experiment(folder: str) -> bool:
+    return bool(_states(folder)) or os.path.isfile(os.path.join(folder, TRAIN))
+
+
+def _states(folder: str) -> list[str]:
+    return sorted(glob(os.path.join(escape(folder), TUNE)))
+
+
+def read_sweep(folder: str, metric: str | None = None, mode: str = "max") -> Sweep:
+    """The trials of an experiment, each with its checkpoint that is best by `metric`, or its last one.
+
+    Raises IngredientError where the experiment cannot be read, RecipeError where no trial reported the metric.
+    """
+    sweep = Sweep(folder)
+    try:
+        states = _states(folder)
+        if states:
+            _read_tune(sweep, states[-1], metric, mode)
+        else:
+            _read_train(sweep, os.path.join(folder, TRAIN), metric, mode)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IngredientError(
+            f"{folder} looks like an experiment of Ray Tune or Train and cannot be read ({type(error).__name__}: {error}). "
+            "Name its checkpoints with a glob instead."
+        ) from error
+    return sweep
+
+
+def _read_tune(sweep: Sweep, state: str, metric: str | None, mode: str) -> None:
+    with open(state) as file:
+        trials = [[json.loads(part) if isinstance(part, str) else part for part in t] for t in json.load(file)["trial_data"]]
+    for static, runtime in sorted(trials, key=lambda t: t[0]["trial_id"]):
+        if static["status"] != "TERMINATED":
+            sweep.left_out["failed" if static["status"] == "ERROR" else "unfinished"] += 1
+            continue
+        folder = os.path.join(sweep.folder, static["relative_logdir"])
+        reports = _reports(os.path.join(folder, "result.json")) or [runtime.get("last_result") or {}]
+        found = [(r, os.path.join(folder, r.get("checkpoint_dir_name") or "-")) for r in reports]
+        _take(sweep, static["trial_id"], static.get("config", {}), found, metric, mode)
+
+
+def _reports(file: str) -> list[dict[str, Any]]:
+    if not os.path.isfile(file):
+        return []
+    with open(file) as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_train(sweep: Sweep, snapshot: str, metric: str | None, mode: str) -> None:
+    with open(snapshot) as file:
+        results = json.load(file)["checkpoint_results"]
+    found = [(r["metrics"], os.path.join(sweep.folder, r["checkpoint_dir_name"])) for r in results]
+    _take(sweep, os.path.basename(os.path.normpath(sweep.folder)), {}, found, metric, mode)
+
+
+def _take(
+    sweep: Sweep,
+    name: str,
+    config: dict[str, Any],
+    found: list[tuple[dict[str, Any], str]],
+    metric: str | None,
+    mode: str,
+) -> None:
+    kept = [(metrics, folder) for metrics, folder in found if os.path.isdir(folder)]
+    if metric is not None:
+        known = sorted({key for metrics, _ in found for key in _plain(metrics)})
+        if found and metric not in known:
+            raise RecipeError(f"{sweep.folder}: the trial {name} reported no '{metric}'; it reported {', '.join(known)}.")
+        kept = [(metrics, folder) for metrics, folder in kept if metric in metrics]
+    if not kept:
+        sweep.left_out["without a checkpoint"] += 1
+        return
+    best = kept[-1] if metric is None else (max if mode == "max" else min)(kept, key=lambda k: k[0][metric])
+    sweep.trials.append(Trial(name, best[1], config, _plain(best[0])))
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, (int, float)) and key not in OF_TUNE}

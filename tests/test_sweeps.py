@@ -1,0 +1,121 @@
+"""A sweep is a zoo: experiments written by plain Ray Tune and Train scripts that know nothing of ray_soup."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_soup.checkpoints import find_sweeps, open_ingredients
+from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.pipeline import run
+from ray_soup.recipe import make_recipe
+from tests.conftest import values
+from tests.tiny import Tiny
+
+
+def sweep(config: dict[str, Any]) -> None:
+    """A user's own training: three epochs, a checkpoint each; one trial has bad luck, the accuracy falls in another."""
+    import tempfile
+
+    from ray import tune
+
+    from tests import tiny
+
+    images, labels = (torch.from_numpy(a[:600]) for a in tiny.digits())
+    torch.manual_seed(0)
+    model = Tiny()
+    for epoch in range(3):
+        if config["seed"] == 2 and epoch == 1:
+            raise RuntimeError("bad luck")
+        tiny.train(model, config["seed"] * 10 + epoch, config["lr"], 1, images, labels)
+        accuracy = 0.5 - epoch / 10 if config["seed"] == 3 else 0.5 + epoch / 10
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({"model": model.state_dict(), "epoch": epoch}, f"{folder}/model.pt")
+            torch.save({"step": 1}, f"{folder}/optimizer.pt")
+            tune.report({"accuracy": accuracy, "epoch": epoch}, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    from ray import tune
+
+    folder = tmp_path_factory.mktemp("sweep")
+    tune.Tuner(
+        sweep,
+        param_space={"lr": 3e-3, "seed": tune.grid_search([0, 1, 2, 3])},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(folder), name="experiment", verbose=0),
+    ).fit()
+    return folder / "experiment"
+
+
+def test_the_last_or_the_best_checkpoint_of_each_finished_trial(experiment: Path) -> None:
+    last = open_ingredients(str(experiment))
+    assert [i.trial.config["seed"] for i in last] == [0, 1, 3]
+    assert [i.trial.metrics["epoch"] for i in last] == [2, 2, 2]
+    assert len({i.name for i in last}) == 3
+    assert all(i.path.endswith("checkpoint_000002/model.pt") for i in last)
+    best = open_ingredients(f"{experiment}?metric=accuracy")
+    assert [i.trial.metrics["epoch"] for i in best] == [2, 2, 0]
+    worst = open_ingredients(f"{experiment}?metric=accuracy&mode=min")
+    assert [i.trial.metrics["accuracy"] for i in worst] == [0.5, 0.5, pytest.approx(0.3)]
+    assert [i.path for i in open_ingredients([f"{experiment}?metric=accuracy"])] == [i.path for i in best]
+    (sweep_found,) = find_sweeps(str(experiment))
+    assert sweep_found.note() == f"{experiment}: 3 trials taken, left out: 1 failed."
+    with pytest.raises(
+        RecipeError, match="reported no 'loss'; it reported accuracy, epoch, time_total_s, training_iteration"
+    ):
+        open_ingredients(f"{experiment}?metric=loss")
+
+
+def test_a_sweep_is_souped(experiment: Path, zoo: Path, tmp_path: Path) -> None:
+    recipe = {**values(zoo), "ingredients": f"{experiment}?metric=accuracy", "learn": {"epochs": 1, "batch_size": 150}}
+    soup = run(make_recipe(recipe), tmp_path / "out")
+    assert [i["hyperparameters"]["seed"] for i in soup.record["ingredients"]] == [0, 1, 3]
+    assert [i["metrics"]["accuracy"] for i in soup.record["ingredients"]] == pytest.approx([0.7, 0.7, 0.5])
+    assert any("left out: 1 failed" in note for note in soup.notes)
+    by_glob = [i.path for i in open_ingredients(f"{experiment}?metric=accuracy")]
+    same = run(make_recipe({**recipe, "ingredients": by_glob}), tmp_path / "same")
+    assert same.rows[0]["test_nll"] == soup.rows[0]["test_nll"]
+
+
+def test_experiments_of_ray_train(tmp_path: Path) -> None:
+    """As TorchTrainer 2.60 leaves them: a snapshot and folders of checkpoints; here two runs of a sweep in one folder."""
+    for run_name, best in (("run_a", 0), ("run_b", 1)):
+        results = []
+        for number in range(2):
+            name = f"checkpoint_2026-11-24_09-41-0{number}"
+            (tmp_path / "runs" / run_name / name).mkdir(parents=True)
+            torch.save(Tiny().state_dict(), tmp_path / "runs" / run_name / name / "weights.pt")
+            accuracy = 0.9 if number == best else 0.8
+            results.append({"version": 0, "checkpoint_dir_name": name, "metrics": {"accuracy": accuracy}})
+        snapshot = {"ray_version": "2.60.0", "checkpoint_results": results}
+        (tmp_path / "runs" / run_name / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+    for spec in (f"{tmp_path}/runs", f"{tmp_path}/runs/run_*"):
+        found = open_ingredients(f"{spec}?metric=accuracy")
+        assert [i.name for i in found] == ["run_a", "run_b"]
+        assert found[0].path.endswith("09-41-00/weights.pt")
+        assert found[1].path.endswith("09-41-01/weights.pt")
+    assert all(i.path.endswith("09-41-01/weights.pt") for i in open_ingredients(f"{tmp_path}/runs"))
+
+
+def test_a_broken_experiment_is_named(experiment: Path, zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(experiment, tmp_path / "copy")
+    (first,) = list((tmp_path / "copy").glob("*_00000_*"))
+    (first / "checkpoint_000002" / "model.pt").rename(first / "checkpoint_000002" / "weights.pt")
+    with pytest.raises(IngredientError, match=r"which file is the model\? Found optimizer\.pt, weights\.pt"):
+        open_ingredients(str(tmp_path / "copy"))
+    shutil.rmtree(first)
+    (left,) = find_sweeps(str(tmp_path / "copy"))
+    assert left.left_out == {"failed": 1, "without a checkpoint": 1}
+    (state,) = (tmp_path / "copy").glob("experiment_state-*.json")
+    state.write_text('{"trial_data": [')
+    with pytest.raises(IngredientError, match="looks like an experiment of Ray Tune or Train and cannot be read"):
+        open_ingredients(str(tmp_path / "copy"))
+    with pytest.raises(RecipeError, match="no experiment of Ray Tune or Train"):
+        open_ingredients(f"{zoo / 'zoo'}?metric=accuracy")
