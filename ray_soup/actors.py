@@ -122,7 +122,7 @@ class Actors:
             if group is not None:
                 options["placement_group"] = group
                 options["placement_group_bundle_index"] = rank % mesh.shards
-            else:
+            elif ray.util.get_current_placement_group() is None:  # inside a trial: in its own placement group
                 options["scheduling_strategy"] = "SPREAD"
             return remote.options(**options).remote(folder, recipe, ingredients, mesh, rank, max(1, int(cpus)))
 

@@ -317,6 +317,33 @@ def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -
 
 @main.command()
 @recipe_argument
+@out_argument
+@overrides_argument
+@json_option
+def search(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Ray Tune over learn.lr, learn.model_batch and other keys that `search:` names; the best soup is written to OUT."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.recipe import load_recipe
+        from ray_soup.search import search as run_search
+
+        return run_search(load_recipe(recipe, overrides), out, progress)
+
+    soup = _work(task)
+    if not as_json:
+        from ray_soup.report import TRIAL, table
+
+        found = soup.record["search"]
+        columns = (("trial", "trial", "{}"), *((key, key.rpartition(".")[2], "{:.4g}") for key in found["keys"]), *TRIAL)
+        for title, rows in (("Trials", found["trials"]), ("Pareto front of NLL, memory and time", found["pareto"])):
+            click.echo(f"{title}:")
+            _print_table(*table(rows, columns))
+        click.echo(f"Best: trial {found['best']}.")
+    _print_soup(soup, as_json)
+
+
+@main.command()
+@recipe_argument
 @click.argument("model", type=click.Path())
 @overrides_argument
 @click.option("--split", type=click.Choice(["fit", "select", "test"]), default="test", show_default=True)

@@ -159,6 +159,28 @@ def by_count(rows: Sequence[dict[str, Any]], split: str) -> str:
     return drawn(3.0, draw)
 
 
+def search_plane(trials: Sequence[dict[str, Any]]) -> str:
+    """Trials by learning rate and model batch size."""
+    shown = [t for t in trials if t.get("select_nll") is not None]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        nll = np.array([t["select_nll"] for t in shown])
+        good = 1 - (nll - nll.min()) / max(float(np.ptp(nll)), 1e-12)
+        x, y = [t["learn.lr"] for t in shown], [t["learn.model_batch"] for t in shown]
+        axes.scatter(x, y, s=20 + 160 * good, c=good, cmap="cividis_r", vmin=-0.2, edgecolors="black", linewidths=0.5)
+        best = int(nll.argmin())
+        axes.plot([x[best]], [y[best]], "o", markersize=18, fillstyle="none", color="black")
+        axes.annotate(f"{nll.min():.4f}", (x[best], y[best]), xytext=(12, 8), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set_yticks(sorted(set(y)))
+        axes.margins(0.15)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("model batch")
+
+    return drawn(3.0, draw)
+
+
 def similarity(cosines: np.ndarray, names: Sequence[str], twins: Sequence[tuple[int, int]]) -> str:
     """Cosines of the ingredients' directions from their mean; the pairs `twins` are crossed."""
 

@@ -116,27 +116,25 @@ def _accuracy(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, de
 
 def search_space(recipe: Recipe) -> dict[str, Any]:
     """The recipe's distributions as Ray Tune's. Raises RecipeError."""
-    domains = {"loguniform": tune.loguniform, "uniform": tune.uniform, "randint": tune.randint}
-    space: dict[str, Any] = {}
-    for name in HYPERPARAMETERS:
-        value = getattr(recipe.finetune, name)
-        if isinstance(value, dict) and len(value) == 1:
-            ((kind, given),) = value.items()
-            if kind == "choice" and isinstance(given, list):
-                space[name] = tune.choice(given)
-                continue
-            if kind in domains and isinstance(given, list) and len(given) == 2:
-                space[name] = domains[kind](*given)
-                continue
-        elif isinstance(value, (int, float)):
-            space[name] = value
-            continue
-        raise RecipeError(
-            f"finetune.{name}: {value!r} found; expected a number, or loguniform, uniform or randint: [low, high], or "
-            "choice: [...]."
-        )
+    space = {name: distribution(f"finetune.{name}", getattr(recipe.finetune, name)) for name in HYPERPARAMETERS}
     space["seed"] = tune.randint(0, 2**31)
     return space
+
+
+def distribution(key: str, value: Any) -> Any:
+    """A number as it is, or Ray Tune's distribution for what the recipe says of `key`. Raises RecipeError."""
+    domains = {"loguniform": tune.loguniform, "uniform": tune.uniform, "randint": tune.randint}
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, given),) = value.items()
+        if kind == "choice" and isinstance(given, list) and given:
+            return tune.choice(given)
+        if kind in domains and isinstance(given, list) and len(given) == 2:
+            return domains[kind](*given)
+    raise RecipeError(
+        f"{key}: {value!r} found; expected a number, or loguniform, uniform or randint: [low, high], or choice: [...]."
+    )
 
 
 def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, total: None) -> list[dict[str, Any]]:

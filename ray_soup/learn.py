@@ -104,10 +104,12 @@ def learn(
     model_batch: int,
     state_file: Path,
     watch: Callable[[int, int, State], None] = lambda step, steps, state: None,
+    after_epoch: Callable[[int, int, State], None] = lambda step, steps, state: None,
 ) -> State:
     """Learn coordinates for directions with norms float64 [K, B]; goes on from `state_file` where there is one.
 
-    `watch` is told (step, steps in all, state) after every step. Returns the last state; its `y` and `factor` are the soup.
+    `watch` is told (step, steps in all, state) after every step, `after_epoch` after every epoch. Returns the last
+    state; its `y` and `factor` are the soup.
     """
     options, fit, select = recipe.learn, splits["fit"], splits["select"]
     ingredients, blocks = norms.shape
@@ -169,6 +171,7 @@ def learn(
             )  # fmt: skip
             state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0
             save(optimizer)
+            after_epoch(state.steps, len(turns) * steps_per_turn, state)
         assert state.best is not None
         state.y[chosen] = state.best
         state.factor.fill_(state.best_factor)
@@ -184,9 +187,9 @@ def _gradient(partials: list[Partial], count: int, of: Affine | Softmax, clip: f
     for partial in partials:
         total += partial.gradient
     assert state.moving is not None
-    gradient = without_noise(of.gradient(state.moving.numpy(), total / count))
-    if not np.isfinite(gradient).all():
+    if not np.isfinite(total).all():
         raise SoupError(f"The loss is no longer finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
+    gradient = without_noise(of.gradient(state.moving.numpy(), total / count))
     size = float(np.linalg.norm(gradient))
     return gradient * (clip / size) if clip is not None and size > clip else gradient
 

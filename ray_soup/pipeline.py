@@ -275,10 +275,18 @@ def run(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
         if complete is not None:
             return complete
         with failures_recorded(out):
-            return _make(recipe, ingredients, layout, out, watch)
+            return make_in(recipe, ingredients, layout, out, watch)
 
 
-def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Path, watch: Watch) -> Soup:
+def make_in(
+    recipe: Recipe,
+    ingredients: list[Ingredient],
+    layout: Layout,
+    out: Path,
+    watch: Watch,
+    more: dict[str, Any] | None = None,
+) -> Soup:
+    """The soup in a folder that is locked and begun; `more` goes into run.json and the report."""
     clock, folder = Clock(), new_folder(out)
     everything, learning = tuple(range(len(ingredients))), recipe.method in LEARNED
     row: dict[str, Any] = {"model_name": recipe.method}
@@ -334,6 +342,7 @@ def _make(recipe: Recipe, ingredients: list[Ingredient], layout: Layout, out: Pa
         "versions": versions(),
         "ingredients": listed(ingredients, sha256),
         "notes": notes,
+        **(more or {}),
     }
     row["seconds"] = clock.total()
     save_coefficients(made.coefficients, folder / COEFFICIENTS)

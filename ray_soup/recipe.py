@@ -16,6 +16,7 @@ from ray_soup.errors import RecipeError
 Auto = Literal["auto"]
 Method = Literal["best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+"]
 
+DISTRIBUTIONS = ("loguniform", "uniform", "randint", "choice", "grid")
 SOFTMAX = ("learned", "learned+")
 SOFTMAX_LEARN = {"lr": 0.05, "batch_size": 256, "cosine_lr": False}  # Wortsman et al. 2022
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -111,6 +112,42 @@ class Finetune(Section):
     seed: int = 1
 
 
+class Search(Section):
+    """What `search` tries: recipe keys (`learn.lr`, `learn.model_batch`, `blocks`, ...), each with a distribution as in
+    `finetune` or {grid: [...]}. Default: learn.lr and learn.model_batch."""
+
+    trials: int = Field(16, ge=1)
+    """How many, the recipe as it is being the first; with a grid, its points instead."""
+    metric: Literal["select_nll", "select_accuracy"] = "select_nll"
+    algorithm: Literal["random", "optuna"] = "random"
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops trials that are behind; never the first."""
+    time_budget_s: float | None = Field(None, gt=0)
+    """After which the best so far is taken."""
+    wait_s: float = Field(0, ge=0)
+    """How long to wait for an autoscaling cluster to have room for a trial."""
+    space: dict[str, Any] = {}
+    """Recipe keys and their distributions; they may stand beside `trials` too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_into_space(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        own = {key: value for key, value in values.items() if key in cls.model_fields}
+        space = dict(own.get("space") or {})
+        for key, value in values.items():
+            if key in own:
+                continue
+            if isinstance(value, dict) and not (len(value) == 1 and next(iter(value)) in DISTRIBUTIONS):
+                space |= {f"{key}.{name}": inner for name, inner in value.items()}
+            elif "." in key or isinstance(value, dict):
+                space[key] = value
+            else:
+                own[key] = value  # is refused as unknown
+        return {**own, "space": space}
+
+
 class Greedy(Section):
     keep: Literal[">=", ">"] = ">="
     """An ingredient is kept if the accuracy with it is >= (Wortsman et al. 2022), or >, than without."""
@@ -139,6 +176,7 @@ class Recipe(Section):
     """Of forward and backward passes while learning; auto: bfloat16 where the hardware has it. Results are reported
     in float32."""
     finetune: Finetune = Finetune()
+    search: Search = Search()
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +197,17 @@ def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
     if method == recipe.method:
         values["blocks"] = recipe.blocks
     return Recipe.model_validate({**values, "method": method, "learn": {**kept, **learn}})
+
+
+def changed(recipe: Recipe, config: dict[str, Any]) -> Recipe:
+    """The recipe with other values for some keys, as in {"learn.lr": 0.1, "blocks": "layer"}. Raises RecipeError."""
+    rest = {key: value for key, value in config.items() if key != "method"}
+    values = (for_method(recipe, config["method"]) if "method" in config else recipe).model_dump()
+    for key, value in rest.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    return make_recipe(values, f"the recipe with {config}")
 
 
 def is_function(spec: str) -> bool:

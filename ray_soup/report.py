@@ -31,6 +31,14 @@ COST = (
     ("peak_memory_bytes", "peak MB", "{:,.0f}"),
     ("ingredients_used", "used", "{:.3g}"),
 )
+TRIAL = (
+    ("select_nll", "select NLL", "{:.4f}"),
+    ("select_accuracy", "select %", "{:.2f}"),
+    ("seconds", "seconds", "{:.1f}"),
+    ("peak_memory_bytes", "peak MB", "{:,.0f}"),
+    ("percent", "done %", "{:.0f}"),
+    ("error", "error", "{}"),
+)
 UNITS = {"select_accuracy": 100, "test_accuracy": 100, "fit_accuracy": 100, "peak_memory_bytes": 1e-6}
 AGAINST = ("best_single", "greedy")  # what each soup is tested against
 TESTS_LEGEND = (
@@ -52,7 +60,8 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]
         line = []
         for key, _, form in shown:
             value, spread, unit = row.get(key), row.get(f"{key}_sd"), UNITS.get(key)
-            text = "-" if value is None else form.format(value * unit if unit else value)
+            shown_as = "{}" if isinstance(value, str) else form
+            text = "-" if value is None else shown_as.format(value * unit if unit else value)
             if spread:
                 text += f" ±{form.format(spread * (unit or 1))}"
             line.append(text)
@@ -162,6 +171,14 @@ def html(report: Report) -> str:
     if record.get("counts"):
         head, cells = series_table(record["counts"], "count")
         tables.append({"title": "By number of ingredients", "head": head, "cells": cells, "text": COUNTS_LEGEND})
+    if record.get("search"):
+        columns = [(key, key.rpartition(".")[2], "{:.4g}") for key in record["search"]["keys"]]
+        head, cells = table(record["search"]["trials"], (("trial", "trial", "{}"), *columns, *TRIAL))
+        text = "Trial 0 is the recipe as it was. NLL and accuracy are those of the point kept on select; test was not seen."
+        tables.append({"title": "Trials of the search", "head": head, "cells": cells, "text": text})
+        head, cells = table(record["search"]["pareto"], (("trial", "trial", "{}"), *columns, *TRIAL))
+        text = "Trials that no other beats in NLL, memory and time together."
+        tables.append({"title": "Pareto front", "head": head, "cells": cells, "text": text})
     template = (files("ray_soup") / "report.html.jinja").read_text()
     return Environment(autoescape=True, trim_blocks=True).from_string(template).render(
         title=report.title,
@@ -198,6 +215,10 @@ def _figures(report: Report) -> list[dict[str, str]]:
     if record.get("counts"):
         add("Accuracy by number of ingredients", f"On {split}; the first of a shuffle.",
             figures.by_count(record["counts"], split))  # fmt: skip
+    search = record.get("search", {})
+    if {"learn.lr", "learn.model_batch"} <= set(search.get("keys", ())):
+        add("Learning rate and model batch", "The larger and darker, the lower the NLL on select; ringed: the best.",
+            figures.search_plane(search["trials"]))  # fmt: skip
     if report.curves:
         add("Learning curves", "NLL on fit (dashed) and select (solid); the ring is the point that was kept.",
             figures.learning_curves(report.curves))  # fmt: skip

@@ -6,9 +6,9 @@ from tests.conftest import ROOT
 
 ORDER = str.split(
     "errors recipe cache sweeps checkpoints blocks models data outcomes kernels directions hyperplane shard actors "
-    "coefficients learn greedy bake figures report folder pipeline compare finetune demo cli"
+    "coefficients learn greedy bake figures report folder pipeline compare finetune search demo cli"
 )
-MAY_IMPORT_RAY = {"actors", "finetune"}
+MAY_IMPORT_RAY = {"actors", "finetune", "search"}
 
 
 def test_modules_import_only_modules_above_them() -> None:

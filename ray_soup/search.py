@@ -1,0 +1,360 @@
+"""Ray Tune over learning rate, model batch size and any other key of a recipe.
+
+A trial is a driver with actors of its own, inside the trial's placement group. All trials use the direction store and the
+decoded data that lie in the node's cache. Tune sees fit and select, never test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0: Tune writes nothing on the console
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # a killed search forgets no finished trial
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.logger import TBXLoggerCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from ray_soup import models
+from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
+from ray_soup.data import cut
+from ray_soup.errors import RecipeError, SoupError
+from ray_soup.finetune import distribution
+from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
+from ray_soup.learn import State, learn
+from ray_soup.pipeline import LEARNED, make_in, open_bench, prepare
+from ray_soup.recipe import SOFTMAX, Recipe, changed
+from ray_soup.shard import Mesh
+
+MODES = {"select_nll": "min", "select_accuracy": "max"}
+FIXED_BYTES = 1_200_000_000  # of an actor's process, without the model's numbers
+
+
+def default_space(ingredients: int) -> dict[str, Any]:
+    """Learning rate, and model batches of a quarter, a half and all of the ingredients."""
+    sizes = sorted({-(-ingredients // 4), -(-ingredients // 2), ingredients})
+    return {"learn.lr": {"loguniform": [0.001, 0.1]}, "learn.model_batch": {"choice": sizes}}
+
+
+def as_it_is(recipe: Recipe, keys: Sequence[str], ingredients: int) -> dict[str, Any]:
+    """The recipe's own values of these keys. Raises RecipeError for keys that it has not."""
+    found: dict[str, Any] = {}
+    for key in keys:
+        value: Any = recipe
+        for part in key.split("."):
+            if not hasattr(value, part):
+                raise RecipeError(f"search: the recipe has no key '{key}'; write it as in learn.lr.")
+            value = getattr(value, part)
+        found[key] = ingredients if key == "learn.model_batch" and value == "auto" else value
+    return found
+
+
+def make_configs(recipe: Recipe, ingredients: int) -> list[dict[str, Any]]:
+    """What to try: the recipe as it is, then random draws, or the points of a grid. Raises RecipeError."""
+    space = recipe.search.space or default_space(ingredients)
+    first = as_it_is(recipe, list(space), ingredients)
+    grids = {key: value["grid"] for key, value in space.items() if isinstance(value, dict) and "grid" in value}
+    drawn = {key: distribution(f"search.{key}", value) for key, value in space.items() if key not in grids}
+    random = np.random.RandomState(recipe.learn.seed)
+
+    def draw() -> dict[str, Any]:
+        values = {k: d.sample(random_state=random) if hasattr(d, "sample") else d for k, d in drawn.items()}
+        return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+
+    if grids:
+        points = [dict(zip(grids, point, strict=True)) for point in itertools.product(*grids.values())]
+        configs = [first, *({**point, **draw()} for point in points)]
+    else:
+        configs = [first, *(draw() for _ in range(recipe.search.trials - 1))]
+    for config in configs:
+        if changed(recipe, config).method not in LEARNED:
+            raise RecipeError(f"search: the method must be one of {', '.join(LEARNED)}; {recipe.method} learns nothing.")
+    return configs
+
+
+def trial_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float, int]:
+    """Mesh, CPUs of an actor and model batch of one trial: one replica where the recipe says auto, so that trials run side
+    by side; as many shards as its model batch needs. Raises RecipeError."""
+    asked = recipe.learn.model_batch
+    model_batch = ingredients if asked == "auto" or recipe.method in SOFTMAX else min(asked, ingredients)
+    if recipe.actors.replicas == "auto":
+        recipe = changed(recipe, {"actors.replicas": 1})
+    mesh, cpus = resolve_mesh(recipe, parameters, model_batch)
+    return mesh, cpus, model_batch
+
+
+def bundles(recipe: Recipe, parameters: int, ingredients: int) -> list[dict[str, float]]:
+    """What a trial asks of the cluster: nothing for its driver, and for every actor CPUs, GPUs and memory, which grows with
+    the model batch."""
+    mesh, cpus, model_batch = trial_mesh(recipe, parameters, ingredients)
+    itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[recipe.directions.dtype]
+    memory = FIXED_BYTES + int(parameters * (8 + (8 + itemsize * model_batch) / mesh.shards))
+    one = {"CPU": cpus, "GPU": recipe.actors.gpus, "memory": memory}
+    return [{key: value for key, value in one.items() if value}] * mesh.size
+
+
+def wait_for_room(asked: list[dict[str, float]], wait_s: float, watch: Watch) -> None:
+    """Raises RecipeError where the nodes can never hold these bundles, after `wait_s` in which an autoscaling cluster may
+    grow."""
+    started = time.monotonic()
+    while not _fit(asked, nodes := [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+        waited = time.monotonic() - started
+        if waited >= wait_s:
+            have = "; ".join(", ".join(f"{k} {n.get(k, 0):g}" for k in ("CPU", "GPU", "memory")) for n in nodes)
+            raise RecipeError(
+                f"A trial asks for {len(asked)} actors with {', '.join(f'{k} {v:g}' for k, v in asked[0].items())} each; "
+                f"the nodes of the cluster have: {have}. Ask for less with actors: or learn.model_batch, or set "
+                "search.wait_s where the cluster grows."
+            )
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=asked)
+        watch("waiting for nodes", int(waited), int(wait_s))
+        time.sleep(min(2.0, wait_s))
+
+
+def _fit(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
+    free = [dict(node) for node in nodes]
+    for bundle in asked:
+        for node in free:
+            if all(node.get(key, 0) >= value for key, value in bundle.items()):
+                for key, value in bundle.items():
+                    node[key] -= value
+                break
+        else:
+            return False
+    return True
+
+
+def soup_trainable(recipe: Recipe, states: Path | None = None) -> Callable[[dict[str, Any]], None]:
+    """A function trainable for `tune.Tuner` that learns one soup, by the recipe with the values of its config, such as
+    {"learn.lr": 0.02, "learn.model_batch": 6}. After every epoch it reports the point kept so far: select_nll,
+    select_accuracy, percent (of its steps), seconds, peak_memory_bytes; what went wrong as `error`.
+
+    States are kept as `states`/TRIAL_ID.pt, on a disk that every node sees, and gone on with; without `states` they are the
+    trials' checkpoints. `soup_resources` says what it asks of the cluster.
+    """
+    folder = os.getcwd()
+
+    def soup_trial(config: dict[str, Any]) -> None:
+        import tempfile
+
+        with suppress(OSError):
+            os.chdir(folder)  # Tune runs trials elsewhere; the recipe's modules are found here
+        models.look_in(folder)
+        with tempfile.TemporaryDirectory() as made:
+            file = Path(made) / "learn.pt"
+            if states is not None:
+                file = states / f"{tune.get_context().get_trial_id()}.pt"
+            elif tune.get_checkpoint() is not None:
+                with tune.get_checkpoint().as_directory() as before:
+                    shutil.copyfile(Path(before) / "learn.pt", file)
+            try:
+                _learn(changed(recipe, config.get("soup", config)), file, checkpoint=states is None)
+            except SoupError as error:  # ours or the data's: another try would end the same
+                worst = {"select_nll": float("inf"), "select_accuracy": 0.0}
+                tune.report({**worst, "percent": 100, "seconds": 0.0, "peak_memory_bytes": 0, "error": str(error)})
+
+    return soup_trial
+
+
+def _learn(recipe: Recipe, file: Path, checkpoint: bool) -> None:
+    ingredients, layout = prepare(recipe, needs_fit=True)
+    mesh, cpus, model_batch = trial_mesh(recipe, layout.numel, len(ingredients))
+    actors = Actors(recipe, ingredients, mesh, cpus)
+    try:
+        ready = actors.setup(quiet)
+        taken = actors.take(tuple(range(len(ingredients))), recipe.blocks, quiet)
+        splits = cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
+
+        def report(step: int, steps: int, state: State) -> None:
+            kept = min(state.curve, key=lambda line: line["select_nll"])
+            metrics = {
+                "select_nll": kept["select_nll"],
+                "select_accuracy": kept["select_accuracy"],
+                "percent": round(100 * step / steps),
+                "seconds": state.seconds,
+                "peak_memory_bytes": max(actors.peak_memory()),
+            }
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(file.parent) if checkpoint else None)
+
+        state = learn(recipe, actors, taken.norms, splits, model_batch, file, after_epoch=report)
+        report(1, 1, state)
+    finally:
+        actors.close()
+
+
+def soup_resources(recipe: Recipe) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """For `tune.with_resources`: what a trial of `soup_trainable` asks of the cluster, as a function of its config."""
+    ingredients, layout = prepare(recipe, needs_fit=True)
+    parameters, count = layout.numel, len(ingredients)
+
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        asked = bundles(changed(recipe, config.get("soup", config)), parameters, count)
+        return tune.PlacementGroupFactory([{}, *asked], strategy="PACK")
+
+    return resources
+
+
+class Progress(tune.Callback):
+    """Tells `watch` how far the trials are. Tune pickles its callbacks: what cannot be pickled is kept on the class."""
+
+    watch: Watch
+    total: int
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        done = sum(100 if t.is_finished() else (t.last_result or {}).get("percent", 0) for t in trials)
+        self.watch("searching", round(done / 100), self.total)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.watch("searching", sum(t.is_finished() for t in trials), self.total)
+
+
+class PatientASHA(ASHAScheduler):
+    """ASHA that never stops the recipe as it is: what is found is then never worse."""
+
+    first: dict[str, Any]
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(controller, trial, result)
+        return TrialScheduler.CONTINUE if trial.config.get("soup", trial.config) == self.first else action
+
+
+def search(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
+    """Search, then make the best soup in the folder `out` as `run` does, with the trials in its run.json and report; goes on
+    where a search before this one was stopped, or returns what is complete. Raises SoupError."""
+    out = Path(out).absolute()
+    ingredients, layout = prepare(recipe, needs_fit=True)
+    configs = make_configs(recipe, len(ingredients))
+    with locked(out):
+        complete = completed(out, begun(recipe, ingredients, kind="search"))
+        if complete is not None:
+            return complete
+        with failures_recorded(out), connect():
+            for config in configs:
+                wait_for_room(bundles(changed(recipe, config), layout.numel, len(ingredients)), recipe.search.wait_s, watch)
+            made = out / "state" / "first"
+            (made / "state").mkdir(parents=True, exist_ok=True)
+            with open_bench(changed(recipe, configs[0]), ingredients, layout, made, True, watch) as bench:
+                bench.take(tuple(range(len(ingredients))), "tensor")  # the one read of the ingredients, for all trials
+            trials = _run_trials(recipe, configs, out / "state", watch)
+            best = _best(trials, recipe.search.metric)
+            keys = list(configs[0])
+            shutil.copyfile(out / "state" / "trials" / f"{best['id']}.pt", out / "state" / "learn.pt")
+            more = {"search": {"keys": keys, "metric": recipe.search.metric, "trials": trials, "pareto": pareto(trials),
+                               "best": best["trial"]}}  # fmt: skip
+            _keep_tensorboard(out)
+            soup = make_in(changed(recipe, {k: best[k] for k in keys}), ingredients, layout, out, watch, more)
+    return soup
+
+
+def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watch: Watch) -> list[dict[str, Any]]:
+    """Each trial's number, id, config, metrics and error, in order."""
+    options = recipe.search
+    (state / "trials").mkdir(exist_ok=True)
+    Progress.watch, Progress.total = staticmethod(watch), len(configs)
+    PatientASHA.first = configs[0]
+    trainable = tune.with_resources(soup_trainable(recipe, state / "trials"), soup_resources(recipe))
+    experiment = state / "tune"
+    watch("searching", 0, len(configs))
+    tuner = None
+    if tune.Tuner.can_restore(experiment):
+        with suppress(EOFError, pickle.UnpicklingError):  # killed while the experiment was being set up
+            tuner = tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True, restart_errored=True)
+    if tuner is None:
+        shutil.rmtree(experiment, ignore_errors=True)
+        mode = MODES[options.metric]
+        scheduler: TrialScheduler = FIFOScheduler()
+        if options.scheduler == "asha":
+            # before half of its steps a trial with model batches has moved only some of the ingredients
+            scheduler = PatientASHA("percent", max_t=100, grace_period=50, reduction_factor=2)
+        space: dict[str, Any] = {"soup": tune.grid_search(configs)}
+        algorithm = None
+        if options.algorithm == "optuna":
+            space, algorithm = _optuna(recipe, configs)
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=options.metric,
+                mode=mode,
+                scheduler=scheduler,
+                search_alg=algorithm,
+                num_samples=1 if algorithm is None else options.trials,
+                time_budget_s=options.time_budget_s,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                storage_path=str(state),
+                name="tune",
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=2),  # what Ray lost is tried again
+                callbacks=[Progress(), TBXLoggerCallback()],
+            ),
+        )
+    found = []
+    for number, result in enumerate(tuner.fit()):
+        metrics = result.metrics or {}
+        config = (result.config or {}).get("soup", result.config or {})
+        error = metrics.get("error") or (str(result.error).strip().splitlines()[-1] if result.error else None)
+        kept = {k: metrics.get(k) for k in (*MODES, "seconds", "peak_memory_bytes", "percent")}
+        if error is not None:
+            kept |= dict.fromkeys(MODES)
+        found.append({"trial": number, "id": metrics.get("trial_id"), **config, **kept, "error": error})
+    watch("searching", len(configs), len(configs))
+    return found
+
+
+def _optuna(recipe: Recipe, configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        algorithm = OptunaSearch(points_to_evaluate=[configs[0]], seed=recipe.learn.seed)
+    except (ImportError, AssertionError) as error:
+        raise RecipeError("search.algorithm: optuna is not installed. pip install 'ray_soup[optuna]'.") from error
+    space = recipe.search.space or default_space(max(c.get("learn.model_batch", 2) for c in configs))
+    return {key: distribution(f"search.{key}", value) for key, value in space.items()}, algorithm
+
+
+def _best(trials: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The best finished trial. Raises SoupError where there is none."""
+    done = [t for t in trials if t.get(metric) is not None and t["id"] is not None]
+    if not done:
+        reasons = "; ".join(dict.fromkeys(str(t["error"]) for t in trials if t["error"])) or "none reported anything"
+        raise SoupError(f"All {len(trials)} trials failed: {reasons}")
+    return (min if MODES[metric] == "min" else max)(done, key=partial(_value, metric))
+
+
+def _value(metric: str, trial: dict[str, Any]) -> float:
+    return trial[metric]
+
+
+def pareto(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials that no other one beats in NLL on select, peak memory and seconds together."""
+    axes = ("select_nll", "peak_memory_bytes", "seconds")
+    done = [t for t in trials if t.get("select_nll") is not None]
+
+    def beaten(t: dict[str, Any], by: dict[str, Any]) -> bool:
+        return all(by[a] <= t[a] for a in axes) and any(by[a] < t[a] for a in axes)
+
+    return [t for t in done if not any(beaten(t, other) for other in done)]
+
+
+def _keep_tensorboard(out: Path) -> None:
+    """Tune's event files, a folder a trial, in OUT/tensorboard."""
+    for events in (out / "state" / "tune").glob("*/events.out.tfevents*"):
+        target = out / "tensorboard" / events.parent.name.split("_soup=")[0]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(events, target / events.name)
