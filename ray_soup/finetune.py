@@ -8,21 +8,18 @@ import os
 import pickle
 import shutil
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import ray
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0: Tune writes nothing on the console
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-
-import ray
 from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.search import BasicVariantGenerator
+from safetensors.torch import save_file
 
 from ray_soup import models
 from ray_soup.actors import Watch, connect
@@ -150,7 +147,8 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
             return json.loads(manifest.read_text())
         with connect():
             init = recipe.finetune.init or _trunk(recipe, out / "state" / "init.safetensors", watch)
-            results = _search(recipe, space, init, out / "state", watch)
+            with quiet_tune():
+                results = _search(recipe, space, init, out / "state", watch)
         entries = []
         for number, (hyper, metrics, file) in enumerate(results):
             target = out / f"model_{number:02d}.safetensors"
@@ -182,6 +180,23 @@ def _trunk(recipe: Recipe, file: Path, watch: Watch) -> str:
         except RayTaskError as error:
             raise error.cause from error
     return str(file)
+
+
+@contextmanager
+def quiet_tune() -> Iterator[None]:
+    """Tune without a word on the console, without log files nobody asked for, and noting what it has done every second. Only
+    for tuners of ours: a user's own are left as they are."""
+    ours = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "1"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Progress(tune.Callback):

@@ -17,10 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0: Tune writes nothing on the console
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # a killed search forgets no finished trial
-
 import numpy as np
 import ray
 from ray import tune
@@ -31,7 +27,7 @@ from ray_soup import models
 from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
 from ray_soup.data import cut
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.finetune import distribution
+from ray_soup.finetune import distribution, quiet_tune
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
 from ray_soup.pipeline import LEARNED, make_in, open_bench, prepare
@@ -249,7 +245,8 @@ def search(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
             (made / "state").mkdir(parents=True, exist_ok=True)
             with open_bench(changed(recipe, configs[0]), ingredients, layout, made, True, watch) as bench:
                 bench.take(tuple(range(len(ingredients))), "tensor")  # the one read of the ingredients, for all trials
-            trials = _run_trials(recipe, configs, out / "state", watch)
+            with quiet_tune():
+                trials = _run_trials(recipe, configs, out / "state", watch)
             best = _best(trials, recipe.search.metric)
             keys = list(configs[0])
             shutil.copyfile(out / "state" / "trials" / f"{best['id']}.pt", out / "state" / "learn.pt")

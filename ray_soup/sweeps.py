@@ -91,6 +91,11 @@ def _read_tune(sweep: Sweep, state: str, metric: str | None, mode: str) -> None:
             continue
         folder = os.path.join(sweep.folder, static["relative_logdir"])
         reports = _reports(os.path.join(folder, "result.json")) or [runtime.get("last_result") or {}]
+        if metric is not None and len(reports) < len(glob(os.path.join(escape(folder), "checkpoint_*"))):
+            raise RecipeError(
+                f"{folder}: which checkpoint is best by '{metric}' is not known: it was written without Tune's result.json. "
+                "Leave ?metric= out to take the last one of each trial."
+            )
         found = [(r, os.path.join(folder, r.get("checkpoint_dir_name") or "-")) for r in reports]
         _take(sweep, static["trial_id"], static.get("config", {}), found, metric, mode)
 
