@@ -331,13 +331,12 @@ def search(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> 
 
     soup = _work(task)
     if not as_json:
-        from ray_soup.report import TRIAL, table
+        from ray_soup.report import trials_table
 
         found = soup.record["search"]
-        columns = (("trial", "trial", "{}"), *((key, key.rpartition(".")[2], "{:.4g}") for key in found["keys"]), *TRIAL)
-        for title, rows in (("Trials", found["trials"]), ("Pareto front of NLL, memory and time", found["pareto"])):
+        for title, which in (("Trials", "trials"), ("Pareto front of NLL, memory and time", "pareto")):
             click.echo(f"{title}:")
-            _print_table(*table(rows, columns))
+            _print_table(*trials_table(found, which))
         click.echo(f"Best: trial {found['best']}.")
     _print_soup(soup, as_json)
 

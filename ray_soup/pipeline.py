@@ -146,12 +146,17 @@ def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: b
         kept = json.loads(file.read_text())
         return Mesh(kept["replicas"], kept["shards"]), kept["cpus"], kept["model_batch"]
     mesh, cpus = resolve_mesh(recipe, layout.numel, count if learning else 0)
-    asked = recipe.learn.model_batch
-    model_batch = count if asked == "auto" or recipe.method in SOFTMAX else min(asked, count)
+    model_batch = model_batch_of(recipe, count)
     write(file, json.dumps(
         {"replicas": mesh.replicas, "shards": mesh.shards, "cpus": cpus, "model_batch": model_batch}
     ))  # fmt: skip
     return mesh, cpus, model_batch
+
+
+def model_batch_of(recipe: Recipe, count: int) -> int:
+    """How many of `count` ingredients move at a time; a softmax needs all of them."""
+    asked = recipe.learn.model_batch
+    return count if asked == "auto" or recipe.method in SOFTMAX else min(asked, count)
 
 
 @dataclass

@@ -93,6 +93,12 @@ def series_table(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[str], l
     return ["model", *map(str, values)], [[n, *(f"{100 * found[n, v]:.2f}" for v in values)] for n in names]
 
 
+def trials_table(search: dict[str, Any], which: str) -> tuple[list[str], list[list[str]]]:
+    """The `trials` of a search, or its `pareto` front."""
+    keys = [(key, key.rpartition(".")[2], "{:.4g}") for key in search["keys"]]
+    return table(search[which], (("trial", "trial", "{}"), *keys, *TRIAL))
+
+
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -172,11 +178,10 @@ def html(report: Report) -> str:
         head, cells = series_table(record["counts"], "count")
         tables.append({"title": "By number of ingredients", "head": head, "cells": cells, "text": COUNTS_LEGEND})
     if record.get("search"):
-        columns = [(key, key.rpartition(".")[2], "{:.4g}") for key in record["search"]["keys"]]
-        head, cells = table(record["search"]["trials"], (("trial", "trial", "{}"), *columns, *TRIAL))
+        head, cells = trials_table(record["search"], "trials")
         text = "Trial 0 is the recipe as it was. NLL and accuracy are those of the point kept on select; test was not seen."
         tables.append({"title": "Trials of the search", "head": head, "cells": cells, "text": text})
-        head, cells = table(record["search"]["pareto"], (("trial", "trial", "{}"), *columns, *TRIAL))
+        head, cells = trials_table(record["search"], "pareto")
         text = "Trials that no other beats in NLL, memory and time together."
         tables.append({"title": "Pareto front", "head": head, "cells": cells, "text": text})
     template = (files("ray_soup") / "report.html.jinja").read_text()

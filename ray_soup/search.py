@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from ray_soup import models
 from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
-from ray_soup.data import cut
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.finetune import distribution, quiet_tune
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
-from ray_soup.pipeline import LEARNED, make_in, open_bench, prepare
-from ray_soup.recipe import SOFTMAX, Recipe, changed
+from ray_soup.pipeline import LEARNED, Bench, make_in, model_batch_of, open_bench, prepare
+from ray_soup.recipe import Recipe, changed
 from ray_soup.shard import Mesh
 
 MODES = {"select_nll": "min", "select_accuracy": "max"}
@@ -83,8 +81,7 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[dict[str, Any]]:
 def trial_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float, int]:
     """Mesh, CPUs of an actor and model batch of one trial: one replica where the recipe says auto, so that trials run side
     by side; as many shards as its model batch needs. Raises RecipeError."""
-    asked = recipe.learn.model_batch
-    model_batch = ingredients if asked == "auto" or recipe.method in SOFTMAX else min(asked, ingredients)
+    model_batch = model_batch_of(recipe, ingredients)
     if recipe.actors.replicas == "auto":
         recipe = changed(recipe, {"actors.replicas": 1})
     mesh, cpus = resolve_mesh(recipe, parameters, model_batch)
@@ -171,9 +168,9 @@ def _learn(recipe: Recipe, file: Path, checkpoint: bool) -> None:
     mesh, cpus, model_batch = trial_mesh(recipe, layout.numel, len(ingredients))
     actors = Actors(recipe, ingredients, mesh, cpus)
     try:
-        ready = actors.setup(quiet)
-        taken = actors.take(tuple(range(len(ingredients))), recipe.blocks, quiet)
-        splits = cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
+        bench = Bench(recipe, ingredients, layout, mesh, cpus, model_batch, actors, actors.setup(quiet), quiet)
+        taken = bench.take(tuple(range(len(ingredients))), recipe.blocks)
+        splits = bench.cut(recipe.learn.seed)
 
         def report(step: int, steps: int, state: State) -> None:
             kept = min(state.curve, key=lambda line: line["select_nll"])
@@ -331,11 +328,7 @@ def _best(trials: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     if not done:
         reasons = "; ".join(dict.fromkeys(str(t["error"]) for t in trials if t["error"])) or "none reported anything"
         raise SoupError(f"All {len(trials)} trials failed: {reasons}")
-    return (min if MODES[metric] == "min" else max)(done, key=partial(_value, metric))
-
-
-def _value(metric: str, trial: dict[str, Any]) -> float:
-    return trial[metric]
+    return (min if MODES[metric] == "min" else max)(done, key=lambda trial: trial[metric])
 
 
 def pareto(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
