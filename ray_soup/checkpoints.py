@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.sweeps import Sweep, Trial, is_experiment, read_sweep, split_metric
+from ray_soup.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
 
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -440,18 +440,18 @@ def find_sweeps(spec: str | Sequence[str] | None) -> list[Sweep]:
 
 def _model_of(trial: Trial) -> str:
     """The file of a trial's checkpoint that holds the model."""
-    own = _checkpoint_of(trial.folder)
+    own = _checkpoint_of(trial.path)
     if own is not None:
         return own
-    files = sorted(name for name in os.listdir(trial.folder) if _is_checkpoint(name))
+    files = sorted(name for name in os.listdir(trial.path) if _is_checkpoint(name))
     models = [name for name in files if "model" in name.lower()]
     chosen = files if len(files) == 1 else models
     if len(chosen) != 1:
         raise IngredientError(
-            f"{trial.folder}: which file is the model? Found {', '.join(files) or 'no checkpoint'}; expected one file "
+            f"{trial.path}: which file is the model? Found {', '.join(files) or 'no checkpoint'}; expected one file "
             f"ending in {_suffixes()}, or one that is called model. Name the files with a glob instead."
         )
-    return os.path.join(trial.folder, chosen[0])
+    return os.path.join(trial.path, chosen[0])
 
 
 def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
@@ -464,8 +464,8 @@ def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
     if len(set(names)) < len(paths):
         names = _unique_names(paths)
     ingredients = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
-    for ingredient, trial in zip(ingredients, trials, strict=True):
-        ingredient.trial = trial
+    for ingredient, trial, noted in zip(ingredients, trials, fine_tuned(paths), strict=True):
+        ingredient.trial = trial or noted
     seen: dict[tuple[int, int], str] = {}
     for ingredient in ingredients:
         stat = os.stat(ingredient.files[0])

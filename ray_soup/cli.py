@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -312,6 +313,9 @@ def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -
     for entry in entries:
         accuracy = f"  held-out accuracy {entry['accuracy']:.2%}" if "accuracy" in entry else ""
         click.echo(f"{entry['file']}  lr {entry['lr']:.1e}  epochs {entry['epochs']}{accuracy}")
+    failures = json.loads((Path(out) / "state" / "failures.json").read_text())
+    if failures:
+        click.echo(f"{len(failures)} more failed ({out}/state/failures.json), the first: {failures[0]['error']}")
     click.echo(f"Wrote {len(entries)} checkpoints and manifest.json to {out}.")
 
 

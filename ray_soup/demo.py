@@ -29,6 +29,7 @@ RECIPE: dict[str, Any] = {
         "label_smoothing": {"choice": [0.0, 0.1]},
         "mixup": {"choice": [0.0, 0.2]},
         "shift": {"choice": [0, 1, 2]},
+        "randaugment": 0,
     },
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import shutil
@@ -12,103 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 import torch
-import torch.nn.functional as F
 from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.search import BasicVariantGenerator
-from safetensors.torch import save_file
 
 from ray_soup import models
 from ray_soup.actors import Watch, connect
 from ray_soup.checkpoints import sha256_file
-from ray_soup.data import batch_positions, load_source
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.folder import locked
+from ray_soup.folder import locked, write
 from ray_soup.recipe import Recipe
+from ray_soup.train import Worker, probe, train
 
 T = TypeVar("T")
-HYPERPARAMETERS = ("lr", "wd", "epochs", "label_smoothing", "mixup", "shift")
-
-
-def train(
-    recipe: Recipe, hyper: dict[str, Any], init: str | None, seed: int, file: str
-) -> Generator[tuple[int, int], None, dict[str, float]]:
-    """Train the recipe's model on data.train from the checkpoint `init`, and write its state dict to `file`.
-
-    AdamW, a tenth of the steps of linear warm-up, then a cosine to zero. Yields (epochs done, in all). The value of the
-    generator is {"train_loss", and "accuracy" on data.fit where the recipe names it}.
-    """
-    torch.manual_seed(seed)
-    device = torch.device("cuda" if recipe.actors.gpus else "cpu")
-    built = models.build(recipe.model)
-    model = built.model.to(device)
-    if init is not None:
-        models.load_checkpoint(model, init)
-    assert recipe.data.train is not None
-    loaded = yield from load_source(recipe.data.train, built.preprocess)
-    random = np.random.default_rng(seed)
-    epochs = int(hyper["epochs"])
-    steps_per_epoch = -(-len(loaded.labels) // recipe.finetune.batch_size)
-    steps = epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=hyper["lr"], weight_decay=hyper["wd"], fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * s / steps)))
-    )
-    model.train()
-    loss_sum = 0.0
-    for epoch in range(epochs):
-        loss_sum = 0.0
-        for positions in batch_positions(len(loaded.labels), recipe.finetune.batch_size, seed, 3, epoch):
-            images = torch.from_numpy(loaded.images[positions]).to(device)
-            labels = torch.from_numpy(loaded.labels[positions]).to(device)
-            if hyper["shift"]:
-                images = shifted(images, int(hyper["shift"]), random)
-            mix = float(random.beta(hyper["mixup"], hyper["mixup"])) if hyper["mixup"] else 1.0
-            if mix < 1.0:
-                other = torch.from_numpy(random.permutation(len(labels))).to(device)
-                images = mix * images.float() + (1 - mix) * images[other].float()
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=hyper["label_smoothing"])
-            if mix < 1.0:
-                swapped = F.cross_entropy(logits, labels[other], label_smoothing=hyper["label_smoothing"])
-                loss = mix * loss + (1 - mix) * swapped
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.item() * len(labels)
-        yield epoch + 1, epochs
-    if not math.isfinite(loss_sum):
-        raise SoupError(f"Training diverged with {hyper}.")
-    metrics = {"train_loss": loss_sum / len(loaded.labels)}
-    if recipe.data.fit is not None:
-        held_out = yield from load_source(recipe.data.fit, built.preprocess)
-        metrics["accuracy"] = _accuracy(model.eval(), held_out.images, held_out.labels, device)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, file)
-    return metrics
-
-
-def shifted(images: torch.Tensor, most: int, random: np.random.Generator) -> torch.Tensor:
-    """Images [n, ..., height, width], each moved by up to `most` pixels; what comes in at the edges is zero."""
-    padded = F.pad(images, (most, most, most, most))
-    height, width = images.shape[-2:]
-    moved = [
-        image[..., top : top + height, left : left + width]
-        for image, (top, left) in zip(padded, random.integers(0, 2 * most + 1, (len(images), 2)), strict=True)
-    ]
-    return torch.stack(moved)
-
-
-def _accuracy(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> float:
-    correct = 0
-    with torch.inference_mode():
-        for first in range(0, len(labels), 256):
-            logits = model(torch.from_numpy(np.ascontiguousarray(images[first : first + 256])).to(device))
-            correct += int((logits.argmax(dim=1).cpu().numpy() == labels[first : first + 256]).sum())
-    return correct / len(labels)
+HYPERPARAMETERS = ("lr", "wd", "epochs", "label_smoothing", "mixup", "shift", "randaugment")
 
 
 def search_space(recipe: Recipe) -> dict[str, Any]:
@@ -136,7 +54,8 @@ def distribution(key: str, value: Any) -> Any:
 
 def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, total: None) -> list[dict[str, Any]]:
     """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`, which lists for
-    each its hyperparameters, metrics and SHA-256, and is returned. Goes on where a run before this one was stopped."""
+    each its hyperparameters, metrics and SHA-256, and is returned. Goes on where a run before this one was stopped, every
+    trial from its last epoch."""
     out = Path(out).absolute()
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data.train to fine-tune on.")
@@ -146,37 +65,61 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
         if manifest.exists():
             return json.loads(manifest.read_text())
         with connect():
-            init = recipe.finetune.init or _trunk(recipe, out / "state" / "init.safetensors", watch)
+            at_once = _trials_at_once(recipe)
+            init = recipe.finetune.init or _initialisation(recipe, out / "state" / "init.safetensors", watch)
             with quiet_tune():
-                results = _search(recipe, space, init, out / "state", watch)
+                results = _search(recipe, space, init, out / "state", at_once, watch)
         entries = []
         for number, (hyper, metrics, file) in enumerate(results):
             target = out / f"model_{number:02d}.safetensors"
-            shutil.copyfile(file, target.with_suffix(".tmp"))
-            target.with_suffix(".tmp").replace(target)
+            if not target.exists():
+                file.replace(target)
             entries.append({"file": target.name, **hyper, **metrics, "sha256": sha256_file(str(target))})
-        manifest.with_suffix(".tmp").write_text(json.dumps(entries, indent=1))
-        manifest.with_suffix(".tmp").replace(manifest)
-        shutil.rmtree(out / "state" / "tune", ignore_errors=True)
+        write(manifest, json.dumps(entries, indent=1))
+        for left in ("tune", "train", "trials"):
+            shutil.rmtree(out / "state" / left, ignore_errors=True)
     return entries
 
 
-def _trunk(recipe: Recipe, file: Path, watch: Watch) -> str:
-    """The initialisation that all trials share, trained on all cores of one node unless it is there."""
+def _cpus(recipe: Recipe) -> float:
+    """CPUs, and threads, of one worker."""
+    return 1 if recipe.actors.cpus == "auto" else recipe.actors.cpus
+
+
+def _trials_at_once(recipe: Recipe) -> int:
+    """How many models the cluster has room for at a time. Raises RecipeError where there is none."""
+    have = ray.cluster_resources()
+    one = {"CPU": _cpus(recipe) * recipe.finetune.workers_per_model}
+    one |= {"GPU": recipe.actors.gpus * recipe.finetune.workers_per_model} if recipe.actors.gpus else {}
+    fit = min(int(have.get(what, 0) / amount) for what, amount in one.items())
+    if fit < 1:
+        asked, found = (", ".join(f"{v.get(k, 0):g} {k}s" for k in one) for v in (one, have))
+        raise RecipeError(
+            f"finetune: {recipe.finetune.workers_per_model} workers a model take {asked}; the cluster has {found}. Lower "
+            "finetune.workers_per_model, actors.cpus or actors.gpus."
+        )
+    return fit
+
+
+def _initialisation(recipe: Recipe, file: Path, watch: Watch) -> str:
+    """What all trials start from, made on all cores of one node unless it is there."""
     if not file.exists():
         cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])))
-        folder = os.getcwd()
+        folder, pretrained = os.getcwd(), recipe.finetune.pretrained is not None
 
         def work(threads: int) -> Iterator[tuple[int, int]]:
             torch.set_num_threads(threads)
             models.look_in(folder)
-            yield from train(recipe, recipe.finetune.trunk, None, recipe.finetune.seed, f"{file}.tmp")
-            os.replace(f"{file}.tmp", file)
+            if pretrained:
+                yield from probe(recipe, file)
+            else:
+                hyper = {**recipe.finetune.trunk.model_dump(), "seed": recipe.finetune.seed}
+                yield from train(recipe, hyper, None, file)
 
         task = ray.remote(num_cpus=cpus, num_gpus=recipe.actors.gpus, max_retries=0)(work)
         try:
             for news in task.options(num_returns="streaming").remote(cpus):
-                watch("training the trunk", *ray.get(news))
+                watch("fitting the head" if pretrained else "training the trunk", *ray.get(news))
         except RayTaskError as error:
             raise error.cause from error
     return str(file)
@@ -210,23 +153,33 @@ class Progress(tune.Callback):
 
 
 def _search(
-    recipe: Recipe, space: dict[str, Any], init: str, state: Path, watch: Watch
-) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
+    recipe: Recipe, space: dict[str, Any], init: str, state: Path, at_once: int, watch: Watch
+) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:
     """(hyperparameters, metrics, checkpoint file) of each trial that did not fail, in order."""
-    total, folder = recipe.finetune.trials, os.getcwd()
+    total, folder, workers = recipe.finetune.trials, os.getcwd(), recipe.finetune.workers_per_model
+    cpus, gpus = _cpus(recipe), recipe.actors.gpus
+    trials = state / "trials"
+    trials.mkdir(exist_ok=True)
     Progress.watch, Progress.total = staticmethod(watch), total
 
     def trial(config: dict[str, Any]) -> None:
-        import tempfile
+        name = tune.get_context().get_trial_id()
+        work = {"recipe": recipe, "hyper": config, "init": init, "file": trials / f"{name}.safetensors", "folder": folder}
+        if workers == 1:
+            torch.set_num_threads(max(1, int(cpus)))
+            models.look_in(folder)
+            tune.report(yield_from(train(recipe, config, init, work["file"])))
+            return
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
 
-        torch.set_num_threads(1)
-        models.look_in(folder)
-        with tempfile.TemporaryDirectory() as made:
-            work = train(recipe, config, init, config["seed"], f"{made}/model.safetensors")
-            metrics = yield_from(work)
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(made))
+        each = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+        scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=each)
+        runs = RunConfig(name=name, storage_path=str(state / "train"))
+        TorchTrainer(_train_together, train_loop_config=work, scaling_config=scaling, run_config=runs).fit()
+        tune.report(yield_from(train(recipe, config, init, work["file"])))  # is done: the figures
 
-    resources = {"cpu": 1, "gpu": recipe.actors.gpus} if recipe.actors.gpus else {"cpu": 1}
+    resources = {"cpu": cpus, **({"gpu": gpus} if gpus else {})} if workers == 1 else {"cpu": 0}
     trainable = tune.with_resources(trial, resources)
     experiment = state / "tune"
     watch("fine-tuning", 0, total)
@@ -238,24 +191,39 @@ def _search(
             shutil.rmtree(experiment)
     if tuner is None:
         algorithm = BasicVariantGenerator(random_state=recipe.finetune.seed)
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(num_samples=total, search_alg=algorithm, reuse_actors=True),
-            run_config=tune.RunConfig(storage_path=str(state), name="tune", verbose=0, callbacks=[Progress()]),
+        options = tune.TuneConfig(
+            num_samples=total,
+            search_alg=algorithm,
+            reuse_actors=True,
+            max_concurrent_trials=at_once if workers > 1 else None,  # Train asks for its workers by itself
         )
+        runs = tune.RunConfig(storage_path=str(state), name="tune", verbose=0, callbacks=[Progress()])
+        tuner = tune.Tuner(trainable, param_space=space, tune_config=options, run_config=runs)
     results = tuner.fit()
     failed = [r for r in results if r.error is not None]
+    failures = [{**(r.config or {}), "error": str(r.error).strip().splitlines()[-1]} for r in failed]
+    write(state / "failures.json", json.dumps(failures, indent=1))
     if len(results) - len(failed) < 2:
-        reason = str(failed[0].error).strip().splitlines()[-1] if failed else "no trial was run"
+        reason = failures[0]["error"] if failed else "no trial was run"
         raise SoupError(f"{len(failed)} of {total} fine-tunings failed: {reason}")
     watch("fine-tuning", total, total)
     return [
         (r.config, {k: r.metrics[k] for k in ("train_loss", "accuracy") if k in r.metrics},
-         os.path.join(r.checkpoint.path, "model.safetensors"))
+         trials / f"{r.metrics['trial_id']}.safetensors")
         for r in results
-        if r.error is None and r.checkpoint is not None
+        if r.error is None
     ]  # fmt: skip
+
+
+def _train_together(work: dict[str, Any]) -> None:
+    """One of the workers of a model, in Ray Train."""
+    from ray import train as ray_train
+
+    models.look_in(work["folder"])
+    context = ray_train.get_context()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
+    worker = Worker(context.get_world_rank(), context.get_world_size())
+    yield_from(train(work["recipe"], work["hyper"], work["init"], work["file"], worker))
 
 
 def yield_from(work: Generator[Any, None, T]) -> T:

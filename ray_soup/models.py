@@ -124,6 +124,35 @@ def load_checkpoint(model: torch.nn.Module, path: str) -> None:
             state[name].copy_(checkpoint.read(name).view(shape))
 
 
+def load_pretrained(model: torch.nn.Module, spec: str, source: str) -> torch.nn.Linear:
+    """Fill in the numbers of `model`, in place, from a checkpoint that lacks its last linear layer, or whose layer has
+    other classes; returns that layer. `source`: a file, or `open_clip:TAG` for weights that open_clip knows by name. What
+    else is in the checkpoint (a text tower) is left. Raises RecipeError where more than one linear layer would be new."""
+    state = model.state_dict()
+    if source.startswith("open_clip:") and spec.startswith("open_clip:"):
+        import open_clip
+
+        name = spec.removeprefix("open_clip:").partition("?")[0]
+        clip = open_clip.create_model(name, pretrained=source.removeprefix("open_clip:"))
+        given = {f"visual.{key}": value for key, value in clip.visual.state_dict().items()}
+    else:
+        checkpoint = open_ingredient(source)
+        given = {name: checkpoint.read(name).view(info.shape) for name, info in checkpoint.tensors.items() if name in state}
+    new = [name for name, tensor in state.items() if name not in given or given[name].shape != tensor.shape]
+    layers = sorted({name.rpartition(".")[0] for name in new})
+    head = dict(model.named_modules()).get(layers[0]) if len(layers) == 1 else None
+    if not isinstance(head, torch.nn.Linear):
+        raise RecipeError(
+            f"finetune.pretrained: {source} should hold all of the model {spec} but one linear layer, its head; it "
+            + (f"lacks {len(new)} tensors: {', '.join(new[:4])}." if new else "lacks none: name it as finetune.init.")
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name not in new:
+                tensor.copy_(given[name])
+    return head
+
+
 def describe(spec: str) -> Layout:
     """The layout of the model that `spec` names, without its numbers where the model can be built so."""
     try:

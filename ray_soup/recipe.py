@@ -91,15 +91,31 @@ class Directions(Section):
     """How directions are stored while coefficients are learned; the soup itself is made from the original files."""
 
 
+class Trunk(Section):
+    """Hyperparameters of the training that gives every trial its initialisation."""
+
+    lr: float = Field(3e-3, gt=0)
+    wd: float = Field(0.05, ge=0)
+    epochs: int = Field(25, ge=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    shift: int = Field(1, ge=0)
+    randaugment: int = Field(0, ge=0, le=30)
+
+
 class Finetune(Section):
     """Random search for a zoo of ingredients. A value is a number, or one of {loguniform: [low, high]},
     {uniform: [low, high]}, {randint: [low, high]} (high left out) and {choice: [...]}."""
 
     trials: int = Field(12, ge=1)
     init: str | None = None
-    """A checkpoint that every trial starts from; null: a trunk is trained first, with `trunk`."""
-    trunk: dict[str, Any] = {"lr": 3e-3, "wd": 0.05, "epochs": 25, "shift": 1, "label_smoothing": 0.0, "mixup": 0.0}
-    """Hyperparameters of the trunk."""
+    """A checkpoint that every trial starts from."""
+    pretrained: str | None = None
+    """A checkpoint that lacks the model's last linear layer, or `open_clip:TAG`: the layer is fitted to its features first
+    (a linear probe), and every trial starts from that. With neither of the two a trunk is trained."""
+    probe_wd: float = Field(1e-4, ge=0)
+    """L2 penalty of the linear probe."""
+    trunk: Trunk = Trunk()
     lr: Any = {"loguniform": [1e-6, 1e-4]}
     wd: Any = {"loguniform": [1e-4, 0.63]}
     epochs: Any = {"randint": [4, 17]}
@@ -108,6 +124,10 @@ class Finetune(Section):
     """Alpha of the Beta distribution that mixes pairs of images; 0: no mixing."""
     shift: Any = 0
     """Largest random translation in pixels."""
+    randaugment: Any = {"randint": [0, 21]}
+    """Magnitude of RandAugment, 0 to 30; 0: none."""
+    workers_per_model: int = Field(1, ge=1)
+    """Workers that train one model together, with Ray Train, each on its part of every batch."""
     batch_size: int = Field(64, ge=1)
     seed: int = 1
 
@@ -122,6 +142,9 @@ class Search(Section):
     algorithm: Literal["random", "optuna"] = "random"
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops trials that are behind; never the first."""
+    loggers: list[Literal["wandb", "mlflow"]] = []
+    """Where Tune reports to besides TensorBoard files. Projects, servers and keys are taken from their own environment
+    variables."""
     time_budget_s: float | None = Field(None, gt=0)
     """After which the best so far is taken."""
     wait_s: float = Field(0, ge=0)
@@ -230,7 +253,7 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             values["ingredients"] = absolute(spec, folder)
         elif isinstance(spec, list):
             values["ingredients"] = [absolute(s, folder) if isinstance(s, str) else s for s in spec]
-    for section, keys in {"data": ("train", "fit", "select", "test"), "finetune": ("init",)}.items():
+    for section, keys in {"data": ("train", "fit", "select", "test"), "finetune": ("init", "pretrained")}.items():
         if isinstance(values.get(section), dict):
             given = values[section]
             values[section] = {k: absolute(v, folder) if k in keys and isinstance(v, str) else v for k, v in given.items()}

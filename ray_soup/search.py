@@ -295,7 +295,7 @@ def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watc
                 name="tune",
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=2),  # what Ray lost is tried again
-                callbacks=[Progress(), TBXLoggerCallback()],
+                callbacks=[Progress(), TBXLoggerCallback(), *_loggers(recipe, state.parent.name)],
             ),
         )
     found = []
@@ -309,6 +309,28 @@ def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watc
         found.append({"trial": number, "id": metrics.get("trial_id"), **config, **kept, "error": error})
     watch("searching", len(configs), len(configs))
     return found
+
+
+def _loggers(recipe: Recipe, name: str) -> list[tune.Callback]:
+    """Ray's own callbacks for what `search.loggers` names. Raises RecipeError where the package or its key is missing."""
+    callbacks: list[tune.Callback] = []
+    for logger in recipe.search.loggers:
+        try:
+            if logger == "wandb":
+                from ray.air.integrations.wandb import WandbLoggerCallback
+
+                callbacks.append(
+                    WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "ray_soup"), group=name, resume="allow")
+                )
+            else:
+                import mlflow
+                from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", name)
+                callbacks.append(MLflowLoggerCallback(mlflow.get_tracking_uri(), experiment_name=experiment))
+        except (ImportError, RuntimeError) as error:
+            raise RecipeError(f"search.loggers: {logger} is not installed. pip install 'ray_soup[{logger}]'.") from error
+    return callbacks
 
 
 def _optuna(recipe: Recipe, configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:

@@ -1,4 +1,5 @@
-"""Experiments of Ray Tune and Ray Train as their folders tell of them: trials, hyperparameters, metrics and checkpoints.
+"""Experiments of Ray Tune, of Ray Train and of `ray-soup finetune` as their folders tell of them: trials, hyperparameters,
+metrics and checkpoints.
 
 Only JSON is read; nothing is unpickled, and Ray is not needed.
 """
@@ -9,8 +10,10 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape, glob
+from pathlib import Path
 from typing import Any
 
 from ray_soup.errors import IngredientError, RecipeError
@@ -19,15 +22,15 @@ OF_TUNE = {  # what Tune adds to every report
     "checkpoint_dir_name", "date", "done", "experiment_tag", "hostname", "iterations_since_restore", "node_ip", "pid",
     "should_checkpoint", "time_since_restore", "time_this_iter_s", "timestamp", "trial_id",
 }  # fmt: skip
-TUNE, TRAIN = "experiment_state-*.json", "checkpoint_manager_snapshot.json"
+TUNE, TRAIN, OURS = "experiment_state-*.json", "checkpoint_manager_snapshot.json", "manifest.json"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished trial, and the folder of the checkpoint that it is represented by."""
+    """One finished trial, and the checkpoint, a folder or a file, that it is represented by."""
 
     name: str
-    folder: str
+    path: str
     config: dict[str, Any]
     metrics: dict[str, Any]
     """What was reported with this checkpoint."""
@@ -137,3 +140,24 @@ def _take(
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if isinstance(value, (int, float)) and key not in OF_TUNE}
+
+
+def fine_tuned(paths: list[str]) -> list[Trial | None]:
+    """What `ray-soup finetune` noted of each checkpoint in the manifest.json beside it."""
+    manifests: dict[str, dict[str, dict[str, Any]]] = {}
+    return [_noted(path, manifests) for path in paths]
+
+
+def _noted(path: str, manifests: dict[str, dict[str, dict[str, Any]]]) -> Trial | None:
+    folder, name = os.path.split(path)
+    if folder not in manifests:
+        manifests[folder] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is somebody else's
+            entries = json.loads(Path(folder, OURS).read_text())
+            manifests[folder] = {entry["file"]: entry for entry in entries if "sha256" in entry}
+    entry = manifests[folder].get(name)
+    if entry is None:
+        return None
+    metrics = {key: entry[key] for key in ("train_loss", "accuracy") if key in entry}
+    config = {key: value for key, value in entry.items() if key not in {"file", "sha256", *metrics}}
+    return Trial(os.path.splitext(name)[0], path, config, metrics)
