@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
 import torch
 from ray import tune
 from ray.exceptions import RayTaskError
-from ray.tune.search import BasicVariantGenerator
 
 from ray_soup import models
 from ray_soup.actors import Watch, connect
@@ -29,11 +29,18 @@ T = TypeVar("T")
 HYPERPARAMETERS = ("lr", "wd", "epochs", "label_smoothing", "mixup", "shift", "randaugment")
 
 
-def search_space(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's distributions as Ray Tune's. Raises RecipeError."""
+def make_configs(recipe: Recipe) -> list[dict[str, Any]]:
+    """The hyperparameters of each trial, drawn by the seed. Raises RecipeError."""
     space = {name: distribution(f"finetune.{name}", getattr(recipe.finetune, name)) for name in HYPERPARAMETERS}
     space["seed"] = tune.randint(0, 2**31)
-    return space
+    random = np.random.RandomState(recipe.finetune.seed)
+    return [draw(space, random) for _ in range(recipe.finetune.trials)]
+
+
+def draw(space: dict[str, Any], random: np.random.RandomState) -> dict[str, Any]:
+    """One value of each distribution."""
+    values = {key: d.sample(random_state=random) if hasattr(d, "sample") else d for key, d in space.items()}
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
 
 
 def distribution(key: str, value: Any) -> Any:
@@ -59,7 +66,7 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
     out = Path(out).absolute()
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data.train to fine-tune on.")
-    space = search_space(recipe)
+    configs = make_configs(recipe)
     with locked(out):
         manifest = out / "manifest.json"
         if manifest.exists():
@@ -68,7 +75,7 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
             at_once = _trials_at_once(recipe)
             init = recipe.finetune.init or _initialisation(recipe, out / "state" / "init.safetensors", watch)
             with quiet_tune():
-                results = _search(recipe, space, init, out / "state", at_once, watch)
+                results = _search(recipe, configs, init, out / "state", at_once, watch)
         entries = []
         for number, (hyper, metrics, file) in enumerate(results):
             target = out / f"model_{number:02d}.safetensors"
@@ -153,7 +160,7 @@ class Progress(tune.Callback):
 
 
 def _search(
-    recipe: Recipe, space: dict[str, Any], init: str, state: Path, at_once: int, watch: Watch
+    recipe: Recipe, configs: list[dict[str, Any]], init: str, state: Path, at_once: int, watch: Watch
 ) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:
     """(hyperparameters, metrics, checkpoint file) of each trial that did not fail, in order."""
     total, folder, workers = recipe.finetune.trials, os.getcwd(), recipe.finetune.workers_per_model
@@ -163,7 +170,7 @@ def _search(
     Progress.watch, Progress.total = staticmethod(watch), total
 
     def trial(config: dict[str, Any]) -> None:
-        name = tune.get_context().get_trial_id()
+        config, name = config["hyper"], tune.get_context().get_trial_id()
         work = {"recipe": recipe, "hyper": config, "init": init, "file": trials / f"{name}.safetensors", "folder": folder}
         if workers == 1:
             torch.set_num_threads(max(1, int(cpus)))
@@ -179,7 +186,9 @@ def _search(
         TorchTrainer(_train_together, train_loop_config=work, scaling_config=scaling, run_config=runs).fit()
         tune.report(yield_from(train(recipe, config, init, work["file"])))  # is done: the figures
 
-    resources = {"cpu": cpus, **({"gpu": gpus} if gpus else {})} if workers == 1 else {"cpu": 0}
+    resources: dict[str, float] = {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+    if workers > 1:  # the trial only waits for its workers; Tune takes no trial that asks for nothing
+        resources = {"cpu": 0, "memory": 1}
     trainable = tune.with_resources(trial, resources)
     experiment = state / "tune"
     watch("fine-tuning", 0, total)
@@ -190,25 +199,21 @@ def _search(
         except (EOFError, pickle.UnpicklingError):  # killed while the experiment was being set up
             shutil.rmtree(experiment)
     if tuner is None:
-        algorithm = BasicVariantGenerator(random_state=recipe.finetune.seed)
-        options = tune.TuneConfig(
-            num_samples=total,
-            search_alg=algorithm,
-            reuse_actors=True,
-            max_concurrent_trials=at_once if workers > 1 else None,  # Train asks for its workers by itself
-        )
+        # Train asks for its workers by itself
+        options = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once if workers > 1 else None)
         runs = tune.RunConfig(storage_path=str(state), name="tune", verbose=0, callbacks=[Progress()])
+        space = {"hyper": tune.grid_search(configs)}
         tuner = tune.Tuner(trainable, param_space=space, tune_config=options, run_config=runs)
-    results = tuner.fit()
+    results = sorted(tuner.fit(), key=lambda r: configs.index(r.config["hyper"]))  # a restored tuner mixes them up
     failed = [r for r in results if r.error is not None]
-    failures = [{**(r.config or {}), "error": str(r.error).strip().splitlines()[-1]} for r in failed]
+    failures = [{**r.config["hyper"], "error": str(r.error).strip().splitlines()[-1]} for r in failed]
     write(state / "failures.json", json.dumps(failures, indent=1))
     if len(results) - len(failed) < 2:
         reason = failures[0]["error"] if failed else "no trial was run"
         raise SoupError(f"{len(failed)} of {total} fine-tunings failed: {reason}")
     watch("fine-tuning", total, total)
     return [
-        (r.config, {k: r.metrics[k] for k in ("train_loss", "accuracy") if k in r.metrics},
+        (r.config["hyper"], {k: r.metrics[k] for k in ("train_loss", "accuracy") if k in r.metrics},
          trials / f"{r.metrics['trial_id']}.safetensors")
         for r in results
         if r.error is None

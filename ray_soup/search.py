@@ -25,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray_soup import models
 from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.finetune import distribution, quiet_tune
+from ray_soup.finetune import distribution, draw, quiet_tune
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
 from ray_soup.pipeline import LEARNED, Bench, make_in, model_batch_of, open_bench, prepare
@@ -63,15 +63,11 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[dict[str, Any]]:
     drawn = {key: distribution(f"search.{key}", value) for key, value in space.items() if key not in grids}
     random = np.random.RandomState(recipe.learn.seed)
 
-    def draw() -> dict[str, Any]:
-        values = {k: d.sample(random_state=random) if hasattr(d, "sample") else d for k, d in drawn.items()}
-        return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-
     if grids:
         points = [dict(zip(grids, point, strict=True)) for point in itertools.product(*grids.values())]
-        configs = [first, *({**point, **draw()} for point in points)]
+        configs = [first, *({**point, **draw(drawn, random)} for point in points)]
     else:
-        configs = [first, *(draw() for _ in range(recipe.search.trials - 1))]
+        configs = [first, *(draw(drawn, random) for _ in range(recipe.search.trials - 1))]
     for config in configs:
         if changed(recipe, config).method not in LEARNED:
             raise RecipeError(f"search: the method must be one of {', '.join(LEARNED)}; {recipe.method} learns nothing.")
@@ -299,9 +295,11 @@ def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watc
             ),
         )
     found = []
-    for number, result in enumerate(tuner.fit()):
+    results = [(result.config.get("soup", result.config), result) for result in tuner.fit()]
+    if options.algorithm != "optuna":
+        results.sort(key=lambda r: configs.index(r[0]))  # a restored tuner mixes them up
+    for number, (config, result) in enumerate(results):
         metrics = result.metrics or {}
-        config = (result.config or {}).get("soup", result.config or {})
         error = metrics.get("error") or (str(result.error).strip().splitlines()[-1] if result.error else None)
         kept = {k: metrics.get(k) for k in (*MODES, "seconds", "peak_memory_bytes", "percent")}
         if error is not None:

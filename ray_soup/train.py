@@ -65,7 +65,9 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         epoch, step, loss_sum = state["epoch"], state["step"], state["loss_sum"]
-    running = torch.nn.parallel.DistributedDataParallel(model) if worker.world > 1 else model
+    running: torch.nn.Module = model
+    if worker.world > 1:
+        running = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     images_of = Augment(loaded.images, hyper)
     low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and has_fast_bfloat16(device))
     precision = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
