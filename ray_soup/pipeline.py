@@ -270,9 +270,9 @@ def cosines(gram: np.ndarray) -> np.ndarray:
     return np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
 
 
-def run(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
-    """Make the soup that `recipe` describes in the folder `out`; goes on where a run before this one was stopped, or
-    returns what is complete. Raises SoupError."""
+def run(recipe: Recipe, out: str | Path, watch: Watch = quiet, state: Path | None = None) -> Soup:
+    """Make the soup that `recipe` describes in the folder `out`; goes on where a run before this one was stopped, or at
+    `state`, or returns what is complete. Raises SoupError."""
     out = Path(out).absolute()
     ingredients, layout = prepare(recipe)
     with locked(out):
@@ -280,6 +280,8 @@ def run(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
         if complete is not None:
             return complete
         with failures_recorded(out):
+            if state is not None:
+                shutil.copyfile(state, out / "state" / "learn.pt")
             return make_in(recipe, ingredients, layout, out, watch)
 
 

@@ -6,6 +6,7 @@ decoded data that lie in the node's cache. Tune sees fit and select, never test.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import pickle
@@ -28,7 +29,7 @@ from ray_soup.errors import RecipeError, SoupError
 from ray_soup.finetune import distribution, draw, quiet_tune
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
-from ray_soup.pipeline import LEARNED, Bench, make_in, model_batch_of, open_bench, prepare
+from ray_soup.pipeline import LEARNED, Bench, make_in, model_batch_of, open_bench, prepare, run
 from ray_soup.recipe import Recipe, changed
 from ray_soup.shard import Mesh
 
@@ -97,7 +98,9 @@ def bundles(recipe: Recipe, parameters: int, ingredients: int) -> list[dict[str,
 def wait_for_room(asked: list[dict[str, float]], wait_s: float, watch: Watch) -> None:
     """Raises RecipeError where the nodes can never hold these bundles, after `wait_s` in which an autoscaling cluster may
     grow."""
-    started = time.monotonic()
+    from ray.autoscaler.sdk import request_resources
+
+    started, asking = time.monotonic(), False
     while not _fit(asked, nodes := [node["Resources"] for node in ray.nodes() if node["Alive"]]):
         waited = time.monotonic() - started
         if waited >= wait_s:
@@ -107,11 +110,12 @@ def wait_for_room(asked: list[dict[str, float]], wait_s: float, watch: Watch) ->
                 f"the nodes of the cluster have: {have}. Ask for less with actors: or learn.model_batch, or set "
                 "search.wait_s where the cluster grows."
             )
-        from ray.autoscaler.sdk import request_resources
-
         request_resources(bundles=asked)
+        asking = True
         watch("waiting for nodes", int(waited), int(wait_s))
         time.sleep(min(2.0, wait_s))
+    if asking:
+        request_resources(bundles=[])  # the trials keep the nodes from here on
 
 
 def _fit(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
@@ -195,6 +199,16 @@ def soup_resources(recipe: Recipe) -> Callable[[dict[str, Any]], tune.PlacementG
         return tune.PlacementGroupFactory([{}, *asked], strategy="PACK")
 
     return resources
+
+
+def soup_of(recipe: Recipe, result: tune.Result, out: str | Path, watch: Watch = quiet) -> Soup:
+    """What a trial of `soup_trainable` learned in a tuner of one's own, made in the folder `out` as by `run`."""
+    if result.checkpoint is None or result.config is None:
+        raise SoupError(
+            f"The trial at {result.path} has no checkpoint: {(result.metrics or {}).get('error', result.error)}."
+        )
+    with result.checkpoint.as_directory() as folder:
+        return run(changed(recipe, result.config.get("soup", result.config)), out, watch, Path(folder) / "learn.pt")
 
 
 class Progress(tune.Callback):
@@ -291,7 +305,7 @@ def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watc
                 name="tune",
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=2),  # what Ray lost is tried again
-                callbacks=[Progress(), TBXLoggerCallback(), *_loggers(recipe, state.parent.name)],
+                callbacks=[Progress(), TBXLoggerCallback(), *_loggers(recipe, state.parent)],
             ),
         )
     found = []
@@ -306,10 +320,12 @@ def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watc
             kept |= dict.fromkeys(MODES)
         found.append({"trial": number, "id": metrics.get("trial_id"), **config, **kept, "error": error})
     watch("searching", len(configs), len(configs))
+    del tuner
+    gc.collect()  # W&B's callback complains where it outlives Ray
     return found
 
 
-def _loggers(recipe: Recipe, name: str) -> list[tune.Callback]:
+def _loggers(recipe: Recipe, out: Path) -> list[tune.Callback]:
     """Ray's own callbacks for what `search.loggers` names. Raises RecipeError where the package or its key is missing."""
     callbacks: list[tune.Callback] = []
     for logger in recipe.search.loggers:
@@ -317,24 +333,31 @@ def _loggers(recipe: Recipe, name: str) -> list[tune.Callback]:
             if logger == "wandb":
                 from ray.air.integrations.wandb import WandbLoggerCallback
 
-                callbacks.append(
-                    WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "ray_soup"), group=name, resume="allow")
-                )
+                folder = out / "wandb"  # what W&B keeps locally, and all of it where it is offline
+                folder.mkdir(exist_ok=True)
+                options = {"dir": str(folder), "mode": os.environ.get("WANDB_MODE"), "resume": "allow"}
+                callbacks.append(WandbLoggerCallback(os.environ.get("WANDB_PROJECT", "ray_soup"), out.name, **options))
             else:
                 import mlflow
                 from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", name)
+                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", out.name)
                 callbacks.append(MLflowLoggerCallback(mlflow.get_tracking_uri(), experiment_name=experiment))
         except (ImportError, RuntimeError) as error:
             raise RecipeError(f"search.loggers: {logger} is not installed. pip install 'ray_soup[{logger}]'.") from error
+        try:
+            callbacks[-1].setup()  # Tune does so too, when it is late to say what is missing
+        except Exception as error:
+            raise RecipeError(f"search.loggers: {logger} cannot be used: {error}") from error
     return callbacks
 
 
 def _optuna(recipe: Recipe, configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
     try:
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         algorithm = OptunaSearch(points_to_evaluate=[configs[0]], seed=recipe.learn.seed)
     except (ImportError, AssertionError) as error:
         raise RecipeError("search.algorithm: optuna is not installed. pip install 'ray_soup[optuna]'.") from error

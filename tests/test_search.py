@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import yaml
 from ray_soup.coefficients import load_coefficients
 from ray_soup.errors import RecipeError
 from ray_soup.learn import load_state
-from ray_soup.pipeline import run
+from ray_soup.pipeline import run, verify
 from ray_soup.recipe import changed, dump_recipe, load_recipe, make_recipe, parse_overrides
-from ray_soup.search import bundles, make_configs, pareto, search, soup_resources, soup_trainable, wait_for_room
+from ray_soup.search import bundles, make_configs, pareto, search, soup_of, soup_resources, soup_trainable, wait_for_room
 from tests.conftest import ROOT, ray_soup, values
 
 
@@ -79,6 +81,33 @@ def test_what_no_node_can_hold_is_refused_at_once(zoo: Path, tmp_path: Path, clu
     with pytest.raises(RecipeError, match="A trial asks for"):
         wait_for_room([{"CPU": 99}], 1, lambda what, done, total: said.append(what))
     assert said == ["waiting for nodes"]
+
+
+@pytest.mark.slow
+def test_room_is_waited_for_on_a_cluster_that_grows(tmp_path: Path) -> None:
+    code = """
+import ray
+from ray.cluster_utils import Cluster
+from ray_soup.search import wait_for_room
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.connect()
+said = []
+
+
+def watch(what, done, total):
+    said.append(what)
+    if len(said) == 2:
+        cluster.add_node(num_cpus=3)
+
+
+wait_for_room([{"CPU": 2}], 60, watch)
+assert set(said) == {"waiting for nodes"}, said
+ray.shutdown()
+cluster.shutdown()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -168,7 +197,75 @@ def test_in_a_tuner_of_ones_own(zoo: Path, tmp_path: Path, cluster: None) -> Non
     ).fit()
     assert not results.errors
     for result in results:
-        alone = run(changed(recipe, {"learn.lr": result.config["learn.lr"]}), tmp_path / str(result.config["learn.lr"]))
+        lr = result.config["learn.lr"]
+        alone = run(changed(recipe, {"learn.lr": lr}), tmp_path / str(lr))
         assert min(line["select_nll"] for line in alone.record["curve"]) == result.metrics["select_nll"]
-        with result.checkpoint.as_directory() as folder:
-            assert load_state(Path(folder) / "learn.pt").turn == 1
+        soup = soup_of(recipe, result, tmp_path / f"of-{lr}")
+        assert all(soup.rows[0][key] == alone.rows[0][key] for key in ("select_nll", "test_nll", "steps"))
+        ours, theirs = (load_coefficients(o / "coefficients.safetensors").values for o in (soup.out, alone.out))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_optuna_and_the_loggers_of_others(zoo: Path, tmp_path: Path) -> None:
+    loggers = {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlruns",
+    }
+    space = {"learn.lr": {"loguniform": [0.01, 0.1]}, "learn.model_batch": {"choice": [4, 8]}}
+    options = {"trials": 3, "algorithm": "optuna", "loggers": ["wandb", "mlflow"], **space}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values(zoo, search=options)))
+    command = ray_soup("search", str(tmp_path / "r.yaml"), str(tmp_path / "out"), "--json")
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **loggers}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trials = json.loads(done.stdout.splitlines()[-1])["run"]["search"]["trials"]
+    assert (trials[0]["learn.lr"], trials[0]["learn.model_batch"]) == (0.01, 8)
+    assert len({t["learn.lr"] for t in trials}) == 3
+    assert all(0.01 <= t["learn.lr"] <= 0.1 and t["learn.model_batch"] in (4, 8) for t in trials)
+    metrics = list((tmp_path / "mlruns").glob("*/*/metrics/select_nll"))
+    assert len(list((tmp_path / "out" / "wandb").rglob("*.wandb"))) == 3
+    assert sorted(float(f.read_text().splitlines()[-1].split()[1]) for f in metrics) == pytest.approx(
+        sorted(t["select_nll"] for t in trials)
+    )
+
+
+@pytest.mark.slow
+def test_a_trial_whose_actor_is_killed_goes_on(zoo: Path, tmp_path: Path) -> None:
+    recipe = searched(zoo)
+    recipe["learn"] |= {"epochs": 20, "batch_size": 8}
+    recipe["search"] = {"learn.lr": {"grid": [0.03]}, "scheduler": "none"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    process = subprocess.Popen(
+        ray_soup("search", str(tmp_path / "r.yaml"), str(tmp_path / "out"), "--json"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((tmp_path / "out" / "state").glob("trials/*.pt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    actors = [p for p in psutil.Process(process.pid).children(recursive=True) if "RemoteShard" in "".join(p.cmdline())]
+    actors[0].kill()
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    record = json.loads(stdout.splitlines()[-1])["run"]
+    trials = record["search"]["trials"]
+    assert [t["error"] for t in trials] == [None, None]
+    assert [t["percent"] for t in trials] == [100, 100]
+    best = trials[record["search"]["best"]]
+    alone = run(changed(make_recipe(recipe), {"learn.lr": best["learn.lr"]}), tmp_path / "alone")
+    ours, theirs = (load_coefficients(o / "coefficients.safetensors").values for o in (tmp_path / "out", alone.out))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_tuner(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values(zoo)))
+    arguments = [str(tmp_path / name) for name in ("r.yaml", "experiment", "out")]
+    code = (ROOT / "jobs" / "own_tuner.py").read_text().replace("num_samples=8", "num_samples=2")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "out")
