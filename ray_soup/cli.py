@@ -79,10 +79,12 @@ def _work(task: Callable[[Progress], Any]) -> Any:
             progress.stop()
 
 
-def _print_rows(rows: list[dict[str, Any]]) -> None:
+def _print_row(row: dict[str, Any]) -> None:
+    """One model, a figure a line: side by side they do not fit into 80 columns."""
     from ray_soup.report import COST, QUALITY, table
 
-    _print_table(*table(rows, QUALITY + COST))
+    (model, *names), ((name, *figures),) = table([row], QUALITY + COST)
+    _print_table([model, name], [list(line) for line in zip(names, figures, strict=True)])
 
 
 def _print_table(head: list[str], cells: list[list[str]]) -> None:
@@ -106,7 +108,7 @@ def _print_soup(soup: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"out": str(soup.out), "results": soup.rows, "run": soup.record}))
         return
-    _print_rows(soup.rows)
+    _print_row(soup.rows[0])
     click.echo(f"Wrote {soup.out}/model.safetensors, its coefficients, and README.md, the model card.")
 
 
@@ -361,7 +363,7 @@ def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as
         return run_evaluate(load_recipe(recipe, overrides), model, split, progress)
 
     row = _work(task)
-    click.echo(json.dumps(row)) if as_json else _print_rows([row])
+    click.echo(json.dumps(row)) if as_json else _print_row(row)
 
 
 @main.command()

@@ -375,12 +375,13 @@ def _best(trials: list[dict[str, Any]], metric: str) -> dict[str, Any]:
 
 
 def pareto(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trials that no other one beats in NLL on select, peak memory and seconds together."""
-    axes = ("select_nll", "peak_memory_bytes", "seconds")
-    done = [t for t in trials if t.get("select_nll") is not None]
+    """The trials, of those that were not stopped, that no other one beats in NLL on select, peak memory and seconds
+    together; memory and seconds that differ by less than 3 % are taken for equal."""
+    slack = {"select_nll": 1.0, "peak_memory_bytes": 1.03, "seconds": 1.03}
+    done = [t for t in trials if t.get("select_nll") is not None and t["percent"] == 100]
 
     def beaten(t: dict[str, Any], by: dict[str, Any]) -> bool:
-        return all(by[a] <= t[a] for a in axes) and any(by[a] < t[a] for a in axes)
+        return all(by[a] <= t[a] * s for a, s in slack.items()) and any(by[a] * s < t[a] for a, s in slack.items())
 
     return [t for t in done if not any(beaten(t, other) for other in done)]
 

@@ -112,10 +112,12 @@ cluster.shutdown()
 
 def test_the_front_holds_what_nothing_beats() -> None:
     def trial(nll: float | None, memory: int, seconds: float) -> dict[str, Any]:
-        return {"select_nll": nll, "peak_memory_bytes": memory, "seconds": seconds}
+        return {"select_nll": nll, "peak_memory_bytes": memory, "seconds": seconds, "percent": 100}
 
-    best, light, quick = trial(0.1, 9, 9), trial(0.2, 1, 9), trial(0.2, 9, 1)
-    assert pareto([best, light, quick, trial(0.2, 9, 9), trial(None, 0, 0)]) == [best, light, quick]
+    best, light, quick = trial(0.1, 900, 9), trial(0.2, 100, 9), trial(0.2, 900, 1)
+    stopped, jittered = {**trial(0.1, 900, 4), "percent": 50}, trial(0.11, 890, 8.9)
+    others = [trial(0.2, 900, 9), trial(None, 0, 0), stopped, jittered]
+    assert pareto([best, light, quick, *others]) == [best, light, quick]
 
 
 def searched(folder: Path) -> dict[str, Any]:
