@@ -113,6 +113,7 @@ class Actors:
         self.mesh = mesh
         self._taken: tuple[tuple[int, ...], str | int] | None = None
         self._begun: tuple[np.ndarray, np.ndarray] | None = None
+        self._seen: tuple[str, ...] = ()
         self._groups = [self._placement(recipe, mesh, cpus) for _ in range(mesh.replicas)]
         remote, folder = ray.remote(RemoteShard), os.getcwd()
 
@@ -148,8 +149,10 @@ class Actors:
             if group is not None:
                 ray.util.remove_placement_group(group)
 
-    def setup(self, watch: Watch) -> Ready:
-        """Start all actors and wait until they are ready; what they know is the same for all of them."""
+    def setup(self, watch: Watch, seen: tuple[str, ...] = ()) -> Ready:
+        """Start all actors and wait until they are ready; what they know is the same for all of them. They must see the
+        files `seen`."""
+        self._seen = seen
         return self._start(list(range(self.mesh.size)), watch)
 
     # What the driver asks
@@ -312,7 +315,7 @@ class Actors:
         for rank in ranks:
             self._handles[rank] = self._make(rank)
         watch("starting actors", 0, len(ranks))
-        ready = self._must(ranks, "starting", lambda actor: actor.setup.remote(), watch)
+        ready = self._must(ranks, "starting", lambda actor: actor.setup.remote(self._seen), watch)
         watch("starting actors", len(ranks), len(ranks))
         if self.mesh.shards > 1:
             self._join(ranks)

@@ -81,6 +81,15 @@ def lookup(kind: str, key: str) -> InUse | None:
         return None
 
 
+def drained(work: Generator[Any, None, T]) -> T:
+    """The value of a generator, run to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value
+
+
 @contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
     try:

@@ -2,16 +2,15 @@
 
 A checkpoint is opened by its header alone: names, dtypes, shapes and the place of every tensor's bytes. safetensors
 say this at their beginning; a torch file is unpickled (`weights_only=True`, always) without its data. After that both
-are the same thing, bytes at an offset, and are read by range: local files through a memory map.
+are the same thing, bytes at an offset, and are read by range: local files through a memory map, safetensors in a storage by
+requests for these bytes, torch files there from a copy in the cache of the node.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
-import mmap
 import os
 import pickle
 import re
@@ -19,13 +18,17 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from glob import has_magic
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 
+from ray_soup import storage
+from ray_soup.cache import drained
 from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.storage import LocalFile, RemoteFile
 from ray_soup.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
 
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -48,6 +51,8 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+T = TypeVar("T")
+HEADER = 1 << 16  # bytes that are read of a file to begin with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -73,22 +78,6 @@ class TensorInfo:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-class Source:
-    """The bytes of one local file, memory-mapped; what comes back is a view, not a copy."""
-
-    def __init__(self, path: str):
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
-
-    def read(self, offset: int, nbytes: int) -> memoryview:
-        return self._view[offset : offset + nbytes]
-
-    def drop_pages(self) -> None:
-        """Let go of the pages read so far (they stay in the system's cache)."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
-
 @dataclass
 class Ingredient:
     """One fine-tuned checkpoint: `name`, its files, and where each tensor of its state dict lies.
@@ -100,13 +89,14 @@ class Ingredient:
     path: str
     files: tuple[str, ...]
     sizes: tuple[int, ...]
-    mtimes_ns: tuple[int, ...]
+    versions: tuple[int, ...]
+    """Times of change of its files, in ns."""
     containers: dict[str, dict[str, TensorInfo]]
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     copies: list[tuple[str, str, TensorInfo]] = field(default_factory=list)
     trial: Trial | None = None
     """The trial that it came from, where it was taken from a sweep."""
-    _sources: dict[int, Source] = field(default_factory=dict, repr=False)
+    _sources: dict[int, LocalFile | RemoteFile] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sources": {}}
@@ -119,13 +109,16 @@ class Ingredient:
     @property
     def identity(self) -> list[Any]:
         """What a cache may know it by without reading it: path, size and time of change of each file."""
-        return [[f, s, t] for f, s, t in zip(self.files, self.sizes, self.mtimes_ns, strict=True)]
+        return [[f, s, v] for f, s, v in zip(self.files, self.sizes, self.versions, strict=True)]
 
-    def source(self, file: int) -> Source:
+    def source(self, file: int) -> LocalFile | RemoteFile:
         if file not in self._sources:
-            if os.path.getsize(self.files[file]) != self.sizes[file]:
-                raise IngredientError(f"{self.files[file]} changed its size while it was in use. Start again.")
-            self._sources[file] = Source(self.files[file])
+            path = self.files[file]
+            if storage.stat(path).size != self.sizes[file]:
+                raise IngredientError(f"{path} changed its size while it was in use. Start again.")
+            if not path.endswith(SAFETENSORS_SUFFIX):
+                path = drained(storage.local_copy(path))
+            self._sources[file] = storage.open_file(path, self.sizes[file])
         return self._sources[file]
 
     def close(self) -> None:
@@ -213,38 +206,37 @@ def _stripped(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]
 # Headers
 
 
-def _safetensors_header(path: str, file: int) -> dict[str, TensorInfo]:
-    size = os.path.getsize(path)
-    with open(path, "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
-        if length is None or length > size - 8 or length > 100_000_000:
-            raise IngredientError(
-                f"{path} is not a safetensors file, or is truncated: its header should take {length} bytes and the "
-                f"file has {size}. Copy it again."
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            tensors = {}
-            end = 8 + length
-            for name, entry in header.items():
-                if entry["dtype"] not in SAFETENSORS_DTYPES:
-                    raise IngredientError(
-                        f"{path}: the tensor {name} has dtype {entry['dtype']}; known are "
-                        f"{', '.join(SAFETENSORS_DTYPES)}. Save it in one of these."
-                    )
-                start, stop = entry["data_offsets"]
-                info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), file, 8 + length + start)
-                if stop - start != info.nbytes:
-                    raise IngredientError(
-                        f"{path}: the tensor {name} takes {stop - start} bytes; {info} would take {info.nbytes}. The "
-                        "file is damaged: copy it again."
-                    )
-                tensors[name] = info
-                end = max(end, 8 + length + stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IngredientError(f"{path} has a damaged safetensors header ({error}). Copy it again.") from error
+def _safetensors_header(path: str, file: int, size: int) -> dict[str, TensorInfo]:
+    source = storage.open_file(path, size)
+    begin = bytes(source.read(0, min(size, HEADER)))
+    length = struct.unpack("<Q", begin[:8])[0] if len(begin) >= 8 else None
+    if length is None or length > size - 8 or length > 100_000_000:
+        raise IngredientError(
+            f"{path} is not a safetensors file, or is truncated: its header should take {length} bytes and the "
+            f"file has {size}. Copy it again."
+        )
+    try:
+        header = json.loads(begin[8 : 8 + length] if length <= HEADER - 8 else bytes(source.read(8, length)))
+        header.pop("__metadata__", None)
+        tensors = {}
+        end = 8 + length
+        for name, entry in header.items():
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise IngredientError(
+                    f"{path}: the tensor {name} has dtype {entry['dtype']}; known are "
+                    f"{', '.join(SAFETENSORS_DTYPES)}. Save it in one of these."
+                )
+            start, stop = entry["data_offsets"]
+            info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), file, 8 + length + start)
+            if stop - start != info.nbytes:
+                raise IngredientError(
+                    f"{path}: the tensor {name} takes {stop - start} bytes; {info} would take {info.nbytes}. The "
+                    "file is damaged: copy it again."
+                )
+            tensors[name] = info
+            end = max(end, 8 + length + stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IngredientError(f"{path} has a damaged safetensors header ({error}). Copy it again.") from error
     if end > size:
         raise IngredientError(f"{path} is truncated: it has {size:,} bytes and its header speaks of {end:,}. Copy it again.")
     return tensors
@@ -255,7 +247,7 @@ def _torch_containers(path: str, file: int) -> dict[str, dict[str, TensorInfo]]:
 
     try:
         with FakeTensorMode():  # tensors without data, that know where in the file their data lies
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(drained(storage.local_copy(path)), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
         what = f"it holds '{found.group(1).strip('.')}'" if found else "it holds more than tensors and plain values"
@@ -266,7 +258,7 @@ def _torch_containers(path: str, file: int) -> dict[str, dict[str, TensorInfo]]:
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise IngredientError(
-            f"{path} cannot be read as a torch checkpoint: it is damaged or truncated ({os.path.getsize(path):,} "
+            f"{path} cannot be read as a torch checkpoint: it is damaged or truncated ({storage.stat(path).size:,} "
             f"bytes; {reason}). Copy it again."
         ) from error
     if not isinstance(loaded, dict):
@@ -310,29 +302,27 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
     file = _checkpoint_of(path)
     if file is None:
         raise RecipeError(f"{path} is not a checkpoint: expected a file ending in {_suffixes()}, or a folder with one.")
+    tensors: dict[str, TensorInfo] = {}
     if file.endswith(INDEX_SUFFIX):
         files = _shards_of(file)
-        tensors = {}
-        for number, shard in enumerate(files):
-            if not os.path.exists(shard):
+        for shard in files:
+            if not storage.isfile(shard):
                 raise IngredientError(f"{shard} is missing: {file} names it. Copy it there.")
-            tensors.update(_safetensors_header(shard, number))
-        containers = {"": tensors}
     else:
         files = [file]
-        if os.path.getsize(file) == 0:
-            raise IngredientError(f"{file} is empty (0 bytes). Copy it again.")
-        if file.endswith(SAFETENSORS_SUFFIX):
-            containers = {"": _safetensors_header(file, 0)}
-        else:
-            containers = _torch_containers(file, 0)
-    stats = [os.stat(f) for f in files]
+    stats = [storage.stat(f) for f in files]
+    for number, (part, found) in enumerate(zip(files, stats, strict=True)):
+        if found.size == 0:
+            raise IngredientError(f"{part} is empty (0 bytes). Copy it again.")
+        if part.endswith(SAFETENSORS_SUFFIX):
+            tensors.update(_safetensors_header(part, number, found.size))
+    containers = {"": tensors} if file.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIX)) else _torch_containers(file, 0)
     ingredient = Ingredient(
         name or Path(path).name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or Path(path).name,
         path,
         tuple(files),
-        tuple(s.st_size for s in stats),
-        tuple(s.st_mtime_ns for s in stats),
+        tuple(s.size for s in stats),
+        tuple(s.version for s in stats),
         containers,
     )
     ingredient.tensors = next(iter(containers.values()))
@@ -341,8 +331,8 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
 
 def _shards_of(index: str) -> list[str]:
     try:
-        weight_map = json.loads(Path(index).read_text())["weight_map"]
-        return [os.path.join(os.path.dirname(index), shard) for shard in sorted(set(weight_map.values()))]
+        weight_map = json.loads(storage.read_bytes(index))["weight_map"]
+        return [storage.join(os.path.dirname(index), shard) for shard in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IngredientError(f"{index} is not a safetensors index: no readable 'weight_map' ({error}).") from error
 
@@ -357,11 +347,12 @@ def _is_checkpoint(path: str) -> bool:
 
 def _checkpoint_of(path: str) -> str | None:
     """The file that stands for the checkpoint at `path`: itself, or what a folder that holds one model calls it."""
-    if not os.path.isdir(path):
-        return path if _is_checkpoint(path) and os.path.isfile(path) else None
+    if _is_checkpoint(path) and storage.isfile(path):
+        return path
+    names = storage.listdir(path) if storage.isdir(path) else []
     for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
+        if name in names:
+            return storage.join(path, name)
     return None
 
 
@@ -390,8 +381,6 @@ def find_checkpoints(spec: str | Sequence[str]) -> list[str]:
 def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
     if not isinstance(spec, str):
         return [found for one in spec for found in ([(one, None)] if _checkpoint_of(one) else _find(one))]
-    if "://" in spec:
-        raise RecipeError(f"ingredients: {spec} is remote; this version reads local checkpoints. Copy them here.")
     sweeps = find_sweeps(spec)
     if sweeps:
         if not any(sweep.trials for sweep in sweeps):
@@ -399,18 +388,18 @@ def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
                 f"ingredients: no finished trial with a checkpoint. {' '.join(s.note() or '' for s in sweeps)}"
             )
         return [(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
-    if glob.has_magic(spec) and not os.path.exists(spec):
-        found = sorted(glob.glob(os.path.expanduser(spec), recursive=True), key=_natural)
+    if has_magic(spec) and not storage.exists(spec):
+        found = sorted(storage.glob(spec), key=_natural)
         paths = [p for p in _without_shards(found) if _checkpoint_of(p)]
-    elif os.path.isdir(spec):
-        children = sorted((os.path.join(spec, child) for child in os.listdir(spec)), key=_natural)
+    elif storage.isdir(spec):
+        children = sorted((storage.join(spec, child) for child in storage.listdir(spec)), key=_natural)
         paths = _without_shards([c for c in children if _checkpoint_of(c)])
-    elif os.path.exists(spec):
+    elif storage.exists(spec):
         paths = [spec] if _checkpoint_of(spec) else []
     else:
         raise RecipeError(f"ingredients: {spec} does not exist. Give a glob, a list or a folder of checkpoints.")
     if not paths:
-        found_there = ", ".join(sorted(os.listdir(spec))[:5]) if os.path.isdir(spec) else "nothing that matches"
+        found_there = ", ".join(storage.listdir(spec)[:5]) if storage.isdir(spec) else "nothing that matches"
         raise RecipeError(
             f"ingredients: no checkpoints at {spec}; found {found_there or 'an empty folder'}; expected files ending "
             f"in {_suffixes()}."
@@ -427,12 +416,12 @@ def find_sweeps(spec: str | Sequence[str] | None) -> list[Sweep]:
     if spec is None or not isinstance(spec, str):
         return [sweep for one in spec or () for sweep in find_sweeps(one)]
     pattern, metric, mode = split_metric(spec)
-    folders = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(os.path.expanduser(pattern)), key=_natural)
-    experiments = [f for f in folders if os.path.isdir(f) and is_experiment(f)]
-    if not experiments and len(folders) == 1 and os.path.isdir(folders[0]):
-        children = sorted((os.path.join(folders[0], child) for child in os.listdir(folders[0])), key=_natural)
+    folders = [pattern] if storage.isdir(pattern) else sorted(storage.glob(pattern), key=_natural)
+    experiments = [f for f in folders if is_experiment(f)]
+    if not experiments and len(folders) == 1 and storage.isdir(folders[0]):
+        children = sorted((storage.join(folders[0], child) for child in storage.listdir(folders[0])), key=_natural)
         if not any(_checkpoint_of(child) for child in children):
-            experiments = [child for child in children if os.path.isdir(child) and is_experiment(child)]
+            experiments = [child for child in children if is_experiment(child)]
     if metric is not None and not experiments:
         raise RecipeError(f"ingredients: {spec}: no experiment of Ray Tune or Train at {pattern} to take the metric from.")
     return [read_sweep(folder, metric, mode) for folder in experiments]
@@ -443,7 +432,7 @@ def _model_of(trial: Trial) -> str:
     own = _checkpoint_of(trial.path)
     if own is not None:
         return own
-    files = sorted(name for name in os.listdir(trial.path) if _is_checkpoint(name))
+    files = sorted(name for name in storage.listdir(trial.path) if _is_checkpoint(name))
     models = [name for name in files if "model" in name.lower()]
     chosen = files if len(files) == 1 else models
     if len(chosen) != 1:
@@ -451,7 +440,7 @@ def _model_of(trial: Trial) -> str:
             f"{trial.path}: which file is the model? Found {', '.join(files) or 'no checkpoint'}; expected one file "
             f"ending in {_suffixes()}, or one that is called model. Name the files with a glob instead."
         )
-    return os.path.join(trial.path, chosen[0])
+    return storage.join(trial.path, chosen[0])
 
 
 def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
@@ -466,10 +455,11 @@ def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
     ingredients = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
     for ingredient, trial, noted in zip(ingredients, trials, fine_tuned(paths), strict=True):
         ingredient.trial = trial or noted
-    seen: dict[tuple[int, int], str] = {}
+    seen: dict[Any, str] = {}
     for ingredient in ingredients:
-        stat = os.stat(ingredient.files[0])
-        other = seen.setdefault((stat.st_dev, stat.st_ino), ingredient.path)
+        file = ingredient.files[0]
+        found = None if storage.is_remote(file) else os.stat(file)
+        other = seen.setdefault((found.st_dev, found.st_ino) if found else file, ingredient.path)
         if other != ingredient.path or paths.count(ingredient.path) > 1:
             raise IngredientError(
                 f"{ingredient.path} and {other} are the same file: it would count twice. Leave one of them out."
@@ -482,7 +472,7 @@ def _unique_names(paths: list[str]) -> list[str]:
 
     def stem(path: str) -> str:
         name = os.path.basename(path.rstrip("/"))
-        return name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or name if not os.path.isdir(path) else name
+        return name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or name if _is_checkpoint(path) else name
 
     stems = [stem(p) for p in paths]
     if len(set(stems)) == len(stems) and not set(stems) & RESERVED_NAMES:
@@ -583,18 +573,20 @@ class StreamingHash:
     `in_order` is False once a range came too late: the caller then hashes the file on its own.
     """
 
-    def __init__(self, source: Source, size: int):
+    def __init__(self, source: LocalFile | RemoteFile, size: int):
         self._sha = hashlib.sha256()
         self._source = source
         self._size = size
         self._position = 0
         self.in_order = True
 
-    def update(self, offset: int, nbytes: int) -> None:
+    def update(self, offset: int, data: memoryview) -> None:
         if offset < self._position or not self.in_order:
             self.in_order = False
             return
-        self._feed(offset + nbytes)
+        self._feed(offset)
+        self._sha.update(data)
+        self._position += data.nbytes
 
     def _feed(self, stop: int) -> None:
         while self._position < stop:
@@ -608,14 +600,12 @@ class StreamingHash:
 
 
 def sha256_file(path: str, watch: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a local file; `watch` is told the bytes of each part read."""
+    """SHA-256 of a file; `watch` is told the bytes of each part read."""
     sha = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
-        buffer = bytearray(1 << 22)
-        while n := stream.readinto(buffer):
-            sha.update(memoryview(buffer)[:n])
-            if watch:
-                watch(n)
+    for chunk in storage.chunks(path):
+        sha.update(chunk)
+        if watch:
+            watch(len(chunk))
     return sha.hexdigest()
 
 

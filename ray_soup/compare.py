@@ -137,16 +137,15 @@ def table_entries(count: int, model_batch: int, seed: int) -> list[Entry]:
 def compare(recipe: Recipe, out: str | Path, options: Options = Options(), watch: Watch = quiet) -> Soup:
     """Make every soup, and write the table, the report and the soup that is best on select to `out`; goes on where a run
     before this one was stopped, or returns what is complete. Raises SoupError."""
-    out = Path(out).absolute()
     ingredients, layout = prepare(recipe, needs_fit=True)
     options.check(len(ingredients))
-    with locked(out):
+    with locked(out, watch) as folder:
         asked = [options.seeds, list(options.drop_top), list(options.by_count)]
-        complete = completed(out, begun(recipe, ingredients, compare=asked))
-        if complete is not None:
-            return complete
-        with failures_recorded(out):
-            return _compare(recipe, ingredients, layout, out, options, watch)
+        soup = completed(folder, begun(recipe, ingredients, compare=asked))
+        if soup is None:
+            with failures_recorded(folder):
+                soup = _compare(recipe, ingredients, layout, folder, options, watch)
+    return soup.at(out)
 
 
 def _compare(

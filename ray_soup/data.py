@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_soup import storage
 from ray_soup.cache import InUse, cached, content_key
 from ray_soup.errors import RecipeError
 from ray_soup.models import import_function
@@ -75,13 +77,26 @@ def load_source(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int],
     """Yields (images decoded, images in all); the value of the generator is its Examples. Raises RecipeError."""
     if is_function(spec):
         return (yield from _from_function(spec))
-    if not os.path.exists(spec):
-        raise RecipeError(f"data: {spec} does not exist. Expected .npz, .parquet, or module:function.")
-    if spec.endswith(".npz"):
-        return _from_npz(spec)
-    if spec.endswith(".parquet") or os.path.isdir(spec):
-        return (yield from _from_parquet(spec, preprocess))
+    path = yield from _here(spec)
+    if path.endswith(".npz"):
+        return _from_npz(spec, path)
+    if path.endswith(".parquet") or os.path.isdir(path):
+        return (yield from _from_parquet(spec, path, preprocess))
     raise RecipeError(f"data: {spec} is of no known kind. Expected .npz, .parquet, or module:function.")
+
+
+def _here(spec: str) -> Generator[tuple[int, int], None, str]:
+    """Where the source lies on this node; what is remote is copied into its cache. Raises RecipeError."""
+    try:
+        path = yield from storage.local_copy(spec)
+    except FileNotFoundError:
+        path = spec
+    if not os.path.exists(path):
+        raise RecipeError(
+            f"data: {spec} does not exist on {socket.gethostname()}. Expected .npz, .parquet, or module:function, where "
+            "every node sees it."
+        )
+    return path
 
 
 def _checked(spec: str, images: np.ndarray, labels: np.ndarray) -> Examples:
@@ -92,9 +107,9 @@ def _checked(spec: str, images: np.ndarray, labels: np.ndarray) -> Examples:
     return Examples(spec, images, labels.astype(np.int64))
 
 
-def _from_npz(spec: str) -> Examples:
+def _from_npz(spec: str, path: str) -> Examples:
     try:
-        with np.load(spec, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             missing = {"images", "labels"} - set(arrays.files)
             if missing:
                 raise RecipeError(f"data: {spec} holds {arrays.files}; expected the arrays 'images' and 'labels'.")
@@ -116,12 +131,12 @@ def _from_function(spec: str) -> Generator[tuple[int, int], None, Examples]:
     return _checked(spec, np.stack(images), np.array(labels, dtype=np.int64))
 
 
-def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int], None, Examples]:
+def _from_parquet(spec: str, path: str, preprocess: Preprocess) -> Generator[tuple[int, int], None, Examples]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(spec)
+        table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise RecipeError(f"data: {spec} cannot be read as Parquet ({error}).") from error
     image_column = next((c for c in table.column_names if _is_image(table.schema.field(c).type)), None)
@@ -137,7 +152,7 @@ def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int
         )
     labels = table.column(label_column).to_numpy()
     images = table.column(image_column)
-    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(spec)]
+    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(path)]
     first = _decode(spec, 0, images[0].as_py(), preprocess)
     nbytes = first.nbytes * len(images)
 
@@ -160,8 +175,8 @@ def _from_parquet(spec: str, preprocess: Preprocess) -> Generator[tuple[int, int
     return replace(_checked(spec, np.load(hold.path / "images.npy", mmap_mode="r"), labels), hold=hold)
 
 
-def _files(spec: str) -> list[Path]:
-    return sorted(Path(spec).rglob("*.parquet")) if os.path.isdir(spec) else [Path(spec)]
+def _files(path: str) -> list[Path]:
+    return sorted(Path(path).rglob("*.parquet")) if os.path.isdir(path) else [Path(path)]
 
 
 def _is_image(kind: Any) -> bool:
@@ -200,20 +215,21 @@ def digests(spec: str) -> Generator[tuple[int, int], None, np.ndarray]:
     """
     if is_function(spec):
         return _hashed((yield from load_source(spec, None)).images)
+    path = yield from _here(spec)
 
     def make(folder: Path) -> Iterator[tuple[int, int]]:
         if spec.endswith(".npz"):
-            found = _hashed((yield from load_source(spec, None)).images)
+            found = _hashed(_from_npz(spec, path).images)
         else:
             parts = []
-            for column, done, total in _image_column(spec):
+            for column, done, total in _image_column(path):
                 parts.append(_hashed([v["bytes"] if isinstance(v, dict) else v for v in column.to_pylist()]))
                 yield done, total
             found = np.concatenate(parts)
         np.save(folder / "digests.npy", found)
         yield len(found), len(found)
 
-    key = content_key("digests", [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(spec)])
+    key = content_key("digests", [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in _files(path)])
     hold = yield from cached("digests", key, 0, make)
     found = np.load(hold.path / "digests.npy")
     hold.close()
@@ -228,10 +244,10 @@ def _hashed(images: Sequence[Any] | np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(map(one, images)), np.uint64)
 
 
-def _image_column(spec: str) -> Iterator[tuple[Any, int, int]]:
+def _image_column(path: str) -> Iterator[tuple[Any, int, int]]:
     import pyarrow.parquet as pq
 
-    done, readers = 0, [pq.ParquetFile(file) for file in _files(spec)]
+    done, readers = 0, [pq.ParquetFile(file) for file in _files(path)]
     total = sum(reader.metadata.num_rows for reader in readers)
     for reader in readers:
         column = next(field.name for field in reader.schema_arrow if _is_image(field.type))

@@ -139,10 +139,11 @@ def _make(
         def read(k: int, tensor: int, start: int, stop: int) -> torch.Tensor:
             """Also hashes what it read, while it is in the processor's cache."""
             info = ingredients[k].tensors[layout.names[tensor]]
+            part = ingredients[k].read(layout.names[tensor], start, stop)
             if info.stride is None:
                 offset = info.offset + start * info.dtype.itemsize
-                hashes[k][info.file].update(offset, (stop - start) * info.dtype.itemsize)
-            return ingredients[k].read(layout.names[tensor], start, stop)
+                hashes[k][info.file].update(offset, memoryview(part.view(torch.uint8).numpy()))
+            return part
 
         def write(rows: np.ndarray, k: int, position: int) -> None:
             if rows[k].any():

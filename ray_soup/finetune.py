@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,9 @@ import torch
 from ray import tune
 from ray.exceptions import RayTaskError
 
-from ray_soup import models
+from ray_soup import models, storage
 from ray_soup.actors import Watch, connect
+from ray_soup.cache import drained
 from ray_soup.checkpoints import sha256_file
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.folder import locked, write
@@ -63,11 +64,14 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
     """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`, which lists for
     each its hyperparameters, metrics and SHA-256, and is returned. Goes on where a run before this one was stopped, every
     trial from its last epoch."""
-    out = Path(out).absolute()
+    if storage.is_remote(str(out)):
+        raise RecipeError(
+            f"finetune cannot write to {out} yet: OUT is a folder that every node sees. Copy it there afterwards."
+        )
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data.train to fine-tune on.")
     configs = make_configs(recipe)
-    with locked(out):
+    with locked(out, watch) as out:
         manifest = out / "manifest.json"
         if manifest.exists():
             return json.loads(manifest.read_text())
@@ -175,7 +179,7 @@ def _search(
         if workers == 1:
             torch.set_num_threads(max(1, int(cpus)))
             models.look_in(folder)
-            tune.report(yield_from(train(recipe, config, init, work["file"])))
+            tune.report(drained(train(recipe, config, init, work["file"])))
             return
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -184,7 +188,7 @@ def _search(
         scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=each)
         runs = RunConfig(name=name, storage_path=str(state / "train"))
         TorchTrainer(_train_together, train_loop_config=work, scaling_config=scaling, run_config=runs).fit()
-        tune.report(yield_from(train(recipe, config, init, work["file"])))  # is done: the figures
+        tune.report(drained(train(recipe, config, init, work["file"])))  # is done: the figures
 
     resources: dict[str, float] = {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     if workers > 1:  # the trial only waits for its workers; Tune takes no trial that asks for nothing
@@ -228,13 +232,4 @@ def _train_together(work: dict[str, Any]) -> None:
     context = ray_train.get_context()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
     worker = Worker(context.get_world_rank(), context.get_world_size())
-    yield_from(train(work["recipe"], work["hyper"], work["init"], work["file"], worker))
-
-
-def yield_from(work: Generator[Any, None, T]) -> T:
-    """The value of a generator, run to its end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
+    drained(train(work["recipe"], work["hyper"], work["init"], work["file"], worker))

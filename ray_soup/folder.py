@@ -1,41 +1,227 @@
-"""The output folder of a run: one run at a time, begun for one recipe, finished whole or not at all."""
+"""The output folder of a run, local or in a storage: one run at a time, begun for one recipe, finished whole or not at
+all."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
-from ray_soup import __version__
+from ray_soup import __version__, storage
+from ray_soup.actors import Watch, quiet
+from ray_soup.cache import cache_folder, content_key
 from ray_soup.checkpoints import Ingredient, sha256_file
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.recipe import Recipe, dump_recipe
 
 MODEL, COEFFICIENTS = "model.safetensors", "coefficients.safetensors"
+BEAT_S, LEASE_S = 5, 30
+SMALL = 1 << 26  # bytes up to which a file is not a model
 
 
 @dataclass
 class Soup:
     """A finished run: its folder, the lines of results.jsonl, and run.json."""
 
-    out: Path
+    out: Path | str
     rows: list[dict[str, Any]]
     record: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     was_complete: bool = False
 
+    def at(self, out: str | Path) -> Soup:
+        """The same, once it lies at `out`."""
+        return replace(self, out=str(out) if storage.is_remote(str(out)) else self.out)
+
+
+class Lease:
+    """A file that says that a run is at work, rewritten every BEAT_S. One that stays as it is for LEASE_S is a dead run's
+    and is taken over. `beat` is called after every rewriting."""
+
+    def __init__(self, file: str, watch: Watch, beat: Callable[[], None] = lambda: None):
+        self._file, self._watch, self._beat = file, watch, beat
+        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "run": uuid.uuid4().hex, "beat": 0}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Lease:
+        other = self._read()
+        for waited in range(LEASE_S):
+            if other is None or self._is_dead(other):
+                break
+            self._watch(f"is the run on {other['host']} alive", waited, LEASE_S)
+            time.sleep(1)
+            now = self._read()
+            if now is not None and now != other:
+                self._refuse(now)
+            other = now
+        self._write()
+        if storage.is_remote(self._file):
+            time.sleep(1)  # of two that begin at the same time the last writer goes on
+        now = self._read()
+        if now is not None and now["run"] != self._mine["run"]:
+            self._refuse(now)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with suppress(SoupError):
+            storage.remove(self._file)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(storage.read_bytes(self._file))
+            return found if {"host", "pid", "run"} <= set(found) else None
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def _write(self) -> None:
+        self._mine["beat"] += 1
+        storage.write_bytes(json.dumps(self._mine).encode(), self._file)
+
+    def _is_dead(self, other: dict[str, Any]) -> bool:
+        """A process of this machine that is no more. Beside a local file there is a lock, which is ours."""
+        here = other["host"] == self._mine["host"]
+        return here and not (storage.is_remote(self._file) and psutil.pid_exists(other["pid"]))
+
+    def _refuse(self, other: dict[str, Any]) -> None:
+        where = self._file.removesuffix("/state/lease")
+        raise RecipeError(
+            f"Another run is at work in {where}: process {other['pid']} on {other['host']}. Wait for it, or choose another "
+            "folder."
+        )
+
+    def _renew(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with suppress(SoupError, OSError):  # the storage may be back at the next beat; what matters is tried at the end
+                self._write()
+                self._beat()
+
+
+class Mirror:
+    """A folder on this machine that stands for an output folder in a storage."""
+
+    def __init__(self, uri: str):
+        self.uri, self.folder = uri, cache_folder() / "out" / content_key(uri)
+        self._known: dict[str, tuple[int, int]] = {}
+        self._pushing = threading.Lock()
+
+    def fetch(self) -> None:
+        """What is in the storage, but for models."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "state").mkdir(parents=True)
+        for name, found in storage.walk(self.uri).items():
+            if name == "state/lease" or (name.endswith(".safetensors") and found.size > SMALL):
+                continue
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(storage.read_bytes(storage.join(self.uri, name)))
+            self._known[name] = self._state(target)
+
+    @staticmethod
+    def _state(file: Path) -> tuple[int, int]:
+        found = file.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def push(self, only: str = "", watch: Watch = quiet) -> None:
+        """Upload what has changed since, run.json last; what is gone here goes there."""
+        with self._pushing:
+            files = {str(f.relative_to(self.folder)): f for f in self.folder.rglob("*") if f.is_file()}
+            here = {
+                name: file
+                for name, file in files.items()
+                if name.startswith(only) and not name.startswith("state/out/") and not name.endswith((".tmp", "/lock"))
+            }
+            changed = {}
+            for name, file in sorted(here.items(), key=lambda item: item[0] == "run.json"):
+                with suppress(FileNotFoundError):  # thrown away just now
+                    if self._known.get(name) != (state := self._state(file)):
+                        changed[name] = state
+            total, done = sum(size for size, _ in changed.values()), 0
+            for name, state in changed.items():
+                watch("uploading", done, total)
+                with suppress(FileNotFoundError):
+                    storage.upload(self.folder / name, storage.join(self.uri, name))
+                    self._known[name] = state
+                done += state[0]
+            for name in [n for n in self._known if n.startswith(only) and n not in here]:
+                storage.remove(storage.join(self.uri, name))
+                del self._known[name]
+
+    def tidy(self) -> None:
+        """What is left of the state in the storage and is not here goes."""
+        for name in storage.walk(f"{self.uri}/state"):
+            if name != "lease" and not (self.folder / "state" / name).exists():
+                storage.remove(f"{self.uri}/state/{name}")
+
+
+_MIRRORS: dict[Path, Mirror] = {}  # of the runs at work in this process, by their folders
+
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder. A lock dies with its process."""
+def locked(out: str | Path, watch: Watch = quiet) -> Iterator[Path]:
+    """One run at a time in the output folder `out`. Yields the folder to work in: itself, or for a URI one on this machine,
+    whose state is uploaded every BEAT_S, and all of it at the end."""
+    if not storage.is_remote(str(out)):
+        with _locked_here(Path(out).absolute(), watch) as folder:
+            yield folder
+        return
+    uri = str(out).rstrip("/")
+    storage.check_uri(uri)
+    mirror = Mirror(uri)
+    with Lease(f"{uri}/state/lease", watch, lambda: mirror.push("state/")):
+        mirror.fetch()
+        _MIRRORS[mirror.folder] = mirror
+        try:
+            yield mirror.folder
+        except BaseException as error:
+            with suppress(SoupError):
+                mirror.push()
+            if isinstance(error, SoupError):
+                raise type(error)(str(error).replace(str(mirror.folder), uri)) from error
+            raise
+        else:
+            mirror.push(watch=watch)
+            mirror.tidy()
+        finally:
+            del _MIRRORS[mirror.folder]
+    shutil.rmtree(mirror.folder, ignore_errors=True)
+
+
+def seen_by_actors(file: Path) -> str:
+    """The path or URI that actors on any node find a file of an output folder under."""
+    for folder, mirror in _MIRRORS.items():
+        if folder in file.parents:
+            uri = storage.join(mirror.uri, "state", f"evaluated-{file.name}")
+            storage.upload(file, uri)
+            return uri
+    return str(file)
+
+
+def shared_files(out: Path) -> tuple[str, ...]:
+    """A file of a local output folder, which actors on every node should see."""
+    mirrored = any(folder in (out, *out.parents) for folder in _MIRRORS)
+    return () if mirrored else (str(out / "state" / "resolved.json"),)
+
+
+@contextmanager
+def _locked_here(out: Path, watch: Watch) -> Iterator[Path]:
+    """A lock dies with its process; the lease beside it is for other machines that see the same disk."""
     state = out / "state"
     existed = out.exists()
     try:
@@ -48,7 +234,8 @@ def locked(out: Path) -> Iterator[None]:
     except Timeout:
         raise RecipeError(f"Another run is at work in {out}. Wait for it, or choose another folder.") from None
     try:
-        yield
+        with Lease(str(state / "lease"), watch):
+            yield out
     finally:
         lock.release()
         if not existed and not any(f.name != "lock" for f in state.iterdir()) and len(list(out.iterdir())) == 1:
@@ -164,7 +351,7 @@ def publish(recipe: Recipe, rows: Sequence[dict[str, Any]], record: dict[str, An
             file.replace(out / file.name)
         folder.rmdir()
         for left in (out / "state").iterdir():
-            if left.name not in ("begun.json", "resolved.json", "lock"):
+            if left.name not in ("begun.json", "resolved.json", "lock", "lease"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     except OSError as error:
         raise SoupError(f"{out} could not be written ({error.strerror}). Free some room, then run it again.") from error

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_soup import storage
 from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
 from ray_soup.bake import bake, mix_range
 from ray_soup.blocks import Layout, Partition, partition
@@ -42,6 +43,8 @@ from ray_soup.folder import (
     locked,
     new_folder,
     publish,
+    seen_by_actors,
+    shared_files,
     versions,
     write,
 )
@@ -133,7 +136,7 @@ def open_bench(
         mesh, cpus, model_batch = _resolved(recipe, layout, len(ingredients), out, learning)
         actors = Actors(recipe, ingredients, mesh, cpus)
         try:
-            ready = actors.setup(watch)
+            ready = actors.setup(watch, shared_files(out))
             yield Bench(recipe, ingredients, layout, mesh, cpus, model_batch, actors, ready, watch)
         finally:
             actors.close()
@@ -239,7 +242,7 @@ def baked(bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits:
     """Write the soup to `path`; what that file does on each of `splits`."""
     chosen = [bench.ingredients[k] for k in subset]
     bake(made.coefficients, chosen, path, watch=lambda done, total: bench.watch("mixing", done, total))
-    outcomes = bench.actors.evaluate_file(str(path), list(splits.values()), bench.watch)
+    outcomes = bench.actors.evaluate_file(seen_by_actors(path), list(splits.values()), bench.watch)
     return dict(zip(splits, outcomes, strict=True))
 
 
@@ -273,16 +276,15 @@ def cosines(gram: np.ndarray) -> np.ndarray:
 def run(recipe: Recipe, out: str | Path, watch: Watch = quiet, state: Path | None = None) -> Soup:
     """Make the soup that `recipe` describes in the folder `out`; goes on where a run before this one was stopped, or at
     `state`, or returns what is complete. Raises SoupError."""
-    out = Path(out).absolute()
     ingredients, layout = prepare(recipe)
-    with locked(out):
-        complete = completed(out, begun(recipe, ingredients))
-        if complete is not None:
-            return complete
-        with failures_recorded(out):
-            if state is not None:
-                shutil.copyfile(state, out / "state" / "learn.pt")
-            return make_in(recipe, ingredients, layout, out, watch)
+    with locked(out, watch) as folder:
+        soup = completed(folder, begun(recipe, ingredients))
+        if soup is None:
+            with failures_recorded(folder):
+                if state is not None:
+                    shutil.copyfile(state, folder / "state" / "learn.pt")
+                soup = make_in(recipe, ingredients, layout, folder, watch)
+    return soup.at(out)
 
 
 def make_in(
@@ -403,7 +405,7 @@ def remarks(recipe: Recipe, ingredients: list[Ingredient], sha256: list[str]) ->
 
 def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> dict[str, Any]:
     """What a checkpoint, or a soup's folder, does on one split; with a temperature where there is a select to find it on."""
-    path = str(Path(model) / MODEL) if (Path(model) / "run.json").exists() else model
+    path = storage.join(model, MODEL) if storage.isfile(storage.join(model, "run.json")) else model
     open_ingredient(path)
     layout = describe(recipe.model)
     with connect():
@@ -438,22 +440,34 @@ def _of_folder(out: Path) -> tuple[Recipe, dict[str, Any], Coefficients, list[In
 
 def bake_again(out: str | Path, new_out: str | Path, watch: Watch = quiet) -> Soup:
     """The soup in `out` again, from its coefficients and the ingredients alone, in a new folder."""
-    out, new_out = Path(out).absolute(), Path(new_out).absolute()
-    recipe, record, coefficients, ingredients = _of_folder(out)
-    with locked(new_out):
-        if any(f.name != "state" for f in new_out.iterdir()):
+    source = _here(out, watch)
+    recipe, record, coefficients, ingredients = _of_folder(source)
+    with locked(new_out, watch) as new:
+        if any(f.name != "state" for f in new.iterdir()):
             raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
         sha256 = hash_ingredients(ingredients, watch)
         _same_ingredients(record, ingredients, sha256)
-        folder = new_folder(new_out)
+        folder = new_folder(new)
         bake(coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
-        rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        write(new_out / "state" / "begun.json", json.dumps(begun(recipe, ingredients)))
+        rows = [json.loads(line) for line in (source / "results.jsonl").read_text().splitlines()]
+        write(new / "state" / "begun.json", json.dumps(begun(recipe, ingredients)))
         save_coefficients(coefficients, folder / COEFFICIENTS)
         (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record))
-        shutil.copyfile(out / "report.html", folder / "report.html")
-        publish(recipe, rows, record, folder, new_out)
-    return Soup(new_out, rows, record)
+        shutil.copyfile(source / "report.html", folder / "report.html")
+        publish(recipe, rows, record, folder, new)
+    return Soup(new, rows, record).at(new_out)
+
+
+def _here(out: str | Path, watch: Watch) -> Path:
+    """The folder of a finished soup on this machine. Raises RecipeError."""
+    work = storage.local_copy(str(out))
+    try:
+        while True:
+            watch("fetching", *next(work))
+    except StopIteration as stop:
+        return Path(stop.value).absolute()
+    except FileNotFoundError:
+        raise RecipeError(f"{out} is not a finished soup: there is nothing.") from None
 
 
 def _same_ingredients(record: dict[str, Any], ingredients: list[Ingredient], sha256: list[str]) -> None:
@@ -468,7 +482,7 @@ def _same_ingredients(record: dict[str, Any], ingredients: list[Ingredient], sha
 def verify(out: str | Path, watch: Watch = quiet) -> list[str]:
     """Hold a finished soup against itself: hashes of its files, column sums, hashes of the ingredients, and the model
     against its coefficients, bit for bit. Returns what was checked; raises SoupError for the first thing that is wrong."""
-    out = Path(out).absolute()
+    out = _here(out, watch)
     record = finished_record(out)
     for name, digest in record["files"].items():
         found = sha256_file(str(out / name)) if (out / name).exists() else "missing"

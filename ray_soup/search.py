@@ -23,8 +23,10 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from ray_soup import models
+from ray_soup import models, storage
 from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
+from ray_soup.blocks import Layout
+from ray_soup.checkpoints import Ingredient
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.finetune import distribution, draw, quiet_tune
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
@@ -131,13 +133,13 @@ def _fit(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
     return True
 
 
-def soup_trainable(recipe: Recipe, states: Path | None = None) -> Callable[[dict[str, Any]], None]:
+def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[dict[str, Any]], None]:
     """A function trainable for `tune.Tuner` that learns one soup, by the recipe with the values of its config, such as
     {"learn.lr": 0.02, "learn.model_batch": 6}. After every epoch it reports the point kept so far: select_nll,
     select_accuracy, percent (of its steps), seconds, peak_memory_bytes; what went wrong as `error`.
 
-    States are kept as `states`/TRIAL_ID.pt, on a disk that every node sees, and gone on with; without `states` they are the
-    trials' checkpoints. `soup_resources` says what it asks of the cluster.
+    States are kept as `states`/TRIAL_ID.pt, in a storage or on a disk that every node sees, and gone on with; without
+    `states` they are the trials' checkpoints. `soup_resources` says what it asks of the cluster.
     """
     folder = os.getcwd()
 
@@ -149,13 +151,21 @@ def soup_trainable(recipe: Recipe, states: Path | None = None) -> Callable[[dict
         models.look_in(folder)
         with tempfile.TemporaryDirectory() as made:
             file = Path(made) / "learn.pt"
-            if states is not None:
-                file = states / f"{tune.get_context().get_trial_id()}.pt"
-            elif tune.get_checkpoint() is not None:
+            kept = storage.join(states, f"{tune.get_context().get_trial_id()}.pt") if states is not None else None
+            if kept is not None and storage.exists(kept):
+                file.write_bytes(storage.read_bytes(kept))
+            elif kept is None and tune.get_checkpoint() is not None:
                 with tune.get_checkpoint().as_directory() as before:
                     shutil.copyfile(Path(before) / "learn.pt", file)
+
+            def keep() -> tune.Checkpoint | None:
+                if kept is None:
+                    return tune.Checkpoint.from_directory(made)
+                storage.upload(file, kept)
+                return None
+
             try:
-                _learn(changed(recipe, config.get("soup", config)), file, checkpoint=states is None)
+                _learn(changed(recipe, config.get("soup", config)), file, keep)
             except SoupError as error:  # ours or the data's: another try would end the same
                 worst = {"select_nll": float("inf"), "select_accuracy": 0.0}
                 tune.report({**worst, "percent": 100, "seconds": 0.0, "peak_memory_bytes": 0, "error": str(error)})
@@ -163,7 +173,7 @@ def soup_trainable(recipe: Recipe, states: Path | None = None) -> Callable[[dict
     return soup_trial
 
 
-def _learn(recipe: Recipe, file: Path, checkpoint: bool) -> None:
+def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None]) -> None:
     ingredients, layout = prepare(recipe, needs_fit=True)
     mesh, cpus, model_batch = trial_mesh(recipe, layout.numel, len(ingredients))
     actors = Actors(recipe, ingredients, mesh, cpus)
@@ -181,7 +191,7 @@ def _learn(recipe: Recipe, file: Path, checkpoint: bool) -> None:
                 "seconds": state.seconds,
                 "peak_memory_bytes": max(actors.peak_memory()),
             }
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(file.parent) if checkpoint else None)
+            tune.report(metrics, checkpoint=keep())
 
         state = learn(recipe, actors, taken.norms, splits, model_batch, file, after_epoch=report)
         report(1, 1, state)
@@ -238,39 +248,55 @@ class PatientASHA(ASHAScheduler):
 def search(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
     """Search, then make the best soup in the folder `out` as `run` does, with the trials in its run.json and report; goes on
     where a search before this one was stopped, or returns what is complete. Raises SoupError."""
-    out = Path(out).absolute()
     ingredients, layout = prepare(recipe, needs_fit=True)
     configs = make_configs(recipe, len(ingredients))
-    with locked(out):
-        complete = completed(out, begun(recipe, ingredients, kind="search"))
-        if complete is not None:
-            return complete
-        with failures_recorded(out), connect():
-            for config in configs:
-                wait_for_room(bundles(changed(recipe, config), layout.numel, len(ingredients)), recipe.search.wait_s, watch)
-            made = out / "state" / "first"
-            (made / "state").mkdir(parents=True, exist_ok=True)
-            with open_bench(changed(recipe, configs[0]), ingredients, layout, made, True, watch) as bench:
-                bench.take(tuple(range(len(ingredients))), "tensor")  # the one read of the ingredients, for all trials
-            with quiet_tune():
-                trials = _run_trials(recipe, configs, out / "state", watch)
-            best = _best(trials, recipe.search.metric)
-            keys = list(configs[0])
-            shutil.copyfile(out / "state" / "trials" / f"{best['id']}.pt", out / "state" / "learn.pt")
-            more = {"search": {"keys": keys, "metric": recipe.search.metric, "trials": trials, "pareto": pareto(trials),
-                               "best": best["trial"]}}  # fmt: skip
-            _keep_tensorboard(out)
-            soup = make_in(changed(recipe, {k: best[k] for k in keys}), ingredients, layout, out, watch, more)
-    return soup
+    with locked(out, watch) as folder:
+        soup = completed(folder, begun(recipe, ingredients, kind="search"))
+        if soup is None:
+            with failures_recorded(folder), connect():
+                trials = storage.join(
+                    str(out).rstrip("/") if storage.is_remote(str(out)) else str(folder), "state", "trials"
+                )
+                soup = _search(recipe, ingredients, layout, configs, folder, trials, watch)
+    return soup.at(out)
 
 
-def _run_trials(recipe: Recipe, configs: list[dict[str, Any]], state: Path, watch: Watch) -> list[dict[str, Any]]:
+def _search(
+    recipe: Recipe,
+    ingredients: list[Ingredient],
+    layout: Layout,
+    configs: list[dict[str, Any]],
+    out: Path,
+    states: str,
+    watch: Watch,
+) -> Soup:
+    """What is said of `search`, in a folder that is locked and begun."""
+    for config in configs:
+        wait_for_room(bundles(changed(recipe, config), layout.numel, len(ingredients)), recipe.search.wait_s, watch)
+    made = out / "state" / "first"
+    (made / "state").mkdir(parents=True, exist_ok=True)
+    with open_bench(changed(recipe, configs[0]), ingredients, layout, made, True, watch) as bench:
+        bench.take(tuple(range(len(ingredients))), "tensor")  # the one read of the ingredients, for all trials
+    with quiet_tune():
+        trials = _run_trials(recipe, configs, out / "state", states, watch)
+    best = _best(trials, recipe.search.metric)
+    keys = list(configs[0])
+    (out / "state" / "learn.pt").write_bytes(storage.read_bytes(storage.join(states, f"{best['id']}.pt")))
+    more = {"search": {"keys": keys, "metric": recipe.search.metric, "trials": trials, "pareto": pareto(trials),
+                       "best": best["trial"]}}  # fmt: skip
+    _keep_tensorboard(out)
+    return make_in(changed(recipe, {k: best[k] for k in keys}), ingredients, layout, out, watch, more)
+
+
+def _run_trials(
+    recipe: Recipe, configs: list[dict[str, Any]], state: Path, states: str, watch: Watch
+) -> list[dict[str, Any]]:
     """Each trial's number, id, config, metrics and error, in order."""
     options = recipe.search
     (state / "trials").mkdir(exist_ok=True)
     Progress.watch, Progress.total = staticmethod(watch), len(configs)
     PatientASHA.first = configs[0]
-    trainable = tune.with_resources(soup_trainable(recipe, state / "trials"), soup_resources(recipe))
+    trainable = tune.with_resources(soup_trainable(recipe, states), soup_resources(recipe))
     experiment = state / "tune"
     watch("searching", 0, len(configs))
     tuner = None

@@ -8,7 +8,9 @@ model batch that `begin` gave it, and on nothing else: a lost one is made anew a
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
+import socket
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ray_soup import directions, models
+from ray_soup import directions, models, storage
 from ray_soup.blocks import Partition, flatten, layout_of, partition
 from ray_soup.cache import content_key
 from ray_soup.checkpoints import Ingredient, common_dtype
@@ -132,11 +134,13 @@ class Shard:
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if recipe.actors.gpus else "cpu")
 
-    def setup(self) -> Iterator[tuple[str, int, int] | Ready]:
+    def setup(self, seen: tuple[str, ...] = ()) -> Iterator[tuple[str, int, int] | Ready]:
         """Build the model and decode the data. Yields (what, done, in all) on the way and Ready at the end.
 
-        Raises RecipeError; the first actor also for images that are in two splits.
+        Raises RecipeError for ingredients, and local files `seen` by the driver, that this node does not see; the first
+        actor also for images that are in two splits.
         """
+        self._check_paths(seen)
         built = models.build(self.recipe.model)
         self.model = built.model.to(self.device).eval()
         self.layout = layout_of(self.model)
@@ -170,6 +174,19 @@ class Shard:
             {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in self.examples.items() if found},
             models.fingerprint(self.recipe.model, built),
         )
+
+    def _check_paths(self, seen: tuple[str, ...]) -> None:
+        files = [(f, size) for i in self.ingredients for f, size in zip(i.files, i.sizes, strict=True)]
+        for path, size in [*((path, None) for path in seen), *files]:
+            if storage.is_remote(path):
+                continue
+            found = os.path.getsize(path) if os.path.exists(path) else None
+            if found is None or size not in (None, found):
+                what = "does not exist" if found is None else f"has {found:,} bytes and the driver's {size:,}"
+                raise RecipeError(
+                    f"{path} {what} on the node {socket.gethostname()}. Put ingredients, data and OUT where every node sees "
+                    "them: a shared disk, or a URI such as s3://BUCKET/...."
+                )
 
     def take(self, subset: tuple[int, ...], blocks: str | int) -> Iterator[tuple[str, int, int] | Taken]:
         """Make or open the direction store of the ingredients `subset`, to learn coefficients for blocks of this kind.

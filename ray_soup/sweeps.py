@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from glob import escape, glob
-from pathlib import Path
+from fnmatch import fnmatch
 from typing import Any
 
-from ray_soup.errors import IngredientError, RecipeError
+from ray_soup import storage
+from ray_soup.errors import IngredientError, RecipeError, SoupError
 
 OF_TUNE = {  # what Tune adds to every report
     "checkpoint_dir_name", "date", "done", "experiment_tag", "hostname", "iterations_since_restore", "node_ip", "pid",
@@ -58,11 +58,8 @@ def split_metric(spec: str) -> tuple[str, str | None, str]:
 
 
 def is_experiment(folder: str) -> bool:
-    return bool(_states(folder)) or os.path.isfile(os.path.join(folder, TRAIN))
-
-
-def _states(folder: str) -> list[str]:
-    return sorted(glob(os.path.join(escape(folder), TUNE)))
+    names = storage.listdir(folder) if storage.isdir(folder) else []
+    return TRAIN in names or any(fnmatch(name, TUNE) for name in names)
 
 
 def read_sweep(folder: str, metric: str | None = None, mode: str = "max") -> Sweep:
@@ -72,11 +69,11 @@ def read_sweep(folder: str, metric: str | None = None, mode: str = "max") -> Swe
     """
     sweep = Sweep(folder)
     try:
-        states = _states(folder)
+        states = [name for name in storage.listdir(folder) if fnmatch(name, TUNE)]
         if states:
-            _read_tune(sweep, states[-1], metric, mode)
+            _read_tune(sweep, storage.join(folder, states[-1]), metric, mode)
         else:
-            _read_train(sweep, os.path.join(folder, TRAIN), metric, mode)
+            _read_train(sweep, storage.join(folder, TRAIN), metric, mode)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IngredientError(
             f"{folder} looks like an experiment of Ray Tune or Train and cannot be read ({type(error).__name__}: {error}). "
@@ -86,34 +83,34 @@ def read_sweep(folder: str, metric: str | None = None, mode: str = "max") -> Swe
 
 
 def _read_tune(sweep: Sweep, state: str, metric: str | None, mode: str) -> None:
-    with open(state) as file:
-        trials = [[json.loads(part) if isinstance(part, str) else part for part in t] for t in json.load(file)["trial_data"]]
+    found = json.loads(storage.read_bytes(state))["trial_data"]
+    trials = [[json.loads(part) if isinstance(part, str) else part for part in trial] for trial in found]
     for static, runtime in sorted(trials, key=lambda t: t[0]["trial_id"]):
         if static["status"] != "TERMINATED":
             sweep.left_out["failed" if static["status"] == "ERROR" else "unfinished"] += 1
             continue
-        folder = os.path.join(sweep.folder, static["relative_logdir"])
-        reports = _reports(os.path.join(folder, "result.json")) or [runtime.get("last_result") or {}]
-        if metric is not None and len(reports) < len(glob(os.path.join(escape(folder), "checkpoint_*"))):
+        folder = storage.join(sweep.folder, static["relative_logdir"])
+        names = storage.listdir(folder)
+        reports = _reports(folder) if "result.json" in names else []
+        reports = reports or [runtime.get("last_result") or {}]
+        checkpoints = [name for name in names if name.startswith("checkpoint_")]
+        if metric is not None and len(reports) < len(checkpoints):
             raise RecipeError(
                 f"{folder}: which checkpoint is best by '{metric}' is not known: it was written without Tune's result.json. "
                 "Leave ?metric= out to take the last one of each trial."
             )
-        found = [(r, os.path.join(folder, r.get("checkpoint_dir_name") or "-")) for r in reports]
+        found = [(r, storage.join(folder, r.get("checkpoint_dir_name") or "-")) for r in reports]
         _take(sweep, static["trial_id"], static.get("config", {}), found, metric, mode)
 
 
-def _reports(file: str) -> list[dict[str, Any]]:
-    if not os.path.isfile(file):
-        return []
-    with open(file) as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+def _reports(folder: str) -> list[dict[str, Any]]:
+    lines = storage.read_bytes(storage.join(folder, "result.json")).decode().splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _read_train(sweep: Sweep, snapshot: str, metric: str | None, mode: str) -> None:
-    with open(snapshot) as file:
-        results = json.load(file)["checkpoint_results"]
-    found = [(r["metrics"], os.path.join(sweep.folder, r["checkpoint_dir_name"])) for r in results]
+    results = json.loads(storage.read_bytes(snapshot))["checkpoint_results"]
+    found = [(r["metrics"], storage.join(sweep.folder, r["checkpoint_dir_name"])) for r in results]
     _take(sweep, os.path.basename(os.path.normpath(sweep.folder)), {}, found, metric, mode)
 
 
@@ -125,7 +122,7 @@ def _take(
     metric: str | None,
     mode: str,
 ) -> None:
-    kept = [(metrics, folder) for metrics, folder in found if os.path.isdir(folder)]
+    kept = [(metrics, folder) for metrics, folder in found if storage.isdir(folder)]
     if metric is not None:
         known = sorted({key for metrics, _ in found for key in _plain(metrics)})
         if found and metric not in known:
@@ -152,8 +149,8 @@ def _noted(path: str, manifests: dict[str, dict[str, dict[str, Any]]]) -> Trial 
     folder, name = os.path.split(path)
     if folder not in manifests:
         manifests[folder] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is somebody else's
-            entries = json.loads(Path(folder, OURS).read_text())
+        with suppress(OSError, SoupError, ValueError, KeyError, TypeError):  # there is none, or it is somebody else's
+            entries = json.loads(storage.read_bytes(storage.join(folder, OURS)))
             manifests[folder] = {entry["file"]: entry for entry in entries if "sha256" in entry}
     entry = manifests[folder].get(name)
     if entry is None:

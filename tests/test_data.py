@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_soup.cache import drained
 from ray_soup.data import Examples, Split, batch_positions, check_leaks, cut, load_sources
 from ray_soup.errors import RecipeError
-from ray_soup.finetune import yield_from
 from ray_soup.recipe import Data
 from tests.tiny import digits
 
@@ -39,11 +39,11 @@ def write_parquet(path: Path, broken: int | None = None, hub: bool = True) -> No
 
 
 def sources(data: Data, preprocess: Any = as_tensor) -> dict[str, Examples]:
-    return yield_from(load_sources(data, preprocess))
+    return drained(load_sources(data, preprocess))
 
 
 def splits(data: Data, seed: int = 1) -> dict[str, Split]:
-    return cut(data, {k: len(v) for k, v in sources(data).items()}, yield_from(check_leaks(data)).get("fit"), seed)
+    return cut(data, {k: len(v) for k, v in sources(data).items()}, drained(check_leaks(data)).get("fit"), seed)
 
 
 def everything(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,10 +115,10 @@ def test_an_image_in_two_splits_is_refused(tmp_path: Path, name: str) -> None:
     np.savez(tmp_path / "other.npz", images=images[49:99], labels=labels[49:99])
     data = Data(**{"fit": str(tmp_path / "fit.npz"), name: str(tmp_path / "other.npz")})
     with pytest.raises(RecipeError, match=rf"data\.fit|data\.{name}") as refused:
-        yield_from(check_leaks(data))
+        drained(check_leaks(data))
     assert "share images (1 of 50)" in str(refused.value)
     np.savez(tmp_path / "other.npz", images=images[50:99], labels=labels[50:99])
-    assert set(yield_from(check_leaks(data))) == {"fit", name}
+    assert set(drained(check_leaks(data))) == {"fit", name}
 
 
 def test_one_pass_takes_every_example_once() -> None:

@@ -10,17 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from ray_soup import checkpoints, directions
 from ray_soup.blocks import Layout, layout_of, partition
+from ray_soup.cache import drained
 from ray_soup.checkpoints import open_ingredients, sha256_file
 from ray_soup.directions import DirectionStore, open_store
 from ray_soup.errors import IngredientError
-from ray_soup.finetune import yield_from
 from tests.tiny import Tiny
 
 
 def make_store(pattern: str, layout: Layout, dtype: str = "float32", threads: int = 2) -> DirectionStore:
     ingredients = open_ingredients(pattern)
     checkpoints.check_together(ingredients, layout.state_shapes, layout.tied)
-    return yield_from(open_store(ingredients, layout, dtype, threads))
+    return drained(open_store(ingredients, layout, dtype, threads))
 
 
 def dense(pattern: Path, layout: Layout) -> np.ndarray:

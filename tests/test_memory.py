@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ray_soup.actors import Actors, quiet
+from ray_soup.cache import drained
 from ray_soup.data import cut
 from ray_soup.directions import open_store
-from ray_soup.finetune import yield_from
 from ray_soup.learn import learn
 from ray_soup.pipeline import prepare
 from ray_soup.recipe import make_recipe
@@ -83,7 +83,7 @@ def test_memory_follows_the_model_batch(zoo: Path, tmp_path: Path) -> None:
             }
         )  # fmt: skip
         ingredients, layout = prepare(recipe)
-        yield_from(open_store(ingredients, layout, "float32"))  # made before: only learning is measured
+        drained(open_store(ingredients, layout, "float32"))  # made before: only learning is measured
         actors = Actors(recipe, ingredients, Mesh(1, 1), 1)
         try:
             ready = actors.setup(quiet)

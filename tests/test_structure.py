@@ -5,7 +5,7 @@ import ast
 from tests.conftest import ROOT
 
 ORDER = str.split(
-    "errors recipe cache sweeps checkpoints blocks models data outcomes kernels directions hyperplane shard train "
+    "errors recipe cache storage sweeps checkpoints blocks models data outcomes kernels directions hyperplane shard train "
     "actors coefficients learn greedy bake figures report folder pipeline compare finetune search demo cli"
 )
 MAY_IMPORT_RAY = {"actors", "finetune", "search"}

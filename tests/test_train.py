@@ -15,8 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ray_soup.cache import drained
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.finetune import finetune, yield_from
+from ray_soup.finetune import finetune
 from ray_soup.pipeline import run
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.train import Augment, probe, train
@@ -40,12 +41,12 @@ def same(one: Path, other: Path) -> bool:
 
 def test_a_stopped_training_goes_on_with_the_same_bits(zoo: Path, tmp_path: Path) -> None:
     recipe, init = recipe_of(zoo), str(zoo / "zoo" / "model_0.safetensors")
-    whole = yield_from(train(recipe, HYPER, init, tmp_path / "whole.safetensors"))
+    whole = drained(train(recipe, HYPER, init, tmp_path / "whole.safetensors"))
     for _ in range(2):  # an epoch each
         started = train(recipe, HYPER, init, tmp_path / "parts.safetensors")
         assert next(started)[1] == 3
         started.close()
-    assert yield_from(train(recipe, HYPER, init, tmp_path / "parts.safetensors")) == whole
+    assert drained(train(recipe, HYPER, init, tmp_path / "parts.safetensors")) == whole
     assert same(tmp_path / "whole.safetensors", tmp_path / "parts.safetensors")
     assert sorted(f.name for f in tmp_path.glob("parts*")) == ["parts.json", "parts.safetensors"]
     assert not same(tmp_path / "whole.safetensors", Path(init))
@@ -56,7 +57,7 @@ def test_bfloat16_passes_leave_float32_numbers(zoo: Path, tmp_path: Path) -> Non
     found = {}
     for precision in ("float32", "bfloat16"):
         file = tmp_path / f"{precision}.safetensors"
-        found[precision] = yield_from(train(recipe_of(zoo, precision=precision), hyper, init, file))
+        found[precision] = drained(train(recipe_of(zoo, precision=precision), hyper, init, file))
     assert not same(tmp_path / "float32.safetensors", tmp_path / "bfloat16.safetensors")
     assert all(t.dtype in (torch.float32, torch.int64) for t in load_file(tmp_path / "bfloat16.safetensors").values())
     assert found["bfloat16"]["train_loss"] == pytest.approx(found["float32"]["train_loss"], rel=0.05)
@@ -64,7 +65,7 @@ def test_bfloat16_passes_leave_float32_numbers(zoo: Path, tmp_path: Path) -> Non
 
 def test_a_training_that_diverges_says_so(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(SoupError, match="Training diverged with"):
-        yield_from(train(recipe_of(zoo), {**HYPER, "lr": 1e30}, None, tmp_path / "m.safetensors"))
+        drained(train(recipe_of(zoo), {**HYPER, "lr": 1e30}, None, tmp_path / "m.safetensors"))
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -100,7 +101,7 @@ def test_a_linear_probe_is_the_logistic_regression_on_the_features(zoo: Path, tm
     save_file({**pretrained, "text.tower": torch.zeros(3)}, tmp_path / "pretrained.safetensors")
     wd = 1e-2
     recipe = recipe_of(zoo, finetune={"pretrained": str(tmp_path / "pretrained.safetensors"), "probe_wd": wd})
-    yield_from(probe(recipe, tmp_path / "init.safetensors"))
+    drained(probe(recipe, tmp_path / "init.safetensors"))
     made = load_file(tmp_path / "init.safetensors")
     assert all(torch.equal(made[name], pretrained[name]) for name in made if not name.startswith("head."))
     model = tiny.Tiny()
@@ -121,7 +122,7 @@ def test_what_lacks_more_than_a_head_is_refused(zoo: Path, tmp_path: Path) -> No
     for name, message in (("all", "lacks none: name it as finetune.init"), ("few", r"lacks 4 tensors: .*norm\.")):
         recipe = recipe_of(zoo, finetune={"pretrained": str(tmp_path / f"{name}.safetensors")})
         with pytest.raises(RecipeError, match=message):
-            yield_from(probe(recipe, tmp_path / "init.safetensors"))
+            drained(probe(recipe, tmp_path / "init.safetensors"))
 
 
 def test_a_zoo_that_was_fine_tuned_is_souped(zoo: Path, tmp_path: Path, cluster: None) -> None:

@@ -72,13 +72,13 @@ STORE = """
 import sys, time
 from ray_soup.checkpoints import check_together, open_ingredients
 from ray_soup.directions import open_store
-from ray_soup.finetune import yield_from
+from ray_soup.cache import drained
 from ray_soup.models import describe
 layout = describe(sys.argv[2])
 ingredients = open_ingredients(sys.argv[1])
 check_together(ingredients, layout.state_shapes, layout.tied)
 start = time.perf_counter()
-yield_from(open_store(ingredients, layout, "int8", 2))
+drained(open_store(ingredients, layout, "int8", 2))
 print(time.perf_counter() - start)
 """
 
