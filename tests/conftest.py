@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT /
 os.environ.pop("RAY_ADDRESS", None)
 ROOT = Path(__file__).parent.parent
 
+from ray_soup import storage  # noqa: E402
 from ray_soup.data import Split  # noqa: E402
 from ray_soup.outcomes import Score  # noqa: E402
 from ray_soup.pipeline import prepare  # noqa: E402
@@ -52,6 +56,62 @@ def cluster() -> Iterator[None]:
 
     with connect():
         yield
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which s3:// is a server of our own."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("s3") / "log"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key-id-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield environment
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def s3(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of its own."""
+    from pyarrow import fs
+
+    for name, value in endpoint.items():
+        monkeypatch.setenv(name, value)
+    storage._s3.cache_clear()
+    bucket = f"b{time.monotonic_ns()}"
+    address = endpoint["AWS_ENDPOINT_URL"].removeprefix("http://")
+    fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True).create_dir(bucket)
+    return f"s3://{bucket}"
+
+
+def put(source: Path, uri: str) -> None:
+    for file in source.rglob("*"):
+        if file.is_file():
+            storage.upload(file, f"{uri}/{file.relative_to(source)}")
 
 
 class InProcess:

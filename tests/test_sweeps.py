@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from ray_soup.checkpoints import find_sweeps, open_ingredients
+from ray_soup.coefficients import load_coefficients
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.pipeline import run
 from ray_soup.recipe import make_recipe
-from tests.conftest import values
+from tests.conftest import ROOT, put, ray_soup, values
 from tests.tiny import Tiny
 
 
@@ -82,6 +86,26 @@ def test_a_sweep_is_souped(experiment: Path, zoo: Path, tmp_path: Path) -> None:
     by_glob = [i.path for i in open_ingredients(f"{experiment}?metric=accuracy")]
     same = run(make_recipe({**recipe, "ingredients": by_glob}), tmp_path / "same")
     assert same.rows[0]["test_nll"] == soup.rows[0]["test_nll"]
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_bucket_makes_the_same_soup(experiment: Path, zoo: Path, s3: str, tmp_path: Path) -> None:
+    put(experiment, f"{s3}/sweeps/experiment")
+    ours, theirs = (open_ingredients(f"{base}?metric=accuracy") for base in (experiment, f"{s3}/sweeps/experiment"))
+    assert [(i.name, i.trial.config, i.trial.metrics) for i in ours] == [
+        (i.name, i.trial.config, i.trial.metrics) for i in theirs
+    ]
+    assert [s.note() for s in find_sweeps(f"{s3}/sweeps")] == [
+        f"{s3}/sweeps/experiment: 3 trials taken, left out: 1 failed."
+    ]
+    for name, base in (("ours", str(experiment)), ("theirs", f"{s3}/sweeps/experiment")):
+        recipe = {**values(zoo), "ingredients": f"{base}?metric=accuracy", "learn": {"epochs": 1, "batch_size": 150}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        command = ray_soup("learn", str(tmp_path / f"{name}.yaml"), str(tmp_path / name))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, other = (load_coefficients(tmp_path / name / "coefficients.safetensors").values for name in ("ours", "theirs"))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_experiments_of_ray_train(tmp_path: Path) -> None:

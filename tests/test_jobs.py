@@ -1,0 +1,175 @@
+"""`ray job submit` against a real head, with zero CPUs and a token; the work is done on a worker node."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from ray_soup.coefficients import load_coefficients
+from ray_soup.pipeline import run
+from ray_soup.recipe import make_recipe
+from tests.conftest import ROOT, free_port, values
+
+pytestmark = pytest.mark.slow
+TOKEN = "token-of-the-test-" + "x" * 20
+
+
+class Head:
+    """A Ray head and one worker node, as child processes."""
+
+    def __init__(self, temp: str) -> None:
+        self.port, self.dashboard = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.dashboard}"
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ADDRESS": self.url}
+        self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": temp}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.start(
+            "--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--temp-dir={temp}", "--num-cpus=0",
+            f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+        )  # fmt: skip
+        self.wait(lambda: self.get("/api/version").status == 200)
+        self.start(
+            f"--address=127.0.0.1:{self.port}", f"--temp-dir={temp}w", "--num-cpus=2",
+            f"--dashboard-agent-listen-port={free_port()}", f"--runtime-env-agent-port={free_port()}",
+        )  # fmt: skip
+
+    def start(self, *arguments: str) -> None:
+        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *arguments]
+        log = open(Path(self.environment["RAY_TMPDIR"]) / f"start{len(self.processes)}.log", "wb")  # noqa: SIM115
+        self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+
+    def get(self, path: str, token: str = TOKEN) -> Any:
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        return urllib.request.urlopen(request, timeout=10)
+
+    def wait(self, ready: Any, seconds: int = 90) -> None:
+        for _ in range(seconds * 2):
+            assert all(p.poll() is None for p in self.processes)
+            try:
+                if ready():
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            time.sleep(0.5)
+        raise AssertionError("the head did not come up")
+
+    def job(self, *command: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, "RAY_AUTH_TOKEN": token}
+        return subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "job", *command],
+            env=environment, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+
+    def details(self, submission: str) -> dict[str, Any]:
+        return json.load(self.get(f"/api/jobs/{submission}"))
+
+    def close(self) -> None:
+        everyone = [child for p in self.processes for child in psutil.Process(p.pid).children(recursive=True)]
+        for process in (*self.processes, *everyone):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for process in self.processes:
+            process.wait()
+        psutil.wait_procs(everyone, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    temp = tempfile.mkdtemp(prefix="rj", dir="/tmp")
+    started = Head(temp)
+    try:
+        yield started
+    finally:
+        started.close()
+        for left in (temp, f"{temp}w"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@pytest.fixture
+def folder(zoo: Path, tmp_path: Path) -> Path:
+    """A working directory as a user submits it: the entry points, a recipe, and the module of the model."""
+    work = tmp_path / "work"
+    shutil.copytree(ROOT / "jobs", work)
+    shutil.copy(ROOT / "tests" / "tiny.py", work / "my_model.py")
+    recipe = values(zoo, model="my_model:build", learn={"batch_size": 4, "epochs": 6})
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return work
+
+
+def submit(head: Head, folder: Path, name: str, *arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+    options = ["--submission-id", name, "--working-dir", str(folder), *([] if wait else ["--no-wait"])]
+    return head.job("submit", *options, "--", sys.executable, "learn_soup.py", *arguments)
+
+
+def test_a_job_learns_a_soup_and_its_logs_are_lines(head: Head, folder: Path, zoo: Path, tmp_path: Path) -> None:
+    done = submit(head, folder, "learns", "recipe.yaml", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = head.job("logs", "learns").stdout
+    assert f"Wrote {tmp_path}/out/model.safetensors" in logs
+    assert "\r" not in logs
+    assert "\x1b[2K" not in logs
+    assert "Traceback" not in logs
+    alone = run(make_recipe(values(zoo, learn={"batch_size": 4, "epochs": 6})), tmp_path / "alone")
+    ours, theirs = (load_coefficients(o / "coefficients.safetensors").values for o in (tmp_path / "out", alone.out))
+    assert abs(ours - theirs).max() == 0
+    again = submit(head, folder, "again", "recipe.yaml", str(tmp_path / "out"))
+    assert again.returncode == 0
+    assert "is complete; nothing was run" in head.job("logs", "again").stdout
+
+
+def test_a_job_that_fails_says_so_with_its_exit_code(head: Head, folder: Path, tmp_path: Path) -> None:
+    done = submit(head, folder, "fails", "recipe.yaml", str(tmp_path / "out"), f"data.fit={tmp_path}/nothing.npz")
+    assert done.returncode != 0
+    details = head.details("fails")
+    assert details["status"] == "FAILED"
+    assert details["driver_exit_code"] == 2
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["exit"] == 2
+    logs = head.job("logs", "fails").stdout
+    assert "nothing.npz does not exist on" in logs
+    assert "Traceback" not in logs
+
+
+@pytest.mark.parametrize("token", ["", "wrong-" + TOKEN])
+def test_nobody_gets_in_without_the_token(head: Head, folder: Path, token: str, tmp_path: Path) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        head.get("/api/jobs/", token=token)
+    assert refused.value.code in ((401,) if not token else (401, 403))
+    if token:
+        done = head.job("submit", "--working-dir", str(folder), "--", "true", token=token)
+        assert done.returncode != 0
+
+
+def test_a_stopped_job_goes_on_with_the_same_bits(head: Head, folder: Path, tmp_path: Path) -> None:
+    long = ("learn.batch_size=2", "learn.epochs=12")
+    assert submit(head, folder, "stops", "recipe.yaml", str(tmp_path / "out"), *long, wait=False).returncode == 0
+    state = tmp_path / "out" / "state" / "learn.pt"
+    while not state.exists():
+        assert head.details("stops")["status"] in ("PENDING", "RUNNING"), head.job("logs", "stops").stdout
+        time.sleep(0.2)
+    assert head.job("stop", "stops").returncode == 0
+    while head.details("stops")["status"] not in ("STOPPED", "SUCCEEDED", "FAILED"):
+        time.sleep(0.2)
+    assert head.details("stops")["status"] == "STOPPED"
+    assert state.exists()
+    done = submit(head, folder, "resumes", "recipe.yaml", str(tmp_path / "out"), *long)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = submit(head, folder, "whole", "recipe.yaml", str(tmp_path / "whole"), *long)
+    assert whole.returncode == 0
+    ours, theirs = (load_coefficients(tmp_path / n / "coefficients.safetensors").values for n in ("out", "whole"))
+    assert abs(ours - theirs).max() == 0
