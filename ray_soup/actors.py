@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ray_soup.recipe import Recipe
 from ray_soup.shard import GroupLost, Mesh, Partial, Ready, Shard, Taken
 
 DEADLINE_S = float(os.environ.get("RAY_SOUP_DEADLINE_S", 600))  # of one answer, or one sign of life while setting up
+NO_ANSWER = "no answer"
 ATTEMPTS = 5  # at one call, before a run that loses its actors again and again is given up
 Watch = Callable[[str, int, int], None]
 """Is told (what is being done, done, in all)."""
@@ -90,6 +91,18 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mes
     return mesh, cpus
 
 
+def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:
+    """Whether the cluster is large enough for this mesh."""
+    import ray
+
+    have = ray.cluster_resources()
+    return mesh.size * cpus <= have.get("CPU", 0) and mesh.size * recipe.actors.gpus <= have.get("GPU", 0)
+
+
+class _Lost(Exception):
+    """An actor died while it was being started or brought to where the others are."""
+
+
 class RemoteShard(Shard):
     """A shard in an actor's process."""
 
@@ -114,6 +127,8 @@ class Actors:
         self._taken: tuple[tuple[int, ...], str | int] | None = None
         self._begun: tuple[np.ndarray, np.ndarray] | None = None
         self._seen: tuple[str, ...] = ()
+        self._nodes: dict[int, str] = {}
+        self._held = 0
         self._groups = [self._placement(recipe, mesh, cpus) for _ in range(mesh.replicas)]
         remote, folder = ray.remote(RemoteShard), os.getcwd()
 
@@ -153,7 +168,12 @@ class Actors:
         """Start all actors and wait until they are ready; what they know is the same for all of them. They must see the
         files `seen`."""
         self._seen = seen
-        return self._start(list(range(self.mesh.size)), watch)
+        for _ in range(ATTEMPTS):
+            try:
+                return self._start(list(range(self.mesh.size)), watch)
+            except _Lost as error:
+                reason = str(error)
+        raise SoupError(f"The actors could not be started, {ATTEMPTS} times: {reason}. The same command goes on.")
 
     # What the driver asks
 
@@ -162,7 +182,7 @@ class Actors:
         self._taken, self._begun = None, None
         call = (subset, blocks)
         taken = self._ask("take", lambda actor, rank: actor.take.remote(*call), watch=watch)[0]
-        self._taken = call
+        self._taken, self._held = call, taken.held
         return taken
 
     def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
@@ -249,8 +269,17 @@ class Actors:
                 return [answers[rank] for rank in wanted]
             replicas = {rank // self.mesh.shards for rank in lost}
             missing = [rank for rank in wanted if rank // self.mesh.shards in replicas]
-            self._replace(replicas)
-        raise SoupError(f"'{what}' failed {ATTEMPTS} times: actors {sorted(lost)} were lost again and again ({reason}).")
+            with suppress(_Lost):  # one was lost again on the way: the next call will find it so
+                self._replace(replicas)
+        raise SoupError(
+            f"'{what}' failed {ATTEMPTS} times: {self._named(lost)} lost again and again ({reason}). The same command goes "
+            "on."
+        )
+
+    def _named(self, ranks: Iterable[int]) -> str:
+        """Actors with their nodes and the bytes that they held."""
+        known = [f"actor {r} on {self._nodes.get(r, 'no node yet')}" for r in sorted(ranks)]
+        return f"{', '.join(known)} (holding {self._held / 1e6:,.0f} MB of directions)"
 
     def _collect(self, calls: dict[int, Any], answers: dict[int, Any], watch: Watch | None = None) -> tuple[set[int], str]:
         """Fill in the answers; returns the ranks that were lost, and how. With `watch` the calls are streams: it is told
@@ -265,7 +294,7 @@ class Actors:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=DEADLINE_S)
             if not ready:
-                return lost | {rank_of[call] for call in waiting}, f"no answer within {DEADLINE_S:.0f} s"
+                return lost | {rank_of[call] for call in waiting}, f"{NO_ANSWER} within {DEADLINE_S:.0f} s"
             rank = rank_of[ready[0]]
             try:
                 value: Any = ray.get(next(ready[0]) if watch else ready[0])
@@ -285,50 +314,53 @@ class Actors:
         return lost, reason
 
     def _replace(self, replicas: set[int]) -> None:
-        """Make replicas anew, and bring them to where the model batch began."""
-        import ray
-
+        """Make replicas anew, and bring them to where the model batch began. Raises _Lost."""
         ranks = [r * self.mesh.shards + s for r in sorted(replicas) for s in range(self.mesh.shards)]
-        for rank in ranks:
-            ray.kill(self._handles[rank])
         self._start(ranks, quiet)
         if self._taken is not None:
             subset, blocks = self._taken
-            self._must(ranks, "being replaced", lambda actor: actor.take.remote(subset, blocks), quiet)
+            self._must(ranks, "being replaced", lambda actor, _: actor.take.remote(subset, blocks), quiet)
         if self._begun is not None:
             chosen, x = self._begun
-            self._must(ranks, "being replaced", lambda actor: actor.begin.remote(chosen, x))
+            self._must(ranks, "being replaced", lambda actor, _: actor.begin.remote(chosen, x))
 
-    def _must(self, ranks: list[int], when: str, call: Callable[[Any], Any], watch: Watch | None = None) -> list[Any]:
+    def _must(self, ranks: list[int], when: str, call: Callable[[Any, int], Any], watch: Watch | None = None) -> list[Any]:
         answers: dict[int, Any] = {}
-        lost, reason = self._collect({rank: call(self._handles[rank]) for rank in ranks}, answers, watch)
-        if lost:
+        lost, reason = self._collect({rank: call(self._handles[rank], rank) for rank in ranks}, answers, watch)
+        if lost and reason.startswith(NO_ANSWER):
             import ray
 
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             raise SoupError(
-                f"Actors {sorted(lost)} were lost while {when} ({reason}). Is the cluster busy? It has free: {free}."
+                f"{self._named(lost)}: {reason} while {when}. Is the cluster busy, or has it lost a node? It has free: "
+                f"{free}. The same command goes on, with fewer actors where there is less room."
             )
+        if lost:
+            raise _Lost(f"{self._named(lost)} lost while {when} ({reason})")
         return [answers[rank] for rank in ranks]
 
     def _start(self, ranks: list[int], watch: Watch) -> Ready:
+        """Make these actors, anew where they are there. Raises _Lost where one dies meanwhile."""
+        import ray
+
         for rank in ranks:
+            if self._handles[rank] is not None:
+                ray.kill(self._handles[rank])
             self._handles[rank] = self._make(rank)
         watch("starting actors", 0, len(ranks))
-        ready = self._must(ranks, "starting", lambda actor: actor.setup.remote(self._seen), watch)
+        ready = self._must(ranks, "starting", lambda actor, _: actor.setup.remote(self._seen), watch)
         watch("starting actors", len(ranks), len(ranks))
+        self._nodes |= {rank: answer.node for rank, answer in zip(ranks, ready, strict=True)}
         if self.mesh.shards > 1:
             self._join(ranks)
         return ready[0]
 
     def _join(self, ranks: list[int]) -> None:
-        import ray
-
         firsts = [rank for rank in ranks if rank % self.mesh.shards == 0]
-        serving = [self._handles[rank].serve_group.remote() for rank in firsts]
-        where = dict(zip(firsts, ray.get(serving, timeout=DEADLINE_S), strict=True))
-        joins = [self._handles[rank].join.remote(*where[rank - rank % self.mesh.shards]) for rank in ranks]
-        ray.get(joins, timeout=DEADLINE_S)
+        where = dict(
+            zip(firsts, self._must(firsts, "opening a group", lambda actor, _: actor.serve_group.remote()), strict=True)
+        )
+        self._must(ranks, "joining", lambda actor, rank: actor.join.remote(*where[rank - rank % self.mesh.shards]))
 
 
 def _first_line(error: BaseException) -> str:

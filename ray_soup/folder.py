@@ -276,12 +276,12 @@ def completed(out: Path, now: dict[str, Any]) -> Soup | None:
         write(file, json.dumps(now))
         return None
     before = json.loads(file.read_text())
-    if before["recipe"] != now["recipe"]:
-        raise RecipeError(f"{out} belongs to another recipe: {_difference(before['recipe'], now['recipe'])}. "
-                          "Choose a new folder, or the old recipe.")  # fmt: skip
+    difference = _difference(before["recipe"], now["recipe"])
+    if difference:
+        raise RecipeError(f"{out} belongs to another recipe: {difference}. Choose a new folder, or the old recipe.")
     if before["ingredients"] != now["ingredients"]:
         raise RecipeError(f"{out} was begun with ingredients that have changed since. Choose a new folder.")
-    other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    other = [key for key in {**before, **now} if key != "recipe" and before.get(key) != now.get(key)]
     if other:
         raise RecipeError(
             f"{out} was begun with {other[0]} {before.get(other[0])}, and it is now {now.get(other[0])}. Choose a new "
@@ -295,6 +295,7 @@ def completed(out: Path, now: dict[str, Any]) -> Soup | None:
 
 
 def _difference(old: str, new: str) -> str:
+    """What differs, but for the actors, which may be others at every start; empty where nothing does."""
     import yaml
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -304,7 +305,8 @@ def _difference(old: str, new: str) -> str:
         return lines
 
     a, b = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
-    found = [f"{key} was {a.get(key)} and is now {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and not key.startswith("actors.")]
+    found = [f"{key} was {a.get(key)} and is now {b.get(key)}" for key in changed]
     return "; ".join(found[:3])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ray_soup import storage
-from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
+from ray_soup.actors import Actors, Watch, connect, has_room, quiet, resolve_mesh
 from ray_soup.bake import bake, mix_range
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
@@ -52,7 +52,7 @@ from ray_soup.greedy import evaluation_key, greedy, individual_outcomes, mean_of
 from ray_soup.learn import learn, parametrisation, summary
 from ray_soup.models import describe
 from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, scaled_nll
-from ray_soup.recipe import SOFTMAX, Data, Recipe, load_recipe
+from ray_soup.recipe import SOFTMAX, Data, Recipe, changed, load_recipe
 from ray_soup.report import Report, html, model_card
 from ray_soup.shard import Mesh, Ready, Taken, buffer_of
 
@@ -143,15 +143,23 @@ def open_bench(
 
 
 def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: bool) -> tuple[Mesh, float, int]:
-    """Mesh, CPUs of an actor and model batch: what `auto` meant when this run was begun."""
+    """Mesh, CPUs of an actor and model batch: what `auto` meant when this run was begun. On a cluster that is smaller now,
+    or where the recipe asks for other actors now, the mesh is another one; the optimisation stays the same."""
     file = out / "state" / "resolved.json"
-    if file.exists():
-        kept = json.loads(file.read_text())
-        return Mesh(kept["replicas"], kept["shards"]), kept["cpus"], kept["model_batch"]
-    mesh, cpus = resolve_mesh(recipe, layout.numel, count if learning else 0)
-    model_batch = model_batch_of(recipe, count)
+    asked, ingredients = recipe.actors.model_dump(), count if learning else 0
+    kept = json.loads(file.read_text()) if file.exists() else None
+    if kept is not None and kept["actors"] == asked and has_room(recipe, Mesh(*kept["mesh"]), kept["cpus"]):
+        return Mesh(*kept["mesh"]), kept["cpus"], kept["model_batch"]
+    try:
+        mesh, cpus = resolve_mesh(recipe, layout.numel, ingredients)
+    except RecipeError:
+        if kept is None:
+            raise
+        fewer = changed(recipe, {"actors.replicas": "auto", "actors.shards": "auto"})
+        mesh, cpus = resolve_mesh(fewer, layout.numel, ingredients)
+    model_batch = model_batch_of(recipe, count) if kept is None else kept["model_batch"]
     write(file, json.dumps(
-        {"replicas": mesh.replicas, "shards": mesh.shards, "cpus": cpus, "model_batch": model_batch}
+        {"mesh": [mesh.replicas, mesh.shards], "cpus": cpus, "model_batch": model_batch, "actors": asked}
     ))  # fmt: skip
     return mesh, cpus, model_batch
 

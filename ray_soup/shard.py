@@ -72,6 +72,8 @@ class Ready:
     """A hash of the images and labels of each source."""
     fingerprint: str
     """Of the model's structure and of the file that its function lies in: with the numbers, it is the same model."""
+    node: str
+    """The host that the actor runs on."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Taken:
     sha256: tuple[str, ...]
     output: tuple[str, ...]
     """The parameters that scale the logits; empty where there are none."""
+    held: int
+    """Bytes of directions and center that the actor works on."""
 
 
 def micro_batch_size(recipe: Recipe, parameters: int) -> int:
@@ -173,6 +177,7 @@ class Shard:
             found.get("fit"),
             {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in self.examples.items() if found},
             models.fingerprint(self.recipe.model, built),
+            socket.gethostname(),
         )
 
     def _check_paths(self, seen: tuple[str, ...]) -> None:
@@ -211,7 +216,8 @@ class Shard:
         parts, norms = self.store.blocks(partition(self.layout, blocks))
         self.plane = Hyperplane(self.store, parts, self.low, self.high, self.device, self.threads)
         self.center = _readable(self.store.center[self.low : self.high]).to(self.device)
-        yield Taken(parts, norms, self.store.sha256, self._output)
+        held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
+        yield Taken(parts, norms, self.store.sha256, self._output, held)
 
     def gram(self, part: tuple[int, int]) -> np.ndarray:
         """Sum over part[0] of part[1] parts of the store of d_j d_k: float64 [K, K]."""

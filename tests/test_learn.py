@@ -21,8 +21,8 @@ from ray_soup.coefficients import load_coefficients
 from ray_soup.data import batch_positions, cut
 from ray_soup.errors import RecipeError
 from ray_soup.learn import State, learn, load_state, model_batches, parametrisation, save_state
-from ray_soup.pipeline import prepare
-from ray_soup.recipe import make_recipe
+from ray_soup.pipeline import prepare, run
+from ray_soup.recipe import changed, make_recipe
 from ray_soup.shard import Mesh
 from tests import tiny
 from tests.conftest import ROOT, InProcess, ray_soup, values
@@ -185,6 +185,51 @@ def test_a_killed_driver_goes_on_with_the_same_bits(zoo: Path, tmp_path: Path) -
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
     assert records[0]["steps"] == records[1]["steps"] == 10 * 56
     assert records[0]["curve"] == records[1]["curve"]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(("before", "now"), [((2, 1), (1, 1)), ((1, 1), (1, 2))])
+def test_a_stopped_run_goes_on_with_other_actors(
+    zoo: Path, tmp_path: Path, before: tuple[int, int], now: tuple[int, int]
+) -> None:
+    recipe = make_recipe(values(zoo, learn__epochs=4, actors={"replicas": before[0], "shards": before[1], "cpus": 1}))
+    whole = run(recipe, tmp_path / "whole")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("learning") and (tmp_path / "out" / "state" / "learn.pt").exists() and done >= total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out", stop)
+    assert 0 < load_state(tmp_path / "out" / "state" / "learn.pt").steps < whole.record["steps"]
+    other = changed(recipe, {"actors.replicas": now[0], "actors.shards": now[1]})
+    soup = run(other, tmp_path / "out")
+    assert soup.record["mesh"] == {"replicas": now[0], "shards": now[1], "cpus": 1}
+    assert soup.record["steps"] == whole.record["steps"]
+    ours, theirs = (load_coefficients(s.out / "coefficients.safetensors").values for s in (soup, whole))
+    assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("mesh", [Mesh(2, 1), Mesh(1, 2)])
+def test_an_actor_that_dies_while_it_starts_is_made_anew(zoo: Path, mesh: Mesh) -> None:
+    import ray
+
+    recipe = make_recipe(values(zoo))
+    actors = Actors(recipe, prepare(recipe)[0], mesh, 1)
+    killed: list[str] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        if not killed:
+            killed.append(what)
+            ray.kill(actors._handles[1])
+
+    try:
+        assert actors.setup(kill).sizes == {"fit": 597, "test": 600}
+        assert killed == ["starting actors"]
+        assert len(actors.take(tuple(range(8)), "tensor", quiet).sha256) == 8
+    finally:
+        actors.close()
 
 
 def reference_learned_soup(
