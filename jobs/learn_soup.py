@@ -3,7 +3,7 @@
     ray job submit --working-dir jobs -- python learn_soup.py learn_soup.yaml OUT [KEY=VALUE]...
 
 The driver needs no GPU and hardly a CPU; the actors run where the cluster has room. It ends with the exit codes of
-`ray-soup`. Ingredients, data and OUT are paths that every node sees.
+`ray-soup`. Ingredients, data and OUT are paths that every node sees, or URIs.
 """
 
 import sys

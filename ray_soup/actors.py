@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -59,10 +60,51 @@ def connect() -> Iterator[None]:
         ray.shutdown()
 
 
-def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float]:
+def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int, watch: Watch = quiet) -> tuple[Mesh, float]:
     """The mesh and the CPUs of an actor that `auto` stands for on this cluster: an actor for each GPU, or for each two
-    cores (for each core where there are less than four); as few shards as fit into memory. Raises RecipeError for what
-    the cluster can never place."""
+    cores (for each core where there are less than four); as few shards as fit into memory. Waits for nodes as long as
+    `actors.wait_s` says; raises RecipeError for what the cluster cannot place."""
+    found: list[tuple[Mesh, float]] = []
+
+    def fits() -> list[dict[str, float]]:
+        mesh, cpus = _mesh_now(recipe, parameters, ingredients)
+        found[:] = [(mesh, cpus)]
+        return [] if has_room(recipe, mesh, cpus) else [{"CPU": cpus, "GPU": recipe.actors.gpus}] * mesh.size
+
+    def complaint() -> str:
+        import ray
+
+        have, (mesh, cpus), gpus = ray.cluster_resources(), found[0], recipe.actors.gpus
+        return (
+            f"actors: {mesh.replicas} replicas x {mesh.shards} shards with {cpus:g} CPUs and {gpus:g} GPUs each take "
+            f"{mesh.size * cpus:g} CPUs and {mesh.size * gpus:g} GPUs; the cluster has {have.get('CPU', 0):g} and "
+            f"{have.get('GPU', 0):g}. Ask for less, or set actors.wait_s where nodes are still to come."
+        )
+
+    wait_for_nodes(fits, complaint, recipe.actors.wait_s, watch)
+    return found[0]
+
+
+def wait_for_nodes(
+    missing: Callable[[], list[dict[str, float]]], complaint: Callable[[], str], wait_s: float, watch: Watch
+) -> None:
+    """Until nothing is missing, ask an autoscaling cluster for these bundles; after `wait_s` raises RecipeError."""
+    from ray.autoscaler.sdk import request_resources
+
+    started, asking = time.monotonic(), False
+    while bundles := missing():
+        waited = time.monotonic() - started
+        if waited >= wait_s:
+            raise RecipeError(complaint())
+        request_resources(bundles=[{k: v for k, v in bundle.items() if v} for bundle in bundles])
+        asking = True
+        watch("waiting for nodes", int(waited), int(wait_s))
+        time.sleep(min(2.0, wait_s))
+    if asking:
+        request_resources(bundles=[])  # the actors keep the nodes from here on
+
+
+def _mesh_now(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float]:
     import ray
 
     have = ray.cluster_resources()
@@ -82,13 +124,7 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mes
         ):
             shards += 1
     replicas = asked.replicas if asked.replicas != "auto" else max(1, most // shards)
-    mesh = Mesh(replicas, shards)
-    if mesh.size * cpus > cores or mesh.size * asked.gpus > gpus:
-        raise RecipeError(
-            f"actors: {replicas} replicas x {shards} shards with {cpus:g} CPUs and {asked.gpus:g} GPUs each take "
-            f"{mesh.size * cpus:g} CPUs and {mesh.size * asked.gpus:g} GPUs; the cluster has {cores} and {gpus:g}."
-        )
-    return mesh, cpus
+    return Mesh(replicas, shards), cpus
 
 
 def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_soup.checkpoints import DTYPE_NAMES, Ingredient, check_finite, common_dtype, write_at
+from ray_soup.checkpoints import DTYPE_NAMES, Ingredient, check_finite, common_dtype, reading_threads, write_at
 from ray_soup.coefficients import Coefficients
 from ray_soup.errors import IngredientError, SoupError
 from ray_soup.shard import buffer_of
@@ -90,7 +90,7 @@ def bake(
                     buffer = buffer_of(used, name, coefficients.buffers).to(dtypes[name])
                     write(name, 0, buffer)
             done = 0
-            with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+            with ThreadPoolExecutor(threads or reading_threads(8 * RANGE * len(ingredients))) as pool:
                 for nbytes in pool.map(work, tasks):
                     done += nbytes
                     watch(done, total)

@@ -17,6 +17,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
@@ -562,6 +563,16 @@ def write_at(file: IO[bytes], numbers: np.ndarray, offset: int) -> None:
     while view:
         written = os.pwrite(file.fileno(), view, offset)
         view, offset = view[written:], offset + written
+
+
+def reading_threads(nbytes: int = 1) -> int:
+    """Threads to read with where each holds `nbytes`: one for each core that this process may use, by its container's limit
+    too, and no more than hold 1 GB together."""
+    cores = float(len(os.sched_getaffinity(0)))
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    return max(1, min(math.ceil(cores), (1 << 30) // nbytes))
 
 
 # Hashes

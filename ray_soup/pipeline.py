@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from ray_soup.checkpoints import (
     find_sweeps,
     open_ingredient,
     open_ingredients,
+    reading_threads,
     sha256_file,
 )
 from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
@@ -133,7 +133,7 @@ def open_bench(
 ) -> Iterator[Bench]:
     """Actors on the mesh that this run was begun with, set up."""
     with connect():
-        mesh, cpus, model_batch = _resolved(recipe, layout, len(ingredients), out, learning)
+        mesh, cpus, model_batch = _resolved(recipe, layout, len(ingredients), out, learning, watch)
         actors = Actors(recipe, ingredients, mesh, cpus)
         try:
             ready = actors.setup(watch, shared_files(out))
@@ -142,7 +142,9 @@ def open_bench(
             actors.close()
 
 
-def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: bool) -> tuple[Mesh, float, int]:
+def _resolved(
+    recipe: Recipe, layout: Layout, count: int, out: Path, learning: bool, watch: Watch
+) -> tuple[Mesh, float, int]:
     """Mesh, CPUs of an actor and model batch: what `auto` meant when this run was begun. On a cluster that is smaller now,
     or where the recipe asks for other actors now, the mesh is another one; the optimisation stays the same."""
     file = out / "state" / "resolved.json"
@@ -151,7 +153,7 @@ def _resolved(recipe: Recipe, layout: Layout, count: int, out: Path, learning: b
     if kept is not None and kept["actors"] == asked and has_room(recipe, Mesh(*kept["mesh"]), kept["cpus"]):
         return Mesh(*kept["mesh"]), kept["cpus"], kept["model_batch"]
     try:
-        mesh, cpus = resolve_mesh(recipe, layout.numel, ingredients)
+        mesh, cpus = resolve_mesh(recipe, layout.numel, ingredients, watch)
     except RecipeError:
         if kept is None:
             raise
@@ -383,7 +385,7 @@ def hash_ingredients(ingredients: list[Ingredient], watch: Watch = quiet) -> lis
         done += nbytes
         watch("hashing", min(done, total), total)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(reading_threads()) as pool:
         return list(pool.map(lambda i: combined_sha256([sha256_file(f, count) for f in i.files]), ingredients))
 
 
@@ -417,7 +419,7 @@ def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> di
     open_ingredient(path)
     layout = describe(recipe.model)
     with connect():
-        mesh, cpus = resolve_mesh(recipe, layout.numel, 0)
+        mesh, cpus = resolve_mesh(recipe, layout.numel, 0, watch)
         actors = Actors(recipe, [], Mesh(mesh.size, 1), cpus)
         try:
             ready = actors.setup(watch)

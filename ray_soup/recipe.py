@@ -84,6 +84,8 @@ class ActorsSection(Section):
     """CPUs, and threads, of one actor."""
     gpus: float = Field(0, ge=0)
     """GPUs of one actor."""
+    wait_s: float = Field(0, ge=0)
+    """How long to wait for nodes that are still to come: a cluster that starts, or grows on demand."""
 
 
 class Directions(Section):
@@ -147,8 +149,6 @@ class Search(Section):
     variables."""
     time_budget_s: float | None = Field(None, gt=0)
     """After which the best so far is taken."""
-    wait_s: float = Field(0, ge=0)
-    """How long to wait for an autoscaling cluster to have room for a trial."""
     space: dict[str, Any] = {}
     """Recipe keys and their distributions; they may stand beside `trials` too."""
 

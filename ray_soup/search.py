@@ -11,7 +11,6 @@ import itertools
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from ray_soup import models, storage
-from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh
+from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh, wait_for_nodes
 from ray_soup.blocks import Layout
 from ray_soup.checkpoints import Ingredient
 from ray_soup.errors import RecipeError, SoupError
@@ -77,20 +76,20 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[dict[str, Any]]:
     return configs
 
 
-def trial_mesh(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float, int]:
+def trial_mesh(recipe: Recipe, parameters: int, ingredients: int, watch: Watch = quiet) -> tuple[Mesh, float, int]:
     """Mesh, CPUs of an actor and model batch of one trial: one replica where the recipe says auto, so that trials run side
     by side; as many shards as its model batch needs. Raises RecipeError."""
     model_batch = model_batch_of(recipe, ingredients)
     if recipe.actors.replicas == "auto":
         recipe = changed(recipe, {"actors.replicas": 1})
-    mesh, cpus = resolve_mesh(recipe, parameters, model_batch)
+    mesh, cpus = resolve_mesh(recipe, parameters, model_batch, watch)
     return mesh, cpus, model_batch
 
 
-def bundles(recipe: Recipe, parameters: int, ingredients: int) -> list[dict[str, float]]:
+def bundles(recipe: Recipe, parameters: int, ingredients: int, watch: Watch = quiet) -> list[dict[str, float]]:
     """What a trial asks of the cluster: nothing for its driver, and for every actor CPUs, GPUs and memory, which grows with
     the model batch."""
-    mesh, cpus, model_batch = trial_mesh(recipe, parameters, ingredients)
+    mesh, cpus, model_batch = trial_mesh(recipe, parameters, ingredients, watch)
     itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[recipe.directions.dtype]
     memory = FIXED_BYTES + int(parameters * (8 + (8 + itemsize * model_batch) / mesh.shards))
     one = {"CPU": cpus, "GPU": recipe.actors.gpus, "memory": memory}
@@ -98,26 +97,20 @@ def bundles(recipe: Recipe, parameters: int, ingredients: int) -> list[dict[str,
 
 
 def wait_for_room(asked: list[dict[str, float]], wait_s: float, watch: Watch) -> None:
-    """Raises RecipeError where the nodes can never hold these bundles, after `wait_s` in which an autoscaling cluster may
-    grow."""
-    from ray.autoscaler.sdk import request_resources
+    """Raises RecipeError where the nodes cannot hold these bundles, after `wait_s` in which the cluster may grow."""
 
-    started, asking = time.monotonic(), False
-    while not _fit(asked, nodes := [node["Resources"] for node in ray.nodes() if node["Alive"]]):
-        waited = time.monotonic() - started
-        if waited >= wait_s:
-            have = "; ".join(", ".join(f"{k} {n.get(k, 0):g}" for k in ("CPU", "GPU", "memory")) for n in nodes)
-            raise RecipeError(
-                f"A trial asks for {len(asked)} actors with {', '.join(f'{k} {v:g}' for k, v in asked[0].items())} each; "
-                f"the nodes of the cluster have: {have}. Ask for less with actors: or learn.model_batch, or set "
-                "search.wait_s where the cluster grows."
-            )
-        request_resources(bundles=asked)
-        asking = True
-        watch("waiting for nodes", int(waited), int(wait_s))
-        time.sleep(min(2.0, wait_s))
-    if asking:
-        request_resources(bundles=[])  # the trials keep the nodes from here on
+    def nodes() -> list[dict[str, float]]:
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def complaint() -> str:
+        have = "; ".join(", ".join(f"{k} {n.get(k, 0):g}" for k in ("CPU", "GPU", "memory")) for n in nodes())
+        return (
+            f"A trial asks for {len(asked)} actors with {', '.join(f'{k} {v:g}' for k, v in asked[0].items())} each; the "
+            f"nodes of the cluster have: {have}. Ask for less with actors: or learn.model_batch, or set actors.wait_s where "
+            "nodes are still to come."
+        )
+
+    wait_for_nodes(lambda: [] if _fit(asked, nodes()) else asked, complaint, wait_s, watch)
 
 
 def _fit(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
@@ -272,7 +265,8 @@ def _search(
 ) -> Soup:
     """What is said of `search`, in a folder that is locked and begun."""
     for config in configs:
-        wait_for_room(bundles(changed(recipe, config), layout.numel, len(ingredients)), recipe.search.wait_s, watch)
+        asked = bundles(changed(recipe, config), layout.numel, len(ingredients), watch)
+        wait_for_room(asked, recipe.actors.wait_s, watch)
     made = out / "state" / "first"
     (made / "state").mkdir(parents=True, exist_ok=True)
     with open_bench(changed(recipe, configs[0]), ingredients, layout, made, True, watch) as bench:

@@ -264,7 +264,7 @@ def entrypoint(manifest: Manifest) -> Iterator[str]:
     if any(amount(worker.get(key, 0)) != value for key, value in most.items()):
         yield f"a worker has {worker}, an actor asks for {most}"
     if job == "search_soup.py":
-        if not 0 < recipe.search.wait_s <= manifest["spec"]["preRunningDeadlineSeconds"]:
+        if not 0 < recipe.actors.wait_s <= manifest["spec"]["preRunningDeadlineSeconds"]:
             yield "a trial does not wait for the cluster to grow"
     elif asked.replicas != group["replicas"]:
         yield f"{asked.replicas} actors for {group['replicas']} workers"

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -208,6 +210,22 @@ def test_a_stopped_run_goes_on_with_other_actors(
     assert soup.record["steps"] == whole.record["steps"]
     ours, theirs = (load_coefficients(s.out / "coefficients.safetensors").values for s in (soup, whole))
     assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_node_does_not_see_is_named_with_the_node(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "zoo", tmp_path / "zoo")
+    recipe = make_recipe(values(zoo, ingredients=str(tmp_path / "zoo")))
+    actors = Actors(recipe, prepare(recipe)[0], Mesh(1, 1), 1)
+    try:
+        (tmp_path / "zoo" / "model_3.safetensors").rename(tmp_path / "model_3")
+        with pytest.raises(RecipeError, match=rf"model_3\.safetensors does not exist on the node {socket.gethostname()}"):
+            actors.setup(quiet)
+        (tmp_path / "model_3").rename(tmp_path / "zoo" / "model_3.safetensors")
+        with pytest.raises(RecipeError, match=r"/nothing does not exist on the node .*a shared disk, or a URI"):
+            actors.setup(quiet, (str(tmp_path / "nothing"),))
+    finally:
+        actors.close()
 
 
 @pytest.mark.usefixtures("cluster")
