@@ -18,13 +18,15 @@ import numpy as np
 from ray_soup.checkpoints import Ingredient
 from ray_soup.data import Split
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.hyperplane import ITEMSIZE
 from ray_soup.models import look_in
 from ray_soup.outcomes import Outcome, Score, join
 from ray_soup.recipe import Recipe
-from ray_soup.shard import GroupLost, Mesh, Partial, Ready, Shard, Taken
+from ray_soup.shard import Calibration, GroupLost, Mesh, Partial, Ready, Shard, Taken
 
 DEADLINE_S = float(os.environ.get("RAY_SOUP_DEADLINE_S", 600))  # of one answer, or one sign of life while setting up
 NO_ANSWER = "no answer"
+FIXED_BYTES = 1_200_000_000  # of an actor's process, without the model's numbers
 ATTEMPTS = 5  # at one call, before a run that loses its actors again and again is given up
 Watch = Callable[[str, int, int], None]
 """Is told (what is being done, done, in all)."""
@@ -112,19 +114,22 @@ def _mesh_now(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, 
     asked = recipe.actors
     cpus = asked.cpus if asked.cpus != "auto" else 1 if cores < 4 or asked.gpus else 2
     most = max(1, int(min(cores // cpus if cpus else cores, gpus / asked.gpus if asked.gpus else float("inf"))))
-    itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[recipe.directions.dtype]
     shards = asked.shards
     if shards == "auto":
         fixed = 2 if asked.replicas == "auto" else asked.replicas
         shards = 1
-        # parameters and gradient are whole in every actor; base, center and directions are cut into shards
         while (
-            fixed * shards * parameters * (8 + (8 + itemsize * ingredients) / shards) > memory / 2
+            fixed * shards * actor_bytes(recipe, parameters, ingredients, shards) > memory
             and (shards + 1) * (1 if asked.replicas == "auto" else asked.replicas) <= most
         ):
             shards += 1
     replicas = asked.replicas if asked.replicas != "auto" else max(1, most // shards)
     return Mesh(replicas, shards), cpus
+
+
+def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, fixed: float = FIXED_BYTES) -> float:
+    """What an actor holds: parameters and gradient whole; center, base and the directions of a model batch by shards."""
+    return fixed + parameters * 8 + parameters * (8 + ITEMSIZE[recipe.directions.dtype] * model_batch) / shards
 
 
 def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:
@@ -285,6 +290,10 @@ class Actors:
     def forget(self) -> None:
         """Let go of what was kept for an ensemble or a greedy search."""
         self._ask("forget", lambda actor, rank: actor.forget.remote())
+
+    def calibrate(self, model_batch: int, watch: Watch) -> Calibration:
+        """What the first actor's node takes for the parts of a step."""
+        return self._ask("calibrate", lambda actor, rank: actor.calibrate.remote(model_batch), [0], watch)[0]
 
     def reset_peak(self) -> None:
         self._ask("reset_peak", lambda actor, rank: actor.reset_peak.remote())

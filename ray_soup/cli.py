@@ -349,6 +349,29 @@ def search(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> 
 
 @main.command()
 @recipe_argument
+@overrides_argument
+@json_option
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Mesh, memory, traffic and time of `learn`, before it starts: from headers and a calibration of seconds."""
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.plan import plan as run_plan
+        from ray_soup.recipe import load_recipe
+
+        return run_plan(load_recipe(recipe, overrides), progress)
+
+    found = _work(task)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    from ray_soup.plan import lines
+
+    for name, text in lines(found):
+        click.echo(f"{name:<15} {text}")
+
+
+@main.command()
+@recipe_argument
 @click.argument("model", type=click.Path())
 @overrides_argument
 @click.option("--split", type=click.Choice(["fit", "select", "test"]), default="test", show_default=True)

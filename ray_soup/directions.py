@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ray_soup.blocks import Layout, Partition
-from ray_soup.cache import InUse, cached, content_key
+from ray_soup.cache import InUse, cached, content_key, lookup
 from ray_soup.checkpoints import (
     Ingredient,
     StreamingHash,
@@ -95,7 +95,7 @@ def open_store(
 ) -> Generator[tuple[int, int], None, DirectionStore]:
     """Yields (bytes done, bytes in all) while the store is made, if this node has none; the value of the generator is the
     DirectionStore. Raises IngredientError for numbers that are not finite, SoupError if the disk is too small."""
-    key = content_key(FORMAT, CHUNK, dtype, [i.identity for i in ingredients], layout.names, layout.shapes)
+    key = _key(ingredients, layout, dtype)
     nbytes = layout.numel * (4 + len(ingredients) * np.dtype(DTYPES[dtype]).itemsize)
     hold = yield from cached("directions", key, nbytes, lambda folder: _make(folder, ingredients, layout, dtype, threads))
     folder = hold.path
@@ -112,6 +112,19 @@ def open_store(
         arrays["variant"],
         tuple(json.loads((folder / "sha256.json").read_text())),
     )
+
+
+def has_store(ingredients: list[Ingredient], layout: Layout, dtype: str) -> bool:
+    """Whether this node has the store already."""
+    hold = lookup("directions", _key(ingredients, layout, dtype))
+    if hold is None:
+        return False
+    hold.close()
+    return True
+
+
+def _key(ingredients: list[Ingredient], layout: Layout, dtype: str) -> str:
+    return content_key(FORMAT, CHUNK, dtype, [i.identity for i in ingredients], layout.names, layout.shapes)
 
 
 def _make(

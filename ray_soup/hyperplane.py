@@ -14,12 +14,16 @@ from __future__ import annotations
 import itertools
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
-from ray_soup.blocks import Partition
-from ray_soup.directions import DirectionStore
+from ray_soup.blocks import Layout, Partition
+from ray_soup.directions import CHUNK, DTYPES, DirectionStore
+
+ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
+"""Bytes of a number of a direction."""
 
 
 class Hyperplane:
@@ -68,7 +72,8 @@ class Hyperplane:
     def release(self) -> None:
         """Let go of the pages of the store that were read; they stay in the system's cache."""
         self._resident = torch.empty(0)
-        self.store.rows._mmap.madvise(mmap.MADV_DONTNEED)
+        if isinstance(self.store.rows, np.memmap):
+            self.store.rows._mmap.madvise(mmap.MADV_DONTNEED)
 
     def combine(self, out: torch.Tensor, base: torch.Tensor, x: np.ndarray) -> None:
         """out[low:high] = base + sum_j x[j] d_j. out, base float32 [high - low]; x float32 [m, B]."""
@@ -107,6 +112,21 @@ class Hyperplane:
             return sums
 
         return np.sum(list(self._pool.map(work, self._cuts)), axis=0)
+
+
+def made_up_plane(dtype: str, count: int, numbers: int, device: torch.device, threads: int) -> Hyperplane:
+    """Directions of one block that belong to nothing, in memory: to time what is done with real ones."""
+    chunks = -(-numbers // CHUNK)
+    rows = np.random.default_rng(0).integers(0, 100, (count, numbers), np.int8).astype(DTYPES[dtype])
+    layout = Layout(("made up",), ((numbers,),))
+    hold: Any = None
+    store = DirectionStore(
+        hold, layout, dtype, np.zeros(numbers, np.float32), rows, np.ones((count, chunks), np.float32),
+        np.ones((count, 1)), np.ones(1, bool), (),
+    )  # fmt: skip
+    plane = Hyperplane(store, Partition(("model",), np.zeros(1, np.int64)), 0, numbers, device, threads)
+    plane.choose(np.arange(count))
+    return plane
 
 
 def widened(store: DirectionStore, start: int, stop: int, chunk: int) -> torch.Tensor:

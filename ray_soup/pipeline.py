@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ray_soup import storage
-from ray_soup.actors import Actors, Watch, connect, has_room, quiet, resolve_mesh
+from ray_soup.actors import Actors, Watch, actor_bytes, connect, has_room, quiet, resolve_mesh
 from ray_soup.bake import bake, mix_range
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
@@ -159,11 +159,23 @@ def _resolved(
             raise
         fewer = changed(recipe, {"actors.replicas": "auto", "actors.shards": "auto"})
         mesh, cpus = resolve_mesh(fewer, layout.numel, ingredients)
-    model_batch = model_batch_of(recipe, count) if kept is None else kept["model_batch"]
+    model_batch = model_batch_in(recipe, layout.numel, count, mesh) if kept is None else kept["model_batch"]
     write(file, json.dumps(
         {"mesh": [mesh.replicas, mesh.shards], "cpus": cpus, "model_batch": model_batch, "actors": asked}
     ))  # fmt: skip
     return mesh, cpus, model_batch
+
+
+def model_batch_in(recipe: Recipe, parameters: int, count: int, mesh: Mesh) -> int:
+    """The model batch on this mesh: auto takes all ingredients, or equal parts of them where the cluster's memory does not
+    hold all."""
+    import ray
+
+    asked, room = model_batch_of(recipe, count), ray.cluster_resources().get("memory", float("inf")) / mesh.size
+    if recipe.learn.model_batch != "auto" or recipe.method in SOFTMAX:
+        return asked
+    parts = (-(-count // n) for n in range(1, count + 1))
+    return next((m for m in parts if actor_bytes(recipe, parameters, m, mesh.shards) <= room), 1)
 
 
 def model_batch_of(recipe: Recipe, count: int) -> int:

@@ -23,7 +23,7 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from ray_soup import models, storage
-from ray_soup.actors import Actors, Watch, connect, quiet, resolve_mesh, wait_for_nodes
+from ray_soup.actors import Actors, Watch, actor_bytes, connect, quiet, resolve_mesh, wait_for_nodes
 from ray_soup.blocks import Layout
 from ray_soup.checkpoints import Ingredient
 from ray_soup.errors import RecipeError, SoupError
@@ -35,7 +35,6 @@ from ray_soup.recipe import Recipe, changed
 from ray_soup.shard import Mesh
 
 MODES = {"select_nll": "min", "select_accuracy": "max"}
-FIXED_BYTES = 1_200_000_000  # of an actor's process, without the model's numbers
 
 
 def default_space(ingredients: int) -> dict[str, Any]:
@@ -90,8 +89,7 @@ def bundles(recipe: Recipe, parameters: int, ingredients: int, watch: Watch = qu
     """What a trial asks of the cluster: nothing for its driver, and for every actor CPUs, GPUs and memory, which grows with
     the model batch."""
     mesh, cpus, model_batch = trial_mesh(recipe, parameters, ingredients, watch)
-    itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[recipe.directions.dtype]
-    memory = FIXED_BYTES + int(parameters * (8 + (8 + itemsize * model_batch) / mesh.shards))
+    memory = int(actor_bytes(recipe, parameters, model_batch, mesh.shards))
     one = {"CPU": cpus, "GPU": recipe.actors.gpus, "memory": memory}
     return [{key: value for key, value in one.items() if value}] * mesh.size
 

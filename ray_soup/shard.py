@@ -8,11 +8,12 @@ model batch that `begin` gave it, and on nothing else: a lost one is made anew a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import resource
 import socket
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,11 +29,12 @@ from ray_soup.cache import content_key
 from ray_soup.checkpoints import Ingredient, common_dtype
 from ray_soup.data import Examples, Split, check_leaks, load_sources
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.hyperplane import Hyperplane, widened
+from ray_soup.hyperplane import ITEMSIZE, Hyperplane, made_up_plane, widened
 from ray_soup.outcomes import LOG_FACTORS, Outcome, Score, join
 from ray_soup.recipe import Recipe
 
 T = TypeVar("T")
+CALIBRATION_BYTES = 1 << 28  # of made-up directions: more than a processor's cache holds
 GROUP_DEADLINE = timedelta(minutes=10)  # of one collective among the shards of a replica
 
 
@@ -109,6 +111,23 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a node was seen to take."""
+
+    images: int
+    forward_s: float
+    step_s: float
+    """Forward and backward passes of so many images."""
+    combine_s: float
+    project_s: float
+    """Of one byte of compressed directions."""
+    hash_s: float
+    """Of one byte of ingredients, on one core."""
+    peak_bytes: int
+    """Of an actor with model and data, and without directions, in a forward and backward pass."""
 
 
 class GroupLost(Exception):
@@ -218,6 +237,40 @@ class Shard:
         self.center = _readable(self.store.center[self.low : self.high]).to(self.device)
         held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
         yield Taken(parts, norms, self.store.sha256, self._output, held)
+
+    def calibrate(self, model_batch: int) -> Iterator[tuple[str, int, int] | Calibration]:
+        """Time the parts of a step for about two seconds, with made-up directions of `model_batch` ingredients."""
+        yield "calibrating", 0, 3
+        source, examples = next(iter(self.examples.items()))
+        rows = np.arange(min(self.micro_batch, len(examples)), dtype=np.int32)
+        images, labels = examples.batch(rows, self.device)
+
+        def passes() -> None:
+            with self._precision():
+                logits = self.model(images)
+            F.cross_entropy(logits.float(), labels, reduction="sum").backward()
+
+        def plane_of(numbers: int) -> tuple[Hyperplane, torch.Tensor, torch.Tensor, np.ndarray]:
+            made_up = made_up_plane(self.recipe.directions.dtype, model_batch, numbers, self.device, self.threads)
+            theta, base = (torch.zeros(numbers, device=self.device) for _ in range(2))
+            return made_up, theta, base, np.full((model_batch, 1), 1e-3, np.float32)
+
+        plane, theta, base, x = plane_of(directions.CHUNK)  # loads the compiled loops, which take memory
+        plane.combine(theta, base, x)
+        plane.project(theta)
+        self.reset_peak()
+        step_s = _seconds(passes)
+        peak = self.peak_memory()
+        forward_s = _seconds(lambda: self._score(Split(source, rows)))
+        yield "calibrating", 1, 3
+        numbers = max(directions.CHUNK, CALIBRATION_BYTES // (model_batch * ITEMSIZE[self.recipe.directions.dtype]))
+        plane, theta, base, x = plane_of(numbers)
+        nbytes = plane.store.rows.nbytes
+        combine_s, project_s = _seconds(lambda: plane.combine(theta, base, x)), _seconds(lambda: plane.project(theta))
+        yield "calibrating", 2, 3
+        some = bytes(1 << 24)
+        hash_s = _seconds(lambda: hashlib.sha256(some).digest()) / len(some)
+        yield Calibration(len(rows), forward_s, step_s, combine_s / nbytes, project_s / nbytes, hash_s, peak)
 
     def gram(self, part: tuple[int, int]) -> np.ndarray:
         """Sum over part[0] of part[1] parts of the store of d_j d_k: float64 [K, K]."""
@@ -485,6 +538,19 @@ class Shard:
         with contextlib.suppress(OSError), open("/proc/self/status") as file:
             host = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), host)
         return host + (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
+
+
+def _seconds(work: Callable[[], Any], at_least: float = 0.3) -> float:
+    """The median of as many rounds as take so long, the first left out."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < at_least:
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def outcome_of(logits: torch.Tensor, labels: torch.Tensor, factored: bool = False) -> Outcome:

@@ -6,7 +6,7 @@ from tests.conftest import ROOT
 
 ORDER = str.split(
     "errors recipe cache storage sweeps checkpoints blocks models data outcomes kernels directions hyperplane shard train "
-    "actors coefficients learn greedy bake figures report folder pipeline compare finetune search demo cli"
+    "actors coefficients learn greedy bake figures report folder pipeline plan compare finetune search demo cli"
 )
 MAY_IMPORT_RAY = {"actors", "finetune", "search"}
 

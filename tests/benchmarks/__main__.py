@@ -3,9 +3,9 @@
 import json
 import sys
 
-from tests.benchmarks import greedy, ingredients
+from tests.benchmarks import greedy, ingredients, step
 
-BENCHMARKS = {"ingredients": ingredients.main, "greedy": greedy.main}
+BENCHMARKS = {"ingredients": ingredients.main, "greedy": greedy.main, "step": step.main}
 
 
 def main() -> None:

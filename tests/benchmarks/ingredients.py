@@ -20,12 +20,12 @@ COUNT = 24
 MODEL = "open_clip:ViT-B-32?classes=1000"
 
 
-def write_zoo(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_zoo(folder: Path, shapes: dict[str, tuple[int, ...]], count: int = COUNT) -> None:
     """Ingredients that differ by a hundredth of their size."""
     random = torch.Generator().manual_seed(0)
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     center, noise = (torch.randn(size, generator=random) for _ in range(2))
-    for k in range(COUNT):
+    for k in range(count):
         vector = center + 0.01 * noise.roll(1009 * k)
         parts = vector.split([int(np.prod(shape)) for shape in shapes.values()])
         state = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -1,0 +1,58 @@
+"""What is said before a run is what the run then says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_soup.actors import actor_bytes
+from ray_soup.errors import RecipeError
+from ray_soup.pipeline import model_batch_in, run
+from ray_soup.plan import lines, plan
+from ray_soup.recipe import make_recipe
+from ray_soup.shard import Mesh
+from tests.conftest import values
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learn": {"batch_size": 61, "epochs": 2}, "directions": {"dtype": "bfloat16"}},
+        {"learn": {"batch_size": 100, "epochs": 1, "model_batch": 3, "models_epochs": 2}, "directions": {"dtype": "float32"},
+         "actors": {"replicas": 1, "shards": 2, "cpus": 1}},
+    ],
+)  # fmt: skip
+def test_the_plan_is_what_the_run_says(zoo: Path, tmp_path: Path, cluster: None, changes: dict[str, Any]) -> None:
+    recipe = make_recipe(values(zoo, **changes))
+    assert not plan(recipe)["store_is_there"]
+    run(recipe, tmp_path / "first")  # compiles its loops, which takes memory of its own
+    found = plan(recipe)
+    assert found["store_is_there"]
+    assert found["seconds"]["store"] == 0
+    record = run(recipe, tmp_path / "out").record
+    for key in ("steps", "image_passes", "model_batch", "parameters"):
+        assert found[key] == record[key], key
+    assert {k: v for k, v in found["mesh"].items() if k != "gpus"} == record["mesh"]
+    assert found["examples"] == record["examples"]
+    assert found["memory_bytes_per_actor"] == pytest.approx(record["peak_memory_bytes"], rel=0.1)
+    text = dict(lines(found))
+    assert text["steps"].startswith(f"{record['steps']}, ")
+    assert f"{record['mesh']['shards']} shards" in text["actors"]
+
+
+def test_auto_takes_equal_parts_of_the_ingredients_where_memory_is_short(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    recipe = make_recipe(values(zoo, directions={"dtype": "float32"}))
+    parameters, mesh = 100_000_000, Mesh(2, 1)
+    for room, expected in ((72, 72), (71, 36), (36, 36), (35, 24), (1, 1), (0.1, 1)):
+        memory = 2 * actor_bytes(recipe, parameters, 1, 1) + 2 * 4 * parameters * (room - 1)
+        monkeypatch.setattr(ray, "cluster_resources", lambda memory=memory: {"memory": memory})
+        assert model_batch_in(recipe, parameters, 72, mesh) == expected, room
+
+
+def test_what_learns_nothing_has_no_plan(zoo: Path) -> None:
+    with pytest.raises(RecipeError, match="uniform learns nothing"):
+        plan(make_recipe(values(zoo, method="uniform")))
