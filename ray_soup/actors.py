@@ -188,12 +188,12 @@ class Actors:
 
     @staticmethod
     def _placement(recipe: Recipe, mesh: Mesh, cpus: float) -> Any:
-        """Shards of a replica stay inside a node."""
+        """Shards of a replica stay inside a node where one has room for them."""
         import ray
 
         if mesh.shards == 1 or ray.util.get_current_placement_group() is not None:
             return None
-        return ray.util.placement_group([{"CPU": cpus, "GPU": recipe.actors.gpus}] * mesh.shards, "STRICT_PACK")
+        return ray.util.placement_group([{"CPU": cpus, "GPU": recipe.actors.gpus}] * mesh.shards, "PACK")
 
     def close(self) -> None:
         import ray

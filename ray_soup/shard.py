@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -339,9 +340,15 @@ class Shard:
 
     def join(self, host: str, port: int) -> None:
         """Make one group of the shards of this replica."""
-        store = self._store if self.shard == 0 else dist.TCPStore(host, port, self.mesh.shards, timeout=GROUP_DEADLINE)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.shard, world_size=self.mesh.shards, timeout=GROUP_DEADLINE)
+        name = interface_towards(host, port)
+        if name is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo left alone may choose 127.0.0.1
+        with _group_errors():
+            store = self._store if self.shard == 0 else dist.TCPStore(host, port, self.mesh.shards, timeout=GROUP_DEADLINE)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=self.shard, world_size=self.mesh.shards, timeout=GROUP_DEADLINE
+            )
 
     def _gather(self) -> None:
         """The whole parameter vector out of the slices of the replica's shards."""
@@ -538,6 +545,18 @@ class Shard:
         with contextlib.suppress(OSError), open("/proc/self/status") as file:
             host = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), host)
         return host + (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface that owns the address from which this machine talks to `host`."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # chooses a route, and sends nothing
+        mine = probe.getsockname()[0]
+    for name, owned in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == mine for a in owned):
+            return name
+    return None
 
 
 def _seconds(work: Callable[[], Any], at_least: float = 0.3) -> float:
