@@ -122,15 +122,16 @@ class Mirror:
         self._pushing = threading.Lock()
 
     def fetch(self) -> None:
-        """What is in the storage, but for models."""
+        """What is in the storage; of models only that they are there."""
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "state").mkdir(parents=True)
         for name, found in storage.walk(self.uri).items():
-            if name == "state/lease" or (name.endswith(".safetensors") and found.size > SMALL):
+            if name == "state/lease":
                 continue
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(storage.read_bytes(storage.join(self.uri, name)))
+            is_model = name.endswith(".safetensors") and found.size > SMALL
+            target.write_bytes(b"" if is_model else storage.read_bytes(storage.join(self.uri, name)))
             self._known[name] = self._state(target)
 
     @staticmethod

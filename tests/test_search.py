@@ -264,10 +264,12 @@ def test_a_trial_whose_actor_is_killed_goes_on(zoo: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_example_of_a_tuner(zoo: Path, tmp_path: Path) -> None:
+def test_the_example_of_a_tuner(
+    zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values(zoo)))
-    arguments = [str(tmp_path / name) for name in ("r.yaml", "experiment", "out")]
+    monkeypatch.setattr(sys, "argv", ["own_tuner.py", *(str(tmp_path / name) for name in ("r.yaml", "experiment", "out"))])
     code = (ROOT / "jobs" / "own_tuner.py").read_text().replace("num_samples=8", "num_samples=2")
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    exec(compile(code, "own_tuner.py", "exec"), {"__name__": "__main__"})
     assert verify(tmp_path / "out")
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")

@@ -25,6 +25,8 @@ from ray_soup.cache import drained
 from ray_soup.checkpoints import open_ingredient, open_ingredients, sha256_file
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.folder import Lease, locked
+from ray_soup.pipeline import run
+from ray_soup.recipe import make_recipe
 from tests.conftest import ROOT, put, ray_soup, values
 
 
@@ -198,6 +200,16 @@ def in_the_bucket(zoo: Path, s3: str, tmp_path: Path, **changes: Any) -> tuple[P
 def coefficients(place: str) -> torch.Tensor:
     path = drained(storage.local_copy(f"{place}/coefficients.safetensors"))
     return load_file(path)["coefficients"]
+
+
+def test_a_bucket_with_something_else_in_it_is_refused(s3: str, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "SMALL", 10)
+    storage.write_bytes(b"somebody's own", f"{s3}/mine/model.safetensors")
+    with pytest.raises(RecipeError, match=f"{s3}/mine is not empty and holds no run") as error:
+        run(make_recipe(values(zoo)), f"{s3}/mine")
+    assert "cache" not in str(error.value)
+    assert storage.read_bytes(f"{s3}/mine/model.safetensors") == b"somebody's own"
+    assert list(storage.walk(f"{s3}/mine")) == ["model.safetensors"]
 
 
 @pytest.mark.slow
