@@ -88,16 +88,20 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int, watch: Watch
 
 
 def wait_for_nodes(
-    missing: Callable[[], list[dict[str, float]]], complaint: Callable[[], str], wait_s: float, watch: Watch
+    missing: Callable[[], list[dict[str, float]]],
+    complaint: Callable[[], str],
+    wait_s: float,
+    watch: Watch,
+    error: type[SoupError] = RecipeError,
 ) -> None:
-    """Until nothing is missing, ask an autoscaling cluster for these bundles; after `wait_s` raises RecipeError."""
+    """Until nothing is missing, ask an autoscaling cluster for these bundles; after `wait_s` raises `error`."""
     from ray.autoscaler.sdk import request_resources
 
     started, asking = time.monotonic(), False
     while bundles := missing():
         waited = time.monotonic() - started
         if waited >= wait_s:
-            raise RecipeError(complaint())
+            raise error(complaint())
         request_resources(bundles=[{k: v for k, v in bundle.items() if v} for bundle in bundles])
         asking = True
         watch("waiting for nodes", int(waited), int(wait_s))
@@ -132,6 +136,13 @@ def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, 
     return fixed + parameters * 8 + parameters * (8 + ITEMSIZE[recipe.directions.dtype] * model_batch) / shards
 
 
+def memory_of_each(mesh: Mesh) -> float:
+    """Bytes that the cluster has for each actor of a mesh."""
+    import ray
+
+    return ray.cluster_resources().get("memory", float("inf")) / mesh.size
+
+
 def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:
     """Whether the cluster is large enough for this mesh."""
     import ray
@@ -164,7 +175,7 @@ class Actors:
     def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, cpus: float):
         import ray
 
-        self.mesh = mesh
+        self.mesh, self._recipe, self._cpus = mesh, recipe, cpus
         self._taken: tuple[tuple[int, ...], str | int] | None = None
         self._begun: tuple[np.ndarray, np.ndarray] | None = None
         self._seen: tuple[str, ...] = ()
@@ -391,6 +402,17 @@ class Actors:
         for rank in ranks:
             if self._handles[rank] is not None:
                 ray.kill(self._handles[rank])
+        wait_for_nodes(
+            lambda: [] if has_room(self._recipe, self.mesh, self._cpus) else [{"CPU": self._cpus}] * self.mesh.size,
+            lambda: (
+                f"{self._named(ranks)} lost, and the cluster has no room left for as many. The same command goes on, with fewer "
+                "actors; set actors.wait_s to wait for nodes that come back."
+            ),
+            self._recipe.actors.wait_s,
+            watch,
+            SoupError,
+        )
+        for rank in ranks:
             self._handles[rank] = self._make(rank)
         watch("starting actors", 0, len(ranks))
         ready = self._must(ranks, "starting", lambda actor, _: actor.setup.remote(self._seen), watch)

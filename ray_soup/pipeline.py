@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ray_soup import storage
-from ray_soup.actors import Actors, Watch, actor_bytes, connect, has_room, quiet, resolve_mesh
+from ray_soup.actors import Actors, Watch, actor_bytes, connect, has_room, memory_of_each, quiet, resolve_mesh
 from ray_soup.bake import bake, mix_range
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
@@ -169,9 +169,7 @@ def _resolved(
 def model_batch_in(recipe: Recipe, parameters: int, count: int, mesh: Mesh) -> int:
     """The model batch on this mesh: auto takes all ingredients, or equal parts of them where the cluster's memory does not
     hold all."""
-    import ray
-
-    asked, room = model_batch_of(recipe, count), ray.cluster_resources().get("memory", float("inf")) / mesh.size
+    asked, room = model_batch_of(recipe, count), memory_of_each(mesh)
     if recipe.learn.model_batch != "auto" or recipe.method in SOFTMAX:
         return asked
     parts = (-(-count // n) for n in range(1, count + 1))

@@ -8,10 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 SHORT = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # Ray's sockets need a short path
@@ -174,3 +176,14 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
 def ray_soup(*arguments: str) -> list[str]:
     """The command, for a child process."""
     return [sys.executable, "-m", "ray_soup.cli", *arguments]
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL for a command and all that it started: Ray's own agents would live on for a minute."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=20)

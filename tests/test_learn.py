@@ -125,15 +125,15 @@ def test_a_lost_actor_is_replaced_and_changes_no_bit(
 ) -> None:
     undisturbed, _ = learned(zoo, tmp_path / "a.pt", mesh, learn__model_batch=5)
     if fault == signal.SIGSTOP:
-        monkeypatch.setattr("ray_soup.actors.DEADLINE_S", 45.0)
+        monkeypatch.setattr("ray_soup.actors.DEADLINE_S", 25.0)
     killed: list[int] = []
     step = Actors.step
 
     def disturbed(self: Actors, *arguments: Any) -> Any:
         disturbed.calls += 1
         if disturbed.calls == 13:  # in the second epoch of the first turn
-            mine = {p.pid for p in psutil.process_iter(["cmdline"]) if "RemoteShard" in " ".join(p.info["cmdline"] or [])}
-            killed.append(max(mine))
+            mine = psutil.Process().children(recursive=True)
+            killed.append(max(p.pid for p in mine if "RemoteShard" in " ".join(p.cmdline())))
             os.kill(killed[0], fault)
         return step(self, *arguments)
 

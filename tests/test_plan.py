@@ -16,15 +16,12 @@ from ray_soup.shard import Mesh
 from tests.conftest import values
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"learn": {"batch_size": 61, "epochs": 2}, "directions": {"dtype": "bfloat16"}},
-        {"learn": {"batch_size": 100, "epochs": 1, "model_batch": 3, "models_epochs": 2}, "directions": {"dtype": "float32"},
-         "actors": {"replicas": 1, "shards": 2, "cpus": 1}},
-    ],
-)  # fmt: skip
-def test_the_plan_is_what_the_run_says(zoo: Path, tmp_path: Path, cluster: None, changes: dict[str, Any]) -> None:
+def test_the_plan_is_what_the_run_says(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    changes: dict[str, Any] = {
+        "learn": {"batch_size": 100, "epochs": 1, "model_batch": 3, "models_epochs": 2},
+        "directions": {"dtype": "bfloat16"},
+        "actors": {"replicas": 1, "shards": 2, "cpus": 1},
+    }
     recipe = make_recipe(values(zoo, **changes))
     assert not plan(recipe)["store_is_there"]
     run(recipe, tmp_path / "first")  # compiles its loops, which takes memory of its own

@@ -20,7 +20,7 @@ from ray_soup.learn import load_state
 from ray_soup.pipeline import run, verify
 from ray_soup.recipe import changed, dump_recipe, load_recipe, make_recipe, parse_overrides
 from ray_soup.search import bundles, make_configs, pareto, search, soup_of, soup_resources, soup_trainable, wait_for_room
-from tests.conftest import ROOT, ray_soup, values
+from tests.conftest import ROOT, kill_tree, ray_soup, values
 
 
 def test_the_first_is_the_recipe_as_it_is_and_the_rest_are_drawn_by_the_seed(zoo: Path) -> None:
@@ -168,12 +168,7 @@ def test_a_killed_search_goes_on(zoo: Path, tmp_path: Path) -> None:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     time.sleep(3)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for child in children:
-        child.kill()
-    psutil.wait_procs(children, timeout=20)
+    kill_tree(process)
     before = states()
     ended = {name for name, (state, _) in before.items() if state.turn == 1}
     assert ended
@@ -194,7 +189,7 @@ def test_in_a_tuner_of_ones_own(zoo: Path, tmp_path: Path, cluster: None) -> Non
     recipe = make_recipe(values(zoo))
     results = tune.Tuner(
         tune.with_resources(soup_trainable(recipe), soup_resources(recipe)),
-        param_space={"learn.lr": tune.grid_search([0.01, 0.05])},
+        param_space={"learn.lr": tune.grid_search([0.05])},
         run_config=tune.RunConfig(storage_path=str(tmp_path), name="own", verbose=0),
     ).fit()
     assert not results.errors

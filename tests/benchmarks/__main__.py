@@ -3,9 +3,9 @@
 import json
 import sys
 
-from tests.benchmarks import greedy, ingredients, step
+from tests.benchmarks import chaos, greedy, ingredients, step
 
-BENCHMARKS = {"ingredients": ingredients.main, "greedy": greedy.main, "step": step.main}
+BENCHMARKS = {"ingredients": ingredients.main, "greedy": greedy.main, "step": step.main, "chaos": chaos.main}
 
 
 def main() -> None:
