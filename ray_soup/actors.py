@@ -405,8 +405,8 @@ class Actors:
         wait_for_nodes(
             lambda: [] if has_room(self._recipe, self.mesh, self._cpus) else [{"CPU": self._cpus}] * self.mesh.size,
             lambda: (
-                f"{self._named(ranks)} lost, and the cluster has no room left for as many. The same command goes on, with fewer "
-                "actors; set actors.wait_s to wait for nodes that come back."
+                f"{self._named(ranks)} lost, and the cluster has no room left for as many. The same command goes on, with "
+                "fewer actors; set actors.wait_s to wait for nodes that come back."
             ),
             self._recipe.actors.wait_s,
             watch,
