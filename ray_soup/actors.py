@@ -68,10 +68,9 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int, watch: Watch
     `actors.wait_s` says; raises RecipeError for what the cluster cannot place."""
     found: list[tuple[Mesh, float]] = []
 
-    def fits() -> list[dict[str, float]]:
-        mesh, cpus = _mesh_now(recipe, parameters, ingredients)
-        found[:] = [(mesh, cpus)]
-        return [] if has_room(recipe, mesh, cpus) else [{"CPU": cpus, "GPU": recipe.actors.gpus}] * mesh.size
+    def missing() -> list[dict[str, float]]:
+        found[:] = [_mesh_now(recipe, parameters, ingredients)]
+        return _missing(recipe, *found[0])
 
     def complaint() -> str:
         import ray
@@ -83,7 +82,7 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int, watch: Watch
             f"{have.get('GPU', 0):g}. Ask for less, or set actors.wait_s where nodes are still to come."
         )
 
-    wait_for_nodes(fits, complaint, recipe.actors.wait_s, watch)
+    wait_for_nodes(missing, complaint, recipe.actors.wait_s, watch)
     return found[0]
 
 
@@ -149,6 +148,11 @@ def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:
 
     have = ray.cluster_resources()
     return mesh.size * cpus <= have.get("CPU", 0) and mesh.size * recipe.actors.gpus <= have.get("GPU", 0)
+
+
+def _missing(recipe: Recipe, mesh: Mesh, cpus: float) -> list[dict[str, float]]:
+    """The bundles of this mesh where the cluster is too small for it, else none."""
+    return [] if has_room(recipe, mesh, cpus) else [{"CPU": cpus, "GPU": recipe.actors.gpus}] * mesh.size
 
 
 class _Lost(Exception):
@@ -403,7 +407,7 @@ class Actors:
             if self._handles[rank] is not None:
                 ray.kill(self._handles[rank])
         wait_for_nodes(
-            lambda: [] if has_room(self._recipe, self.mesh, self._cpus) else [{"CPU": self._cpus}] * self.mesh.size,
+            lambda: _missing(self._recipe, self.mesh, self._cpus),
             lambda: (
                 f"{self._named(ranks)} lost, and the cluster has no room left for as many. The same command goes on, with "
                 "fewer actors; set actors.wait_s to wait for nodes that come back."

@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -153,14 +153,25 @@ def quiet_tune() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def restored(experiment: Path, trainable: Any) -> tune.Tuner | None:
+    """The tuner of an experiment that was stopped. None where there is none, or one that was killed while it was being set
+    up; what that left is thrown away."""
+    if tune.Tuner.can_restore(experiment):
+        with suppress(EOFError, pickle.UnpicklingError):
+            return tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True, restart_errored=True)
+    shutil.rmtree(experiment, ignore_errors=True)
+    return None
+
+
 class Progress(tune.Callback):
     """Tells `watch` of finished trials. Tune pickles its callbacks: what cannot be pickled is kept on the class."""
 
+    what = "fine-tuning"
     watch: Watch
     total: int
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.watch("fine-tuning", sum(t.is_finished() for t in trials), self.total)
+        self.watch(self.what, sum(t.is_finished() for t in trials), self.total)
 
 
 def _search(
@@ -196,12 +207,7 @@ def _search(
     trainable = tune.with_resources(trial, resources)
     experiment = state / "tune"
     watch("fine-tuning", 0, total)
-    tuner = None
-    if tune.Tuner.can_restore(experiment):
-        try:
-            tuner = tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True, restart_errored=True)
-        except (EOFError, pickle.UnpicklingError):  # killed while the experiment was being set up
-            shutil.rmtree(experiment)
+    tuner = restored(experiment, trainable)
     if tuner is None:
         # Train asks for its workers by itself
         options = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once if workers > 1 else None)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ray_soup.actors import Actors, Watch, actor_bytes, connect, quiet, resolve_mesh
 from ray_soup.blocks import partition
+from ray_soup.data import cut
 from ray_soup.directions import has_store
 from ray_soup.errors import RecipeError
 from ray_soup.hyperplane import ITEMSIZE
@@ -39,7 +40,7 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
             seen = actors.calibrate(model_batch, watch)
         finally:
             actors.close()
-    sizes = _split_sizes(recipe, ready.sizes)
+    sizes = {name: len(s) for name, s in cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed).items()}
     blocks = partition(layout, recipe.blocks).count
     options = recipe.learn
     turns = len(model_batches(count, model_batch, options.seed, options.models_epochs))
@@ -89,14 +90,6 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
 
 def _passes(seen: Calibration, seconds: float, examples: int) -> float:
     return seconds * examples / seen.images
-
-
-def _split_sizes(recipe: Recipe, sizes: dict[str, int]) -> dict[str, int]:
-    sizes = dict(sizes)
-    if isinstance(recipe.data.select, float):
-        sizes["select"] = round(sizes["fit"] * recipe.data.select)
-        sizes["fit"] -= sizes["select"]
-    return sizes
 
 
 def lines(found: dict[str, Any]) -> list[list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,12 +21,12 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from ray_soup import models, storage
+from ray_soup import finetune, models, storage
 from ray_soup.actors import Actors, Watch, actor_bytes, connect, quiet, resolve_mesh, wait_for_nodes
 from ray_soup.blocks import Layout
 from ray_soup.checkpoints import Ingredient
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.finetune import distribution, draw, quiet_tune
+from ray_soup.finetune import distribution, draw, quiet_tune, restored
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
 from ray_soup.pipeline import LEARNED, Bench, make_in, model_batch_of, open_bench, prepare, run
@@ -212,18 +211,14 @@ def soup_of(recipe: Recipe, result: tune.Result, out: str | Path, watch: Watch =
         return run(changed(recipe, result.config.get("soup", result.config)), out, watch, Path(folder) / "learn.pt")
 
 
-class Progress(tune.Callback):
-    """Tells `watch` how far the trials are. Tune pickles its callbacks: what cannot be pickled is kept on the class."""
+class Progress(finetune.Progress):
+    """Tells `watch` how far the trials are, too."""
 
-    watch: Watch
-    total: int
+    what = "searching"
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         done = sum(100 if t.is_finished() else (t.last_result or {}).get("percent", 0) for t in trials)
-        self.watch("searching", round(done / 100), self.total)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.watch("searching", sum(t.is_finished() for t in trials), self.total)
+        self.watch(self.what, round(done / 100), self.total)
 
 
 class PatientASHA(ASHAScheduler):
@@ -291,12 +286,8 @@ def _run_trials(
     trainable = tune.with_resources(soup_trainable(recipe, states), soup_resources(recipe))
     experiment = state / "tune"
     watch("searching", 0, len(configs))
-    tuner = None
-    if tune.Tuner.can_restore(experiment):
-        with suppress(EOFError, pickle.UnpicklingError):  # killed while the experiment was being set up
-            tuner = tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True, restart_errored=True)
+    tuner = restored(experiment, trainable)
     if tuner is None:
-        shutil.rmtree(experiment, ignore_errors=True)
         mode = MODES[options.metric]
         scheduler: TrialScheduler = FIFOScheduler()
         if options.scheduler == "asha":

@@ -131,6 +131,12 @@ class Calibration:
     """Of an actor with model and data, and without directions, in a forward and backward pass."""
 
 
+def autocast(recipe: Recipe, device: torch.device) -> Any:
+    """The context of forward passes that the recipe's precision asks for."""
+    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and has_fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+
+
 class GroupLost(Exception):
     """A fellow shard is gone or does not answer; the replica is to be made anew."""
 
@@ -188,9 +194,7 @@ class Shard:
         self.theta = torch.zeros(self.slice * shards, device=self.device)
         flatten(self.model, self.theta, None, self.layout)
         self.micro_batch = micro_batch_size(self.recipe, self.layout.numel)
-        self.autocast = self.recipe.precision == "bfloat16" or (
-            self.recipe.precision == "auto" and has_fast_bfloat16(self.device)
-        )
+        self.precision = autocast(self.recipe, self.device)
         self._soup_buffers: dict[str, torch.Tensor] = {}
         yield Ready(
             {name: len(examples) for name, examples in self.examples.items()},
@@ -247,7 +251,7 @@ class Shard:
         images, labels = examples.batch(rows, self.device)
 
         def passes() -> None:
-            with self._precision():
+            with self.precision:
                 logits = self.model(images)
             F.cross_entropy(logits.float(), labels, reduction="sum").backward()
 
@@ -387,9 +391,6 @@ class Shard:
         self.plane.combine(self.theta[self.low : self.high], self.base, x)
         self._gather()
 
-    def _precision(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
-
     def _micro_batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for first in range(0, len(split), self.micro_batch):
             yield self.examples[split.source].batch(split.rows[first : first + self.micro_batch], self.device)
@@ -406,7 +407,7 @@ class Shard:
         t = torch.tensor(factor, dtype=torch.float32, device=self.device, requires_grad=True)
         t.grad = torch.zeros_like(t)
         for images, labels in self._micro_batches(batch):
-            with self._precision():
+            with self.precision:
                 logits = self.model(images)
             loss = F.cross_entropy(logits.float() * t, labels, reduction="sum")
             loss.backward()
@@ -420,7 +421,7 @@ class Shard:
         self._combine(x)
         score = Score()
         for piece in self._pieces(split):
-            with self._precision():
+            with self.precision:
                 score += self._score(piece, factor)
             yield "evaluating", score.count, len(split)
         yield score

@@ -342,15 +342,3 @@ def remove(path: str) -> None:
         _tried(path, lambda: system.delete_file(inside))
     except FileNotFoundError:
         return
-
-
-def remove_folder(path: str) -> None:
-    """A folder with all that is in it, if it is there."""
-    if not is_remote(path):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    system, inside = _filesystem(path)
-    try:
-        _tried(path, lambda: system.delete_dir(inside.rstrip("/")))
-    except FileNotFoundError:
-        return

@@ -6,11 +6,10 @@ worker alone, so that a training that was stopped goes on with the numbers it wo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ray_soup import models
-from ray_soup.data import batch_positions, load_source
+from ray_soup.data import Examples, batch_positions, load_source
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.recipe import Recipe
-from ray_soup.shard import has_fast_bfloat16
+from ray_soup.shard import autocast
 
 Epochs = Generator[tuple[int, int], None, dict[str, float]]
 
@@ -69,8 +68,7 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
     if worker.world > 1:
         running = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     images_of = Augment(loaded.images, hyper)
-    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and has_fast_bfloat16(device))
-    precision = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    precision = autocast(recipe, device)
     while epoch < epochs:
         model.train()
         random = np.random.default_rng([hyper["seed"], epoch, worker.rank])
@@ -111,7 +109,7 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
     if worker.rank == 0:
         if recipe.data.fit is not None:
             held_out = yield from load_source(recipe.data.fit, built.preprocess)
-            metrics["accuracy"] = _accuracy(model.eval(), held_out.images, held_out.labels, device)
+            metrics["accuracy"] = _accuracy(model.eval(), held_out, device)
         write_model(model, file)
         done_file.write_text(json.dumps(metrics))
         state_file.unlink(missing_ok=True)
@@ -183,9 +181,9 @@ def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().float()))
     with torch.inference_mode():
-        for first in range(0, len(loaded), 256):
-            model(loaded.batch(np.arange(first, min(first + 256, len(loaded))), device)[0])
-            yield first, len(loaded)
+        for images, _ in _in_order(loaded, device):
+            model(images)
+            yield sum(map(len, seen)), len(loaded)
     hook.remove()
     features, labels = torch.cat(seen).clone(), torch.from_numpy(loaded.labels).to(device)
     if features.shape != (len(loaded), head.in_features):
@@ -209,10 +207,14 @@ def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
     write_model(model, file)
 
 
-def _accuracy(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> float:
+def _in_order(examples: Examples, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for first in range(0, len(examples), 256):
+        yield examples.batch(np.arange(first, min(first + 256, len(examples))), device)
+
+
+def _accuracy(model: torch.nn.Module, examples: Examples, device: torch.device) -> float:
     correct = 0
     with torch.inference_mode():
-        for first in range(0, len(labels), 256):
-            logits = model(torch.from_numpy(np.ascontiguousarray(images[first : first + 256])).to(device))
-            correct += int((logits.argmax(dim=1).cpu().numpy() == labels[first : first + 256]).sum())
-    return correct / len(labels)
+        for images, labels in _in_order(examples, device):
+            correct += int((model(images).argmax(dim=1) == labels).sum())
+    return correct / len(examples)
