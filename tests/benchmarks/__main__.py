@@ -3,9 +3,15 @@
 import json
 import sys
 
-from tests.benchmarks import chaos, greedy, ingredients, step
+from tests.benchmarks import chaos, greedy, ingredients, limits, step
 
-BENCHMARKS = {"ingredients": ingredients.main, "greedy": greedy.main, "step": step.main, "chaos": chaos.main}
+BENCHMARKS = {
+    "ingredients": ingredients.main,
+    "greedy": greedy.main,
+    "step": step.main,
+    "limits": limits.main,
+    "chaos": chaos.main,
+}
 
 
 def main() -> None:
