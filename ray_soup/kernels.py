@@ -19,7 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-SPAN = 2048  # numbers worked on at a time: what is accumulated stays in the first-level cache
+SPAN = 2048  # numbers worked on at a time: what is accumulated in float64 stays in the first-level cache
+STRETCH = 8192  # likewise of directions: rows are read in stretches of several pages, which the processor fetches ahead
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
@@ -193,8 +194,8 @@ def combine(out, base, rows, scales, pieces, low, chosen, x):
         start, stop, block, chunk = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
         for j in range(m):
             factors[j] = x[j, block] * scales[chosen[j], chunk]
-        for s in range(start, stop, SPAN):
-            e = min(s + SPAN, stop)
+        for s in range(start, stop, STRETCH):
+            e = min(s + STRETCH, stop)
             total = out[s - low : e - low]
             total[:] = base[s - low : e - low]
             for j in range(0, padded, 4):
@@ -234,8 +235,8 @@ def project(gradient, rows, scales, pieces, low, chosen, out):
     for p in range(pieces.shape[0]):
         start, stop, block, chunk = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
         piece[:] = 0.0
-        for s in range(start, stop, SPAN):
-            e = min(s + SPAN, stop)
+        for s in range(start, stop, STRETCH):
+            e = min(s + STRETCH, stop)
             for j in range(0, padded, 4):
                 _dots(gradient[s - low : e - low], rows, four[j : j + 4], sums, s, e)
                 piece[j : j + 4] += sums

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from tests.benchmarks import chaos, greedy, ingredients, limits, step
+from tests.benchmarks import chaos, greedy, ingredients, limits, quality, scaling, step
 
 BENCHMARKS = {
     "ingredients": ingredients.main,

@@ -33,23 +33,22 @@ def best(work: Callable[[], Any], rounds: int = 5) -> float:
     return min(times)
 
 
-def memory_rates() -> dict[str, float]:
-    """GB/s that THREADS threads read (a sum, as `project` reads) and copy (as counted: read and written)."""
+def bandwidth() -> float:
+    """Bytes a second that THREADS threads move: the better of reading (a sum) and copying (read and written)."""
     torch.set_num_threads(THREADS)
-    source, target = torch.ones(1 << 28), torch.empty(1 << 28)
+    source, target = torch.ones(1 << 27), torch.empty(1 << 27)
     nbytes = source.numel() * 4
-    read = best(lambda: source.sum())
-    copy = best(lambda: target.copy_(source))
-    return {"memory: read (GB/s)": nbytes / read / 1e9, "memory: copy (GB/s)": 2 * nbytes / copy / 1e9}
+    return max(nbytes / best(lambda: source.sum()), 2 * nbytes / best(lambda: target.copy_(source)))
 
 
-def hyperplane(limit: float) -> dict[str, float]:
-    """Combine and project of COUNT directions of the model, by dtype; against `limit` GB/s."""
+def hyperplane() -> dict[str, float]:
+    """Combine and project of COUNT directions of the model, by dtype, against the memory bandwidth seen in between."""
     from ray_soup.hyperplane import made_up_plane
     from ray_soup.models import describe
 
     numbers = describe(MODEL).numel
     results: dict[str, float] = {}
+    rates, limit = {}, bandwidth()
     for dtype in ("float32", "bfloat16", "int8"):
         plane = made_up_plane(dtype, COUNT, numbers, torch.device("cpu"), THREADS)
         out, base = torch.zeros(numbers), torch.zeros(numbers)
@@ -61,8 +60,10 @@ def hyperplane(limit: float) -> dict[str, float]:
         ):
             seconds = best(work)
             results[f"{name}, {dtype} (ms)"] = 1000 * seconds
-            results[f"{name}, {dtype}: share of the bandwidth"] = (rows + more) / seconds / 1e9 / limit
+            rates[f"{name}, {dtype}: share of the bandwidth"] = (rows + more) / seconds
+            limit = max(limit, bandwidth())
         del plane
+    results |= {"memory bandwidth (GB/s)": limit / 1e9} | {key: rate / limit for key, rate in rates.items()}
     for name in ("combine", "project"):
         results[f"{name}: int8 / float32 time"] = results[f"{name}, int8 (ms)"] / results[f"{name}, float32 (ms)"]
     return results
@@ -182,7 +183,4 @@ def files() -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    results = memory_rates()
-    results |= hyperplane(max(results.values()))
-    results |= passes()
-    return results | files()
+    return hyperplane() | passes() | files()

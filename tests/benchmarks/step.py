@@ -1,7 +1,7 @@
 """One step at ViT-B/32 shape with a model batch of 18: ours against the published procedure's, time and memory.
 
 Each side runs in a process of its own on two threads; ours in the default precision (bfloat16 where the hardware has it) and
-in float32, the published procedure in float32, as it is. Memory: private memory plus the resident pages of the store, sampled.
+in float32, the published procedure in float32, as it is. Memory: private memory plus resident pages of the store, sampled.
 """
 
 from __future__ import annotations

@@ -1,0 +1,159 @@
+"""What the driver adds to a step, and one actor of one thread against two.
+
+*driver*: the time of a step less that of its slowest actor, against a bare call with the same payload, for 1, 2 and 4 actors
+of a model with as many blocks as ViT-B/32. *scaling*: the step at ViT-B/32 shape, a model batch of 18.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.benchmarks.step import COUNT, MODEL, write_data
+
+BLOCKS = 152  # tensors of ViT-B/32 and its head
+
+
+def many_blocks() -> torch.nn.Module:
+    """A model of BLOCKS tensors that takes no time."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(10, 10) for _ in range(BLOCKS // 2)))
+    for layer in model:
+        torch.nn.init.eye_(layer.weight)
+    return model
+
+
+def median(work: Callable[[], Any], rounds: int) -> float:
+    for _ in range(max(1, rounds // 10)):
+        work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def opened(recipe: Any, size: int) -> tuple[Any, int]:
+    """`size` actors of one thread at the beginning of a model batch of all ingredients, and the number of blocks."""
+    from ray_soup.actors import Actors, quiet
+    from ray_soup.pipeline import prepare
+    from ray_soup.shard import Mesh
+
+    ingredients, _ = prepare(recipe)
+    actors = Actors(recipe, ingredients, Mesh(size, 1), 1)
+    actors.setup(quiet)
+    blocks = actors.take(tuple(range(COUNT)), "tensor", quiet).partition.count
+    actors.begin(np.arange(COUNT), np.zeros((COUNT, blocks), np.float32))
+    return actors, blocks
+
+
+def driver() -> dict[str, float]:
+    import ray
+
+    from ray_soup.actors import connect
+    from ray_soup.data import Split
+    from ray_soup.models import describe
+    from ray_soup.recipe import make_recipe
+    from tests.benchmarks.ingredients import write_zoo
+
+    class Echo:
+        def step(self, x: np.ndarray, factor: float, batch: Any) -> tuple[np.ndarray, float]:
+            return x.astype(np.float64), factor
+
+    folder, results = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark")), {}
+    model = "tests.benchmarks.scaling:many_blocks"
+    try:
+        write_zoo(folder, describe(model).state_shapes, COUNT)
+        random = np.random.default_rng(0)
+        images = random.standard_normal((128, 10)).astype(np.float32)
+        np.savez(folder / "data.npz", images=images, labels=random.integers(0, 10, 128))
+        recipe = make_recipe(
+            {"model": model, "ingredients": f"{folder}/*.safetensors", "data": {"fit": str(folder / "data.npz")}}
+        )
+        batch = Split("fit", np.arange(128, dtype=np.int32))
+        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)  # more than there may be
+        with connect():
+            for size in (1, 2, 4):
+                actors, blocks = opened(recipe, size)
+                x, own = np.full((COUNT, blocks), 1e-4, np.float32), []
+                echoes = [ray.remote(Echo).options(num_cpus=0).remote() for _ in range(size)]
+                parts = batch.parts(size)
+
+                def bare(echoes: list = echoes, x: np.ndarray = x, parts: list = parts) -> None:
+                    ray.get([echo.step.remote(x, 1.0, part) for echo, part in zip(echoes, parts, strict=True)])
+
+                def step(actors: Any = actors, x: np.ndarray = x, own: list = own) -> None:
+                    start = time.perf_counter()
+                    partials = actors.step(x, 1.0, batch)
+                    own.append(time.perf_counter() - start - max(p.seconds for p in partials))
+
+                calls = median(bare, 200)
+                median(step, 200)
+                results[f"{size} actors: bare call (ms)"] = 1000 * calls
+                results[f"{size} actors: step less its slowest actor (ms)"] = 1000 * float(np.median(own))
+                for echo in echoes:
+                    ray.kill(echo)
+                actors.close()
+        return results
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def scaling() -> dict[str, float]:
+    from ray_soup.actors import connect
+    from ray_soup.data import Split
+    from ray_soup.models import describe
+    from ray_soup.recipe import make_recipe
+    from tests.benchmarks.ingredients import write_zoo
+
+    folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
+    before = os.environ.get("RAY_SOUP_CACHE")
+    os.environ["RAY_SOUP_CACHE"] = str(folder / "cache")
+    times: dict[tuple[int, int], float] = {}
+    try:
+        write_zoo(folder, describe(MODEL).state_shapes, COUNT)
+        write_data(folder)
+        recipe = make_recipe(
+            {"model": MODEL, "ingredients": f"{folder}/*.safetensors", "data": {"fit": str(folder / "data.npz")}}
+        )
+        with connect():
+            for size, batches in ((1, (64, 128)), (2, (128,)), (1, (64, 128)), (2, (128,))):
+                actors, blocks = opened(recipe, size)
+                x = np.full((COUNT, blocks), 1e-4, np.float32)
+                for count in batches:
+                    batch = Split("fit", np.arange(count, dtype=np.int32))
+                    seconds = median(lambda a=actors, b=batch, x=x: a.step(x, 1.0, b), 3)
+                    times[size, count] = min(seconds, times.get((size, count), float("inf")))
+                actors.close()
+        payload = COUNT * blocks * (4 + 8) + 4 * 128 // 2
+        return {
+            "1 actor, batch 64 (s)": times[1, 64],
+            "1 actor, batch 128 (s)": times[1, 128],
+            "2 actors, batch 128 (s)": times[2, 128],
+            "strong scaling: 1 / 2 actors": times[1, 128] / times[2, 128],
+            "weak scaling: 1 actor, half the batch / 2 actors": times[1, 64] / times[2, 128],
+            "traffic of a step and actor, without envelopes (KB)": payload / 1e3,
+        }
+    finally:
+        if before is None:
+            del os.environ["RAY_SOUP_CACHE"]
+        else:
+            os.environ["RAY_SOUP_CACHE"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> dict[str, float]:
+    results = driver() | scaling()
+    results["2 actors: overhead / step of ViT-B/32"] = (
+        results["2 actors: step less its slowest actor (ms)"] / 1000 / results["2 actors, batch 128 (s)"]
+    )
+    return results
