@@ -1,0 +1,108 @@
+"""How time and memory of a step grow with the number of ingredients, with the model batch and with the model; and the
+largest case: 72 ingredients of ViT-B/32 size in one model batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMALL, LARGE = "open_clip:ViT-S-32-alt?classes=1000", "open_clip:ViT-B-32?classes=1000"
+BATCH, LARGE_BATCH, ALL = 16, 128, 72
+CODE = """
+import json, sys
+from pathlib import Path
+from tests.benchmarks import growth
+print(json.dumps(growth.step(Path(sys.argv[1]), *json.loads(sys.argv[2]))))
+"""
+
+
+def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> dict[str, float]:
+    """Time and memory of a step of `model_batch` of `count` ingredients, in this process, on two threads."""
+    from ray_soup.data import Split
+    from ray_soup.pipeline import prepare
+    from ray_soup.recipe import make_recipe
+    from ray_soup.shard import Mesh, Shard
+    from tests.benchmarks.step import Resident, timed
+
+    recipe = make_recipe(
+        {
+            "model": model,
+            "ingredients": [str(folder / f"model_{k}.safetensors") for k in range(count)],
+            "data": {"fit": str(folder / "data.npz")},
+        }
+    )
+    ingredients, layout = prepare(recipe)
+    shard = Shard(recipe, ingredients, Mesh(1, 1), 0, 2)
+    list(shard.setup())
+    start = time.perf_counter()
+    blocks = list(shard.take(tuple(range(count)), "tensor"))[-1].partition.count
+    store = time.perf_counter() - start
+    split = Split("fit", np.arange(batch, dtype=np.int32))
+    with Resident() as resident:
+        shard.begin(np.arange(model_batch), np.zeros((count, blocks), np.float32))
+        x = np.full((model_batch, blocks), 1e-4, np.float32)
+        seconds = timed(lambda: shard.step(x, 1.0, split))
+        shard.reset_peak()
+        shard.step(x, 1.0, split)
+    return {
+        "step (s)": seconds, "memory (GB)": resident.peak / 1e9, "resident at its peak (GB)": shard.peak_memory() / 1e9,
+        "store (s)": store, "parameters (million)": layout.numel / 1e6,
+    }  # fmt: skip
+
+
+def alone(folder: Path, *arguments: Any) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(folder), json.dumps(arguments)],
+        env={**os.environ, "RAY_SOUP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> dict[str, float]:
+    from ray_soup.models import describe
+    from tests.benchmarks.ingredients import write_zoo
+    from tests.benchmarks.step import write_data
+
+    results: dict[str, float] = {}
+    for model, counts in ((SMALL, (6, 12, 24, 48)), (LARGE, (6,))):
+        folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
+        try:
+            write_zoo(folder, describe(model).state_shapes, max(counts))
+            write_data(folder)
+            alone(folder, model, counts[0], 1, 1)  # compiles
+            cases = {f"{count} in one": (count, count) for count in counts}
+            cases |= {f"{counts[-1]} by {m}": (counts[-1], m) for m in (6, 12, 24) if m < counts[-1]}
+            for name, (count, model_batch) in cases.items():
+                found = alone(folder, model, count, model_batch, BATCH)
+                results |= {f"{model[10:20]}, {name}: {key}": value for key, value in found.items()}
+        finally:
+            shutil.rmtree(folder)
+    return results | largest()
+
+
+def largest() -> dict[str, float]:
+    """As many ingredients of the large model as the disk holds, all in one model batch."""
+    from ray_soup.models import describe
+    from tests.benchmarks.ingredients import write_zoo
+    from tests.benchmarks.step import write_data
+
+    folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
+    try:
+        layout = describe(LARGE)
+        count = min(ALL, int(shutil.disk_usage(folder).free * 0.9 / (5 * layout.numel)))
+        write_zoo(folder, layout.state_shapes, count)
+        write_data(folder)
+        found = alone(folder, LARGE, count, count, LARGE_BATCH)
+        return {f"{count} x ViT-B/32 in one, batch {LARGE_BATCH}: {key}": value for key, value in found.items()}
+    finally:
+        shutil.rmtree(folder)
