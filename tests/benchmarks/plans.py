@@ -1,4 +1,4 @@
-"""What `plan` says of four recipes, which differ in ingredients, model batch, dtype and mesh, against what is measured then."""
+"""What `plan` says of four recipes that differ in ingredients, model batch, dtype and mesh, against what is measured."""
 
 from __future__ import annotations
 
