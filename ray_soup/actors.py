@@ -352,25 +352,27 @@ class Actors:
         lost: set[int] = set()
         reason = ""
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=DEADLINE_S)
-            if not ready:
-                return lost | {rank_of[call] for call in waiting}, f"{NO_ANSWER} within {DEADLINE_S:.0f} s"
-            rank = rank_of[ready[0]]
-            try:
-                value: Any = ray.get(next(ready[0]) if watch else ready[0])
-                if watch and isinstance(value, tuple):
-                    watch(*value)
-                    waiting.append(ready[0])
-                else:
-                    answers[rank] = value
-            except RayActorError as error:
-                lost.add(rank)
-                reason = _first_line(error)
-            except RayTaskError as error:
-                if not isinstance(error.cause, GroupLost):
-                    raise error.cause from error
-                lost.add(rank)
-                reason = reason or _first_line(error.cause)
+            ready, waiting = ray.wait(waiting, num_returns=1 if watch else len(waiting), timeout=DEADLINE_S)
+            if not ready or (waiting and not watch):
+                silent = {rank_of[call] for call in waiting}
+                waiting, lost, reason = [], lost | silent, f"{NO_ANSWER} within {DEADLINE_S:.0f} s"
+            for call in ready:
+                rank = rank_of[call]
+                try:
+                    value: Any = ray.get(next(call) if watch else call)
+                    if watch and isinstance(value, tuple):
+                        watch(*value)
+                        waiting.append(call)
+                    else:
+                        answers[rank] = value
+                except RayActorError as error:
+                    lost.add(rank)
+                    reason = _first_line(error)
+                except RayTaskError as error:
+                    if not isinstance(error.cause, GroupLost):
+                        raise error.cause from error
+                    lost.add(rank)
+                    reason = reason or _first_line(error.cause)
         return lost, reason
 
     def _replace(self, replicas: set[int]) -> None:

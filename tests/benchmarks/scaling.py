@@ -65,8 +65,13 @@ def driver() -> dict[str, float]:
     from tests.benchmarks.ingredients import write_zoo
 
     class Echo:
-        def step(self, x: np.ndarray, factor: float, batch: Any) -> tuple[np.ndarray, float]:
-            return x.astype(np.float64), factor
+        """Answers with as much as a shard does, after being busy for as long."""
+
+        def step(self, x: np.ndarray, factor: float, batch: Any, busy_s: float) -> tuple[np.ndarray, float, float]:
+            start = time.perf_counter()
+            while time.perf_counter() - start < busy_s:
+                pass
+            return x.astype(np.float64), factor, time.perf_counter() - start
 
     folder, results = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark")), {}
     model = "tests.benchmarks.scaling:many_blocks"
@@ -83,21 +88,24 @@ def driver() -> dict[str, float]:
         with connect():
             for size in (1, 2, 4):
                 actors, blocks = opened(recipe, size)
-                x, own = np.full((COUNT, blocks), 1e-4, np.float32), []
+                x = np.full((COUNT, blocks), 1e-4, np.float32)
+                own: list[float] = []
+                bare: list[float] = []
+                busy: list[float] = []
                 echoes = [ray.remote(Echo).options(num_cpus=0).remote() for _ in range(size)]
                 parts = batch.parts(size)
 
-                def bare(echoes: list = echoes, x: np.ndarray = x, parts: list = parts) -> None:
-                    ray.get([echo.step.remote(x, 1.0, part) for echo, part in zip(echoes, parts, strict=True)])
-
-                def step(actors: Any = actors, x: np.ndarray = x, own: list = own) -> None:
+                for _ in range(300):
                     start = time.perf_counter()
                     partials = actors.step(x, 1.0, batch)
-                    own.append(time.perf_counter() - start - max(p.seconds for p in partials))
-
-                calls = median(bare, 200)
-                median(step, 200)
-                results[f"{size} actors: bare call (ms)"] = 1000 * calls
+                    busy.append(max(p.seconds for p in partials))
+                    own.append(time.perf_counter() - start - busy[-1])
+                    start = time.perf_counter()
+                    calls = [e.step.remote(x, 1.0, part, busy[-1]) for e, part in zip(echoes, parts, strict=True)]
+                    spent = max(answer[2] for answer in ray.get(calls))
+                    bare.append(time.perf_counter() - start - spent)
+                results[f"{size} actors: a step's own time (ms)"] = 1000 * float(np.median(busy))
+                results[f"{size} actors: bare call less its own time (ms)"] = 1000 * float(np.median(bare))
                 results[f"{size} actors: step less its slowest actor (ms)"] = 1000 * float(np.median(own))
                 for echo in echoes:
                     ray.kill(echo)
