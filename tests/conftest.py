@@ -53,11 +53,14 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """A local Ray for all tests that need one in this process."""
+    """A local Ray for all tests that need one in this process. Its actors give arrays of 1 MB and more back to the system
+    at once, so that their memory can be measured."""
     from ray_soup.actors import connect
 
-    with connect():
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+        with connect():
+            yield
 
 
 def free_port() -> int:

@@ -46,7 +46,8 @@ class Sampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.store, self.total, self.samples, self.done = 0, 0, 0, threading.Event()
-        self.process = next(p for p in psutil.process_iter() if "Shard" in p.name() and p.status() != psutil.STATUS_ZOMBIE)
+        shards = [p for p in psutil.process_iter() if "Shard" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
+        self.process = max(shards, key=psutil.Process.create_time)
 
     def sample(self) -> None:
         regions = self.process.memory_maps(grouped=False)
@@ -103,5 +104,5 @@ def test_memory_follows_the_model_batch(zoo: Path, tmp_path: Path) -> None:
         assert np.any(state.y.numpy() != 0)
         peaks[count], rises[count], stores[count] = sampler.total, sampler.total - before, sampler.store
     assert max(stores.values()) <= (4 + 1) * 1.02 * vector  # four directions and the center
-    assert max(rises.values()) <= 24 * vector  # and a constant: base, temporaries, the compiled loops
-    assert abs(peaks[24] - peaks[12]) <= 6 * vector  # twelve directions more would be 12
+    assert max(rises.values()) <= 16 * vector  # and a constant: base, temporaries, the compiled loops
+    assert abs(peaks[24] - peaks[12]) <= 3 * vector  # twelve directions more would be 12
