@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ray_soup.hyperplane import ITEMSIZE
 from ray_soup.models import look_in
 from ray_soup.outcomes import Outcome, Score, join
 from ray_soup.recipe import Recipe
+from ray_soup.running_statistics import Statistics, averaged
 from ray_soup.shard import Calibration, GroupLost, Mesh, Partial, Ready, Shard, Taken
 
 DEADLINE_S = float(os.environ.get("RAY_SOUP_DEADLINE_S", 600))  # of one answer, or one sign of life while setting up
@@ -182,6 +184,7 @@ class Actors:
         self.mesh, self._recipe, self._cpus = mesh, recipe, cpus
         self._taken: tuple[tuple[int, ...], str | int] | None = None
         self._begun: tuple[np.ndarray, np.ndarray] | None = None
+        self._used: Statistics = {}
         self._seen: tuple[str, ...] = ()
         self._nodes: dict[int, str] = {}
         self._held = 0
@@ -235,7 +238,7 @@ class Actors:
 
     def take(self, subset: tuple[int, ...], blocks: str | int, watch: Watch) -> Taken:
         """Hold directions of the ingredients `subset` around their mean, to learn coefficients for blocks of this kind."""
-        self._taken, self._begun = None, None
+        self._taken, self._begun, self._used = None, None, {}
         call = (subset, blocks)
         taken = self._ask("take", lambda actor, rank: actor.take.remote(*call), watch=watch)[0]
         self._taken, self._held = call, taken.held
@@ -256,6 +259,28 @@ class Actors:
         parts = split.parts(self.mesh.size)
         scores = self._ask("evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), watch=quiet)
         return sum(scores, Score())
+
+    def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
+        """Running statistics at x float32 [m, B], of these batches spread over the actors; used by all from here on."""
+        size = self.mesh.size
+        parts = self._ask(
+            "sum_statistics", lambda actor, rank: actor.sum_statistics.remote(x, batches[rank::size]), watch=quiet
+        )
+        self.use(averaged(parts))
+        return self._used
+
+    def use(self, statistics: Statistics) -> None:
+        """Have these running statistics from here on."""
+        self._used = statistics
+        self._ask("use", lambda actor, rank: actor.use.remote(statistics))
+
+    def statistics_of_file(self, path: str, batches: list[Split], watch: Watch = quiet) -> Statistics:
+        """Running statistics of the checkpoint at `path`, of these batches spread over the actors."""
+        size = self.mesh.size
+        return averaged(self._ask(
+            "sum_statistics_of_file", lambda actor, rank: actor.sum_statistics_of_file.remote(path, batches[rank::size]),
+            watch=watch,
+        ))  # fmt: skip
 
     def gram(self) -> np.ndarray:
         """Inner products of the directions that are held, float64 [K, K]."""
@@ -292,13 +317,16 @@ class Actors:
                 watch=quiet,
             )
 
-    def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
-        """How many examples the mean of the ingredients `kept` and `candidate` gets right; every actor takes each
-        mesh.size-th of them."""
+    def try_candidate(
+        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
+    ) -> int:
+        """How many examples the mean of the ingredients `kept` and `candidate` gets right, with running statistics of the
+        batches `calibration`; every actor takes each mesh.size-th of the examples."""
         size = self.mesh.size
 
         def call(actor: Any, rank: int) -> Any:
-            return actor.try_candidate.remote(kept, candidate, [Split(s.source, s.rows[rank::size]) for s in splits])
+            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
+            return actor.try_candidate.remote(kept, candidate, mine, calibration)
 
         return sum(self._ask("try_candidate", call))
 
@@ -385,6 +413,8 @@ class Actors:
         if self._begun is not None:
             chosen, x = self._begun
             self._must(ranks, "being replaced", lambda actor, _: actor.begin.remote(chosen, x))
+        if self._used:
+            self._must(ranks, "being replaced", lambda actor, _: actor.use.remote(self._used))
 
     def _must(self, ranks: list[int], when: str, call: Callable[[Any, int], Any], watch: Watch | None = None) -> list[Any]:
         answers: dict[int, Any] = {}
@@ -434,6 +464,44 @@ class Actors:
             zip(firsts, self._must(firsts, "opening a group", lambda actor, _: actor.serve_group.remote()), strict=True)
         )
         self._must(ranks, "joining", lambda actor, rank: actor.join.remote(*where[rank - rank % self.mesh.shards]))
+
+
+class _Called:
+    """A shard whose methods are asked for as an actor's are, and answer at once."""
+
+    def __init__(self, shard: Shard):
+        self._shard = shard
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._shard, name))
+
+
+class LocalActors(Actors):
+    """The same without Ray: replicas in this process, asked one after the other."""
+
+    def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, threads: int):
+        assert mesh.shards == 1
+        self.mesh = mesh
+        self.shards = [Shard(recipe, ingredients, mesh, rank, threads) for rank in range(mesh.size)]
+
+    def close(self) -> None:
+        self.shards = []
+
+    def setup(self, watch: Watch, seen: tuple[str, ...] = ()) -> Ready:
+        return self._ask("setup", lambda actor, rank: actor.setup.remote(seen), watch=watch)[0]
+
+    def _ask(self, what: str, call: Callable[[Any, int], Any], ranks: Any = None, watch: Watch | None = None) -> list[Any]:
+        answers = []
+        for rank in range(self.mesh.size) if ranks is None else ranks:
+            answer = call(_Called(self.shards[rank]), rank)
+            if watch is not None:
+                for news in answer:
+                    if isinstance(news, tuple):
+                        watch(*news)
+                    else:
+                        answer = news
+            answers.append(answer)
+        return answers
 
 
 def _first_line(error: BaseException) -> str:

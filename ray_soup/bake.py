@@ -3,7 +3,9 @@
     theta[b] = sum_k c[k, b] theta_k[b]
 
 accumulated in float64 in the order of the ingredients, from the original files, one range of one tensor at a time: memory
-does not grow with the model or with the number of ingredients. Compression and the search leave no trace here.
+does not grow with the model or with the number of ingredients. Compression and the search leave no trace here. Buffers are
+mixed too, but for running statistics that were computed anew: these lie beside the coefficients, and the model can be made
+again without the data.
 """
 
 from __future__ import annotations
@@ -18,9 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_soup.checkpoints import DTYPE_NAMES, Ingredient, check_finite, common_dtype, reading_threads, write_at
+from ray_soup.checkpoints import (
+    DTYPE_NAMES,
+    Ingredient,
+    check_finite,
+    common_dtype,
+    open_ingredient,
+    reading_threads,
+    write_at,
+)
 from ray_soup.coefficients import Coefficients
 from ray_soup.errors import IngredientError, SoupError
+from ray_soup.running_statistics import Statistics
 from ray_soup.shard import buffer_of
 
 RANGE = 1 << 20  # numbers mixed at a time by one thread
@@ -46,6 +57,13 @@ def mix_range(ingredients: list[Ingredient], name: str, factors: np.ndarray, sta
         check_finite(ingredients, name, start, parts)
         raise IngredientError(f"The soup's tensor {name} does not fit into {dtype}: its numbers are too large.")
     return soup
+
+
+def soup_buffer(coefficients: Coefficients, used: list[Ingredient], name: str) -> torch.Tensor:
+    """The soup's buffer `name`, flat: of the running statistics that were computed anew, else of the ingredients `used`."""
+    if name in coefficients.statistics:
+        return torch.from_numpy(coefficients.statistics[name]).reshape(-1)
+    return buffer_of(used, name, coefficients.buffers)
 
 
 def bake(
@@ -87,8 +105,7 @@ def bake(
 
             for name in shapes:
                 if name not in coefficients.block_of:
-                    buffer = buffer_of(used, name, coefficients.buffers).to(dtypes[name])
-                    write(name, 0, buffer)
+                    write(name, 0, soup_buffer(coefficients, used, name).to(dtypes[name]))
             done = 0
             with ThreadPoolExecutor(threads or reading_threads(8 * RANGE * len(ingredients))) as pool:
                 for nbytes in pool.map(work, tasks):
@@ -108,6 +125,16 @@ def bake(
     finally:
         for ingredient in ingredients:
             ingredient.close()
+
+
+def put(tensors: Statistics, path: Path) -> None:
+    """Write these tensors over those of the model at `path`, in its dtypes."""
+    model = open_ingredient(str(path))
+    with open(path, "r+b") as file:
+        for name, values in tensors.items():
+            info = model.tensors[name]
+            write_at(file, torch.from_numpy(values).reshape(-1).to(info.dtype).view(torch.uint8).numpy(), info.offset)
+        os.fsync(file.fileno())
 
 
 def _header(

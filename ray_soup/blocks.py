@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ray_soup.errors import RecipeError
+from ray_soup.running_statistics import tracking_layers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Layout:
     """Names and shapes of what else the state dict holds."""
     tied: dict[str, str] = field(default_factory=dict)
     """Second names of tensors, to their first."""
+    tracking: tuple[str, ...] = ()
+    """Layers that keep running statistics: BatchNorm and its kin."""
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -69,7 +72,7 @@ def layout_of(model: torch.nn.Module) -> Layout:
         names.append(name)
         shapes.append(tuple(parameter.shape))
     buffers = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor) and id(t) not in first}
-    return Layout(tuple(names), tuple(shapes), buffers, tied)
+    return Layout(tuple(names), tuple(shapes), buffers, tied, tuple(tracking_layers(model)))
 
 
 def flatten(model: torch.nn.Module, vector: torch.Tensor, gradient: torch.Tensor | None, layout: Layout) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from safetensors.torch import save_file
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Learn
+from ray_soup.running_statistics import Statistics
 
 MEAN = -1  # the block of a tensor that is the plain mean of all ingredients
 FORMAT = "ray_soup.coefficients/1"
+STATISTICS = "statistics/"
 
 
 def to_x(y: np.ndarray, norms: np.ndarray) -> np.ndarray:
@@ -114,6 +116,8 @@ class Coefficients:
     """On the logits, learned beside the coefficients: one over the temperature."""
     factored: tuple[str, ...] = ()
     """The last layer's tensors, which carry `factor` in the model; empty where the model has no such layer."""
+    statistics: Statistics = field(default_factory=dict)
+    """Running statistics that were computed anew, by buffer: they cannot be made from the ingredients without the data."""
 
     def of(self, tensor: str) -> np.ndarray:
         """The K coefficients of a parameter tensor, times the factor where it carries it."""
@@ -131,7 +135,8 @@ class Coefficients:
 
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
-    """One float64 tensor `coefficients` [K, B]; the names are in the metadata, as JSON."""
+    """A float64 tensor `coefficients` [K, B], and `statistics/BUFFER` for running statistics that were computed anew; the
+    names are in the metadata, as JSON."""
     c = coefficients
     metadata = {
         "format": FORMAT,
@@ -142,7 +147,8 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
         "tied": json.dumps(c.tied or {}),
         "factor": json.dumps({"value": c.factor, "tensors": c.factored}),
     }
-    save_file({"coefficients": torch.from_numpy(np.ascontiguousarray(c.values))}, path, metadata)
+    arrays = {"coefficients": c.values, **{f"{STATISTICS}{name}": values for name, values in c.statistics.items()}}
+    save_file({name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}, path, metadata)
 
 
 def load_coefficients(path: Path) -> Coefficients:
@@ -152,10 +158,10 @@ def load_coefficients(path: Path) -> Coefficients:
             metadata: dict[str, Any] = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise RecipeError(f"{path} has the format {metadata.get('format')!r}; expected {FORMAT!r}.")
-            values = file.get_tensor("coefficients").numpy()
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
         factor = json.loads(metadata.get("factor", '{"value": 1.0, "tensors": []}'))
         return Coefficients(
-            values,
+            arrays["coefficients"],
             tuple(json.loads(metadata["ingredients"])),
             tuple(json.loads(metadata["blocks"])),
             json.loads(metadata["block_of"]),
@@ -163,6 +169,7 @@ def load_coefficients(path: Path) -> Coefficients:
             json.loads(metadata["tied"]),
             factor["value"],
             tuple(factor["tensors"]),
+            {name.removeprefix(STATISTICS): v for name, v in arrays.items() if name.startswith(STATISTICS)},
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as coefficients ({error}).") from error

@@ -39,6 +39,7 @@ from ray_soup.folder import (
 from ray_soup.greedy import ensemble_outcomes, ranking, recall
 from ray_soup.outcomes import Outcome, load_outcomes, paired_test, save_outcomes
 from ray_soup.pipeline import (
+    CALIBRATION,
     LEARNED,
     Bench,
     baked,
@@ -50,6 +51,7 @@ from ray_soup.pipeline import (
     prepare,
     remarks,
     reported,
+    stale_statistics,
 )
 from ray_soup.recipe import Recipe, for_method
 from ray_soup.report import AGAINST, Report, html, model_card
@@ -174,6 +176,7 @@ def _compare(
         *_diagnosis(made.ensemble.on("select", first), single),
         *dict.fromkeys(note for result in own.values() for note in result.notes),
         *remarks(recipe, ingredients, sha256),
+        *stale_statistics(recipe, layout, ingredients),
     ]
     record = {
         "method": label.partition("-m")[0],
@@ -352,7 +355,8 @@ def _result(bench: Bench, entry: Entry, splits: dict[str, Split], file: Path) ->
         }
         model = file.with_name("model.safetensors")
         on = {s: bench.whole(s) for s in bench.ready.sizes} if entry.method in SEEDLESS else reported(splits)
-        save_outcomes(baked(bench, made, entry.subset, model, on), outcomes)
+        calibration = bench.calibration(recipe, splits, CALIBRATION)
+        save_outcomes(baked(bench, made, entry.subset, model, on, calibration), outcomes)
         model.unlink()
         save_coefficients(made.coefficients, coefficients)
         write(made_so, json.dumps({"figures": made.figures, "notes": made.notes}))

@@ -300,6 +300,14 @@ def cut(data: Data, sizes: dict[str, int], fit_digests: np.ndarray | None, seed:
     return splits
 
 
+def calibration_batches(fit: Split, batch_size: int, seed: int, most: int) -> list[Split]:
+    """Batches to compute running statistics on: at most so many images of fit, in an order that `seed` fixes. A last batch
+    that is short is left out, unless it is the only one."""
+    rows = np.random.default_rng([seed, 3]).permutation(fit.rows)[:most]
+    whole = max(len(rows) // batch_size, 1)
+    return [Split(fit.source, rows[i * batch_size : (i + 1) * batch_size]) for i in range(whole)]
+
+
 def batch_positions(n: int, batch_size: int, *seeds: int) -> list[np.ndarray]:
     """One pass over n examples in an order that `seeds` fix: int32 positions, batch by batch; the last may be short."""
     order = np.random.default_rng(seeds).permutation(n).astype(np.int32)

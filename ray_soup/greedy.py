@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,12 +108,14 @@ def greedy(
     splits: list[Split],
     keep: str = ">=",
     watch: Watch = lambda done, total: None,
+    calibration: Sequence[Split] = (),
 ) -> Search:
     """Greedy soup (Wortsman et al. 2022), exact: from the best ingredient down, each is kept if the plain mean with it gets
     at least (`>=`) or more than (`>`) as many examples of the held-out set right as the mean without.
 
     held_out: what each of the actors' ingredients, by number, does on `splits`, joined. The images that ingredients most
-    often get wrong come first, and a candidate is dropped when those left cannot bring it up to the best.
+    often get wrong come first, and a candidate is dropped when those left cannot bring it up to the best. Means have running
+    statistics of the batches `calibration`, where there are any.
     """
     order = ranking(held_out)
     wrong = np.sum([~o.correct for o in held_out.values()], axis=0)
@@ -130,7 +132,7 @@ def greedy(
             spare = total - done - (needed - correct)  # mistakes that it may still make
             stop = min(total, done + max(spare + 1, least))
             some = [Split(s.source, rows[done:stop][source[done:stop] == n]) for n, s in enumerate(splits)]
-            correct += actors.try_candidate(tuple(search.kept), k, some)
+            correct += actors.try_candidate(tuple(search.kept), k, some, calibration)
             done = stop
         kept = done == total and correct >= needed
         search.candidates, search.looked = search.candidates + 1, search.looked + done

@@ -3,6 +3,9 @@ ingredients in one model batch.
 
 In each turn one model batch of ingredients moves and the others keep their place. The turn ends at its best point on select,
 the starting point included, and the next turn starts there.
+
+Running statistics of BatchNorm layers go stale as coordinates move: they are computed anew when a turn begins and after each
+epoch, before select is looked at, and stay as they are during an epoch's steps.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ray_soup.data import Split, batch_positions
 from ray_soup.errors import SoupError
 from ray_soup.outcomes import Score
 from ray_soup.recipe import SOFTMAX, Recipe
+from ray_soup.running_statistics import Statistics
 from ray_soup.shard import Partial
 
 SAVE_EVERY_S = 60.0
@@ -34,6 +38,8 @@ class Asked(Protocol):
     def begin(self, chosen: np.ndarray, x: np.ndarray) -> None: ...
     def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]: ...
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score: ...
+    def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics: ...
+    def use(self, statistics: Statistics) -> None: ...
 
 
 @dataclass
@@ -55,6 +61,8 @@ class State:
     """The best `moving` of this turn on select, which scored best_nll."""
     best_factor: float = 1.0
     best_nll: float = float("inf")
+    statistics: dict[str, torch.Tensor] | None = None
+    """Running statistics that the actors use, of the coordinates that the turn or the epoch began with."""
     fit_loss: float = 0.0
     fit_count: int = 0
     """Sum over this epoch's examples so far."""
@@ -105,8 +113,10 @@ def learn(
     state_file: Path,
     watch: Callable[[int, int, State], None] = lambda step, steps, state: None,
     after_epoch: Callable[[int, int, State], None] = lambda step, steps, state: None,
+    calibration: list[Split] | None = None,
 ) -> State:
-    """Learn coordinates for directions with norms float64 [K, B]; goes on from `state_file` where there is one.
+    """Learn coordinates for directions with norms float64 [K, B]; goes on from `state_file` where there is one. With
+    `calibration`, batches of fit, running statistics are computed anew on them.
 
     `watch` is told (step, steps in all, state) after every step, `after_epoch` after every epoch. Returns the last
     state; its `y` and `factor` are the soup.
@@ -129,12 +139,21 @@ def learn(
         """What travels to the actors."""
         return of.x(y.numpy()).astype(np.float32)
 
+    def recalibrate(x: np.ndarray) -> None:
+        if calibration:
+            state.statistics = {name: torch.from_numpy(v) for name, v in actors.recalibrate(x, calibration).items()}
+            state.image_passes += sum(map(len, calibration))
+
     for turn in range(state.turn, len(turns)):
         chosen = turns[turn]
         of = parametrisation(recipe.method, norms[chosen])
         actors.begin(chosen, x_of(parametrisation(recipe.method, norms), state.y))
         if state.moving is None:
             state.moving, state.best = state.y[chosen].clone(), state.y[chosen].clone()
+        if state.statistics is None:
+            recalibrate(x_of(of, state.moving))
+        else:
+            actors.use({name: tensor.numpy() for name, tensor in state.statistics.items()})
         optimizer = make_optimizer(options, state.moving, *([state.factor] if of.learns_factor else []))
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
@@ -160,6 +179,7 @@ def learn(
                 watch(state.steps, len(turns) * steps_per_turn, state)
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save(optimizer)
+            recalibrate(x_of(of, state.moving))
             score = actors.evaluate(x_of(of, state.moving), state.factor.item(), select)
             if score.nll < state.best_nll:
                 state.best_nll, state.best, state.best_factor = score.nll, state.moving.clone(), state.factor.item()
@@ -175,7 +195,7 @@ def learn(
         assert state.best is not None
         state.y[chosen] = state.best
         state.factor.fill_(state.best_factor)
-        state.turn, state.epoch, state.moving, state.best = turn + 1, 0, None, None
+        state.turn, state.epoch, state.moving, state.best, state.statistics = turn + 1, 0, None, None, None
         save(None)
     return state
 

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from ray_soup import storage
 from ray_soup.actors import Actors, Watch, actor_bytes, connect, has_room, memory_of_each, quiet, resolve_mesh
-from ray_soup.bake import bake, mix_range
+from ray_soup.bake import bake, mix_range, put, soup_buffer
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
     Ingredient,
@@ -29,7 +30,7 @@ from ray_soup.checkpoints import (
     sha256_file,
 )
 from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
-from ray_soup.data import SOURCES, Split, cut
+from ray_soup.data import SOURCES, Split, calibration_batches, cut
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.folder import (
     COEFFICIENTS,
@@ -54,19 +55,31 @@ from ray_soup.models import describe
 from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, scaled_nll
 from ray_soup.recipe import SOFTMAX, Data, Recipe, changed, load_recipe
 from ray_soup.report import Report, html, model_card
-from ray_soup.shard import Mesh, Ready, Taken, buffer_of
+from ray_soup.running_statistics import buffers_of
+from ray_soup.shard import Mesh, Ready, Taken
 
 LEARNED = (*SOFTMAX, "mehl", "mehl+")
+CALIBRATION = 10_000  # images of fit, at most, that a soup's running statistics are computed on
+CALIBRATION_WHILE_CHOOSING = 512  # likewise of points on the way and of greedy candidates
 
 
 def prepare(recipe: Recipe, needs_fit: bool = False) -> tuple[list[Ingredient], Layout]:
     """Open and check the ingredients against each other and the model, from headers alone."""
     if recipe.data.fit is None and (needs_fit or recipe.method != "uniform"):
         raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it: .npz or .parquet.")
+    if recipe.data.fit is None and recipe.buffers == "recalibrate":
+        raise RecipeError("buffers: recalibrate needs data.fit, held-out images to compute running statistics on. Add it.")
     ingredients = open_ingredients(recipe.ingredients)
     layout = describe(recipe.model)
     check_together(ingredients, layout.state_shapes, layout.tied)
     return ingredients, layout
+
+
+def have_own_statistics(layout: Layout, ingredients: list[Ingredient]) -> bool:
+    """Whether the ingredients' running statistics differ. They do not where BatchNorm layers were frozen."""
+    names = [name for name in buffers_of(layout.tracking) if name in layout.buffers and "num_batches" not in name]
+    first = ingredients[0]
+    return any(not torch.equal(i.read(name), first.read(name)) for name in names for i in ingredients[1:])
 
 
 @dataclass
@@ -85,6 +98,20 @@ class Bench:
     sha256: list[str] = field(default_factory=list)
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     """What each ingredient does on a source."""
+
+    @cached_property
+    def recalibrates(self) -> bool:
+        """Whether soups get running statistics of their own."""
+        asked = self.recipe.buffers
+        if self.recipe.data.fit is None or asked not in ("auto", "recalibrate"):
+            return False
+        return bool(self.layout.tracking) and (asked == "recalibrate" or have_own_statistics(self.layout, self.ingredients))
+
+    def calibration(self, recipe: Recipe, splits: dict[str, Split], most: int) -> list[Split]:
+        """Batches of fit that running statistics are computed on, none where they are mixed."""
+        if not self.recalibrates:
+            return []
+        return calibration_batches(splits["fit"], recipe.learn.batch_size, recipe.learn.seed, most)
 
     @property
     def held_out(self) -> list[Split]:
@@ -198,11 +225,12 @@ def make_soup(
     """The soup of the ingredients `subset` by the recipe's method. What was learned lies in `state_file`, and is gone on
     with."""
     whole, count, watch = partition(bench.layout, "model"), len(subset), bench.watch
+    calibration = bench.calibration(recipe, splits, CALIBRATION_WHILE_CHOOSING)
 
     def made(values: np.ndarray, parts: Partition, **options: Any) -> Coefficients:
         block_of = dict(zip(bench.layout.names, parts.block.tolist(), strict=True))
         names = tuple(bench.ingredients[k].name for k in subset)
-        return Coefficients(values, names, parts.names, block_of, recipe.buffers, bench.layout.tied, **options)
+        return Coefficients(values, names, parts.names, block_of, policy_of(recipe), bench.layout.tied, **options)
 
     if recipe.method == "uniform":
         return Made(made(uniform(count), whole))
@@ -221,7 +249,7 @@ def make_soup(
             return Made(made(one_hot(subset.index(best), count), whole), figures, [note])
         search = greedy(
             bench.actors, held_out, bench.held_out, recipe.greedy.keep,
-            lambda done, total: watch("greedy", done, total),
+            lambda done, total: watch("greedy", done, total), calibration,
         )  # fmt: skip
         share = search.looked / max(1, search.candidates * len(all_held_out[0]))
         figures |= {
@@ -242,6 +270,7 @@ def make_soup(
         model_batch,
         state_file,
         lambda step, steps, _: watch(f"learning {recipe.method}", step, steps),
+        calibration=calibration,
     )
     notes = []
     if not state.y.any():
@@ -258,10 +287,27 @@ def make_soup(
     return Made(made(values, taken.partition, **options), summary(state), notes)
 
 
-def baked(bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits: dict[str, Split]) -> dict[str, Outcome]:
-    """Write the soup to `path`; what that file does on each of `splits`."""
+def policy_of(recipe: Recipe) -> str:
+    """How buffers are mixed, those aside that are computed anew."""
+    return "first" if recipe.buffers == "first" else "average"
+
+
+def baked(
+    bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits: dict[str, Split], calibration: list[Split]
+) -> dict[str, Outcome]:
+    """Write the soup to `path`, with running statistics of the batches `calibration` if there are any; what that file does
+    on each of `splits`. A soup of one ingredient keeps that one's statistics."""
     chosen = [bench.ingredients[k] for k in subset]
     bake(made.coefficients, chosen, path, watch=lambda done, total: bench.watch("mixing", done, total))
+    if calibration and len(made.coefficients.used()) > 1:
+        found = bench.actors.statistics_of_file(seen_by_actors(path), calibration, bench.watch)
+        found = {name: values for name, values in found.items() if name in bench.layout.buffers}
+        put(found, path)
+        made.coefficients = replace(made.coefficients, statistics=found)
+        made.notes.append(
+            f"Running statistics of {len(bench.layout.tracking)} BatchNorm layers were computed anew on "
+            f"{sum(map(len, calibration)):,} images of fit."
+        )
     outcomes = bench.actors.evaluate_file(seen_by_actors(path), list(splits.values()), bench.watch)
     return dict(zip(splits, outcomes, strict=True))
 
@@ -328,7 +374,7 @@ def make_in(
         block_of = dict.fromkeys(layout.names, 0)
         values = uniform(len(ingredients))
         names = tuple(i.name for i in ingredients)
-        made = Made(Coefficients(values, names, whole.names, block_of, recipe.buffers, layout.tied))
+        made = Made(Coefficients(values, names, whole.names, block_of, policy_of(recipe), layout.tied))
         made.notes.append("The recipe names no data: this soup was not evaluated.")
         bake(made.coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
         clock.lap("mixing")
@@ -342,7 +388,8 @@ def make_in(
             clock.lap(recipe.method)
             peak = max(bench.actors.peak_memory())
             similar = cosines(bench.actors.gram()) if learning else None
-            outcomes = baked(bench, made, everything, folder / MODEL, reported(splits))
+            last = bench.calibration(recipe, splits, CALIBRATION)
+            outcomes = baked(bench, made, everything, folder / MODEL, reported(splits), last)
             clock.lap("mixing and evaluation")
             row |= figures_of(outcomes)
             shown = {recipe.method: outcomes["test" if "test" in outcomes else "select"]} if outcomes else {}
@@ -363,6 +410,8 @@ def make_in(
     sha256 = sha256 or hash_ingredients(ingredients, watch)
     clock.lap("hashing")
     notes = made.notes + remarks(recipe, ingredients, sha256)
+    if len(made.coefficients.used()) > 1:
+        notes += stale_statistics(recipe, layout, ingredients)
     record |= {
         "parameters": layout.numel,
         "blocks": len(made.coefficients.blocks),
@@ -418,6 +467,19 @@ def remarks(recipe: Recipe, ingredients: list[Ingredient], sha256: list[str]) ->
             notes.append(f"{ingredient.name} and {first[digest]} hold the same bytes: one model counts twice.")
         first.setdefault(digest, ingredient.name)
     return notes
+
+
+def stale_statistics(recipe: Recipe, layout: Layout, ingredients: list[Ingredient]) -> list[str]:
+    """What the user should know where running statistics that differ are mixed."""
+    cure = "set buffers: recalibrate" if recipe.data.fit is not None else "name data.fit"
+    if (recipe.data.fit is not None and recipe.buffers in ("auto", "recalibrate")) or not have_own_statistics(
+        layout, ingredients
+    ):
+        return []
+    return [
+        f"This model has {len(layout.tracking)} BatchNorm layers, and a soup's running statistics are mixed from those of "
+        f"the ingredients. They do not fit it, and it may be much worse for them: {cure}."
+    ]
 
 
 # A finished soup
@@ -520,7 +582,7 @@ def verify(out: str | Path, watch: Watch = quiet) -> list[str]:
         if name in coefficients.block_of:
             again = mix_range(ingredients, name, coefficients.of(name), 0, info.numel)
         else:
-            again = buffer_of(used, name, coefficients.buffers).to(info.dtype)
+            again = soup_buffer(coefficients, used, name).to(info.dtype)
         if not torch.equal(again.view(torch.uint8), model.read(name).view(torch.uint8)):
             raise SoupError(f"{out / MODEL}: the tensor {name} is not what coefficients and ingredients make.")
         watch("comparing", done + 1, total)

@@ -188,9 +188,10 @@ class Recipe(Section):
     blocks: Literal["tensor", "layer", "model"] | int = "model"
     """What shares a coefficient: every tensor, a layer, the model, or tensors in a row up to a least size in numbers.
     Default: tensor for the "+" methods, model for the others."""
-    buffers: Literal["average", "first"] = "average"
+    buffers: Literal["auto", "recalibrate", "average", "first"] = "auto"
     """Buffers: floats averaged and integers held to agree, or all taken from the first ingredient; of the ingredients
-    that the soup uses."""
+    that the soup uses. recalibrate: averaged, and the running statistics of BatchNorm layers computed anew on fit. auto:
+    recalibrate where the ingredients' running statistics differ and there is a fit."""
     greedy: Greedy = Greedy()
     learn: Learn = Learn()
     actors: ActorsSection = ActorsSection()

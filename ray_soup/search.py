@@ -29,7 +29,7 @@ from ray_soup.errors import RecipeError, SoupError
 from ray_soup.finetune import distribution, draw, quiet_tune, restored
 from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
-from ray_soup.pipeline import LEARNED, Bench, make_in, model_batch_of, open_bench, prepare, run
+from ray_soup.pipeline import CALIBRATION_WHILE_CHOOSING, LEARNED, Bench, make_in, model_batch_of, open_bench, prepare, run
 from ray_soup.recipe import Recipe, changed
 from ray_soup.shard import Mesh
 
@@ -183,7 +183,8 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
             }
             tune.report(metrics, checkpoint=keep())
 
-        state = learn(recipe, actors, taken.norms, splits, model_batch, file, after_epoch=report)
+        calibration = bench.calibration(recipe, splits, CALIBRATION_WHILE_CHOOSING)
+        state = learn(recipe, actors, taken.norms, splits, model_batch, file, after_epoch=report, calibration=calibration)
         report(1, 1, state)
     finally:
         actors.close()

@@ -1,8 +1,9 @@
 """One actor's work as a plain class, no Ray in it.
 
 An actor holds a slice of the parameter vector for every direction; the shards of a replica gather the whole vector from each
-other before a forward pass and scatter the gradient back after it. What an actor answers depends on its arguments and on the
-model batch that `begin` gave it, and on nothing else: a lost one is made anew and asked again.
+other before a forward pass and scatter the gradient back after it. What an actor answers depends on its arguments, on the
+model batch that `begin` gave it and the running statistics that `use` gave it, and on nothing else: a lost one is made anew
+and asked again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,15 +25,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ray_soup import directions, models, storage
+from ray_soup import directions, models, running_statistics, storage
 from ray_soup.blocks import Partition, flatten, layout_of, partition
-from ray_soup.cache import content_key
+from ray_soup.cache import content_key, drained
 from ray_soup.checkpoints import Ingredient, common_dtype
 from ray_soup.data import Examples, Split, check_leaks, load_sources
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.hyperplane import ITEMSIZE, Hyperplane, made_up_plane, widened
 from ray_soup.outcomes import LOG_FACTORS, Outcome, Score, join
 from ray_soup.recipe import Recipe
+from ray_soup.running_statistics import Statistics
 
 T = TypeVar("T")
 CALIBRATION_BYTES = 1 << 28  # of made-up directions: more than a processor's cache holds
@@ -195,7 +197,8 @@ class Shard:
         flatten(self.model, self.theta, None, self.layout)
         self.micro_batch = micro_batch_size(self.recipe, self.layout.numel)
         self.precision = autocast(self.recipe, self.device)
-        self._soup_buffers: dict[str, torch.Tensor] = {}
+        self._mixed_buffers: dict[str, torch.Tensor] = {}
+        self.use({})
         yield Ready(
             {name: len(examples) for name, examples in self.examples.items()},
             found.get("fit"),
@@ -226,7 +229,7 @@ class Shard:
         if self._taken != subset:
             store = directions.open_store(chosen, self.layout, self.recipe.directions.dtype, self.threads)
             self.store: directions.DirectionStore = yield from _named("reading ingredients", store)
-            self._soup_buffers = {
+            self._mixed_buffers = {
                 name: buffer_of(chosen, name, self.recipe.buffers).to(self.device) for name in self.layout.buffers
             }
             self._taken = subset
@@ -234,9 +237,10 @@ class Shard:
                 self.gradient = torch.zeros(self.slice * self.mesh.shards, device=self.device)
             self._want_gradients_of(self.store.variant)
             flatten(self.model, self.theta, self.gradient, self.layout)
-            self._restore_buffers()
+            self.use({})
             self.theta[: self.layout.numel] = _readable(self.store.center)
             self._output = self._output_layer()
+        self.use({})  # a method before this one may have left others
         parts, norms = self.store.blocks(partition(self.layout, blocks))
         self.plane = Hyperplane(self.store, parts, self.low, self.high, self.device, self.threads)
         self.center = _readable(self.store.center[self.low : self.high]).to(self.device)
@@ -327,10 +331,14 @@ class Shard:
         for name, moves in zip(self.layout.names, variant, strict=True):
             parameters[name].requires_grad_(bool(moves))
 
-    def _restore_buffers(self) -> None:
-        """Buffers as the soup will have them (bake.py writes the same)."""
+    def use(self, statistics: Statistics) -> None:
+        """From here on the buffers are as the soup will have them (bake.py writes the same), but for these."""
+        self._soup_buffers = {**self._mixed_buffers, **{n: torch.from_numpy(values) for n, values in statistics.items()}}
+        self._copy_buffers(self._soup_buffers)
+
+    def _copy_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         state = self.model.state_dict()
-        for name, buffer in self._soup_buffers.items():
+        for name, buffer in buffers.items():
             state[name].copy_(buffer.view(state[name].shape))
 
     # Fellow shards
@@ -426,6 +434,30 @@ class Shard:
             yield "evaluating", score.count, len(split)
         yield score
 
+    # Running statistics, in float32
+
+    def sum_statistics(self, x: np.ndarray, batches: list[Split]) -> Iterator[tuple[str, int, int] | dict[str, np.ndarray]]:
+        """Sums over `batches` of the running statistics of the current model batch at x float32 [m, B]."""
+        self._combine(x)
+        sums = yield from self._statistics(batches)
+        self._copy_buffers(self._soup_buffers)
+        yield sums
+
+    def sum_statistics_of_file(
+        self, path: str, batches: list[Split]
+    ) -> Iterator[tuple[str, int, int] | dict[str, np.ndarray]]:
+        """The same of the checkpoint at `path`."""
+        models.load_checkpoint(self.model, path)
+        sums = yield from self._statistics(batches)
+        self._copy_buffers(self._soup_buffers)
+        yield sums
+
+    def _statistics(self, batches: list[Split]) -> Generator[tuple[str, int, int], None, dict[str, np.ndarray]]:
+        def images_of(split: Split) -> torch.Tensor:
+            return self.examples[split.source].batch(split.rows, self.device)[0]
+
+        return (yield from _named("recalibrating", running_statistics.summed(self.model, batches, images_of)))
+
     def _pieces(self, split: Split) -> Iterator[Split]:
         size = 8 * self.micro_batch
         for first in range(0, len(split), size):
@@ -464,7 +496,7 @@ class Shard:
                 done += len(piece)
                 yield "evaluating", done, count
             outcomes.append(join(parts))
-        self._restore_buffers()
+        self._copy_buffers(self._soup_buffers)
         yield outcomes
 
     def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> Iterator[tuple[str, int, int] | list[Outcome]]:
@@ -491,11 +523,16 @@ class Shard:
             outcomes.append(outcome_of(total / len(paths), labels, factored=True))
         yield outcomes
 
-    def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
-        """How many examples the plain mean of the ingredients `kept` and `candidate` gets right. A running sum is kept, and
-        an ingredient read once."""
+    def try_candidate(
+        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
+    ) -> int:
+        """How many examples the plain mean of the ingredients `kept` and `candidate` gets right, with running statistics
+        of the batches `calibration`. A running sum is kept, and an ingredient read once."""
         if self._tried != (kept, candidate):
             self._mix(kept, candidate)
+            if calibration:
+                found = running_statistics.averaged([drained(self._statistics(list(calibration)))])
+                self._copy_buffers({name: torch.from_numpy(values) for name, values in found.items()})
         return sum(self._score(split).correct for split in splits)
 
     def _mix(self, kept: tuple[int, ...], candidate: int) -> None:
@@ -514,9 +551,7 @@ class Shard:
         for name, start, stop in self.layout.spans():
             mean = (self._sum[start:stop] + self._candidate[start:stop]) / count
             self.theta[start:stop] = mean.to(common_dtype(chosen, name))
-        state = self.model.state_dict()
-        for name in self.layout.buffers:
-            state[name].copy_(buffer_of(chosen, name, self.recipe.buffers).view(state[name].shape))
+        self._copy_buffers({name: buffer_of(chosen, name, self.recipe.buffers) for name in self.layout.buffers})
         self._tried = (kept, candidate)
 
     def _flat(self, k: int) -> torch.Tensor:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -24,11 +23,10 @@ os.environ.pop("RAY_ADDRESS", None)
 ROOT = Path(__file__).parent.parent
 
 from ray_soup import storage  # noqa: E402
-from ray_soup.data import Split  # noqa: E402
-from ray_soup.outcomes import Score  # noqa: E402
+from ray_soup.actors import LocalActors, quiet  # noqa: E402
 from ray_soup.pipeline import prepare  # noqa: E402
 from ray_soup.recipe import Recipe  # noqa: E402
-from ray_soup.shard import Mesh, Partial, Shard, Taken  # noqa: E402
+from ray_soup.shard import Mesh, Taken  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -119,40 +117,16 @@ def put(source: Path, uri: str) -> None:
             storage.upload(file, f"{uri}/{file.relative_to(source)}")
 
 
-class InProcess:
-    """Actors without Ray: the same shards, asked one after the other."""
+class InProcess(LocalActors):
+    """Actors without Ray, set up."""
 
     def __init__(self, recipe: Recipe, size: int = 1) -> None:
         ingredients, self.layout = prepare(recipe)
-        self.mesh = Mesh(size, 1)
-        self.shards = [Shard(recipe, ingredients, self.mesh, rank, 1) for rank in range(size)]
-        self.ready, *_ = [yield_last(shard.setup()) for shard in self.shards]
+        super().__init__(recipe, ingredients, Mesh(size, 1), 1)
+        self.ready = self.setup(quiet)
 
-    def take(self, blocks: str) -> Taken:
-        everything = tuple(range(len(self.shards[0].ingredients)))
-        taken, *_ = [yield_last(shard.take(everything, blocks)) for shard in self.shards]
-        return taken
-
-    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
-        for shard in self.shards:
-            shard.begin(chosen, x)
-
-    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
-        return [s.step(x, factor, part) for s, part in zip(self.shards, batch.parts(self.mesh.size), strict=True)]
-
-    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
-        parts = split.parts(self.mesh.size)
-        return sum((yield_last(s.evaluate(x, factor, p)) for s, p in zip(self.shards, parts, strict=True)), Score())
-
-    def try_candidate(self, kept: tuple[int, ...], candidate: int, splits: list[Split]) -> int:
-        size = self.mesh.size
-        return sum(
-            s.try_candidate(kept, candidate, [Split(p.source, p.rows[s.rank :: size]) for p in splits]) for s in self.shards
-        )
-
-    def forget(self) -> None:
-        for shard in self.shards:
-            shard.forget()
+    def take_all(self, blocks: str) -> Taken:
+        return self.take(tuple(range(len(self.shards[0].ingredients))), blocks, quiet)
 
 
 def yield_last(work: Iterator[Any]) -> Any:

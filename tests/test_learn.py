@@ -285,7 +285,7 @@ def test_learned_soups_are_those_of_autograd_over_all_ingredients(zoo: Path, tmp
     recipe = make_recipe(values(zoo, method=method, **changes))
     assert (recipe.learn.lr, recipe.learn.cosine_lr) == (0.05, False)
     actors = InProcess(recipe, size)
-    taken = actors.take(recipe.blocks)
+    taken = actors.take_all(recipe.blocks)
     splits = cut(recipe.data, actors.ready.sizes, actors.ready.fit_digests, recipe.learn.seed)
     state = learn(recipe, actors, taken.norms, splits, 8, tmp_path / "s.pt")
     assert state.steps == 20

@@ -5,8 +5,9 @@ import ast
 from tests.conftest import ROOT
 
 ORDER = str.split(
-    "errors recipe cache storage sweeps checkpoints blocks models data outcomes kernels directions hyperplane shard train "
-    "actors coefficients learn greedy bake figures report folder pipeline plan compare finetune search demo cli"
+    "errors recipe cache storage sweeps checkpoints running_statistics blocks models data outcomes kernels directions "
+    "hyperplane shard train actors coefficients learn greedy bake figures report folder pipeline plan compare finetune "
+    "search demo cli"
 )
 MAY_IMPORT_RAY = {"actors", "finetune", "search"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,24 @@ def build() -> nn.Module:
     return Tiny()
 
 
+class TinyConv(nn.Module):
+    """The same digits through BatchNorm layers of two kinds, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.hidden, self.norm1d = nn.Linear(6 * 16, 12), nn.BatchNorm1d(12)
+        self.dropout, self.head = nn.Dropout(0.1), nn.Linear(12, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.conv(images.float()[:, None] / 8 - 1))), 2)
+        return self.head(self.dropout(F.relu(self.norm1d(self.hidden(x.flatten(1))))))
+
+
+def build_conv() -> nn.Module:
+    return TinyConv()
+
+
 def digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
@@ -67,14 +86,14 @@ def train(model: nn.Module, seed: int, lr: float, epochs: int, images: torch.Ten
             optimizer.step()
 
 
-def write_zoo(folder: Path, count: int) -> None:
+def write_zoo(folder: Path, count: int, build: Callable[[], nn.Module] = build) -> None:
     """`count` ingredients from one initialisation, as model_0.safetensors, ..."""
     images, labels = (torch.from_numpy(a[:600]) for a in digits())
     torch.manual_seed(0)
-    trunk = Tiny()
+    trunk = build()
     train(trunk, 0, 5e-3, 8, images, labels)
     for k in range(count):
-        model = Tiny()
+        model = build()
         model.load_state_dict(trunk.state_dict())
         train(model, k + 1, 1e-3 * (1 + k % 4), 2 + k % 3, images, labels)
         save_file(model.state_dict(), folder / f"model_{k}.safetensors")
