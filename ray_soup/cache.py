@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -24,8 +25,22 @@ from ray_soup.errors import SoupError
 T = TypeVar("T")
 
 
+_FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextmanager
+def cache_at(folder: Path) -> Iterator[None]:
+    """Another cache for as long as this lasts."""
+    token = _FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
 def cache_folder() -> Path:
-    return Path(os.environ.get("RAY_SOUP_CACHE") or Path.home() / ".cache" / "ray_soup").absolute()
+    usual = os.environ.get("RAY_SOUP_CACHE") or Path.home() / ".cache" / "ray_soup"
+    return Path(_FOLDER.get() or usual).absolute()
 
 
 def content_key(*parts: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -225,13 +226,14 @@ def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
 
 def changed(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     """The recipe with other values for some keys, as in {"learn.lr": 0.1, "blocks": "layer"}. Raises RecipeError."""
-    rest = {key: value for key, value in config.items() if key != "method"}
     values = (for_method(recipe, config["method"]) if "method" in config else recipe).model_dump()
-    for key, value in rest.items():
+    changes: dict[str, Any] = {}
+    for key, value in config.items():
         for part in reversed(key.split(".")):
             value = {part: value}
-        values = _merge(values, value)
-    return make_recipe(values, f"the recipe with {config}")
+        changes = _merge(changes, value)
+    changes.pop("method", None)
+    return make_recipe(_merge(values, _absolute_paths(changes, Path.cwd())), f"the recipe with {config}")
 
 
 def is_function(spec: str) -> bool:
@@ -346,6 +348,16 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), m
         return recipe
     other = for_method(make_recipe(values, source), method).model_dump()
     return make_recipe(_merge(other, {**changes, "method": method}), source)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe as it is, from its keys (relative paths seen from the current folder), or from a YAML file. Raises
+    RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return make_recipe(_absolute_paths(dict(recipe), Path.cwd()))
+    return load_recipe(recipe)
 
 
 def dump_recipe(recipe: Recipe) -> str:

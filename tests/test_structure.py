@@ -6,8 +6,8 @@ from tests.conftest import ROOT
 
 ORDER = str.split(
     "errors recipe cache storage sweeps checkpoints running_statistics blocks models data outcomes kernels directions "
-    "hyperplane shard train actors coefficients learn greedy bake figures report folder pipeline plan compare finetune "
-    "search demo cli"
+    "hyperplane shard train actors coefficients learn greedy bake figures report folder pipeline state_dicts "
+    "plan compare finetune search soups demo cli"
 )
 MAY_IMPORT_RAY = {"actors", "finetune", "search"}
 
