@@ -65,7 +65,7 @@ def summed(
                 model(images_of(batch))
                 for name, layer in layers.items():
                     mean, var, count = buffers_of([name])
-                    times = layer.num_batches_tracked.double() if isinstance(layer, _BatchNorm) else 1.0
+                    times = int(layer.num_batches_tracked) if isinstance(layer, _BatchNorm) else 1  # type: ignore[arg-type]
                     sums[mean] += times * layer.running_mean.double()
                     sums[var] += times * layer.running_var.double()
                     sums[count] += times
@@ -84,7 +84,7 @@ def summed(
 def averaged(parts: Sequence[dict[str, np.ndarray]]) -> Statistics:
     """Sums over parts of the batches, to statistics: added in order, divided by the number of batches once. A layer that no
     image went through is left out. Raises SoupError where they are not finite."""
-    sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+    sums: dict[str, Any] = {name: sum(part[name] for part in parts) for name in parts[0]}
     found: Statistics = {}
     for layer in [name.removesuffix(KEYS[2]) for name in sums if name.endswith(KEYS[2])]:
         mean, var, count = (layer + key for key in KEYS)

@@ -333,7 +333,7 @@ class Shard:
 
     def use(self, statistics: Statistics) -> None:
         """From here on the buffers are as the soup will have them (bake.py writes the same), but for these."""
-        self._soup_buffers = {**self._mixed_buffers, **{n: torch.from_numpy(values) for n, values in statistics.items()}}
+        self._soup_buffers = {**self._mixed_buffers, **{n: _readable(values) for n, values in statistics.items()}}
         self._copy_buffers(self._soup_buffers)
 
     def _copy_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
