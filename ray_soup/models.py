@@ -19,15 +19,16 @@ import torch
 from ray_soup.blocks import Layout, layout_of
 from ray_soup.checkpoints import open_ingredient
 from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.preprocess import Preprocess, identity
 from ray_soup.recipe import is_function
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model that maps a batch of images to logits [n, classes], and what turns a PIL image into its input."""
+    """A model that maps a batch of images, or texts, to logits [n, classes], and what turns one of them into its input."""
 
     model: torch.nn.Module
-    preprocess: Callable[[Any], torch.Tensor] | None = None
+    preprocess: Preprocess | None = None
 
 
 class ImageClassifier(torch.nn.Module):
@@ -103,8 +104,7 @@ def _open_clip(spec: str) -> Built:
 
 def fingerprint(spec: str, built: Built) -> str:
     """SHA-256 of the model's structure and preprocessing, and of the file that its function lies in."""
-    preprocess = getattr(built.preprocess, "__qualname__", built.preprocess)
-    digest = hashlib.sha256(f"{spec}\n{built.model}\n{preprocess}".encode())
+    digest = hashlib.sha256(f"{spec}\n{built.model}\n{identity(built.preprocess)}".encode())
     if is_function(spec):
         with contextlib.suppress(OSError, TypeError):
             digest.update(inspect.getsource(sys.modules[spec.partition(":")[0]]).encode())

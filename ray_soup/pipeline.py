@@ -30,7 +30,7 @@ from ray_soup.checkpoints import (
     sha256_file,
 )
 from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
-from ray_soup.data import SOURCES, Split, calibration_batches, cut
+from ray_soup.data import Split, calibration_batches, cut
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.folder import (
     COEFFICIENTS,
@@ -116,7 +116,7 @@ class Bench:
     @property
     def held_out(self) -> list[Split]:
         """Fit and select together."""
-        return [self.whole(source) for source in SOURCES[:2] if source in self.ready.sizes]
+        return [self.whole(source) for source in ("fit", "select") if source in self.ready.sizes]
 
     def whole(self, source: str) -> Split:
         return Split(source, np.arange(self.ready.sizes[source], dtype=np.int32))

@@ -33,7 +33,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where the labelled images are: `.npz`, Parquet, or `module:function`. Held-out data: no ingredient saw it."""
+    """Where the labelled images are: `.npz`, Parquet, a folder of CLASS/image files or of a saved `datasets.Dataset`, or
+    `module:function`. Held-out data: no ingredient saw it."""
 
     train: str | None = None
     """What `finetune` trains on."""
@@ -41,8 +42,24 @@ class Data(Section):
     """Held-out data that the coefficients learn on."""
     select: float | str = 0.2
     """Held-out data that choices are made on: a source of its own, or this share of `fit`."""
-    test: str | None = None
-    """Data that is only reported on."""
+    test: str | dict[str, str] | None = None
+    """Data that is only reported on: one set, or several by names, as in {v2: v2.parquet, sketch: sketch.parquet}, each of
+    which has its own figures, as in test_v2_accuracy."""
+
+    def sources(self) -> dict[str, str]:
+        """What is evaluated on, by the names that figures have: fit, select where it is a source of its own, and test, or
+        test_NAME for each of several."""
+        found = {"fit": self.fit, "select": self.select if isinstance(self.select, str) else None}
+        tests = self.test if isinstance(self.test, dict) else {"": self.test}
+        found |= {f"test_{name}" if name else "test": spec for name, spec in tests.items()}
+        return {name: spec for name, spec in found.items() if spec is not None}
+
+    @model_validator(mode="after")
+    def _tests_have_names(self) -> Data:
+        wrong = [name for name in self.test if not re.fullmatch(r"\w+", name)] if isinstance(self.test, dict) else []
+        if wrong or self.test == {}:
+            raise ValueError(f"data.test: {wrong or self.test!r} found; names are made of letters, digits and _")
+        return self
 
     @model_validator(mode="after")
     def _select_is_a_share(self) -> Data:
@@ -259,8 +276,14 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for section, keys in {"data": ("train", "fit", "select", "test"), "finetune": ("init", "pretrained")}.items():
         if isinstance(values.get(section), dict):
             given = values[section]
-            values[section] = {k: absolute(v, folder) if k in keys and isinstance(v, str) else v for k, v in given.items()}
+            values[section] = {k: _absolute(v, folder) if k in keys else v for k, v in given.items()}
     return values
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {name: _absolute(v, folder) for name, v in value.items()}
+    return absolute(value, folder) if isinstance(value, str) else value
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

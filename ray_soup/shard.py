@@ -188,7 +188,7 @@ class Shard:
             examples.check_labels(self.classes)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
-            found = yield from _named("comparing images", check_leaks(self.recipe.data))
+            found = yield from _named("comparing images", check_leaks(self.recipe.data, built.preprocess))
         shards = self.mesh.shards
         self.slice = -(-self.layout.numel // shards)  # the vector is padded to slices of equal length
         self.low = min(self.shard * self.slice, self.layout.numel)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from ray_soup import models
 from ray_soup.data import Examples, batch_positions, load_source
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.preprocess import Tail, takes
 from ray_soup.recipe import Recipe
 from ray_soup.shard import autocast
 
@@ -67,7 +68,9 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
     running: torch.nn.Module = model
     if worker.world > 1:
         running = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    images_of = Augment(loaded.images, hyper)
+    if takes(built.preprocess) == "text" and (hyper["mixup"] or hyper["shift"] or hyper["randaugment"]):
+        raise RecipeError("finetune: mixup, shift and randaugment are made for images. Set them to 0 for texts.")
+    images_of = Augment(loaded.images, hyper, loaded.tail)
     precision = autocast(recipe, device)
     while epoch < epochs:
         model.train()
@@ -123,10 +126,11 @@ def write_model(model: torch.nn.Module, file: Path) -> None:
 
 
 class Augment:
-    """Images of a source by their rows, each moved and distorted as the hyperparameters shift and randaugment say."""
+    """Images of a source by their rows, each distorted, prepared by `tail` and moved, as the hyperparameters shift and
+    randaugment say."""
 
-    def __init__(self, images: np.ndarray, hyper: dict[str, Any]) -> None:
-        self.images, self.shift, self.randaugment = images, int(hyper["shift"]), None
+    def __init__(self, images: np.ndarray, hyper: dict[str, Any], tail: Tail | None = None) -> None:
+        self.images, self.tail, self.shift, self.randaugment = images, tail, int(hyper["shift"]), None
         if hyper["randaugment"]:
             from torchvision.transforms import v2
 
@@ -144,6 +148,8 @@ class Augment:
         images = torch.from_numpy(np.ascontiguousarray(self.images[rows]))
         if self.randaugment is not None:
             images = self._distorted(images)
+        if self.tail is not None:
+            images = self.tail(images)
         return shifted(images, self.shift, random) if self.shift else images
 
     def _distorted(self, images: torch.Tensor) -> torch.Tensor:

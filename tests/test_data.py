@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from ray_soup.cache import drained
-from ray_soup.data import Examples, Split, batch_positions, check_leaks, cut, load_sources
+from ray_soup.data import Examples, Split, batch_positions, check_leaks, cut, digests, load_source, load_sources
 from ray_soup.errors import RecipeError
+from ray_soup.preprocess import identity
 from ray_soup.recipe import Data
 from tests.tiny import digits
 
@@ -43,7 +44,7 @@ def sources(data: Data, preprocess: Any = as_tensor) -> dict[str, Examples]:
 
 
 def splits(data: Data, seed: int = 1) -> dict[str, Split]:
-    return cut(data, {k: len(v) for k, v in sources(data).items()}, drained(check_leaks(data)).get("fit"), seed)
+    return cut(data, {k: len(v) for k, v in sources(data).items()}, drained(check_leaks(data, as_tensor)).get("fit"), seed)
 
 
 def everything(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,3 +144,175 @@ def test_data_faults_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "b.npz").write_bytes(b"nothing")
     with pytest.raises(RecipeError, match=r"b\.npz cannot be read"):
         sources(Data(test=str(tmp_path / "b.npz")))
+
+
+def pictures(count: int = 6) -> list[Image.Image]:
+    """Of several sizes, smooth as photographs are."""
+    random = np.random.default_rng(0)
+    small = [Image.fromarray(random.integers(0, 256, (9, 7, 3), dtype=np.uint8)) for _ in range(count)]
+    return [image.resize((70 + 5 * k, 90 - 3 * k), Image.Resampling.BICUBIC) for k, image in enumerate(small)]
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def preprocessings() -> dict[str, tuple[Any, type]]:
+    """Preprocessings and the dtype that their images are kept in."""
+    import open_clip
+    from timm.data import create_transform
+    from torchvision import transforms as v1
+    from torchvision.transforms import v2
+    from torchvision.transforms._presets import ImageClassification
+
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    on_tensors = [v2.ToImage(), v2.Resize(40), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True)]
+    return {
+        "open_clip": (open_clip.image_transform(32, is_train=False), np.uint8),
+        "timm": (create_transform(32), np.uint8),
+        "weights": (ImageClassification(crop_size=32, resize_size=40), np.uint8),
+        "v1": (v1.Compose([v1.Resize((32, 32)), v1.PILToTensor(), v1.ConvertImageDtype(torch.float32),
+                           v1.Normalize(mean, std)]), np.uint8),
+        "v2": (v2.Compose([*on_tensors, v2.Normalize(mean, std)]), np.uint8),
+        "grey": (v1.Compose([v1.Grayscale(), v1.CenterCrop(32), v1.ToTensor(), v1.Normalize([0.5], [0.2])]), np.uint8),
+        "more": (v1.Compose([v1.CenterCrop(32), v1.ToTensor(), v1.Normalize(mean, std), v1.RandomErasing(0)]), np.float32),
+        "unscaled": (v2.Compose([v2.ToImage(), v2.CenterCrop(32), v2.ToDtype(torch.float32), v2.Normalize(mean, std)]),
+                     np.float32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm", "weights", "v1", "v2", "grey", "more", "unscaled"])
+def test_images_kept_in_uint8_reach_the_model_with_the_same_bits(tmp_path: Path, name: str) -> None:
+    preprocess, dtype = preprocessings()[name]
+    pq.write_table(pa.table({"image": [png(i) for i in pictures()], "label": range(6)}), tmp_path / "a.parquet")
+    examples = drained(load_source(str(tmp_path / "a.parquet"), preprocess))
+    assert examples.images.dtype == dtype
+    assert (examples.tail is not None) == (dtype == np.uint8)
+    expected = torch.stack([torch.as_tensor(preprocess(image)) for image in pictures()])
+    found, labels = everything(examples)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert labels.tolist() == list(range(6))
+    again = drained(load_source(str(tmp_path / "a.parquet"), preprocessings()[name][0]))
+    assert again.hold.path == examples.hold.path  # one entry of the cache for all who preprocess so
+
+
+class Darker:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image) * self.by)
+
+
+def test_a_preprocessing_is_known_by_what_it_does() -> None:
+    assert identity(Darker(0.5)) == identity(Darker(0.5)) != identity(Darker(0.6))
+    assert identity(as_tensor) != identity(pairs)
+    assert " at 0x" not in str([identity(p) for p, _ in preprocessings().values()])
+
+
+def in_every_kind(folder: Path, images: list[Image.Image], labels: list[int]) -> dict[str, str]:
+    """The same images as a folder of files, Parquet in one file and in several, a dataset of `save_to_disk`, and .npz."""
+    import json
+
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (folder / "images" / f"class_{label}").mkdir(parents=True, exist_ok=True)
+        image.save(folder / "images" / f"class_{label}" / f"{number}.png")
+    values = [{"bytes": png(image), "path": None} for image in images]
+    tables = [
+        pa.table({"image": values[part], "row": labels[part], "label": labels[part]}) for part in (slice(4), slice(4, None))
+    ]
+    (folder / "parts").mkdir()
+    pq.write_table(pa.concat_tables(tables), folder / "one.parquet")
+    (folder / "saved").mkdir()
+    for number, table in enumerate(tables):
+        pq.write_table(table, folder / "parts" / f"{number}.parquet")
+        with pa.ipc.new_stream(folder / "saved" / f"data-{number}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    state = {"_data_files": [{"filename": f"data-{number}.arrow"} for number in range(2)]}
+    (folder / "saved" / "state.json").write_text(json.dumps(state))
+    (folder / "saved" / "dataset_info.json").write_text("{}")
+    np.savez(folder / "a.npz", images=np.stack([np.asarray(i.convert("L")) for i in images]), labels=np.array(labels))
+    np.savez_compressed(
+        folder / "b.npz", images=np.stack([np.asarray(i.convert("L")) for i in images]), labels=np.array(labels)
+    )
+    return {name: str(folder / name) for name in ("images", "one.parquet", "parts", "saved", "a.npz", "b.npz")}
+
+
+def test_every_kind_of_source_gives_equal_arrays_and_digests(tmp_path: Path) -> None:
+    images = [Image.fromarray(image) for image in digits()[0][:10]]
+    labels = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]  # in the order in which a folder has them
+    found = {}
+    for kind, spec in in_every_kind(tmp_path, images, labels).items():
+        examples = drained(load_source(spec, as_tensor))
+        found[kind] = (*everything(examples), drained(digests(spec, as_tensor)))
+        assert isinstance(examples.images, np.memmap) == (kind != "b.npz"), kind
+    for kind, (arrays, targets, hashes) in found.items():
+        assert torch.equal(arrays, found["a.npz"][0]), kind
+        assert targets.tolist() == labels, kind
+        np.testing.assert_array_equal(hashes, found["a.npz"][2])
+    assert len(set(found["a.npz"][2].tolist())) == 10
+
+
+def test_a_saved_dataset_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    saved = datasets.Dataset.from_dict({"image": pictures(), "label": [0, 1] * 3}, features=features)
+    saved.save_to_disk(tmp_path / "saved", num_shards=2)
+    datasets.DatasetDict({"fit": saved}).save_to_disk(tmp_path / "all")
+    preprocess = preprocessings()["timm"][0]
+    found, labels = everything(drained(load_source(str(tmp_path / "saved"), preprocess)))
+    assert torch.equal(found, torch.stack([preprocess(image) for image in pictures()]))
+    assert labels.tolist() == [0, 1] * 3
+    with pytest.raises(RecipeError, match=r"holds the splits fit\. Name one of them"):
+        drained(load_source(str(tmp_path / "all"), preprocess))
+
+
+class Letters:
+    takes = "text"
+
+    def __call__(self, text: str) -> np.ndarray:
+        return np.array([ord(letter) for letter in f"{text:<8}"[:8]], dtype=np.int64)
+
+
+def test_texts_are_tokens_for_a_model_that_takes_texts(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "label": [1, 2, 3]}), tmp_path / "a.parquet")
+    tokens, labels = everything(drained(load_source(str(tmp_path / "a.parquet"), Letters())))
+    assert tokens.dtype == torch.int64
+    assert ["".join(map(chr, row)).strip() for row in tokens.tolist()] == ["one", "two", "three"]
+    assert labels.tolist() == [1, 2, 3]
+
+
+def test_columns_are_chosen_by_name_or_refused(tmp_path: Path) -> None:
+    image = png(pictures(1)[0])
+    pq.write_table(pa.table({"cls": [3], "id": [7], "mask": [b"x"], "img": [image]}), tmp_path / "a.parquet")
+    assert everything(drained(load_source(str(tmp_path / "a.parquet"), as_tensor)))[1].tolist() == [3]
+    pq.write_table(pa.table({"fine": [3], "coarse": [7], "image": [image]}), tmp_path / "b.parquet")
+    with pytest.raises(RecipeError, match=r"b\.parquet has several of them: fine, coarse; expected"):
+        drained(load_source(str(tmp_path / "b.parquet"), as_tensor))
+
+
+def test_folders_of_images_must_have_the_same_classes(tmp_path: Path) -> None:
+    for name, classes in {"a": "xyz", "b": "xz"}.items():
+        for number, label in enumerate(classes):
+            (tmp_path / name / label).mkdir(parents=True)
+            pictures()[number + 3 * (name == "b")].save(tmp_path / name / label / "0.png")
+    data = Data(fit=str(tmp_path / "a"), test=str(tmp_path / "b"))
+    to_32 = preprocessings()["timm"][0]
+    with pytest.raises(RecipeError, match=r"data\.test .* has 2 folders of classes and data\.fit .* 3; not in both: y"):
+        sources(data, to_32)
+    (tmp_path / "b" / "y").mkdir()
+    assert everything(sources(data, to_32)["test"])[1].tolist() == [0, 2]
+
+
+def test_each_of_several_test_sets_is_held_against_the_others_for_leaks(tmp_path: Path) -> None:
+    images, labels = digits()
+    for name, rows in {"fit": slice(50), "a": slice(50, 90), "b": slice(60, 99), "c": slice(49, 60)}.items():
+        np.savez(tmp_path / f"{name}.npz", images=images[rows], labels=labels[rows])
+    data = {"fit": str(tmp_path / "fit.npz"), "test": {name: str(tmp_path / f"{name}.npz") for name in "ab"}}
+    assert list(drained(check_leaks(Data(**data)))) == ["fit", "test_a", "test_b"]  # a test set may be a part of another
+    data["test"]["c"] = str(tmp_path / "c.npz")
+    with pytest.raises(RecipeError, match=r"data\.test\.c and data\.fit share images \(1 of 11\): row 0"):
+        drained(check_leaks(Data(**data)))
