@@ -81,9 +81,9 @@ def _work(task: Callable[[Progress], Any]) -> Any:
 
 def _print_row(row: dict[str, Any]) -> None:
     """One model, a figure a line: side by side they do not fit into 80 columns."""
-    from ray_soup.report import COST, QUALITY, table
+    from ray_soup.report import COST, quality, table
 
-    (model, *names), ((name, *figures),) = table([row], QUALITY + COST)
+    (model, *names), ((name, *figures),) = table([row], [*quality([row]), *COST])
     _print_table([model, name], [list(line) for line in zip(names, figures, strict=True)])
 
 
@@ -268,7 +268,8 @@ def compare(
 
 
 def _print_comparison(soup: Any, markdown: bool, into: str | None, as_json: bool) -> None:
-    from ray_soup.report import AGAINST, COST, QUALITY, comparison_markdown, insert, series_table, table, tests_table
+    from ray_soup.outcomes import judged
+    from ray_soup.report import AGAINST, COST, comparison_markdown, insert, quality, series_table, table, tests_table, titled
 
     record = soup.record
     if into:
@@ -282,15 +283,25 @@ def _print_comparison(soup: Any, markdown: bool, into: str | None, as_json: bool
         click.echo(json.dumps({"out": str(soup.out), "results": soup.rows, "run": record}))
     if markdown or as_json:
         return
-    _print_table(*table(record["table"], [c for c in QUALITY if c[0] != "select_accuracy"]))  # 80 columns
-    _print_table(*table(record["table"], [QUALITY[0], QUALITY[1], *COST]))
-    for title, key, rows in (("Without the best", "dropped", "eliminations"), ("By number", "count", "counts")):
-        if record[rows]:
-            click.echo(f"{title}, accuracy in percent:")
-            _print_table(*series_table(record[rows], key))
-    for other in AGAINST if record["tests"] else ():
-        click.echo(f"Paired tests against {other}, on test:")
-        _print_table(*tests_table(record["tests"], other))
+    splits, rows = judged(record["examples"]), record["table"]
+    columns = [c for c in quality(rows) if c[0] != "select_accuracy"]
+    if len(splits) == 1:
+        _print_table(*table(rows, columns))  # 80 columns
+    else:
+        _print_table(*table(rows, [columns[0], *(c for c in columns if c[0].endswith("_accuracy"))]))
+        for figure in ("_metric", "_nll"):
+            some = [c for c in columns if c[0].endswith(figure) and any(c[0] in row for row in rows)]
+            if some:
+                _print_table(*table(rows, [columns[0], *some]))
+    _print_table(*table(rows, [*quality(rows)[:2], *COST]))
+    for title, key, name in (("Without the best", "dropped", "eliminations"), ("By number", "count", "counts")):
+        for split in splits if record[name] else ():
+            click.echo(f"{title}, accuracy on {titled(split)} in percent:")
+            _print_table(*series_table(record[name], key, split))
+    for split in splits if record["tests"] else ():
+        for other in AGAINST:
+            click.echo(f"Paired tests against {other}, on {titled(split)}:")
+            _print_table(*tests_table(record["tests"], other, split))
     click.echo(f"Wrote {soup.out}/report.html, the tables and figures, and model.safetensors: {record['chosen']}.")
 
 
@@ -374,7 +385,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @recipe_argument
 @click.argument("model", type=click.Path())
 @overrides_argument
-@click.option("--split", type=click.Choice(["fit", "select", "test"]), default="test", show_default=True)
+@click.option("--split", default="test", show_default=True, help="fit, select, test, or test_NAME.")
 @json_option
 def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as_json: bool) -> None:
     """Accuracy and NLL of MODEL, a checkpoint or a soup's folder, on a split."""

@@ -37,7 +37,7 @@ from ray_soup.folder import (
     write,
 )
 from ray_soup.greedy import ensemble_outcomes, ranking, recall
-from ray_soup.outcomes import Outcome, load_outcomes, paired_test, save_outcomes
+from ray_soup.outcomes import Outcome, judged, load_outcomes, paired_test, save_outcomes, test_sets
 from ray_soup.pipeline import (
     CALIBRATION,
     LEARNED,
@@ -57,11 +57,7 @@ from ray_soup.recipe import Recipe, for_method
 from ray_soup.report import AGAINST, Report, html, model_card
 
 SEEDLESS = ("best_single", "uniform", "greedy")
-AVERAGED = (
-    "select_accuracy", "select_nll", "test_accuracy", "test_nll", "test_nll_scaled", "test_ece", "temperature", "steps",
-    "image_passes", "seconds", "peak_memory_bytes", "ingredients_used",
-)  # fmt: skip
-SPREAD = AVERAGED[:7]
+MADE_SO = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")
 OF_DROPPED = ("best_single", "uniform", "greedy", "mehl+")
 OF_COUNTED = ("greedy", "mehl+")
 
@@ -123,7 +119,7 @@ class Result:
 
     def row(self, splits: dict[str, Split]) -> dict[str, Any]:
         """Keys and values for results.jsonl."""
-        plain = {key: self.figures[key] for key in AVERAGED if key in self.figures}
+        plain = {key: self.figures[key] for key in MADE_SO if key in self.figures}
         return {**figures_of({name: self.on(name, splits) for name in reported(splits)}), **plain}
 
 
@@ -206,7 +202,7 @@ def _compare(
         record,
         {name: values for name, values in coefficients.items() if name not in SEEDLESS},
         {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
-        {name: own[name].on("test" if "test" in first else "select", first) for name in ("best_single", label)},
+        {name: own[name].on(judged(first)[0], first) for name in ("best_single", label)},
         made.similarity,
     )
     (folder / "report.html").write_text(html(report))
@@ -275,14 +271,13 @@ class Comparison(Shared):
         return rows
 
     def tests(self) -> list[dict[str, Any]]:
-        """Each soup against best single and greedy, on test."""
-        if "test" not in self.first:
-            return []
-        found = {name: result.on("test", self.first) for name, result in self.own.items()}
+        """Each soup against best single and greedy, on each test set."""
+        found = {s: {name: r.on(s, self.first) for name, r in self.own.items()} for s in test_sets(self.first)}
         return [
-            {"model_name": name, "against": other, **paired_test(found[name], found[other])}
+            {"split": split, "model_name": name, "against": other, **paired_test(of[name], of[other])}
+            for split, of in found.items()
             for other in AGAINST
-            for name in found
+            for name in of
             if name not in ("best_single", other)
         ]
 
@@ -369,11 +364,11 @@ def _result(bench: Bench, entry: Entry, splits: dict[str, Split], file: Path) ->
 def _mean(name: str, rows: Sequence[dict[str, Any]], spread: bool = True) -> dict[str, Any]:
     """The mean of rows, with the standard deviations of what may vary by seed as `key_sd`."""
     found: dict[str, Any] = {"model_name": name}
-    for key in AVERAGED:
+    for key in dict.fromkeys(key for row in rows for key in row if key != "select_ece"):
         values = [row[key] for row in rows if row.get(key) is not None]
         if values:
             found[key] = float(np.mean(values))
-            if spread and key in SPREAD and np.ptp(values) > 0:
+            if spread and key not in MADE_SO and np.ptp(values) > 0:
                 found[f"{key}_sd"] = float(np.std(values, ddof=1))
     return found
 

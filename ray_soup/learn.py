@@ -118,8 +118,8 @@ def learn(
     """Learn coordinates for directions with norms float64 [K, B]; goes on from `state_file` where there is one. With
     `calibration`, batches of fit, running statistics are computed anew on them.
 
-    `watch` is told (step, steps in all, state) after every step, `after_epoch` after every epoch. Returns the last
-    state; its `y` and `factor` are the soup.
+    `watch` is told (step, steps in all, state) after every step, `after_epoch` after every epoch; with learn.patience there
+    may be fewer steps in all. Returns the last state; its `y` and `factor` are the soup.
     """
     options, fit, select = recipe.learn, splits["fit"], splits["select"]
     ingredients, blocks = norms.shape
@@ -164,6 +164,8 @@ def learn(
                 {"turn": 0, "epoch": -1, "select_nll": start.nll, "select_accuracy": start.accuracy, "steps": 0}
             )
         for epoch in range(state.epoch, options.epochs):
+            if options.patience is not None and stale_epochs(state) >= options.patience:
+                break
             batches = batch_positions(len(fit), options.batch_size, options.seed, 2, turn, epoch)
             for step in range(state.step, steps_per_epoch):
                 begun = time.perf_counter()
@@ -198,6 +200,12 @@ def learn(
         state.turn, state.epoch, state.moving, state.best, state.statistics = turn + 1, 0, None, None, None
         save(None)
     return state
+
+
+def stale_epochs(state: State) -> int:
+    """Epochs of this turn since the last better point on select."""
+    best = min(range(len(state.curve)), key=lambda n: state.curve[n]["select_nll"], default=0)
+    return sum(line["turn"] == state.turn and line["epoch"] >= 0 for line in state.curve[best + 1 :])
 
 
 def _gradient(partials: list[Partial], count: int, of: Affine | Softmax, clip: float | None, state: State) -> np.ndarray:

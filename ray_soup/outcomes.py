@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,12 +36,14 @@ class Score:
 @dataclass(frozen=True)
 class Outcome:
     """Example by example: NLL float32 [n], whether the answer was right bool [n], and the probability given to it
-    float32 [n]; `factored`, where it was asked for, the NLL with the logits times exp(LOG_FACTORS), float32 [n, 41]."""
+    float32 [n]; `factored`, where it was asked for, the NLL with the logits times exp(LOG_FACTORS), float32 [n, 41];
+    `scores`, where the recipe has a metric, float32 [n]."""
 
     loss: np.ndarray
     correct: np.ndarray
     confidence: np.ndarray
     factored: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -58,10 +60,20 @@ class Outcome:
         return Outcome(*(None if a is None else a[rows] for a in self.arrays()))  # type: ignore[arg-type]
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
-        return self.loss, self.correct, self.confidence, self.factored
+        return self.loss, self.correct, self.confidence, self.factored, self.scores
 
 
 NO_OUTCOME = Outcome(np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.float32))
+
+
+def test_sets(splits: Iterable[str]) -> list[str]:
+    """Those of the splits that are only reported on: `test`, or `test_NAME` for each of several."""
+    return [name for name in splits if name == "test" or name.startswith("test_")]
+
+
+def judged(splits: Iterable[str]) -> list[str]:
+    """What a soup is shown on: the test sets, or select where there is none."""
+    return test_sets(splits) or ["select"]
 
 
 def join(parts: Sequence[Outcome]) -> Outcome:

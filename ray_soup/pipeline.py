@@ -52,7 +52,7 @@ from ray_soup.folder import (
 from ray_soup.greedy import evaluation_key, greedy, individual_outcomes, mean_of, one_hot, ranking, uniform
 from ray_soup.learn import learn, parametrisation, summary
 from ray_soup.models import describe
-from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, scaled_nll
+from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, judged, scaled_nll, test_sets
 from ray_soup.recipe import SOFTMAX, Data, Recipe, changed, load_recipe
 from ray_soup.report import Report, html, model_card
 from ray_soup.running_statistics import buffers_of
@@ -321,6 +321,8 @@ def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
         row |= {f"{split}_accuracy": outcome.accuracy, f"{split}_nll": outcome.nll}
         if factor is not None and split != "select":
             row[f"{split}_nll_scaled"] = scaled_nll(outcome, factor)
+        if outcome.scores is not None:
+            row[f"{split}_metric"] = float(outcome.scores.mean(dtype=np.float64))
         row[f"{split}_ece"] = calibration_error(outcome)
     if factor is not None:
         row["temperature"] = float(np.exp(-factor))
@@ -329,7 +331,7 @@ def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
 
 def reported(splits: dict[str, Split]) -> dict[str, Split]:
     """The splits that a finished soup is evaluated on."""
-    return {name: splits[name] for name in ("select", "test") if name in splits}
+    return {name: splits[name] for name in ("select", *test_sets(splits)) if name in splits}
 
 
 def cosines(gram: np.ndarray) -> np.ndarray:
@@ -392,7 +394,7 @@ def make_in(
             outcomes = baked(bench, made, everything, folder / MODEL, reported(splits), last)
             clock.lap("mixing and evaluation")
             row |= figures_of(outcomes)
-            shown = {recipe.method: outcomes["test" if "test" in outcomes else "select"]} if outcomes else {}
+            shown = {recipe.method: outcomes[judged(outcomes)[0]]} if outcomes else {}
             sha256 = bench.sha256
         clock.lap("stop")
         figures = made.figures
@@ -486,7 +488,8 @@ def stale_statistics(recipe: Recipe, layout: Layout, ingredients: list[Ingredien
 
 
 def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> dict[str, Any]:
-    """What a checkpoint, or a soup's folder, does on one split; with a temperature where there is a select to find it on."""
+    """What a checkpoint, or a soup's folder, does on one split, or for `test` on all test sets; with a temperature where
+    there is a select to find it on."""
     path = storage.join(model, MODEL) if storage.isfile(storage.join(model, "run.json")) else model
     open_ingredient(path)
     layout = describe(recipe.model)
@@ -496,15 +499,23 @@ def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> di
         try:
             ready = actors.setup(watch)
             splits = cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
-            if split not in splits:
+            chosen = [split] if split in splits else test_sets(splits) if split == "test" else []
+            if not chosen:
                 raise RecipeError(f"The recipe names no data.{split}; it has {', '.join(splits) or 'none'}.")
-            wanted = {name: splits[name] for name in dict.fromkeys((split, "select")) if name in splits}
+            wanted = {name: splits[name] for name in dict.fromkeys((*chosen, "select")) if name in splits}
             outcomes = dict(zip(wanted, actors.evaluate_file(path, list(wanted.values()), watch), strict=True))
         finally:
             actors.close()
     found = figures_of(outcomes)
-    kept = {key: value for key, value in found.items() if key.startswith(f"{split}_") or key == "temperature"}
-    return {"model_name": model, **kept, "examples": len(splits[split])}
+    kept = {
+        key: value for key, value in found.items() if key.startswith(tuple(f"{s}_" for s in chosen)) or key == "temperature"
+    }
+    counts = [len(splits[s]) for s in chosen]
+    return {
+        "model_name": model,
+        **kept,
+        "examples": counts[0] if len(counts) == 1 else dict(zip(chosen, counts, strict=True)),
+    }
 
 
 def _of_folder(out: Path) -> tuple[Recipe, dict[str, Any], Coefficients, list[Ingredient]]:

@@ -17,6 +17,7 @@ from ray_soup.directions import has_store
 from ray_soup.errors import RecipeError
 from ray_soup.hyperplane import ITEMSIZE
 from ray_soup.learn import model_batches
+from ray_soup.outcomes import test_sets
 from ray_soup.pipeline import LEARNED, model_batch_in, prepare
 from ray_soup.recipe import Recipe
 from ray_soup.shard import Calibration, Mesh
@@ -63,7 +64,7 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
     read = sum(i.nbytes for i in ingredients)
     stored = has_store(ingredients, layout, recipe.directions.dtype)
     store_s = 0.0 if stored else 1.5 * read * seen.hash_s / max(1, int(cpus))
-    final = look_s(sizes["select"] + sizes.get("test", 0)) + 0.1 * read * seen.hash_s
+    final = look_s(sizes["select"] + sum(sizes[name] for name in test_sets(sizes))) + 0.1 * read * seen.hash_s
     memory = actor_bytes(recipe, layout.numel, model_batch, mesh.shards, seen.peak_bytes - 8 * layout.numel)
     vector = 8 * layout.numel * (mesh.shards - 1) // mesh.shards
     return {

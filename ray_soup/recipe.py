@@ -86,6 +86,10 @@ class Learn(Section):
     """Images in one forward pass of one actor."""
     epochs: int = Field(5, ge=1)
     """Passes over fit for each model batch."""
+    patience: int | None = Field(None, ge=1)
+    """Epochs without a better point on select after which a model batch ends; null: none ends early."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the cross-entropy that coefficients learn by (Szegedy et al. 2016); select is judged without it."""
     model_batch: int | Auto = "auto"
     """Ingredients whose coordinates move at a time; auto: as many as fit."""
     models_epochs: int = Field(1, ge=1)
@@ -212,6 +216,12 @@ class Recipe(Section):
     recalibrate where the ingredients' running statistics differ and there is a fit."""
     greedy: Greedy = Greedy()
     learn: Learn = Learn()
+    loss: str | None = None
+    """`package.module:function` (logits float32 [n, classes], labels int64 [n]) -> losses [n], or their sum, in place of
+    cross-entropy: what coefficients learn by and are stopped by on select. Reported NLL stays NLL."""
+    metric: str | None = None
+    """`package.module:function` (logits, labels) -> scores [n], more is better: their mean is reported as `metric` beside
+    accuracy. It is only reported: accuracy and NLL go on making the choices."""
     actors: ActorsSection = ActorsSection()
     directions: Directions = Directions()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -219,6 +229,16 @@ class Recipe(Section):
     in float32."""
     finetune: Finetune = Finetune()
     search: Search = Search()
+
+    @model_validator(mode="after")
+    def _functions(self) -> Recipe:
+        for key in ("loss", "metric"):
+            spec = getattr(self, key)
+            if spec is not None and not is_function(spec):
+                raise ValueError(f"{key}: {spec!r} found; expected package.module:function")
+        if self.loss is not None and self.learn.label_smoothing:
+            raise ValueError("learn.label_smoothing belongs to cross-entropy: leave it out, or let `loss` smooth")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -235,7 +255,7 @@ def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
     values = recipe.model_dump(exclude={"method", "learn", "blocks"})
     kept = recipe.learn.model_dump()
     if (method in SOFTMAX) != (recipe.method in SOFTMAX):
-        kept = {key: kept[key] for key in ("epochs", "micro_batch", "seed")}
+        kept = {key: kept[key] for key in ("epochs", "micro_batch", "seed", "patience", "label_smoothing")}
     if method == recipe.method:
         values["blocks"] = recipe.blocks
     return Recipe.model_validate({**values, "method": method, "learn": {**kept, **learn}})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -13,17 +13,12 @@ import numpy as np
 
 from ray_soup.coefficients import Coefficients
 from ray_soup.errors import RecipeError
-from ray_soup.outcomes import Outcome
+from ray_soup.outcomes import Outcome, judged, test_sets
 from ray_soup.recipe import Recipe, dump_recipe
 
-QUALITY = (
-    ("model_name", "model", "{}"),
-    ("select_accuracy", "select %", "{:.2f}"),
-    ("select_nll", "select NLL", "{:.4f}"),
-    ("test_accuracy", "test %", "{:.2f}"),
-    ("test_nll", "test NLL", "{:.4f}"),
-    ("test_nll_scaled", "NLL scaled", "{:.4f}"),
-)
+Columns = Sequence[tuple[str, str, str]]
+"""(key, heading, format)"""
+MODEL = ("model_name", "model", "{}")
 COST = (
     ("steps", "steps", "{:,.0f}"),
     ("image_passes", "images", "{:,.0f}"),
@@ -39,7 +34,6 @@ TRIAL = (
     ("percent", "done %", "{:.0f}"),
     ("error", "error", "{}"),
 )
-UNITS = {"select_accuracy": 100, "test_accuracy": 100, "fit_accuracy": 100, "peak_memory_bytes": 1e-6}
 AGAINST = ("best_single", "greedy")  # what each soup is tested against
 TESTS_LEGEND = (
     "Paired, on the test images: differences of accuracy, in percentage points, and of NLL, with 95 % intervals "
@@ -52,25 +46,54 @@ MARK = "<!-- ray-soup compare -->"
 TWIN = 0.999  # directions with a larger cosine are of the same checkpoint, as good as
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[list[str]]]:
+def splits_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The splits that the rows have figures of."""
+    return list(dict.fromkeys(k.removesuffix("_accuracy") for row in rows for k in row if k.endswith("_accuracy")))
+
+
+def titled(split: str) -> str:
+    """A split as a reader sees it: a test set by its name."""
+    return split.removeprefix("test_")
+
+
+def quality(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The columns of what models do, for each split that the rows have figures of."""
+    columns, splits = [MODEL], splits_of(rows)
+    for split in splits:
+        name, one = titled(split), len(test_sets(splits)) < 2
+        columns += [
+            (f"{split}_accuracy", f"{name} %", "{:.2f}"),
+            (f"{split}_metric", f"{name} metric", "{:.4f}"),
+            (f"{split}_nll", f"{name} NLL", "{:.4f}"),
+            (f"{split}_nll_scaled", "NLL scaled" if one else f"{name} scaled", "{:.4f}"),
+        ]
+    return columns
+
+
+def _unit(key: str) -> float:
+    """What a figure is multiplied with to be shown."""
+    return 100 if key.endswith("_accuracy") else 1e-6 if key == "peak_memory_bytes" else 1
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Columns) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of `rows`: those of the columns that a row has; with ± where there is a spread."""
     shown = [c for c in columns if any(row.get(c[0]) is not None for row in rows)]
     cells = []
     for row in rows:
         line = []
         for key, _, form in shown:
-            value, spread, unit = row.get(key), row.get(f"{key}_sd"), UNITS.get(key)
+            value, spread, unit = row.get(key), row.get(f"{key}_sd"), _unit(key)
             shown_as = "{}" if isinstance(value, str) else form
-            text = "-" if value is None else shown_as.format(value * unit if unit else value)
+            text = "-" if value is None else shown_as.format(value if isinstance(value, str) or unit == 1 else value * unit)
             if spread:
-                text += f" ±{form.format(spread * (unit or 1))}"
+                text += f" ±{form.format(spread * unit)}"
             line.append(text)
         cells.append(line)
     return [c[1] for c in shown], cells
 
 
-def tests_table(tests: Sequence[dict[str, Any]], against: str) -> tuple[list[str], list[list[str]]]:
-    """Paired tests as text: differences to the soup `against` with their intervals, and p."""
+def tests_table(tests: Sequence[dict[str, Any]], against: str, split: str) -> tuple[list[str], list[list[str]]]:
+    """Paired tests on a split as text: differences to the soup `against` with their intervals, and p."""
     head = [f"minus {against}", "points (95 %)", "p", "NLL (95 %)"]
     return head, [
         [
@@ -80,13 +103,12 @@ def tests_table(tests: Sequence[dict[str, Any]], against: str) -> tuple[list[str
             f"{t['nll']:+.4f} ({t['nll_low']:+.4f} to {t['nll_high']:+.4f})",
         ]
         for t in tests
-        if t["against"] == against
+        if (t["against"], t["split"]) == (against, split)
     ]
 
 
-def series_table(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
-    """A line a method, a column for each value of `key`: accuracy in percent, on test where there is one."""
-    split = "test" if any("test_accuracy" in row for row in rows) else "select"
+def series_table(rows: Sequence[dict[str, Any]], key: str, split: str) -> tuple[list[str], list[list[str]]]:
+    """A line a method, a column for each value of `key`: accuracy on a split in percent."""
     values = list(dict.fromkeys(row[key] for row in rows))
     found = {(row["model_name"], row[key]): row[f"{split}_accuracy"] for row in rows}
     names = list(dict.fromkeys(row["model_name"] for row in rows))
@@ -106,14 +128,25 @@ def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def comparison_markdown(record: dict[str, Any]) -> str:
     """The tables of a comparison as Markdown, with what their reader must know."""
-    parts = [markdown(*table(record["table"], QUALITY + COST)), legend(record)]
+    splits = judged(record["examples"])
+
+    def each(table_on: Callable[[str], tuple[list[str], list[list[str]]]]) -> list[str]:
+        """A table for each test set, under its name where there are several."""
+        found = []
+        for split in splits:
+            found += [f"On {titled(split)}:"] if len(splits) > 1 else []
+            found.append(markdown(*table_on(split)))
+        return found
+
+    parts = [markdown(*table(record["table"], [*quality(record["table"]), *COST])), legend(record)]
     if record["tests"]:
-        parts += [markdown(*tests_table(record["tests"], other)) for other in AGAINST]
+        for other in AGAINST:
+            parts += each(lambda split, other=other: tests_table(record["tests"], other, split))
         parts.append(TESTS_LEGEND)
     if record["eliminations"]:
-        parts += [markdown(*series_table(record["eliminations"], "dropped")), DROPPED_LEGEND]
+        parts += [*each(lambda split: series_table(record["eliminations"], "dropped", split)), DROPPED_LEGEND]
     if record["counts"]:
-        parts += [markdown(*series_table(record["counts"], "count")), COUNTS_LEGEND]
+        parts += [*each(lambda split: series_table(record["counts"], "count", split)), COUNTS_LEGEND]
     return "\n\n".join(parts)
 
 
@@ -165,31 +198,32 @@ def html(report: Report) -> str:
     from jinja2 import Environment
 
     record = report.record
-    tables = []
-    for other in AGAINST if record.get("tests") else ():
-        head, cells = tests_table(record["tests"], other)
-        tables.append(
-            {"title": f"Against {other}", "head": head, "cells": cells, "text": TESTS_LEGEND if other == AGAINST[-1] else ""}
-        )
-    if record.get("eliminations"):
-        head, cells = series_table(record["eliminations"], "dropped")
-        tables.append({"title": "Without the best", "head": head, "cells": cells, "text": DROPPED_LEGEND})
-    if record.get("counts"):
-        head, cells = series_table(record["counts"], "count")
-        tables.append({"title": "By number of ingredients", "head": head, "cells": cells, "text": COUNTS_LEGEND})
+    tables, splits = [], judged(record.get("examples", {}))
+
+    def add(title: str, found: tuple[list[str], list[list[str]]], text: str) -> None:
+        tables.append({"title": title, "head": found[0], "cells": found[1], "text": text})
+
+    for split in splits:
+        where = f", on {titled(split)}" if len(splits) > 1 else ""
+        if record.get("tests"):
+            for other in AGAINST:
+                text = TESTS_LEGEND if other == AGAINST[-1] else ""
+                add(f"Against {other}{where}", tests_table(record["tests"], other, split), text)
+        if record.get("eliminations"):
+            add(f"Without the best{where}", series_table(record["eliminations"], "dropped", split), DROPPED_LEGEND)
+        if record.get("counts"):
+            add(f"By number of ingredients{where}", series_table(record["counts"], "count", split), COUNTS_LEGEND)
     if record.get("search"):
-        head, cells = trials_table(record["search"], "trials")
         text = "Trial 0 is the recipe as it was. NLL and accuracy are those of the point kept on select; test was not seen."
-        tables.append({"title": "Trials of the search", "head": head, "cells": cells, "text": text})
-        head, cells = trials_table(record["search"], "pareto")
+        add("Trials of the search", trials_table(record["search"], "trials"), text)
         text = "Trials that no other beats in NLL, memory and time together."
-        tables.append({"title": "Pareto front", "head": head, "cells": cells, "text": text})
+        add("Pareto front", trials_table(record["search"], "pareto"), text)
     template = (files("ray_soup") / "report.html.jinja").read_text()
     return Environment(autoescape=True, trim_blocks=True).from_string(template).render(
         title=report.title,
         subtitle=f"{record['parameters']:,} parameters; model {report.recipe.model}; {record['wall_s']:.0f} s in all.",
         notes=record["notes"],
-        table=table(report.rows, QUALITY + COST),
+        table=table(report.rows, [*quality(report.rows), *COST]),
         chosen=record.get("chosen"),
         legend=legend(record),
         tables=tables,
@@ -208,17 +242,18 @@ def _figures(report: Report) -> list[dict[str, str]]:
     from ray_soup import figures
 
     record, names = report.record, [i["name"] for i in report.record["ingredients"]]
-    split = "test" if "test" in record.get("examples", {}) else "select"
-    found = []
+    splits, found = judged(record.get("examples", {})), []
 
     def add(title: str, text: str, svg: str) -> None:
         found.append({"title": title, "text": text, "svg": svg})
 
-    if len(report.rows) > 1:
-        add("Accuracy by method", "With 95 % intervals (Wilson); soups as dots, their references as diamonds; dotted: the "
-            "best single.", figures.accuracy_by_method(report.rows, split, record["examples"][split]))  # fmt: skip
-    if record.get("counts"):
-        add("Accuracy by number of ingredients", f"On {split}; the first of a shuffle.",
+    for split in splits if len(report.rows) > 1 else ():
+        where = f" on {titled(split)}" if len(splits) > 1 else ""
+        add(f"Accuracy by method{where}", "With 95 % intervals (Wilson); soups as dots, their references as diamonds; "
+            "dotted: the best single.", 
+            figures.accuracy_by_method(report.rows, split, record["examples"][split]))  # fmt: skip
+    for split in splits if record.get("counts") else ():
+        add("Accuracy by number of ingredients", f"On {titled(split)}; the first of a shuffle.",
             figures.by_count(record["counts"], split))  # fmt: skip
     search = record.get("search", {})
     if {"learn.lr", "learn.model_batch"} <= set(search.get("keys", ())):
@@ -240,7 +275,8 @@ def _figures(report: Report) -> list[dict[str, str]]:
             + (f"Crossed: as good as duplicates ({said})." if twins else "No two are duplicates."),
             figures.similarity(report.similarity, names, twins))  # fmt: skip
     if report.outcomes:
-        add("Reliability", f"Accuracy against confidence on {split}; on the dotted line a model knows how sure it may be.",
+        add("Reliability", f"Accuracy against confidence on {titled(splits[0])}; on the dotted line a model knows how sure "
+            "it may be.",
             figures.reliability_diagram(report.outcomes))  # fmt: skip
     return found
 
@@ -268,7 +304,7 @@ each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoint
 
 ## Results
 
-{markdown(*table(rows, QUALITY + COST))}
+{markdown(*table(rows, [*quality(rows), *COST]))}
 
 {legend(record) if record.get("examples") else ""}{notes}
 

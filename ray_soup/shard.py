@@ -15,6 +15,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,7 +33,9 @@ from ray_soup.checkpoints import Ingredient, common_dtype
 from ray_soup.data import Examples, Split, check_leaks, load_sources
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.hyperplane import ITEMSIZE, Hyperplane, made_up_plane, widened
+from ray_soup.objective import Function, loss_of, metric_of
 from ray_soup.outcomes import LOG_FACTORS, Outcome, Score, join
+from ray_soup.preprocess import identity
 from ray_soup.recipe import Recipe
 from ray_soup.running_statistics import Statistics
 
@@ -76,7 +79,8 @@ class Ready:
     contents: dict[str, str]
     """A hash of the images and labels of each source."""
     fingerprint: str
-    """Of the model's structure and of the file that its function lies in: with the numbers, it is the same model."""
+    """Of the model's structure and of the files that its function and the metric lie in: with the numbers, it is the same
+    model."""
     node: str
     """The host that the actor runs on."""
 
@@ -160,6 +164,7 @@ class Shard:
         self._taken: tuple[int, ...] = ()
         self._members: tuple[str, ...] = ()
         self._logits: list[torch.Tensor] = []
+        self._gather_ahead = ThreadPoolExecutor(1)
         self._summed: tuple[int, ...] = ()
         self._tried: tuple[tuple[int, ...], int] | None = None
         self.forget()
@@ -186,6 +191,8 @@ class Shard:
         self.classes = self._classes(images, first.spec)
         for examples in self.examples.values():
             examples.check_labels(self.classes)
+        self.loss = loss_of(self.recipe, self.classes, self.device)
+        self.metric = metric_of(self.recipe, self.classes, self.device)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
             found = yield from _named("comparing images", check_leaks(self.recipe.data, built.preprocess))
@@ -199,11 +206,14 @@ class Shard:
         self.precision = autocast(self.recipe, self.device)
         self._mixed_buffers: dict[str, torch.Tensor] = {}
         self.use({})
+        fingerprint = models.fingerprint(self.recipe.model, built)
+        if self.recipe.metric is not None:
+            fingerprint += content_key(identity(models.import_function(self.recipe.metric)))
         yield Ready(
             {name: len(examples) for name, examples in self.examples.items()},
             found.get("fit"),
             {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in self.examples.items() if found},
-            models.fingerprint(self.recipe.model, built),
+            fingerprint,
             socket.gethostname(),
         )
 
@@ -400,8 +410,15 @@ class Shard:
         self._gather()
 
     def _micro_batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first in range(0, len(split), self.micro_batch):
-            yield self.examples[split.source].batch(split.rows[first : first + self.micro_batch], self.device)
+        """The next one is gathered while this one is worked on."""
+        batch = self.examples[split.source].batch
+        parts = [split.rows[first : first + self.micro_batch] for first in range(0, len(split), self.micro_batch)]
+        coming = self._gather_ahead.submit(batch, parts[0], self.device) if len(parts) > 1 else None
+        for number, rows in enumerate(parts):
+            found = batch(rows, self.device) if coming is None else coming.result()
+            if number + 1 < len(parts):
+                coming = self._gather_ahead.submit(batch, parts[number + 1], self.device)
+            yield found
 
     def step(self, x: np.ndarray, factor: float, batch: Split) -> Partial:
         """Combine, forward and backward on this actor's part of the batch, project.
@@ -417,7 +434,7 @@ class Shard:
         for images, labels in self._micro_batches(batch):
             with self.precision:
                 logits = self.model(images)
-            loss = F.cross_entropy(logits.float() * t, labels, reduction="sum")
+            loss = self.loss(logits.float() * t, labels, self.recipe.learn.label_smoothing)
             loss.backward()
             loss_sum += loss.detach()
         projected = self.plane.project(self._scatter())
@@ -469,7 +486,7 @@ class Shard:
         with torch.inference_mode():
             for images, labels in self._micro_batches(split):
                 logits = self.model(images).float()
-                loss += F.cross_entropy(logits * factor, labels, reduction="sum")
+                loss += self.loss(logits * factor, labels, 0.0)
                 correct += (logits.argmax(dim=1) == labels).sum()
         return Score(loss.item(), int(correct.item()), len(split))
 
@@ -489,7 +506,7 @@ class Shard:
                 with torch.inference_mode():
                     for images, labels in self._micro_batches(piece):
                         logits = self.model(images).float()
-                        parts.append(outcome_of(logits, labels, factored))
+                        parts.append(outcome_of(logits, labels, factored, self.metric))
                         if totals is not None:
                             totals[number][first : first + len(labels)] += logits
                         first += len(labels)
@@ -520,7 +537,7 @@ class Shard:
         outcomes = []
         for split, total in zip(splits, self._logits, strict=True):
             labels = torch.from_numpy(self.examples[split.source].labels[split.rows]).to(self.device)
-            outcomes.append(outcome_of(total / len(paths), labels, factored=True))
+            outcomes.append(outcome_of(total / len(paths), labels, True, self.metric))
         yield outcomes
 
     def try_candidate(
@@ -608,7 +625,9 @@ def _seconds(work: Callable[[], Any], at_least: float = 0.3) -> float:
     return float(np.median(times))
 
 
-def outcome_of(logits: torch.Tensor, labels: torch.Tensor, factored: bool = False) -> Outcome:
+def outcome_of(
+    logits: torch.Tensor, labels: torch.Tensor, factored: bool = False, metric: Function | None = None
+) -> Outcome:
     """Of logits [n, classes] for labels int64 [n]."""
     logits = logits.float()
     log_p = F.log_softmax(logits, dim=1)
@@ -619,7 +638,9 @@ def outcome_of(logits: torch.Tensor, labels: torch.Tensor, factored: bool = Fals
         factors = torch.from_numpy(np.exp(LOG_FACTORS)).float().to(logits.device)
         own = logits.gather(1, labels[:, None])
         losses = torch.stack([torch.logsumexp(f * logits, dim=1) - f * own[:, 0] for f in factors], dim=1).cpu().numpy()
-    return Outcome(loss.cpu().numpy(), (best.indices == labels).cpu().numpy(), best.values.exp().cpu().numpy(), losses)
+    scores = None if metric is None else metric(logits, labels).cpu().numpy()
+    right = (best.indices == labels).cpu().numpy()
+    return Outcome(loss.cpu().numpy(), right, best.values.exp().cpu().numpy(), losses, scores)
 
 
 def _named(what: str, work: Generator[tuple[int, int], None, T]) -> Generator[tuple[str, int, int], None, T]:

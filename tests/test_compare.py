@@ -20,6 +20,7 @@ from ray_soup.errors import RecipeError
 from ray_soup.folder import Soup
 from ray_soup.pipeline import run, verify
 from ray_soup.recipe import Recipe, for_method, make_recipe
+from ray_soup.report import comparison_markdown, quality, table
 from tests.conftest import values
 
 LABELS = ["best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+", "mehl-m3", "mehl+-m3"]
@@ -124,6 +125,36 @@ def test_paired_tests_are_against_best_single_and_greedy(compared: Soup) -> None
             assert t["accuracy"] == pytest.approx(ours["test_accuracy"] - theirs["test_accuracy"])
             assert t["nll"] == pytest.approx(ours["test_nll"] - theirs["test_nll"], abs=1e-6)
             assert (t["gained"] - t["lost"]) / 600 == pytest.approx(t["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_several_test_sets_have_the_figures_of_each_alone(zoo: Path, tmp_path: Path) -> None:
+    arrays = np.load(zoo / "test.npz")
+    for name, rows in {"near": slice(400), "far": slice(250, 600)}.items():
+        np.savez(tmp_path / f"{name}.npz", images=arrays["images"][rows], labels=arrays["labels"][rows])
+    tests = {name: str(tmp_path / f"{name}.npz") for name in ("near", "far")}
+    recipe, held_out = {"method": "uniform"}, {"fit": str(zoo / "heldout.npz"), "select": 0.25}
+    both = run(tiny_recipe(zoo, **recipe, data={**held_out, "test": tests}), tmp_path / "both")
+    for name, spec in tests.items():
+        alone = run(tiny_recipe(zoo, **recipe, data={**held_out, "test": spec}), tmp_path / f"{name}_alone")
+        for figure in ("accuracy", "nll", "nll_scaled", "ece"):
+            assert both.rows[0][f"test_{name}_{figure}"] == alone.rows[0][f"test_{figure}"]
+    head, cells = table(both.rows, quality(both.rows))
+    assert head[3:] == ["near %", "near NLL", "near scaled", "far %", "far NLL", "far scaled"]
+    assert f"| {' | '.join(cells[0][:3])}" in (both.out / "README.md").read_text()
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**values(zoo), "data": {**held_out, "test": tests}}))
+    shown = CliRunner().invoke(main, ["evaluate", str(tmp_path / "r.yaml"), str(both.out), "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["test_far_nll"] == both.rows[0]["test_far_nll"]
+    compared = compare(tiny_recipe(zoo, data={**held_out, "test": tests}, learn={"batch_size": 448, "epochs": 1}),
+                       tmp_path / "compared", Options(drop_top=(0,)))  # fmt: skip
+    rows = {row["model_name"]: row for row in compared.record["table"]}
+    assert rows["uniform"]["test_near_accuracy"] == both.rows[0]["test_near_accuracy"]
+    assert [t["split"] for t in compared.record["tests"]] == ["test_near"] * 15 + ["test_far"] * 15
+    text = comparison_markdown(compared.record)
+    assert text.count("On near:") == text.count("On far:") == 3
+    assert "Accuracy by method on far" in (compared.out / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("cluster")

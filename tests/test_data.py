@@ -15,7 +15,7 @@ from ray_soup.cache import drained
 from ray_soup.data import Examples, Split, batch_positions, check_leaks, cut, digests, load_source, load_sources
 from ray_soup.errors import RecipeError
 from ray_soup.preprocess import identity
-from ray_soup.recipe import Data
+from ray_soup.recipe import Data, make_recipe
 from tests.tiny import digits
 
 
@@ -316,3 +316,16 @@ def test_each_of_several_test_sets_is_held_against_the_others_for_leaks(tmp_path
     data["test"]["c"] = str(tmp_path / "c.npz")
     with pytest.raises(RecipeError, match=r"data\.test\.c and data\.fit share images \(1 of 11\): row 0"):
         drained(check_leaks(Data(**data)))
+
+
+def test_micro_batches_that_are_gathered_ahead_are_those_asked_for(zoo: Path) -> None:
+    from tests.conftest import InProcess, values
+
+    shard = InProcess(make_recipe(values(zoo, learn__micro_batch=7))).shards[0]
+    for count in (0, 5, 7, 30):
+        rows = np.random.default_rng(count).permutation(600)[:count].astype(np.int32)
+        found = list(shard._micro_batches(Split("test", rows)))
+        assert [len(labels) for _, labels in found] == [7] * (count // 7) + ([count % 7] if count % 7 else [])
+        expected = shard.examples["test"].batch(rows, torch.device("cpu"))
+        for column, whole in zip(zip(*found, strict=True), expected, strict=False):
+            assert torch.equal(torch.cat(column), whole)

@@ -24,6 +24,7 @@ def test_dump_then_load_is_the_identity(tmp_path: Path) -> None:
         ({"learn": {"model_batch": "all"}}, "learn.model_batch: 'all' found"),
         ({"data": {"select": 1.5}}, "give a share between 0 and 1"),
         ({"method": "mehl++"}, "method: 'mehl++' found"),
+        ({"data": {"test": {"a b": "x.npz"}}}, "data.test: ['a b'] found"),
         ({"blocks": "row"}, "blocks: 'row' found"),
     ],
 )
@@ -56,6 +57,16 @@ def test_paths_are_seen_from_the_recipe_and_overrides_from_here(tmp_path: Path, 
     assert recipe.data.select == str(tmp_path / "here" / "s.npz")
     assert recipe.learn.lr == 1e-3
     assert recipe.learn.clip is None
+
+
+def test_several_test_sets_are_sources_with_names(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({**MINIMAL, "data": {"fit": "f.npz", "test": {"a": "a.npz", "b": "m:f"}}})
+    )
+    recipe = load_recipe(tmp_path / "r.yaml", [f"data.test.c={tmp_path}/c.npz"])
+    tests = {"test_a": f"{tmp_path}/a.npz", "test_b": "m:f", "test_c": f"{tmp_path}/c.npz"}
+    assert recipe.data.sources() == {"fit": f"{tmp_path}/f.npz", **tests}
+    assert load_recipe(tmp_path / "r.yaml", ["data.test=/d.npz"]).data.sources()["test"] == "/d.npz"
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
