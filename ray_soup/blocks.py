@@ -26,7 +26,7 @@ class Layout:
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Names and shapes of what else the state dict holds."""
     tied: dict[str, str] = field(default_factory=dict)
-    """Second names of tensors, to their first."""
+    """Second names of tensors, to their first: of tied ones, and names that only files have."""
     tracking: tuple[str, ...] = ()
     """Layers that keep running statistics: BatchNorm and its kin."""
 
@@ -72,6 +72,7 @@ def layout_of(model: torch.nn.Module) -> Layout:
         names.append(name)
         shapes.append(tuple(parameter.shape))
     buffers = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor) and id(t) not in first}
+    tied = {**getattr(model, "names_in_files", {}), **tied}
     return Layout(tuple(names), tuple(shapes), buffers, tied, tuple(tracking_layers(model)))
 
 

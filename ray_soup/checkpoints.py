@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -33,10 +34,15 @@ from ray_soup.storage import LocalFile, RemoteFile
 from ray_soup.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
 
 SAFETENSORS_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "ema_state_dict", "state_dict_ema", "model_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+TEXT_TOWER = re.compile(  # of a CLIP, beside `visual.`, with what else it holds that no image classifier needs
+    r"(transformer|token_embedding|positional_embedding|ln_final|text_projection|text|logit_scale|logit_bias|attn_mask"
+    r"|input_resolution|context_length|vocab_size)(\.|$)"
+)
+COUNTED = re.compile(r"(.*\.)?embeddings\.position_ids$")  # 0, 1, 2, ...: a buffer that transformers no longer saves
 RESERVED_NAMES = {"best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+", "ensemble"}
 
 SAFETENSORS_DTYPES = {
@@ -95,6 +101,10 @@ class Ingredient:
     containers: dict[str, dict[str, TensorInfo]]
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     copies: list[tuple[str, str, TensorInfo]] = field(default_factory=list)
+    key: str = ""
+    """The container that was asked for, as in `?key=state_dict_ema`."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of a known part that the model does not have: the text tower of a CLIP."""
     trial: Trial | None = None
     """The trial that it came from, where it was taken from a sweep."""
     _sources: dict[int, LocalFile | RemoteFile] = field(default_factory=dict, repr=False)
@@ -109,8 +119,9 @@ class Ingredient:
 
     @property
     def identity(self) -> list[Any]:
-        """What a cache may know it by without reading it: path, size and time of change of each file."""
-        return [[f, s, v] for f, s, v in zip(self.files, self.sizes, self.versions, strict=True)]
+        """What a cache may know it by without reading it: path, size and time of change of each file, and the key."""
+        files = [[f, s, v] for f, s, v in zip(self.files, self.sizes, self.versions, strict=True)]
+        return [*files, self.key] if self.key else files
 
     def source(self, file: int) -> LocalFile | RemoteFile:
         if file not in self._sources:
@@ -151,15 +162,17 @@ class Ingredient:
     def match(self, expected: Iterable[str], tied: dict[str, str]) -> bool:
         """Choose the container, and strip the prefix, that give exactly the tensors `expected`.
 
-        `tied` maps a second name of a tensor to its first: a file may hold either or both. True if it fits; else
-        `tensors` is the container nearest to it, its prefix stripped where that brings more names into place.
+        `tied` maps a second name of a tensor to its first: a file may hold either or both. A text tower is left out where
+        the model has none. True if it fits; else `tensors` is the container nearest to it, its prefix stripped where that
+        brings more names into place.
         """
         expected = set(expected)
+        image_only = any(n.startswith("visual.") for n in expected) and not any(map(TEXT_TOWER.match, expected))
         best: dict[str, TensorInfo] = {}
         best_score: tuple[bool, int] = (False, -1)
-        self.copies = []
+        self.copies, self.left_out = [], ()
         for tensors in self.containers.values():
-            for candidate in _stripped(tensors):
+            for candidate in _candidates(tensors, expected):
                 named = dict(candidate)
                 copies = []
                 for alias, first in tied.items():
@@ -167,9 +180,14 @@ class Ingredient:
                         info = named.pop(alias)
                         if named.setdefault(first, info) != info:
                             copies.append((first, alias, info))
+                left_out = tuple(
+                    n for n in named.keys() - expected if COUNTED.match(n) or (image_only and TEXT_TOWER.match(n))
+                )
+                for name in left_out:
+                    del named[name]
                 score = (named.keys() == expected, len(named.keys() & expected))
                 if score > best_score:
-                    best, best_score, self.copies = named, score, copies
+                    best, best_score, self.copies, self.left_out = named, score, copies, left_out
         self.tensors = best
         return best_score[0]
 
@@ -190,6 +208,16 @@ def _tensor_of(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
     with warnings.catch_warnings():  # torch warns that the map is read-only; nothing here writes
         warnings.simplefilter("ignore")
         return torch.frombuffer(buffer, dtype=dtype)
+
+
+def _candidates(tensors: dict[str, TensorInfo], expected: set[str]) -> Iterator[dict[str, TensorInfo]]:
+    """The names under which the tensors of a file may be those of the model."""
+    for named in _stripped(tensors):
+        yield named
+        if any(name.startswith("classification_head.") for name in named):  # as the Model Soups code names CLIP and head
+            renamed = {re.sub("^classification_head", "head", n).removeprefix("model."): info for n, info in named.items()}
+            if "head.weight" in expected and len(renamed) == len(named):
+                yield renamed
 
 
 def _stripped(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]:
@@ -243,18 +271,19 @@ def _safetensors_header(path: str, file: int, size: int) -> dict[str, TensorInfo
     return tensors
 
 
-def _torch_containers(path: str, file: int) -> dict[str, dict[str, TensorInfo]]:
+def _torch_containers(path: str, file: int, key: str = "") -> dict[str, dict[str, TensorInfo]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    try:
-        with FakeTensorMode():  # tensors without data, that know where in the file their data lies
+    try:  # tensors without data, that know where in the file their data lies; options that a script wrote beside them
+        with FakeTensorMode(), torch.serialization.safe_globals([Namespace]):
             loaded = torch.load(drained(storage.local_copy(path)), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
         what = f"it holds '{found.group(1).strip('.')}'" if found else "it holds more than tensors and plain values"
         raise IngredientError(
             f"{path} was not opened: {what}, and unpickling that would run code from the file. Save the state dict "
-            "alone: torch.save(model.state_dict(), path)."
+            "alone: torch.save(model.state_dict(), path). If you trust the file, this takes it out: "
+            f"{_conversion(path)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
@@ -265,7 +294,7 @@ def _torch_containers(path: str, file: int) -> dict[str, dict[str, TensorInfo]]:
     if not isinstance(loaded, dict):
         raise IngredientError(f"{path} holds a {type(loaded).__name__}; expected a state dict. Save that.")
     containers: dict[str, dict[str, TensorInfo]] = {}
-    for container, values in [("", loaded), *((name, loaded.get(name)) for name in CONTAINERS)]:
+    for container, values in [("", loaded), *((name, loaded.get(name)) for name in (*CONTAINERS, key))]:
         if isinstance(values, dict):
             tensors = {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
             if tensors:
@@ -276,6 +305,14 @@ def _torch_containers(path: str, file: int) -> dict[str, dict[str, TensorInfo]]:
             f"{', '.join(CONTAINERS)}."
         )
     return containers
+
+
+def _conversion(path: str) -> str:
+    """The line that turns a file of more than tensors into one that is opened."""
+    return (
+        f"python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
+        f"torch.save(c.get('state_dict', c.get('model', c)), '{os.path.splitext(path)[0]}.state_dict.pt')\""
+    )
 
 
 def _torch_info(path: str, file: int, name: str, tensor: torch.Tensor) -> TensorInfo:
@@ -300,11 +337,12 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
 
     Raises IngredientError if the file is broken, RecipeError if there is none.
     """
+    spec, (path, key) = path, split_key(path)
     file = _checkpoint_of(path)
     if file is None:
         raise RecipeError(f"{path} is not a checkpoint: expected a file ending in {_suffixes()}, or a folder with one.")
     tensors: dict[str, TensorInfo] = {}
-    if file.endswith(INDEX_SUFFIX):
+    if file.endswith(INDEX_SUFFIXES):
         files = _shards_of(file)
         for shard in files:
             if not storage.isfile(shard):
@@ -317,17 +355,36 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
             raise IngredientError(f"{part} is empty (0 bytes). Copy it again.")
         if part.endswith(SAFETENSORS_SUFFIX):
             tensors.update(_safetensors_header(part, number, found.size))
-    containers = {"": tensors} if file.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIX)) else _torch_containers(file, 0)
+        elif file.endswith(INDEX_SUFFIXES):
+            tensors.update(_torch_containers(part, number)[""])
+    whole = file.endswith((SAFETENSORS_SUFFIX, *INDEX_SUFFIXES))
+    containers = {"": tensors} if whole else _torch_containers(file, 0, key)
+    if key and key not in containers:
+        known = ", ".join(filter(None, containers)) or "none: its tensors lie side by side"
+        raise IngredientError(f"{path} holds no tensors under the key '{key}'; it has {known}.")
     ingredient = Ingredient(
-        name or Path(path).name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or Path(path).name,
-        path,
+        name or _stem(path),
+        spec,
         tuple(files),
         tuple(s.size for s in stats),
         tuple(s.version for s in stats),
-        containers,
+        {key: containers[key]} if key else containers,
+        key=key,
     )
     ingredient.tensors = next(iter(containers.values()))
     return ingredient
+
+
+def split_key(spec: str) -> tuple[str, str]:
+    """`run.pth.tar?key=state_dict_ema` -> path and key, which is empty where there is none."""
+    found = re.fullmatch(r"(.*)[?&]key=([\w.-]+)", spec)
+    return (found[1], found[2]) if found else (spec, "")
+
+
+def _stem(path: str) -> str:
+    name = Path(path).name
+    bare = next((name.removesuffix(suffix) for suffix in (*INDEX_SUFFIXES, ".pth.tar") if name.endswith(suffix)), None)
+    return bare or name.rpartition(".")[0] or name
 
 
 def _shards_of(index: str) -> list[str]:
@@ -335,7 +392,7 @@ def _shards_of(index: str) -> list[str]:
         weight_map = json.loads(storage.read_bytes(index))["weight_map"]
         return [storage.join(os.path.dirname(index), shard) for shard in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IngredientError(f"{index} is not a safetensors index: no readable 'weight_map' ({error}).") from error
+        raise IngredientError(f"{index} is not an index of checkpoint files: no readable 'weight_map' ({error}).") from error
 
 
 def _suffixes() -> str:
@@ -343,7 +400,7 @@ def _suffixes() -> str:
 
 
 def _is_checkpoint(path: str) -> bool:
-    return path.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIX, *TORCH_SUFFIXES))
+    return path.endswith((SAFETENSORS_SUFFIX, *INDEX_SUFFIXES, *TORCH_SUFFIXES))
 
 
 def _checkpoint_of(path: str) -> str | None:
@@ -351,7 +408,7 @@ def _checkpoint_of(path: str) -> str | None:
     if _is_checkpoint(path) and storage.isfile(path):
         return path
     names = storage.listdir(path) if storage.isdir(path) else []
-    for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"):
         if name in names:
             return storage.join(path, name)
     return None
@@ -359,7 +416,7 @@ def _checkpoint_of(path: str) -> str | None:
 
 def _without_shards(files: list[str]) -> list[str]:
     """Leave out the shards that an index among `files` stands for."""
-    shards = {shard for index in files if index.endswith(INDEX_SUFFIX) for shard in _shards_of(index)}
+    shards = {shard for index in files if index.endswith(INDEX_SUFFIXES) for shard in _shards_of(index)}
     return [f for f in files if f not in shards]
 
 
@@ -382,6 +439,9 @@ def find_checkpoints(spec: str | Sequence[str]) -> list[str]:
 def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
     if not isinstance(spec, str):
         return [found for one in spec for found in ([(one, None)] if _checkpoint_of(one) else _find(one))]
+    spec, key = split_key(spec)
+    if key:
+        return [(f"{path}?key={key}", trial) for path, trial in _find(spec)]
     sweeps = find_sweeps(spec)
     if sweeps:
         if not any(sweep.trials for sweep in sweeps):
@@ -416,7 +476,7 @@ def find_sweeps(spec: str | Sequence[str] | None) -> list[Sweep]:
     """
     if spec is None or not isinstance(spec, str):
         return [sweep for one in spec or () for sweep in find_sweeps(one)]
-    pattern, metric, mode = split_metric(spec)
+    pattern, metric, mode = split_metric(split_key(spec)[0])
     folders = [pattern] if storage.isdir(pattern) else sorted(storage.glob(pattern), key=_natural)
     experiments = [f for f in folders if is_experiment(f)]
     if not experiments and len(folders) == 1 and storage.isdir(folders[0]):
@@ -460,7 +520,7 @@ def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
     for ingredient in ingredients:
         file = ingredient.files[0]
         found = None if storage.is_remote(file) else os.stat(file)
-        other = seen.setdefault((found.st_dev, found.st_ino) if found else file, ingredient.path)
+        other = seen.setdefault(((found.st_dev, found.st_ino) if found else file, ingredient.key), ingredient.path)
         if other != ingredient.path or paths.count(ingredient.path) > 1:
             raise IngredientError(
                 f"{ingredient.path} and {other} are the same file: it would count twice. Leave one of them out."
@@ -472,8 +532,8 @@ def _unique_names(paths: list[str]) -> list[str]:
     """Short names: without suffix where that is enough, else the path from where the paths part."""
 
     def stem(path: str) -> str:
-        name = os.path.basename(path.rstrip("/"))
-        return name.removesuffix(INDEX_SUFFIX).rpartition(".")[0] or name if _is_checkpoint(path) else name
+        path = split_key(path)[0].rstrip("/")
+        return _stem(path) if _is_checkpoint(path) else os.path.basename(path)
 
     stems = [stem(p) for p in paths]
     if len(set(stems)) == len(stems) and not set(stems) & RESERVED_NAMES:

@@ -109,7 +109,8 @@ def _print_soup(soup: Any, as_json: bool) -> None:
         click.echo(json.dumps({"out": str(soup.out), "results": soup.rows, "run": soup.record}))
         return
     _print_row(soup.rows[0])
-    click.echo(f"Wrote {soup.out}/model.safetensors, its coefficients, and README.md, the model card.")
+    model = max((name for name in soup.record["files"] if name.startswith("model")), default="model.safetensors")
+    click.echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md, the model card.")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable object last.")

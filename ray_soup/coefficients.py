@@ -151,6 +151,18 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     save_file({name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}, path, metadata)
 
 
+def save_table(coefficients: Coefficients, path: Path) -> None:
+    """The same as Parquet, for people and their tables: a row for each ingredient and block."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count, blocks = coefficients.values.shape
+    names = pa.DictionaryArray.from_arrays(np.repeat(np.arange(count, dtype=np.int32), blocks), coefficients.ingredients)
+    labels = pa.DictionaryArray.from_arrays(np.tile(np.arange(blocks, dtype=np.int32), count), coefficients.blocks)
+    columns = {"ingredient": names, "block": labels, "coefficient": coefficients.values.ravel()}
+    pq.write_table(pa.table(columns), path)
+
+
 def load_coefficients(path: Path) -> Coefficients:
     """Raises RecipeError if the file is missing or not one of ours."""
     try:

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 
 from ray_soup.actors import Watch, quiet
-from ray_soup.bake import bake
 from ray_soup.blocks import Layout
 from ray_soup.checkpoints import Ingredient
 from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
 from ray_soup.data import Split
 from ray_soup.errors import RecipeError
 from ray_soup.folder import (
+    BOARD,
     COEFFICIENTS,
-    MODEL,
     Clock,
     Soup,
     begun,
@@ -42,6 +41,8 @@ from ray_soup.pipeline import (
     CALIBRATION,
     LEARNED,
     Bench,
+    add_companions,
+    bake_in,
     baked,
     cosines,
     figures_of,
@@ -54,7 +55,7 @@ from ray_soup.pipeline import (
     stale_statistics,
 )
 from ray_soup.recipe import Recipe, for_method
-from ray_soup.report import AGAINST, Report, html, model_card
+from ray_soup.report import AGAINST, Report, html
 
 SEEDLESS = ("best_single", "uniform", "greedy")
 MADE_SO = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")
@@ -163,8 +164,7 @@ def _compare(
     coefficients = {name: result.coefficients for name, result in own.items() if result.coefficients is not None}
     for name, values in coefficients.items():
         save_coefficients(values, folder / f"{name}.{COEFFICIENTS}")
-    save_coefficients(coefficients[label], folder / COEFFICIENTS)
-    bake(coefficients[label], ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
+    bake_in(folder, recipe, coefficients[label], ingredients, watch)
     clock.lap("mixing")
     ours, single = own[label].on("select", first), own["best_single"].on("select", first)
     notes = [
@@ -206,7 +206,7 @@ def _compare(
         made.similarity,
     )
     (folder / "report.html").write_text(html(report))
-    (folder / "README.md").write_text(model_card(recipe, coefficients[label], table, record))
+    add_companions(folder, recipe, coefficients[label], table, record)
     rows = made.rows([ingredient.name for ingredient in ingredients])
     publish(recipe, rows, record, folder, out)
     return Soup(out, rows, record, notes)
@@ -342,7 +342,8 @@ def _result(bench: Bench, entry: Entry, splits: dict[str, Split], file: Path) ->
         recipe = for_method(bench.recipe, entry.method, seed=entry.seed)
         clock = Clock()
         bench.actors.reset_peak()
-        made = make_soup(bench, recipe, entry.subset, splits, entry.model_batch, file.with_name(f"{file.name}.pt"))
+        state, board = file.with_name(f"{file.name}.pt"), file.parents[2] / BOARD / file.name
+        made = make_soup(bench, recipe, entry.subset, splits, entry.model_batch, state, board)
         made.figures |= {
             "seconds": round(clock.lap("making"), 3),
             "peak_memory_bytes": max(bench.actors.peak_memory()),

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -27,7 +28,8 @@ from ray_soup.checkpoints import Ingredient, sha256_file
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.recipe import Recipe, dump_recipe
 
-MODEL, COEFFICIENTS = "model.safetensors", "coefficients.safetensors"
+MODEL, COEFFICIENTS, TABLE = "model.safetensors", "coefficients.safetensors", "coefficients.parquet"
+BOARD = "tensorboard"
 BEAT_S, LEASE_S = 5, 30
 SMALL = 1 << 26  # bytes up to which a file is not a model
 
@@ -208,9 +210,11 @@ def seen_by_actors(file: Path) -> str:
     """The path or URI that actors on any node find a file of an output folder under."""
     for folder, mirror in _MIRRORS.items():
         if folder in file.parents:
-            uri = storage.join(mirror.uri, "state", f"evaluated-{file.name}")
-            storage.upload(file, uri)
-            return uri
+            uri = storage.join(mirror.uri, "state", "evaluated")
+            parts = set(json.loads(file.read_text())["weight_map"].values()) if file.suffix == ".json" else set()
+            for name in (*parts, file.name):
+                storage.upload(file.with_name(name), storage.join(uri, name))
+            return storage.join(uri, file.name)
     return str(file)
 
 
@@ -360,10 +364,36 @@ def publish(recipe: Recipe, rows: Sequence[dict[str, Any]], record: dict[str, An
         raise SoupError(f"{out} could not be written ({error.strerror}). Free some room, then run it again.") from error
 
 
+def scalars(board: Path) -> Callable[[int, int, Any], None]:
+    """A hook for after every epoch that writes the scalars of a state's curve, by steps, to the folder `board` for
+    TensorBoard: all of them at its first call, after a resume too, then what is new."""
+    from tensorboardX import SummaryWriter
+
+    writer: SummaryWriter | None = None
+    written = 0
+
+    def after_epoch(step: int, steps: int, state: Any) -> None:
+        nonlocal writer, written
+        if writer is None:
+            shutil.rmtree(board, ignore_errors=True)
+            writer = SummaryWriter(str(board))
+        for line in state.curve[written:]:
+            for name in ("fit_nll", "select_nll", "select_accuracy", "lr"):
+                if name in line:
+                    writer.add_scalar(name, line[name], line["steps"])
+        written = len(state.curve)
+        writer.flush()
+        if step >= steps:
+            writer.close()
+
+    return after_epoch
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ("ray", "torch", "open_clip_torch", "numpy", "safetensors", "numba")
+    names = ["ray", "torch", "open_clip_torch", "numpy", "safetensors", "numba"]
+    names += [name for name in ("timm", "torchvision", "transformers") if name in sys.modules]
     return {"ray_soup": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 

@@ -73,7 +73,7 @@ class State:
     wire_bytes: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
-    """A line an epoch: turn, epoch, fit_nll, select_nll, select_accuracy."""
+    """A line an epoch: turn, epoch, fit_nll, select_nll, select_accuracy, steps, and lr, that of its last step."""
 
 
 def save_state(state: State, path: Path) -> None:
@@ -189,6 +189,7 @@ def learn(
                 {
                     "turn": turn, "epoch": epoch, "fit_nll": state.fit_loss / state.fit_count,
                     "select_nll": score.nll, "select_accuracy": score.accuracy, "steps": state.steps,
+                    "lr": optimizer.param_groups[0]["lr"],
                 }
             )  # fmt: skip
             state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0

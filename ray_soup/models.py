@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import inspect
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -19,28 +22,34 @@ import torch
 from ray_soup.blocks import Layout, layout_of
 from ray_soup.checkpoints import open_ingredient
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.preprocess import Preprocess, identity
+from ray_soup.preprocess import Named, Preprocess, identity
 from ray_soup.recipe import is_function
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model that maps a batch of images, or texts, to logits [n, classes], and what turns one of them into its input."""
+    """A model that maps a batch of inputs to logits [n, classes], and what makes its input of an image or a text."""
 
     model: torch.nn.Module
     preprocess: Preprocess | None = None
 
 
 class ImageClassifier(torch.nn.Module):
-    """The image tower of an open_clip model and a linear head on its features."""
+    """The image tower of an open_clip model and a linear head on its features, which are scaled to unit length first where
+    `normalize` says so."""
 
-    def __init__(self, visual: torch.nn.Module, features: int, classes: int):
+    def __init__(self, visual: torch.nn.Module, features: int, classes: int, normalize: bool = False):
         super().__init__()
         self.visual = visual
         self.head = torch.nn.Linear(features, classes)
+        self.normalize = normalize
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.visual(images))
+        features = self.visual(images)
+        return self.head(torch.nn.functional.normalize(features, dim=-1) if self.normalize else features)
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}"
 
 
 def look_in(folder: str) -> None:
@@ -66,45 +75,267 @@ def import_function(spec: str) -> Callable[..., Any]:
 
 def build(spec: str) -> Built:
     """The model that `spec` names, its numbers yet to be filled in. Raises RecipeError."""
-    if spec.startswith("open_clip:"):
-        return _open_clip(spec)
-    if is_function(spec):
-        built = import_function(spec)()
-        if isinstance(built, torch.nn.Module):
-            return Built(built)
-        if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module):
-            return Built(*built)
-        raise RecipeError(f"{spec} returned {type(built).__name__}; expected a model, or a model and its preprocessing.")
-    raise RecipeError(f"model: {spec!r} found; expected open_clip:NAME?classes=N, or package.module:function.")
+    library, _, rest = spec.partition(":")
+    if library in LIBRARIES:
+        name, _, query = rest.partition("?")
+        built = LIBRARIES[library](name, dict(parse_qsl(query, keep_blank_values=True)), spec)
+    elif is_function(spec):
+        made = import_function(spec)()
+        if isinstance(made, torch.nn.Module):
+            built = Built(made)
+        elif isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module):
+            built = Built(*made)
+        else:
+            raise RecipeError(f"{spec} returned {type(made).__name__}; expected a model, or a model and its preprocessing.")
+    else:
+        raise RecipeError(
+            f"model: {spec!r} found; expected open_clip:, timm: or torchvision:NAME?classes=N, transformers:FOLDER, or "
+            "package.module:function."
+        )
+    return built
 
 
-def _open_clip(spec: str) -> Built:
-    import open_clip
-
-    name, _, query = spec.removeprefix("open_clip:").partition("?")
-    options = dict(parse_qsl(query))
-    if not options.get("classes", "").isdigit() or set(options) != {"classes"}:
-        raise RecipeError(f"model: {spec!r} found; expected the number of classes, as in open_clip:{name}?classes=1000.")
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise RecipeError(f"model: open_clip has no '{name}'. `python -c 'import open_clip; "
-                          "print(open_clip.list_models())'` lists what it has.")  # fmt: skip
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # that no pretrained weights were loaded: the ingredients bring theirs
+def _library(name: str, spec: str) -> Any:
     try:
-        clip = open_clip.create_model(name, pretrained=None)
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RecipeError(
+            f"model: {spec} takes the library {name}, which cannot be imported ({error}). pip install 'ray_soup[{name}]'"
+        ) from error
+
+
+def _options(options: dict[str, str], spec: str, known: Iterable[str], example: str) -> None:
+    """Raises RecipeError for an option that is not among the known ones."""
+    wrong = sorted(set(options) - set(known))
+    if wrong:
+        raise RecipeError(f"model: {spec!r} has the option {wrong[0]}; known are {', '.join(known)}, as in {example}.")
+
+
+def _number(options: dict[str, str], name: str, spec: str, example: str) -> int:
+    if not re.fullmatch("[1-9][0-9]*", options.get(name, "")):
+        raise RecipeError(f"model: {spec!r} found; expected a number of {name}, as in {example}.")
+    return int(options[name])
+
+
+def _unknown(library: str, name: str, names: list[str]) -> RecipeError:
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(names)} others, such as {', '.join(names[:3])}."
+    return RecipeError(f"model: {library} has no '{name}'; {hint}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings that no pretrained weights were loaded: the ingredients bring theirs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
     finally:
         logging.disable(before)
+
+
+def _open_clip(name: str, options: dict[str, str], spec: str) -> Built:
+    import open_clip
+
+    example = f"open_clip:{name}?classes=1000"
+    _options(options, spec, ("classes", "normalize", "zeroshot", "template"), example)
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise _unknown("open_clip", name, open_clip.list_models())
+    with _quiet():
+        clip = open_clip.create_model(name, pretrained=None)
     visual = clip.visual
     mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     preprocess = open_clip.image_transform(visual.image_size, is_train=False, mean=mean, std=std)
-    return Built(ImageClassifier(visual, config["embed_dim"], int(options["classes"])), preprocess)
+    if "zeroshot" in options:
+        return Built(_zero_shot(clip, name, options, spec), preprocess)
+    classes = _number(options, "classes", spec, example)
+    normalize = options.get("normalize", "false")
+    if normalize not in ("true", "false"):
+        raise RecipeError(f"model: {spec!r} found; expected normalize=true or normalize=false.")
+    return Built(ImageClassifier(visual, config["embed_dim"], classes, normalize == "true"), preprocess)
+
+
+def _zero_shot(clip: torch.nn.Module, name: str, options: dict[str, str], spec: str) -> torch.nn.Module:
+    """A whole CLIP, by its own names, that gives the logits of its text tower's classes: for each line of a file the mean of
+    its features over the templates. logits = scale * image_features @ class_features.T"""
+    import open_clip
+
+    try:
+        classes = [line.strip() for line in Path(options["zeroshot"]).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"model: the class names in {options['zeroshot']} cannot be read ({error}).") from error
+    templates = options.get("template", "a photo of a {}.").split("|")
+    if len(classes) < 2 or any("{}" not in t for t in templates):
+        raise RecipeError(
+            f"model: {spec}: expected two class names or more, one a line (found {len(classes)}), and templates with {{}}, "
+            "parted by |."
+        )
+    prompts = [template.replace("{}", c) for c in classes for template in templates]
+    try:
+        tokens = open_clip.get_tokenizer(name)(prompts)
+    except Exception as error:  # a tokenizer of transformers that is not there
+        raise RecipeError(f"model: the tokenizer of open_clip's {name} cannot be had ({error}).") from error
+
+    def with_prompts(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return inputs[0], tokens.to(inputs[0].device)
+
+    def logits(module: torch.nn.Module, inputs: Any, output: Any) -> torch.Tensor:
+        images, texts, scale = output[:3]
+        mean = texts.unflatten(0, (len(classes), len(templates))).mean(dim=1)
+        return scale * images @ torch.nn.functional.normalize(mean, dim=-1).T
+
+    clip.register_forward_pre_hook(with_prompts)
+    clip.register_forward_hook(logits)
+    clip.prompts = tuple(prompts)  # for the fingerprint
+    return clip
+
+
+def _timm(name: str, options: dict[str, str], spec: str) -> Built:
+    timm = _library("timm", spec)
+    example = f"timm:{name}?classes=1000"
+    _options(options, spec, ("classes",), example)
+    classes = _number(options, "classes", spec, example)
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    try:
+        with _quiet():
+            model = timm.create_model(name, pretrained=False, num_classes=classes)
+    except RuntimeError as error:
+        raise RecipeError(f"model: timm cannot make '{name}' ({error}).") from error
+    return Built(model, timm.data.create_transform(**timm.data.resolve_model_data_config(model)))
+
+
+def _torchvision(name: str, options: dict[str, str], spec: str) -> Built:
+    tv = _library("torchvision", spec).models
+    example = f"torchvision:{name}?classes=1000"
+    _options(options, spec, ("classes",), example)
+    classes = _number(options, "classes", spec, example)
+    names = tv.list_models(module=tv)  # classifiers of images
+    if name not in names:
+        raise _unknown("torchvision", name, names)
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # or it warns
+    model = tv.get_model(name, weights=None, num_classes=classes, **extra)
+    return Built(model, tv.get_model_weights(name).DEFAULT.transforms())
+
+
+def _transformers(name: str, options: dict[str, str], spec: str) -> Built:
+    transformers = _library("transformers", spec)
+    _options(options, spec, ("classes", "length"), "transformers:FOLDER?classes=10")
+    local = {"local_files_only": True} if os.path.exists(name) else {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **local)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model: {name} has no config.json that transformers can read ({error}).") from error
+    if "classes" in options:
+        config.num_labels = _number(options, "classes", spec, f"transformers:{name}?classes=10")
+    kind = _task_of(config, spec)
+    with _quiet():
+        model = getattr(transformers, f"AutoModel{kind}").from_config(config, dtype=torch.float32)
+    model.names_in_files = _names_in_files(model)
+    model.register_forward_hook(lambda module, inputs, output: output.logits)
+    if kind == "ForImageClassification":
+        model.register_forward_pre_hook(
+            lambda module, inputs, named: ((), {module.main_input_name: inputs[0]}), with_kwargs=True
+        )
+        return Built(model, _image_processor(name, local))
+    model.register_forward_pre_hook(
+        lambda module, inputs, named: ((), {"input_ids": inputs[0][:, 0], "attention_mask": inputs[0][:, 1]}),
+        with_kwargs=True,
+    )
+    most = getattr(config, "max_position_embeddings", None) or 1 << 30
+    options = {"length": str(min(128, most)), **options}
+    length = _number(options, "length", spec, f"transformers:{name}?length=128")
+    if length > most:
+        raise RecipeError(f"model: {spec}: length is {length} and the model takes {most} tokens at most.")
+    return Built(model, _tokenizer(name, local, length))
+
+
+def _names_in_files(model: torch.nn.Module) -> dict[str, str]:
+    """The names that transformers gives tensors in its files, where they are others than in the model, to those."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0 they were the same
+        return {}
+    state = {name: torch.empty(0) for name in model.state_dict()}
+    own = {id(tensor): name for name, tensor in state.items()}
+    in_files = revert_weight_conversion(model, state)
+    return {n: own[id(t)] for n, t in in_files.items() if n not in state and id(t) in own}
+
+
+def _task_of(config: Any, spec: str) -> str:
+    """ForImageClassification or ForSequenceClassification: what the architecture is, else what the kind of model can be."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = {
+        "ForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        "ForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }
+    architectures = config.architectures or []
+    found = [kind for kind in kinds if any(a.endswith(kind) for a in architectures)]
+    found = found or [kind for kind, mapping in kinds.items() if type(config) in mapping]
+    if len(found) != 1:
+        raise RecipeError(
+            f"model: {spec} is {', '.join(architectures) or config.model_type}; expected a model for image classification "
+            "or sequence classification."
+        )
+    return found[0]
+
+
+def _image_processor(name: str, local: dict[str, Any]) -> Preprocess | None:
+    import transformers
+
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **local)
+    except (OSError, ValueError):  # none beside the model
+        return None
+    return Named(lambda image: processor(image, return_tensors="pt")["pixel_values"][0], repr(processor))
+
+
+def _tokenizer(name: str, local: dict[str, Any], length: int) -> Preprocess | None:
+    """Text -> int64 [2, length], token ids and attention mask."""
+    import transformers
+
+    if local and not _has_tokenizer(name):
+        return None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
+    except (OSError, ValueError):
+        return None
+    if tokenizer.pad_token is None:
+        raise RecipeError(f"model: the tokenizer of {name} has no padding token. Set its pad_token and save it again.")
+
+    def tokens(text: str) -> torch.Tensor:
+        found = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return torch.stack([found["input_ids"][0], found["attention_mask"][0]])
+
+    tokens("")  # from here on its settings stay as they are: threads may share it
+    words = hashlib.sha256(f"{sorted(tokenizer.get_vocab().items())}".encode()).hexdigest()
+    return Named(tokens, f"{length} {words} {tokenizer!r}", takes="text")
+
+
+def _has_tokenizer(folder: str) -> bool:
+    """transformers makes one without words where there is none."""
+    return any(os.path.exists(os.path.join(folder, file)) for file in TOKENIZER_FILES)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+LIBRARIES: dict[str, Callable[[str, dict[str, str], str], Built]] = {
+    "open_clip": _open_clip,
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+}
 
 
 def fingerprint(spec: str, built: Built) -> str:
     """SHA-256 of the model's structure and preprocessing, and of the file that its function lies in."""
-    digest = hashlib.sha256(f"{spec}\n{built.model}\n{identity(built.preprocess)}".encode())
+    more = [str(getattr(built.model, name, "")) for name in ("config", "prompts")]
+    digest = hashlib.sha256("\n".join([spec, str(built.model), *identity(built.preprocess), *more]).encode())
     if is_function(spec):
         with contextlib.suppress(OSError, TypeError):
             digest.update(inspect.getsource(sys.modules[spec.partition(":")[0]]).encode())
@@ -137,7 +368,14 @@ def load_pretrained(model: torch.nn.Module, spec: str, source: str) -> torch.nn.
         given = {f"visual.{key}": value for key, value in clip.visual.state_dict().items()}
     else:
         checkpoint = open_ingredient(source)
-        given = {name: checkpoint.read(name).view(info.shape) for name, info in checkpoint.tensors.items() if name in state}
+        second = layout_of(model).tied
+        checkpoint.match(state, second)
+        base = f"{getattr(model, 'base_model_prefix', '')}."  # transformers' name for what is below the head
+        given = {}
+        for name, info in checkpoint.tensors.items():
+            own = name if name in state else second.get(base + name, base + name)
+            if own in state:
+                given[own] = checkpoint.read(name).view(info.shape)
     new = [name for name, tensor in state.items() if name not in given or given[name].shape != tensor.shape]
     layers = sorted({name.rpartition(".")[0] for name in new})
     head = dict(model.named_modules()).get(layers[0]) if len(layers) == 1 else None
@@ -151,6 +389,57 @@ def load_pretrained(model: torch.nn.Module, spec: str, source: str) -> torch.nn.
             if name not in new:
                 tensor.copy_(given[name])
     return head
+
+
+def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
+    """What the model's library wants beside its weights, of this dtype: for transformers config.json, and the files of the
+    tokenizer or image processor."""
+    if not spec.startswith("transformers:"):
+        return
+    import transformers
+
+    name = spec.removeprefix("transformers:").partition("?")[0]
+    local = {"local_files_only": True} if os.path.exists(name) else {}
+    with torch.device("meta"):
+        model = build(spec).model
+    model.config.architectures, model.config.dtype = [type(model).__name__], dtype
+    model.config.save_pretrained(folder)
+    if model.main_input_name == "input_ids":
+        if not local or _has_tokenizer(name):
+            transformers.AutoTokenizer.from_pretrained(name, **local).save_pretrained(folder)
+    else:
+        with contextlib.suppress(OSError, ValueError):  # none beside the model
+            transformers.AutoImageProcessor.from_pretrained(name, **local).save_pretrained(folder)
+
+
+def loading_line(spec: str, files: Iterable[str]) -> str:
+    """The line of Python that loads a soup of this model, from its folder, which holds these files, with the library that
+    the model came from."""
+    library, _, rest = spec.partition(":")
+    name, _, query = rest.partition("?")
+    options, sharded = dict(parse_qsl(query)), any(f.endswith(".index.json") for f in files)
+    ours = f"ray_soup.models.loaded({spec!r}, '.')"
+    if library == "transformers":
+        with torch.device("meta"):
+            return f"transformers.{type(build(spec).model).__name__}.from_pretrained('.')"
+    if sharded or library not in LIBRARIES or (library == "open_clip" and "zeroshot" not in options):
+        return ours
+    file = "model.safetensors"
+    return {
+        "open_clip": f"open_clip.create_model({name!r}, pretrained={file!r})",
+        "timm": f"timm.create_model({name!r}, num_classes={options.get('classes')}, checkpoint_path={file!r})",
+        "torchvision": (
+            f"(model := torchvision.models.get_model({name!r}, num_classes={options.get('classes')})).load_state_dict("
+            f"safetensors.torch.load_file({file!r}))"
+        ),
+    }[library]
+
+
+def loaded(spec: str, path: str) -> torch.nn.Module:
+    """The model that `spec` names, with the numbers of the checkpoint at `path`, in eval mode."""
+    model = build(spec).model
+    load_checkpoint(model, path)
+    return model.eval()
 
 
 def describe(spec: str) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,12 +30,14 @@ from ray_soup.checkpoints import (
     reading_threads,
     sha256_file,
 )
-from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients
+from ray_soup.coefficients import Coefficients, load_coefficients, save_coefficients, save_table
 from ray_soup.data import Split, calibration_batches, cut
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.folder import (
+    BOARD,
     COEFFICIENTS,
     MODEL,
+    TABLE,
     Clock,
     Soup,
     begun,
@@ -44,6 +47,7 @@ from ray_soup.folder import (
     locked,
     new_folder,
     publish,
+    scalars,
     seen_by_actors,
     shared_files,
     versions,
@@ -51,7 +55,7 @@ from ray_soup.folder import (
 )
 from ray_soup.greedy import evaluation_key, greedy, individual_outcomes, mean_of, one_hot, ranking, uniform
 from ray_soup.learn import learn, parametrisation, summary
-from ray_soup.models import describe
+from ray_soup.models import describe, loading_line, write_companions
 from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, judged, scaled_nll, test_sets
 from ray_soup.recipe import SOFTMAX, Data, Recipe, changed, load_recipe
 from ray_soup.report import Report, html, model_card
@@ -137,7 +141,8 @@ class Bench:
         self.sha256 = self.sha256 or hash_ingredients(self.ingredients, self.watch)
         device = "cuda" if self.recipe.actors.gpus else "cpu"
         known = [(self.ready.fingerprint, self.ready.contents[s.source], device, versions()["torch"]) for s in splits]
-        return [[evaluation_key(digest, *parts) for parts in known] for digest in self.sha256]
+        which = [digest + i.key for digest, i in zip(self.sha256, self.ingredients, strict=True)]
+        return [[evaluation_key(name, *parts) for parts in known] for name in which]
 
     def individual(self) -> list[Outcome]:
         """What each ingredient does on the held-out set."""
@@ -220,10 +225,16 @@ class Made:
 
 
 def make_soup(
-    bench: Bench, recipe: Recipe, subset: tuple[int, ...], splits: dict[str, Split], model_batch: int, state_file: Path
+    bench: Bench,
+    recipe: Recipe,
+    subset: tuple[int, ...],
+    splits: dict[str, Split],
+    model_batch: int,
+    state_file: Path,
+    board: Path,
 ) -> Made:
     """The soup of the ingredients `subset` by the recipe's method. What was learned lies in `state_file`, and is gone on
-    with."""
+    with; its curves go into `board`, for TensorBoard."""
     whole, count, watch = partition(bench.layout, "model"), len(subset), bench.watch
     calibration = bench.calibration(recipe, splits, CALIBRATION_WHILE_CHOOSING)
 
@@ -270,6 +281,7 @@ def make_soup(
         model_batch,
         state_file,
         lambda step, steps, _: watch(f"learning {recipe.method}", step, steps),
+        scalars(board),
         calibration=calibration,
     )
     notes = []
@@ -293,22 +305,31 @@ def policy_of(recipe: Recipe) -> str:
 
 
 def baked(
-    bench: Bench, made: Made, subset: tuple[int, ...], path: Path, splits: dict[str, Split], calibration: list[Split]
+    bench: Bench,
+    made: Made,
+    subset: tuple[int, ...],
+    path: Path,
+    splits: dict[str, Split],
+    calibration: list[Split],
+    shard_size: int | None = None,
 ) -> dict[str, Outcome]:
     """Write the soup to `path`, with running statistics of the batches `calibration` if there are any; what that file does
     on each of `splits`. A soup of one ingredient keeps that one's statistics."""
     chosen = [bench.ingredients[k] for k in subset]
-    bake(made.coefficients, chosen, path, watch=lambda done, total: bench.watch("mixing", done, total))
+    file = bake(
+        made.coefficients, chosen, path, None, lambda done, total: bench.watch("mixing", done, total),
+        bench.recipe.out_dtype, shard_size,
+    )  # fmt: skip
     if calibration and len(made.coefficients.used()) > 1:
-        found = bench.actors.statistics_of_file(seen_by_actors(path), calibration, bench.watch)
+        found = bench.actors.statistics_of_file(seen_by_actors(file), calibration, bench.watch)
         found = {name: values for name, values in found.items() if name in bench.layout.buffers}
-        put(found, path)
+        put(found, file)
         made.coefficients = replace(made.coefficients, statistics=found)
         made.notes.append(
             f"Running statistics of {len(bench.layout.tracking)} BatchNorm layers were computed anew on "
             f"{sum(map(len, calibration)):,} images of fit."
         )
-    outcomes = bench.actors.evaluate_file(seen_by_actors(path), list(splits.values()), bench.watch)
+    outcomes = bench.actors.evaluate_file(seen_by_actors(file), list(splits.values()), bench.watch)
     return dict(zip(splits, outcomes, strict=True))
 
 
@@ -378,7 +399,7 @@ def make_in(
         names = tuple(i.name for i in ingredients)
         made = Made(Coefficients(values, names, whole.names, block_of, policy_of(recipe), layout.tied))
         made.notes.append("The recipe names no data: this soup was not evaluated.")
-        bake(made.coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
+        bake_in(folder, recipe, made.coefficients, ingredients, watch)
         clock.lap("mixing")
     else:
         with open_bench(recipe, ingredients, layout, out, learning, watch) as bench:
@@ -386,12 +407,14 @@ def make_in(
                 bench.take(everything, recipe.blocks)
             clock.lap("start")
             splits = bench.cut(recipe.learn.seed)
-            made = make_soup(bench, recipe, everything, splits, bench.model_batch, out / "state" / "learn.pt")
+            made = make_soup(
+                bench, recipe, everything, splits, bench.model_batch, out / "state" / "learn.pt", out / BOARD / recipe.method
+            )
             clock.lap(recipe.method)
             peak = max(bench.actors.peak_memory())
             similar = cosines(bench.actors.gram()) if learning else None
             last = bench.calibration(recipe, splits, CALIBRATION)
-            outcomes = baked(bench, made, everything, folder / MODEL, reported(splits), last)
+            outcomes = baked(bench, made, everything, folder / MODEL, reported(splits), last, recipe.shard_size)
             clock.lap("mixing and evaluation")
             row |= figures_of(outcomes)
             shown = {recipe.method: outcomes[judged(outcomes)[0]]} if outcomes else {}
@@ -425,8 +448,7 @@ def make_in(
         **(more or {}),
     }
     row["seconds"] = clock.total()
-    save_coefficients(made.coefficients, folder / COEFFICIENTS)
-    (folder / "README.md").write_text(model_card(recipe, made.coefficients, [row], record))
+    add_companions(folder, recipe, made.coefficients, [row], record)
     learned = {recipe.method: made.coefficients} if learning else {}
     curves = {recipe.method: made.figures["curve"]} if learning else {}
     title = f"{recipe.method} soup of {len(ingredients)} ingredients"
@@ -434,6 +456,26 @@ def make_in(
     (folder / "report.html").write_text(html(report))
     publish(recipe, [row], record, folder, out)
     return Soup(out, [row], record, notes)
+
+
+def bake_in(folder: Path, recipe: Recipe, coefficients: Coefficients, ingredients: list[Ingredient], watch: Watch) -> None:
+    """The soup's model in `folder`, as the recipe wants it written."""
+    bake(
+        coefficients, ingredients, folder / MODEL, None, lambda done, total: watch("mixing", done, total),
+        recipe.out_dtype, recipe.shard_size,
+    )  # fmt: skip
+
+
+def add_companions(
+    folder: Path, recipe: Recipe, coefficients: Coefficients, rows: list[dict[str, Any]], record: dict[str, Any]
+) -> None:
+    """What lies beside the model in `folder`: coefficients, the files that its library wants, and the model card."""
+    save_coefficients(coefficients, folder / COEFFICIENTS)
+    save_table(coefficients, folder / TABLE)
+    dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
+    write_companions(recipe.model, folder, dtypes.most_common(1)[0][0])
+    files = [file.name for file in folder.iterdir()]
+    (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record, loading_line(recipe.model, files)))
 
 
 def hash_ingredients(ingredients: list[Ingredient], watch: Watch = quiet) -> list[str]:
@@ -463,6 +505,9 @@ def remarks(recipe: Recipe, ingredients: list[Ingredient], sha256: list[str]) ->
     """What the user should know of the ingredients: trials of a sweep that were left out, and ingredients that are another
     one over again."""
     notes = [note for sweep in find_sweeps(recipe.ingredients) if (note := sweep.note())]
+    tower = [name for name in ingredients[0].left_out if not name.endswith("position_ids")]
+    if tower:
+        notes.append(f"The text tower ({len(tower)} tensors, {tower[0]} and others) is left out: the model has none.")
     first: dict[str, str] = {}
     for ingredient, digest in zip(ingredients, sha256, strict=True):
         if digest in first:
@@ -490,8 +535,7 @@ def stale_statistics(recipe: Recipe, layout: Layout, ingredients: list[Ingredien
 def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> dict[str, Any]:
     """What a checkpoint, or a soup's folder, does on one split, or for `test` on all test sets; with a temperature where
     there is a select to find it on."""
-    path = storage.join(model, MODEL) if storage.isfile(storage.join(model, "run.json")) else model
-    open_ingredient(path)
+    open_ingredient(model)
     layout = describe(recipe.model)
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0, watch)
@@ -503,7 +547,7 @@ def evaluate(recipe: Recipe, model: str, split: str, watch: Watch = quiet) -> di
             if not chosen:
                 raise RecipeError(f"The recipe names no data.{split}; it has {', '.join(splits) or 'none'}.")
             wanted = {name: splits[name] for name in dict.fromkeys((*chosen, "select")) if name in splits}
-            outcomes = dict(zip(wanted, actors.evaluate_file(path, list(wanted.values()), watch), strict=True))
+            outcomes = dict(zip(wanted, actors.evaluate_file(model, list(wanted.values()), watch), strict=True))
         finally:
             actors.close()
     found = figures_of(outcomes)
@@ -526,7 +570,7 @@ def _of_folder(out: Path) -> tuple[Recipe, dict[str, Any], Coefficients, list[In
     ingredients = [open_ingredient(i["path"], i["name"]) for i in record["ingredients"]]
     if tuple(i.name for i in ingredients) != coefficients.ingredients:
         raise RecipeError(f"{out}: run.json and {COEFFICIENTS} name different ingredients.")
-    names = open_ingredient(str(out / MODEL)).tensors
+    names = open_ingredient(str(out)).tensors
     check_together(ingredients, {name: info.shape for name, info in names.items()}, coefficients.tied)
     return recipe, record, coefficients, ingredients
 
@@ -541,11 +585,10 @@ def bake_again(out: str | Path, new_out: str | Path, watch: Watch = quiet) -> So
         sha256 = hash_ingredients(ingredients, watch)
         _same_ingredients(record, ingredients, sha256)
         folder = new_folder(new)
-        bake(coefficients, ingredients, folder / MODEL, watch=lambda done, total: watch("mixing", done, total))
+        bake_in(folder, recipe, coefficients, ingredients, watch)
         rows = [json.loads(line) for line in (source / "results.jsonl").read_text().splitlines()]
         write(new / "state" / "begun.json", json.dumps(begun(recipe, ingredients)))
-        save_coefficients(coefficients, folder / COEFFICIENTS)
-        (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record))
+        add_companions(folder, recipe, coefficients, rows, record)
         shutil.copyfile(source / "report.html", folder / "report.html")
         publish(recipe, rows, record, folder, new)
     return Soup(new, rows, record).at(new_out)
@@ -587,15 +630,15 @@ def verify(out: str | Path, watch: Watch = quiet) -> list[str]:
         raise SoupError(f"{out / COEFFICIENTS}: a column sums to 1 within {off:.1e} only; expected 1e-12.")
     _same_ingredients(record, ingredients, hash_ingredients(ingredients, watch))
     used = [ingredients[k] for k in coefficients.used()]
-    model = open_ingredient(str(out / MODEL))
+    model = open_ingredient(str(out))
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
-            again = mix_range(ingredients, name, coefficients.of(name), 0, info.numel)
+            again = mix_range(ingredients, name, coefficients.of(name), 0, info.numel, info.dtype)
         else:
             again = soup_buffer(coefficients, used, name).to(info.dtype)
         if not torch.equal(again.view(torch.uint8), model.read(name).view(torch.uint8)):
-            raise SoupError(f"{out / MODEL}: the tensor {name} is not what coefficients and ingredients make.")
+            raise SoupError(f"{model.files[info.file]}: the tensor {name} is not what coefficients and ingredients make.")
         watch("comparing", done + 1, total)
     return [
         f"{len(record['files'])} files have the hashes of run.json",

@@ -19,6 +19,20 @@ import torch
 
 Preprocess = Callable[[Any], Any]
 """Of one PIL image, or one str where its attribute `takes` is "text": an array of the same shape for each."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A preprocessing that is known by a text: by what it was made from."""
+
+    apply: Callable[[Any], Any]
+    text: str
+    takes: str = "image"
+
+    def __call__(self, example: Any) -> Any:
+        return self.apply(example)
+
+
 LIBRARIES = ("torchvision", "timm", "open_clip")
 CONVERT = ("ToTensor", "MaybeToTensor", "ConvertImageDtype", "ToDtype")
 
@@ -32,6 +46,9 @@ def identity(preprocess: Any) -> list[str]:
     """Names, settings and source of a preprocessing: the same in every process, another one when it changes."""
     found = []
     for part in getattr(preprocess, "transforms", [preprocess]):
+        if isinstance(part, Named):
+            found.append(part.text)
+            continue
         kind = part if inspect.isroutine(part) else type(part)
         module = getattr(kind, "__module__", "")
         held = {} if isinstance(part, torch.nn.Module) else getattr(part, "__dict__", {})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_soup.errors import RecipeError
 
@@ -203,7 +203,9 @@ class Recipe(Section):
     ingredients: str | list[str] | None = None
     """Glob, list or folder of checkpoints that started from one initialisation."""
     model: str
-    """`open_clip:NAME?classes=N`, or `package.module:function` that returns the model."""
+    """`open_clip:NAME?classes=N` (`&normalize=true`: features of unit length) or `?zeroshot=FILE&template=a photo of a {}.`,
+    `timm:NAME?classes=N`, `torchvision:NAME?classes=N`, `transformers:FOLDER` (`?classes=N&length=128`), or
+    `package.module:function` that returns the model."""
     base_model: str | None = None
     """What the ingredients were fine-tuned from, as the Hub knows it; for the model card."""
     data: Data = Data()
@@ -227,6 +229,10 @@ class Recipe(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward and backward passes while learning; auto: bfloat16 where the hardware has it. Results are reported
     in float32."""
+    out_dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """What the soup's floats are written in; keep: the widest dtype that the ingredients hold a tensor in."""
+    shard_size: str | int | None = None
+    """Largest file of the soup, in bytes or as in 5GB; a larger model is written in several, with an index. null: one."""
     finetune: Finetune = Finetune()
     search: Search = Search()
 
@@ -239,6 +245,17 @@ class Recipe(Section):
         if self.loss is not None and self.learn.label_smoothing:
             raise ValueError("learn.label_smoothing belongs to cross-entropy: leave it out, or let `loss` smooth")
         return self
+
+    @field_validator("shard_size")
+    @classmethod
+    def _shard_size_in_bytes(cls, value: str | int | None) -> int | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", str(value).lower())
+        nbytes = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]] if found else 0
+        if nbytes < 1:
+            raise ValueError("give a size of 1 byte or more, as in 5GB")
+        return int(nbytes)
 
     @model_validator(mode="before")
     @classmethod
@@ -285,6 +302,15 @@ def absolute(spec: str, folder: Path) -> str:
     return str(folder.absolute() / Path(spec).expanduser())
 
 
+def _absolute_model(spec: str, folder: Path) -> str:
+    """The folder of `transformers:FOLDER`, where there is one, and the file of `?zeroshot=FILE` as seen from `folder`."""
+    name, mark, query = spec.partition("?")
+    library, _, path = name.partition(":")
+    if library == "transformers" and Path(absolute(path, folder)).is_dir():
+        name = f"{library}:{absolute(path, folder)}"
+    return name + mark + re.sub(r"(?<=\bzeroshot=)[^&]+", lambda file: absolute(file[0], folder), query)
+
+
 def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     values = dict(values)
     if "ingredients" in values:
@@ -293,6 +319,8 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             values["ingredients"] = absolute(spec, folder)
         elif isinstance(spec, list):
             values["ingredients"] = [absolute(s, folder) if isinstance(s, str) else s for s in spec]
+    if isinstance(values.get("model"), str):
+        values["model"] = _absolute_model(values["model"], folder)
     for section, keys in {"data": ("train", "fit", "select", "test"), "finetune": ("init", "pretrained")}.items():
         if isinstance(values.get(section), dict):
             given = values[section]

@@ -281,12 +281,14 @@ def _figures(report: Report) -> list[dict[str, str]]:
     return found
 
 
-def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> str:
-    """The README.md beside a soup, with the front matter of the Hub."""
+def model_card(
+    recipe: Recipe, coefficients: Coefficients, rows: Sequence[dict[str, Any]], record: dict[str, Any], load: str
+) -> str:
+    """The README.md beside a soup, with the front matter of the Hub; `load`: the line of Python that loads it."""
     order = sorted(zip(coefficients.shares(), coefficients.ingredients, strict=True), reverse=True)
     shares = "\n".join(f"| {name} | {share:+.4f} |" for share, name in order)
-    load = "load_file" if not coefficients.tied else "load_model"
-    library = "open_clip" if recipe.model.startswith("open_clip:") else "pytorch"
+    library = recipe.model.partition(":")[0]
+    library = library if library in ("open_clip", "timm", "transformers") else "pytorch"
     base = f"base_model: {recipe.base_model}\n" if recipe.base_model else ""
     used = len(coefficients.used())
     notes = "".join(f"\n\n{note}" for note in record["notes"])
@@ -300,7 +302,11 @@ library_name: {library}
 
 Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model `{recipe.model}`:
 each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoints, with weights that sum to 1.{factor}
-`model.safetensors` loads with `safetensors.torch.{load}`.
+In its folder it loads with
+
+```python
+{load}
+```
 
 ## Results
 

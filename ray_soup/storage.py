@@ -47,7 +47,7 @@ def is_remote(path: str) -> bool:
 def check_uri(uri: str) -> None:
     """Raises RecipeError for a URI that carries credentials or options: it would be written into recipes and reports."""
     authority = uri.partition("://")[2].partition("/")[0]
-    if "@" in authority or re.search(r"\?(?!metric=)[\w.-]+=", uri):
+    if "@" in authority or re.search(r"\?(?!metric=|key=)[\w.-]+=", uri):
         bare = re.sub(r"\?.*", "", uri.replace(authority, authority.rpartition("@")[2]))
         raise RecipeError(
             f"{bare}: credentials and options do not belong into a URI. Put them into the environment of driver and "

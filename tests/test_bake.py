@@ -64,7 +64,7 @@ def test_reported_figures_are_those_of_the_file(zoo: Path, soup: Path, cluster: 
 def test_what_a_run_leaves(soup: Path) -> None:
     assert {f.name for f in soup.iterdir()} == {
         "model.safetensors", "coefficients.safetensors", "recipe.yaml", "results.jsonl", "run.json", "README.md",
-        "report.html", "state",
+        "report.html", "state", "coefficients.parquet", "tensorboard",
     }  # fmt: skip
     record = json.loads((soup / "run.json").read_text())
     for key in ("method", "seed", "versions", "mesh", "steps", "image_passes", "wall_s", "peak_memory_bytes",
