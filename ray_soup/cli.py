@@ -151,6 +151,28 @@ def demo(out: str, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("files", metavar="LIST", type=click.Path())
+@out_argument
+@json_option
+def fetch(files: str, out: str, as_json: bool) -> None:
+    """Fetch the files of LIST into the folder OUT, several at a time; what was cut off is gone on with.
+
+    LIST has a line for each file, `URL [size in bytes] [SHA-256]`, or is model-soups: the 72 checkpoints of Wortsman et al.
+    """
+
+    def task(progress: Progress) -> Any:
+        from ray_soup.fetch import fetch as run_fetch
+
+        return run_fetch(files, out, progress)
+
+    found = [{"file": file.name, "bytes": file.stat().st_size} for file in _work(task)]
+    if as_json:
+        click.echo(json.dumps({"out": out, "files": found}))
+        return
+    click.echo(f"{len(found)} files, {sum(f['bytes'] for f in found):,} bytes, are in {out}.")
+
+
+@main.command()
 @click.argument("ingredients", nargs=-1, required=True)
 @click.option("--model", help="Hold them against this model, as in a recipe.")
 @json_option

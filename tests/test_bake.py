@@ -255,6 +255,125 @@ def test_a_soup_has_the_buffers_of_the_ingredients_that_it_uses(zoo: Path, tmp_p
     assert all(torch.equal(t, one[name]) for name, t in load_file(tmp_path / "soup").items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_soup_in_another_dtype(zoo: Path, tmp_path: Path, dtype: str) -> None:
+    recipe = {**values(zoo, method="uniform", data={}), "out_dtype": dtype}
+    run(make_recipe(recipe), tmp_path / "out")
+    assert len(verify(tmp_path / "out")) == 4
+    mean = {n: sum(s[n].double() for s in ingredients_of(zoo)) / 8 for n in Tiny().state_dict()}
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if name == "seen":
+            assert (tensor.dtype, tensor.item()) == (torch.int64, 1797)
+        else:
+            assert tensor.dtype == getattr(torch, dtype)
+            assert torch.allclose(tensor.double(), mean[name], rtol=torch.finfo(tensor.dtype).eps, atol=1e-7)
+    bake_again(tmp_path / "out", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[n], t) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
+
+
+def test_a_number_too_large_for_the_dtype_is_named(tmp_path: Path) -> None:
+    for k in range(2):
+        save_file({"w": torch.full((3,), 1e5)}, tmp_path / f"{k}.safetensors")
+    ingredients = open_ingredients(str(tmp_path))
+    c = Coefficients(np.full((2, 1), 0.5), ("0", "1"), ("w",), {"w": 0})
+    with pytest.raises(IngredientError, match=r"tensor w does not fit into torch\.float16"):
+        bake(c, ingredients, tmp_path / "soup.safetensors", out_dtype="float16")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_shards_as_hugging_face_writes_them(zoo: Path, tmp_path: Path) -> None:
+    """Everything that reads a soup reads shards too, and finds the same numbers and figures."""
+    run(make_recipe(values(zoo, method="uniform", data={})), tmp_path / "whole")
+    recipe = {**values(zoo, method="uniform"), "shard_size": "6 KB"}
+    soup = run(make_recipe(recipe), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
+    assert len(files) > 2
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    parts = {file: load_file(tmp_path / "out" / file) for file in files}
+    tensors = {name: parts[file][name] for name, file in index["weight_map"].items()}
+    assert sum(map(len, parts.values())) == len(tensors)
+    one = load_file(tmp_path / "whole" / "model.safetensors")
+    assert tensors.keys() == one.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in one.items())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.values())
+    assert all(sum(t.nbytes for t in p.values()) <= 6000 or len(p) == 1 for p in parts.values())
+    again = evaluate(make_recipe(values(zoo)), str(tmp_path / "whole"), "test")
+    assert soup.rows[0]["test_nll"] == pytest.approx(again["test_nll"], rel=1e-6)
+    bake_again(tmp_path / "out", tmp_path / "again")
+    for file in (*files, "model.safetensors.index.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    assert len(verify(tmp_path / "again")) == 4
+    content = bytearray((tmp_path / "again" / files[1]).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "again" / files[1]).write_bytes(content)
+    with pytest.raises(SoupError, match=f"{files[1]}: SHA-256"):
+        verify(tmp_path / "again")
+
+
+def test_a_size_is_read_as_people_write_it(zoo: Path) -> None:
+    for text, nbytes in (("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5k", 1500), (7, 7), (None, None)):
+        assert make_recipe({**values(zoo), "shard_size": text}).shard_size == nbytes
+    for text in ("5 apples", "0", -1):
+        with pytest.raises(RecipeError, match=r"shard_size: .* give a size of 1 byte or more, as in 5GB"):
+            make_recipe({**values(zoo), "shard_size": text})
+
+
+def test_coefficients_as_a_table(soup: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table, coefficients = pq.read_table(soup / "coefficients.parquet"), load_coefficients(soup / "coefficients.safetensors")
+    rows = table.to_pylist()
+    assert table.column_names == ["ingredient", "block", "coefficient"]
+    assert len(rows) == coefficients.values.size
+    for row in rows:
+        k, b = coefficients.ingredients.index(row["ingredient"]), coefficients.blocks.index(row["block"])
+        assert row["coefficient"] == coefficients.values[k, b]
+
+
+def events(folder: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of all scalars in a folder of TensorBoard's files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted(folder.iterdir()):
+        with open(file, "rb") as stream:
+            data = stream.read()
+        while data:  # length, its checksum, the record, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_the_curve_is_there_for_tensorboard(soup: Path) -> None:
+    found = events(soup / "tensorboard" / "mehl+")
+    curve = json.loads((soup / "run.json").read_text())["curve"]
+    assert [(step, value) for tag, step, value in found if tag == "select_nll"] == [
+        (line["steps"], pytest.approx(line["select_nll"])) for line in curve
+    ]
+    assert {tag for tag, _, _ in found} == {"fit_nll", "select_nll", "select_accuracy", "lr"}
+    assert found[-1][2] < 0.05
+
+
+def test_after_a_resume_tensorboard_has_every_epoch_once(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from ray_soup.folder import scalars
+
+    curve = [{"steps": n, "select_nll": float(n)} for n in range(4)]
+    state = SimpleNamespace(curve=curve[:2])
+    scalars(tmp_path / "board")(1, 3, state)
+    again = scalars(tmp_path / "board")
+    for count in (3, 4):
+        state.curve = curve[:count]
+        again(count - 1, 3, state)
+    assert events(tmp_path / "board") == [("select_nll", n, float(n)) for n in range(4)]
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_learned_factor_lies_in_the_last_layer(zoo: Path, tmp_path: Path) -> None:
     soup = run(make_recipe(values(zoo, method="learned+")), tmp_path / "out")
