@@ -206,7 +206,7 @@ def _compare(
         made.similarity,
     )
     (folder / "report.html").write_text(html(report))
-    add_companions(folder, recipe, coefficients[label], table, record)
+    add_companions(folder, recipe, coefficients[label], table, record, recipe.model)
     rows = made.rows([ingredient.name for ingredient in ingredients])
     publish(recipe, rows, record, folder, out)
     return Soup(out, rows, record, notes)

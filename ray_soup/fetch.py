@@ -55,9 +55,7 @@ def read_list(spec: str) -> list[Item]:
         text = Path(spec).read_text()
         entries: Any = yaml.safe_load(text) if spec.endswith((".yaml", ".yml")) else _lines(text)
     except FileNotFoundError:
-        raise RecipeError(
-            f"{spec} does not exist; expected a file, or a list that is built in: {', '.join(LISTS)}."
-        ) from None
+        raise RecipeError(f"{spec} does not exist; expected a file, or a built-in list: {', '.join(LISTS)}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"The list {spec} cannot be read: {error}.") from error
     if not isinstance(entries, list) or not entries:

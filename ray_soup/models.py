@@ -348,7 +348,8 @@ def load_checkpoint(model: torch.nn.Module, path: str) -> None:
     checkpoint = open_ingredient(path)
     if not checkpoint.match(layout.state_shapes, layout.tied):
         missing = sorted(set(layout.state_shapes) - set(checkpoint.tensors))[:3]
-        raise IngredientError(f"{path} does not fit the model: it lacks {missing}.")
+        more = sorted(set(checkpoint.tensors) - set(layout.state_shapes))[:3]
+        raise IngredientError(f"{path} does not fit the model: it lacks {missing}, and the model has no {more}.")
     state = model.state_dict()
     with torch.no_grad():
         for name, shape in layout.state_shapes.items():
@@ -436,7 +437,8 @@ def loading_line(spec: str, files: Iterable[str]) -> str:
 
 
 def loaded(spec: str, path: str) -> torch.nn.Module:
-    """The model that `spec` names, with the numbers of the checkpoint at `path`, in eval mode."""
+    """The model that `spec` names, with the numbers of the checkpoint at `path`, in eval mode. Raises RecipeError and
+    IngredientError."""
     model = build(spec).model
     load_checkpoint(model, path)
     return model.eval()

@@ -448,7 +448,7 @@ def make_in(
         **(more or {}),
     }
     row["seconds"] = clock.total()
-    add_companions(folder, recipe, made.coefficients, [row], record)
+    add_companions(folder, recipe, made.coefficients, [row], record, recipe.model)
     learned = {recipe.method: made.coefficients} if learning else {}
     curves = {recipe.method: made.figures["curve"]} if learning else {}
     title = f"{recipe.method} soup of {len(ingredients)} ingredients"
@@ -467,15 +467,21 @@ def bake_in(folder: Path, recipe: Recipe, coefficients: Coefficients, ingredient
 
 
 def add_companions(
-    folder: Path, recipe: Recipe, coefficients: Coefficients, rows: list[dict[str, Any]], record: dict[str, Any]
+    folder: Path,
+    recipe: Recipe,
+    coefficients: Coefficients,
+    rows: list[dict[str, Any]],
+    record: dict[str, Any],
+    model: str,
 ) -> None:
-    """What lies beside the model in `folder`: coefficients, the files that its library wants, and the model card."""
+    """What lies beside the model in `folder`: coefficients, the files that its library wants (as of `model`), and the model
+    card."""
     save_coefficients(coefficients, folder / COEFFICIENTS)
     save_table(coefficients, folder / TABLE)
     dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
-    write_companions(recipe.model, folder, dtypes.most_common(1)[0][0])
-    files = [file.name for file in folder.iterdir()]
-    (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record, loading_line(recipe.model, files)))
+    write_companions(model, folder, dtypes.most_common(1)[0][0])
+    line = loading_line(model, [file.name for file in folder.iterdir()])
+    (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record, line))
 
 
 def hash_ingredients(ingredients: list[Ingredient], watch: Watch = quiet) -> list[str]:
@@ -588,7 +594,8 @@ def bake_again(out: str | Path, new_out: str | Path, watch: Watch = quiet) -> So
         bake_in(folder, recipe, coefficients, ingredients, watch)
         rows = [json.loads(line) for line in (source / "results.jsonl").read_text().splitlines()]
         write(new / "state" / "begun.json", json.dumps(begun(recipe, ingredients)))
-        add_companions(folder, recipe, coefficients, rows, record)
+        beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else recipe.model
+        add_companions(folder, recipe, coefficients, rows, record, beside)
         shutil.copyfile(source / "report.html", folder / "report.html")
         publish(recipe, rows, record, folder, new)
     return Soup(new, rows, record).at(new_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ray_soup.blocks import layout_of
 from ray_soup.checkpoints import check_together, open_ingredient, open_ingredients
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.models import build, describe, fingerprint, load_checkpoint, load_pretrained
-from ray_soup.pipeline import run, verify
+from ray_soup.finetune import finetune
+from ray_soup.models import build, describe, fingerprint, load_pretrained, loaded
+from ray_soup.pipeline import bake_again, run, verify
 from ray_soup.recipe import load_recipe, make_recipe
 
 TINY_CLIP = {
@@ -77,16 +78,22 @@ def soup_of(model: str, ingredients: Any, out: Path, **more: Any) -> Path:
     return out
 
 
+def by_the_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """What the line of Python in the model card loads, in the soup's folder."""
+    import importlib
+
+    line = (out / "README.md").read_text().partition("```python\n")[2].partition("\n```")[0]
+    names = ("open_clip", "timm", "torchvision", "transformers", "safetensors.torch", "ray_soup.models")
+    monkeypatch.chdir(out)
+    space = {name.partition(".")[0]: importlib.import_module(name.partition(".")[0]) for name in names}
+    importlib.import_module("safetensors.torch")
+    made = eval(line, space)
+    return (made if isinstance(made, nn.Module) else space["model"]).eval()
+
+
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert torch.isfinite(ours).all()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def numbers_of(spec: str, path: Path) -> nn.Module:
-    """Our own model with the numbers of a file."""
-    model = build(spec).model.eval()
-    load_checkpoint(model, str(path))
-    return model
 
 
 # open_clip
@@ -121,7 +128,7 @@ def write_epochs(zoo: list[nn.Module], folder: Path) -> None:
         torch.save(checkpoint, folder / f"run_{number}" / "epoch_2.pt")
 
 
-def test_open_clip_whole_checkpoints_give_a_zero_shot_model(tmp_path: Path) -> None:
+def test_open_clip_whole_checkpoints_give_a_zero_shot_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
 
     zoo = zoo_of(clip, clip_logits)
@@ -133,7 +140,8 @@ def test_open_clip_whole_checkpoints_give_a_zero_shot_model(tmp_path: Path) -> N
     with torch.inference_mode():
         expected = clip_logits(mean_of(zoo, clip))
         assert_same(clip_logits(soup), expected)
-        assert_same(numbers_of(spec, out)(IMAGES), expected)
+        assert_same(loaded(spec, str(out))(IMAGES), expected)
+        assert_same(clip_logits(by_the_card(out, monkeypatch)), expected)
         two = build(f"{spec}&template=a {{}}.|the {{}}.").model.eval()
         assert two(IMAGES).shape == (4, 3)
     (tmp_path / "recipe.yaml").write_text("model: open_clip:tiny-clip?zeroshot=classes.txt\n")
@@ -158,7 +166,7 @@ class OfModelSoups(nn.Module):
         return self.classification_head(features / features.norm(dim=-1, keepdim=True))
 
 
-def test_the_published_checkpoints_of_model_soups(tmp_path: Path) -> None:
+def test_the_published_checkpoints_of_model_soups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text tower is left out, and said to be; with the tower but no head they do not fit."""
     zoo = zoo_of(OfModelSoups, lambda model: model(IMAGES))
     for number, model in enumerate(zoo):
@@ -172,7 +180,9 @@ def test_the_published_checkpoints_of_model_soups(tmp_path: Path) -> None:
     assert set(load_file(out / "model.safetensors")) == set(layout.state_shapes)
     assert "The text tower" in json.loads((out / "run.json").read_text())["notes"][-1]
     with torch.inference_mode():
-        assert_same(numbers_of(spec, out)(IMAGES), mean_of(zoo, OfModelSoups)(IMAGES))
+        expected = mean_of(zoo, OfModelSoups)(IMAGES)
+        assert_same(loaded(spec, str(out))(IMAGES), expected)
+        assert_same(by_the_card(out, monkeypatch)(IMAGES), expected)
     state = torch.load(tmp_path / "model_0.pt")
     for change in ({"extra.weight": torch.zeros(1)}, {"model.visual.extra": torch.zeros(1)}):
         torch.save({**state, **change}, tmp_path / "model_0.pt")
@@ -212,7 +222,7 @@ def write_with_timm(zoo: list[nn.Module], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_timm(tmp_path: Path, name: str) -> None:
+def test_timm(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
     def make() -> nn.Module:
@@ -226,7 +236,8 @@ def test_timm(tmp_path: Path, name: str) -> None:
     soup = timm.create_model(name, num_classes=3, checkpoint_path=str(out / "model.safetensors")).eval()
     with torch.inference_mode():
         assert_same(soup(images), mean_of(zoo, make)(images))
-        assert_same(numbers_of(spec, out)(images), soup(images))
+        assert_same(loaded(spec, str(out))(images), soup(images))
+        assert_same(by_the_card(out, monkeypatch)(images), soup(images))
     ema = soup_of(spec, f"{tmp_path}/runs/*/model_best.pth.tar?key=state_dict_ema", tmp_path / "ema")
     state = zoo[0].state_dict()
     assert all(torch.equal(tensor, state[n]) for n, tensor in load_file(ema / "model.safetensors").items())
@@ -237,7 +248,7 @@ def test_timm(tmp_path: Path, name: str) -> None:
 # torchvision
 
 
-def test_torchvision(tmp_path: Path) -> None:
+def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
     def make() -> nn.Module:
@@ -254,7 +265,8 @@ def test_torchvision(tmp_path: Path) -> None:
     soup.load_state_dict(load_file(out / "model.safetensors"))
     with torch.inference_mode():
         assert_same(soup(images), mean_of(zoo, make)(images))
-        assert_same(numbers_of("torchvision:shufflenet_v2_x0_5?classes=3", out)(images), soup(images))
+        assert_same(loaded("torchvision:shufflenet_v2_x0_5?classes=3", str(out))(images), soup(images))
+        assert_same(by_the_card(out, monkeypatch)(images), soup(images))
 
 
 # transformers
@@ -292,7 +304,7 @@ def tokenizer(folder: Path) -> Any:
 TEXTS = ["a very good film.", "bad", "a book .", "good good good good good good good good good good good good good"]
 
 
-def test_transformers_images(tmp_path: Path) -> None:
+def test_transformers_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharded safetensors with an index, in half precision; `transformers:FOLDER` is the first of them."""
     from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -308,7 +320,8 @@ def test_transformers_images(tmp_path: Path) -> None:
         expected = mean_of(zoo, vit)(pixel_values=IMAGES).logits
         soup = AutoModelForImageClassification.from_pretrained(out)
         assert_same(soup(pixel_values=IMAGES).logits, expected)
-        assert_same(numbers_of(spec, out)(IMAGES), expected)
+        assert_same(loaded(spec, str(out))(IMAGES), expected)
+        assert_same(by_the_card(out, monkeypatch)(pixel_values=IMAGES).logits, expected)
     image = Image.fromarray(np.arange(30 * 20 * 3, dtype=np.uint8).reshape(30, 20, 3))
     built = build(spec)
     assert torch.equal(built.preprocess(image), processor(image, return_tensors="pt")["pixel_values"][0])
@@ -318,7 +331,7 @@ def test_transformers_images(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml").model == spec
 
 
-def test_transformers_texts(tmp_path: Path) -> None:
+def test_transformers_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pytorch_model.bin` as older versions wrote it, whole and in shards, with the buffer they still had."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -347,7 +360,11 @@ def test_transformers_texts(tmp_path: Path) -> None:
         expected = mean_of(zoo, bert)(**inputs).logits
         again = AutoTokenizer.from_pretrained(out)(TEXTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
         assert_same(AutoModelForSequenceClassification.from_pretrained(out)(**again).logits, expected)
-        assert_same(numbers_of(spec, out)(batch), expected)
+        assert_same(loaded(spec, str(out))(batch), expected)
+        assert_same(by_the_card(out, monkeypatch)(**inputs).logits, expected)
+    again = bake_again(out, tmp_path / "again").out  # takes what lies beside the model from the soup itself
+    assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    assert (again / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert build(f"{spec}?length=5").preprocess(TEXTS[0]).shape == (2, 5)
     with pytest.raises(RecipeError, match="length is 99 and the model takes 16 tokens at most"):
         build(f"{spec}?length=99")
@@ -379,7 +396,7 @@ def lightning(state: dict[str, torch.Tensor], **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_lightning_checkpoints_and_the_way_out_of_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_checkpoints_and_the_way_out_of_a_pickle(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
 
@@ -404,6 +421,38 @@ def test_lightning_checkpoints_and_the_way_out_of_a_pickle(tmp_path: Path, monke
 
 
 # All of them
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_learned_coefficients_and_a_zoo_of_texts(tmp_path: Path) -> None:
+    """finetune, then learn, with shards: what the actors do with a model of transformers."""
+    from transformers import BertForSequenceClassification
+
+    words, model = tokenizer(tmp_path / "m"), bert()
+    words.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
+    random = np.random.default_rng(0)
+    for name in ("train", "fit", "test"):
+        ids = random.integers(5, 12, (60, 8))
+        inputs = np.stack([ids, np.ones_like(ids)], axis=1)
+        np.savez(tmp_path / f"{name}.npz", images=inputs, labels=(ids == 5).any(1) + (ids == 6).any(1).astype(np.int64))
+    spec = f"transformers:{tmp_path}/m"
+    data = {name: str(tmp_path / f"{name}.npz") for name in ("train", "fit", "test")}
+    ways = {"lr": 1e-2, "wd": 0.0, "epochs": 2, "label_smoothing": 0.0, "mixup": 0.0, "shift": 0, "randaugment": 0}
+    recipe = {"model": spec, "data": data, "finetune": {"trials": 2, "init": str(tmp_path / "m"), **ways}}
+    finetune(make_recipe(recipe), tmp_path / "zoo")
+    for actors in ({"replicas": 1, "shards": 1, "cpus": 1}, {"replicas": 1, "shards": 2, "cpus": 1}):
+        learning = {"ingredients": str(tmp_path / "zoo"), "learn": {"epochs": 1}, "actors": actors, "precision": "float32"}
+        out = run(make_recipe({**recipe, **learning}), tmp_path / f"out{actors['shards']}").out
+        verify(out)
+        soup = BertForSequenceClassification.from_pretrained(out)
+        test = np.load(tmp_path / "test.npz")
+        ids, mask = torch.from_numpy(test["images"]).unbind(1)
+        with torch.inference_mode():
+            loss = nn.functional.cross_entropy(soup(ids, mask).logits, torch.from_numpy(test["labels"])).item()
+        row = json.loads((out / "results.jsonl").read_text())
+        assert row["test_nll"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_mixed_dtypes_are_mixed_in_float64_and_written_in_the_widest(tmp_path: Path) -> None:
@@ -439,19 +488,17 @@ def test_a_model_that_there_is_not(spec: str, said: str) -> None:
 
 
 def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RecipeError, match=r"pip install 'ray_soup\[timm\]'"):
         build("timm:test_vit?classes=3")
 
 
 def test_a_model_that_is_no_classifier(tmp_path: Path) -> None:
-    from transformers import T5Config, Wav2Vec2Config
+    from transformers import Wav2Vec2Config
 
-    for config in (Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]),):
-        config.save_pretrained(tmp_path)
-        with pytest.raises(RecipeError, match="is Wav2Vec2ForCTC; expected a model for image classification"):
-            build(f"transformers:{tmp_path}")
-    assert T5Config  # sequence classification, but no folder of it here
+    Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="is Wav2Vec2ForCTC; expected a model for image classification"):
+        build(f"transformers:{tmp_path}")
 
 
 @pytest.mark.parametrize("spec", ["open_clip:tiny-clip?classes=3", "timm:test_vit?classes=3",
@@ -469,7 +516,6 @@ def test_the_network_is_never_asked_for_a_folder(tmp_path: Path, monkeypatch: py
     import socket
 
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was asked"))
-    vit().save_pretrained(tmp_path / "m")
-    save_file(vit().state_dict(), tmp_path / "x.safetensors")
-    assert build(f"transformers:{tmp_path}/m").preprocess is None
-    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
+    for model in (vit(), bert()):
+        model.save_pretrained(tmp_path / "m")
+        assert build(f"transformers:{tmp_path}/m").preprocess is None
