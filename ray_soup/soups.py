@@ -7,34 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_soup import compare, pipeline
 from ray_soup.actors import Watch, quiet
+from ray_soup.compare import Options
+from ray_soup.compare import compare as compare_all
 from ray_soup.folder import Soup
+from ray_soup.pipeline import LEARNED, bake_again, run
 from ray_soup.recipe import Method, Recipe, as_recipe, changed
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | Path
 
 
-def learn_soup(
-    recipe: AnyRecipe, out: str | Path, method: Method | None = None, *, watch: Watch = quiet, **changes: Any
-) -> Soup:
+def learn(recipe: AnyRecipe, out: str | Path, method: Method | None = None, *, watch: Watch = quiet, **changes: Any) -> Soup:
     """A soup with learned coefficients in the folder `out`; default: the recipe's method if it learns, else mehl+."""
     found = as_recipe(recipe)
-    chosen = method or (found.method if found.method in pipeline.LEARNED else "mehl+")
-    return pipeline.run(changed(found, {"method": chosen, **changes}), out, watch)
+    chosen = method or (found.method if found.method in LEARNED else "mehl+")
+    return run(changed(found, {"method": chosen, **changes}), out, watch)
 
 
-def greedy_soup(recipe: AnyRecipe, out: str | Path, *, watch: Watch = quiet, **changes: Any) -> Soup:
+def greedy(recipe: AnyRecipe, out: str | Path, *, watch: Watch = quiet, **changes: Any) -> Soup:
     """The greedy soup in the folder `out`."""
-    return learn_soup(recipe, out, "greedy", watch=watch, **changes)
+    return learn(recipe, out, "greedy", watch=watch, **changes)
 
 
-def uniform_soup(recipe: AnyRecipe, out: str | Path, *, watch: Watch = quiet, **changes: Any) -> Soup:
+def uniform(recipe: AnyRecipe, out: str | Path, *, watch: Watch = quiet, **changes: Any) -> Soup:
     """The uniform soup in the folder `out`."""
-    return learn_soup(recipe, out, "uniform", watch=watch, **changes)
+    return learn(recipe, out, "uniform", watch=watch, **changes)
 
 
-def compare_soups(
+def compare(
     recipe: AnyRecipe,
     out: str | Path,
     *,
@@ -45,17 +45,17 @@ def compare_soups(
     **changes: Any,
 ) -> Soup:
     """Every soup in one table, `record["table"]`; the best on select is written to the folder `out`."""
-    options = compare.Options(seeds, tuple(drop_top), tuple(by_count))
-    return compare.compare(changed(as_recipe(recipe), changes), out, options, watch)
+    options = Options(seeds, tuple(drop_top), tuple(by_count))
+    return compare_all(changed(as_recipe(recipe), changes), out, options, watch)
 
 
-def search_soup(recipe: AnyRecipe, out: str | Path, *, watch: Watch = quiet, **changes: Any) -> Soup:
+def search(recipe: AnyRecipe, out: str | Path, *, watch: Watch = quiet, **changes: Any) -> Soup:
     """Ray Tune over the recipe's `search`; the best soup is written to the folder `out`."""
-    from ray_soup.search import search
+    from ray_soup.search import search as search_all
 
-    return search(changed(as_recipe(recipe), changes), out, watch)
+    return search_all(changed(as_recipe(recipe), changes), out, watch)
 
 
-def bake_soup(out: str | Path, new_out: str | Path, *, watch: Watch = quiet) -> Soup:
+def bake(out: str | Path, new_out: str | Path, *, watch: Watch = quiet) -> Soup:
     """The soup in `out` again, from its coefficients and the ingredients alone."""
-    return pipeline.bake_again(out, new_out, watch)
+    return bake_again(out, new_out, watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ray_soup import learn as learn_module
 from ray_soup.actors import Actors, quiet
 from ray_soup.cache import drained
 from ray_soup.coefficients import load_coefficients
@@ -27,6 +27,8 @@ from ray_soup.running_statistics import Statistics, averaged, buffers_of, summed
 from ray_soup.shard import Mesh
 from tests import tiny
 from tests.conftest import InProcess, values
+
+learn_module = import_module("ray_soup.learn")  # ray_soup.learn is the function
 
 
 @pytest.fixture(scope="module")

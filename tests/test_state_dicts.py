@@ -46,7 +46,7 @@ def one_thread() -> None:
 def test_in_memory_it_is_the_soup_of_the_files(conv_zoo: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
     """Coefficients, tensors and figures, bit for bit; nothing is left behind and the model is as it was."""
     recipe = {**values(conv_zoo, model="tests.tiny:build_conv"), "learn": {"epochs": 2}}
-    filed = ray_soup.learn_soup(recipe, tmp_path / "out", method)
+    filed = ray_soup.learn(recipe, tmp_path / "out", method)
     model = tiny.build_conv()
     before = copy.deepcopy(model.state_dict())
     left = set(os.listdir(tempfile.gettempdir()))
@@ -115,22 +115,22 @@ def test_the_commands_as_functions(zoo: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(zoo)
     monkeypatch.syspath_prepend(str(ROOT))
     keys = {**values(zoo), "ingredients": "zoo/*.safetensors", "data": {"fit": "heldout.npz"}}
-    uniform = ray_soup.uniform_soup(keys, tmp_path / "uniform", **{"data.test": "test.npz"})
+    uniform = ray_soup.uniform(keys, tmp_path / "uniform", **{"data.test": "test.npz"})
     assert uniform.rows[0]["model_name"] == "uniform"
     assert "test_nll" in uniform.rows[0]
-    learned = ray_soup.learn_soup(ray_soup.Recipe(**values(zoo)), str(tmp_path / "mehl"), "mehl", learn={"epochs": 1})
+    learned = ray_soup.learn(ray_soup.Recipe(**values(zoo)), str(tmp_path / "mehl"), "mehl", learn={"epochs": 1})
     assert learned.record["steps"] == 8
-    again = ray_soup.bake_soup(learned.out, tmp_path / "again")
+    again = ray_soup.bake(learned.out, tmp_path / "again")
     assert (again.out / "model.safetensors").read_bytes() == (learned.out / "model.safetensors").read_bytes()
     with pytest.raises(ray_soup.SoupError, match="unknown key"):
-        ray_soup.greedy_soup(keys, tmp_path / "greedy", lear={"epochs": 1})
+        ray_soup.greedy(keys, tmp_path / "greedy", lear={"epochs": 1})
 
 
 def test_the_import_is_light_and_every_name_is_there() -> None:
     """Nothing heavy comes with it, and no submodule hides a function."""
     heavy = "{'torch', 'ray', 'numpy', 'pydantic'} & set(sys.modules)"
     code = f"import sys, ray_soup; assert not {heavy}; import ray_soup.search, ray_soup.compare; from ray_soup import *; "
-    code += "print(all(callable(getattr(ray_soup, name)) for name in ray_soup.__all__), ray_soup.learn_soup.__module__)"
+    code += "print(all(callable(getattr(ray_soup, name)) for name in ray_soup.__all__), ray_soup.learn.__module__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "ray_soup.soups"]
     with pytest.raises(AttributeError, match="has no attribute 'lern'"):
