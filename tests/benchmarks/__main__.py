@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "chaos")
+NAMES = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos")
 
 
 def main() -> None:
