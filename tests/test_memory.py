@@ -46,7 +46,8 @@ class Sampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.store, self.total, self.samples, self.done = 0, 0, 0, threading.Event()
-        shards = [p for p in psutil.process_iter() if "Shard" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
+        mine = psutil.Process().children(recursive=True)
+        shards = [p for p in mine if "Shard" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
         self.process = max(shards, key=psutil.Process.create_time)
 
     def sample(self) -> None:
