@@ -54,7 +54,7 @@ def bench(zoo: Path, **changes: Any) -> InProcess:
     recipe = make_recipe(values(zoo, directions={"dtype": "float32"}, **changes))
     actors = InProcess(recipe)
     actors.recipe = recipe
-    actors.norms = actors.take(recipe.blocks).norms
+    actors.norms = actors.take_all(recipe.blocks).norms
     return actors
 
 
