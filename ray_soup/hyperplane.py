@@ -4,9 +4,9 @@
     project   dL/dx[j, b] = < d_j[b], (dL/dtheta)[b] >
 
 over the directions of one model batch, for one slice of the parameter vector. On the CPU, compiled loops read the compressed
-rows where they lie in the store's map, once, on as many threads as the actor has. On other devices the rows are resident
-there in their compressed form, and a direction at a time is widened; this path runs on the CPU as well and is the reference
-for the loops.
+rows where they lie in the store's map, once, on as many threads as the actor has. On a GPU the rows are resident
+there in their compressed form, and Triton's kernels pass over them once. Where neither is there a direction at a time is
+widened in torch; this path runs everywhere and is the reference for the others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,12 @@ class Hyperplane:
         ends = np.concatenate([[low], self.pieces[:, 1]])
         starts = np.concatenate([self.pieces[:, 0], [high]])
         self._gaps = [(s - low, e - low) for s, e in zip(ends, starts, strict=True) if s < e]  # invariant tensors
-        self._resident = torch.empty(0)
+        self._resident = self._scales = torch.empty(0)
+        self._tiles: Any = None
+        if device.type == "cuda" and find_spec("triton") is not None:
+            from ray_soup.kernels_cuda import cut
+
+            self._tiles = cut(self.pieces, low, self.blocks, device)
 
     def _even_cuts(self, threads: int) -> list[tuple[int, int]]:
         """Pieces for each thread, as (first, last + 1), of about as many numbers each."""
@@ -62,7 +68,8 @@ class Hyperplane:
         self.chosen = np.asarray(chosen, dtype=np.int64)
         self.release()
         if self.device.type != "cpu":
-            self._resident = self.rows().to(self.device)
+            self._resident = _sent(self.rows(), self.device)
+            self._scales = _sent(torch.from_numpy(self.store.scales[self.chosen]), self.device)
 
     def rows(self) -> torch.Tensor:
         """The compressed directions of the model batch, copied out of the store: [m, high - low]."""
@@ -71,19 +78,25 @@ class Hyperplane:
 
     def release(self) -> None:
         """Let go of the pages of the store that were read; they stay in the system's cache."""
-        self._resident = torch.empty(0)
+        self._resident = self._scales = torch.empty(0)
         if isinstance(self.store.rows, np.memmap):
             self.store.rows._mmap.madvise(mmap.MADV_DONTNEED)
 
     def combine(self, out: torch.Tensor, base: torch.Tensor, x: np.ndarray) -> None:
         """out[low:high] = base + sum_j x[j] d_j. out, base float32 [high - low]; x float32 [m, B]."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" and self._tiles is None:
             combine_wide(self, self._resident, out, base, x)
+            return
+        for start, stop in self._gaps:
+            out[start:stop] = base[start:stop]
+        if self._tiles is not None:
+            from ray_soup import kernels_cuda
+
+            x_there = _sent(torch.from_numpy(np.ascontiguousarray(x)), self.device)
+            kernels_cuda.combine(out, base, self._resident, self._scales, self._tiles, x_there)
             return
         from ray_soup.kernels import combine
 
-        for start, stop in self._gaps:
-            out[start:stop] = base[start:stop]
         out_numbers, base_numbers = out.numpy(), base.numpy()
         store = self.store
         list(
@@ -98,6 +111,10 @@ class Hyperplane:
 
     def project(self, gradient: torch.Tensor) -> np.ndarray:
         """< d_j[b], gradient[b] > as float64 [m, B]. gradient float32 [high - low]."""
+        if self._tiles is not None:
+            from ray_soup import kernels_cuda
+
+            return kernels_cuda.project(gradient, self._resident, self._scales, self._tiles).cpu().numpy()
         if self.device.type != "cpu":
             return project_wide(self, self._resident, gradient)
         from ray_soup.kernels import project
@@ -112,6 +129,11 @@ class Hyperplane:
             return sums
 
         return np.sum(list(self._pool.map(work, self._cuts)), axis=0)
+
+
+def _sent(array: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On its way to the device, from pinned memory where that is a GPU: nothing waits for it here."""
+    return (array.pin_memory() if device.type == "cuda" else array).to(device, non_blocking=True)
 
 
 def made_up_plane(dtype: str, count: int, numbers: int, device: torch.device, threads: int) -> Hyperplane:

@@ -20,6 +20,7 @@ os.environ["RAY_TMPDIR"] = str(SHORT)
 os.environ["RAY_SOUP_CACHE"] = str(SHORT / "cache")
 os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT / "numba")
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU
 ROOT = Path(__file__).parent.parent
 
 from ray_soup import storage  # noqa: E402

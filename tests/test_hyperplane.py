@@ -47,6 +47,30 @@ def test_combine_and_project_are_the_formulas(zoo: Path, dtype: str, blocks: str
             np.testing.assert_allclose(found, inside, atol=1e-5 * np.abs(projected).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_kernels_for_gpus_are_the_formulas(zoo: Path, dtype: str) -> None:
+    """Run by Triton's interpreter, on the CPU."""
+    cuda = pytest.importorskip("ray_soup.kernels_cuda")
+    layout = layout_of(Tiny())
+    store = make_store(str(zoo / "zoo"), layout, dtype)
+    random = np.random.default_rng(0)
+    base, gradient = (torch.from_numpy(random.standard_normal(layout.numel).astype(np.float32)) for _ in range(2))
+    for blocks, chosen, low, high in (("tensor", [5, 2, 6], 0, layout.numel), ("layer", [3], 1001, 4001)):
+        parts, _ = store.blocks(partition(layout, blocks))
+        x = random.standard_normal((len(chosen), parts.count)).astype(np.float32)
+        plane = Hyperplane(store, parts, low, high, CPU)
+        plane.choose(np.array(chosen))
+        rows, tiles = plane.rows(), cuda.cut(plane.pieces, low, parts.count, CPU)
+        scales = torch.from_numpy(store.scales[chosen])
+        out = base[low:high].clone()
+        expected = torch.zeros(high - low)
+        cuda.combine(out, base[low:high], rows, scales, tiles, torch.from_numpy(x))
+        combine_wide(plane, rows, expected, base[low:high], x)
+        np.testing.assert_allclose(out.numpy(), expected.numpy(), atol=1e-5, rtol=1e-5)
+        found, wide = cuda.project(gradient[low:high], rows, scales, tiles), project_wide(plane, rows, gradient[low:high])
+        np.testing.assert_allclose(found.numpy(), wide, atol=1e-5 * np.abs(wide).max())
+
+
 @pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
 def test_projected_gradient_is_autograd_of_the_coefficients(zoo: Path, blocks: str) -> None:
     """Through a graph of all ingredients, in float64: dL/dy of theta[b] = sum_k c[k, b] theta_k[b]."""

@@ -6,8 +6,8 @@ from tests.conftest import ROOT
 
 ORDER = str.split(
     "errors recipe cache storage sweeps checkpoints fetch running_statistics preprocess blocks models objective sources "
-    "data outcomes kernels directions hyperplane shard train actors coefficients learn greedy bake figures report folder "
-    "pipeline state_dicts plan compare finetune search soups demo cli"
+    "data outcomes kernels kernels_cuda directions hyperplane shard train actors coefficients learn greedy bake figures "
+    "report folder pipeline state_dicts plan compare finetune search soups demo cli"
 )
 MAY_IMPORT_RAY = {"actors", "finetune", "search"}
 
