@@ -73,8 +73,8 @@ class Lease:
         self._write()
         if storage.is_remote(self._file):
             time.sleep(1)  # of two that begin at the same time the last writer goes on
-        now = self._read()
-        if now is not None and now["run"] != self._mine["run"]:
+        now = self._other()
+        if now is not None:
             self._refuse(now)
         self._thread.start()
         return self
@@ -83,7 +83,21 @@ class Lease:
         self._stop.set()
         self._thread.join()
         with suppress(SoupError):
-            storage.remove(self._file)
+            if self._other() is None:
+                storage.remove(self._file)
+
+    def check(self) -> None:
+        """Raises SoupError if the run was taken for dead, and its place is another's."""
+        other = self._other()
+        if other is not None:
+            raise SoupError(
+                f"This run gave no sign of life for {LEASE_S} s, and process {other['pid']} on {other['host']} took its place in "
+                f"{self._file.removesuffix('/state/lease')}: nothing more is written there."
+            )
+
+    def _other(self) -> dict[str, Any] | None:
+        found = self._read()
+        return found if found is not None and found["run"] != self._mine["run"] else None
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -111,6 +125,8 @@ class Lease:
     def _renew(self) -> None:
         while not self._stop.wait(BEAT_S):
             with suppress(SoupError, OSError):  # the storage may be back at the next beat; what matters is tried at the end
+                if self._other() is not None:  # this process was stopped, and taken for dead
+                    return
                 self._write()
                 self._beat()
 
@@ -174,6 +190,7 @@ class Mirror:
 
 
 _MIRRORS: dict[Path, Mirror] = {}  # of the runs at work in this process, by their folders
+_LEASES: dict[Path, Lease] = {}  # likewise
 
 
 @contextmanager
@@ -187,22 +204,24 @@ def locked(out: str | Path, watch: Watch = quiet) -> Iterator[Path]:
     uri = str(out).rstrip("/")
     storage.check_uri(uri)
     mirror = Mirror(uri)
-    with Lease(f"{uri}/state/lease", watch, lambda: mirror.push("state/")):
+    with Lease(f"{uri}/state/lease", watch, lambda: mirror.push("state/")) as lease:
         mirror.fetch()
-        _MIRRORS[mirror.folder] = mirror
+        _MIRRORS[mirror.folder], _LEASES[mirror.folder] = mirror, lease
         try:
             yield mirror.folder
         except BaseException as error:
             with suppress(SoupError):
+                lease.check()
                 mirror.push()
             if isinstance(error, SoupError):
                 raise type(error)(str(error).replace(str(mirror.folder), uri)) from error
             raise
         else:
+            lease.check()
             mirror.push(watch=watch)
             mirror.tidy()
         finally:
-            del _MIRRORS[mirror.folder]
+            del _MIRRORS[mirror.folder], _LEASES[mirror.folder]
     shutil.rmtree(mirror.folder, ignore_errors=True)
 
 
@@ -239,9 +258,10 @@ def _locked_here(out: Path, watch: Watch) -> Iterator[Path]:
     except Timeout:
         raise RecipeError(f"Another run is at work in {out}. Wait for it, or choose another folder.") from None
     try:
-        with Lease(str(state / "lease"), watch):
+        with Lease(str(state / "lease"), watch) as _LEASES[out]:
             yield out
     finally:
+        _LEASES.pop(out, None)
         lock.release()
         if not existed and not any(f.name != "lock" for f in state.iterdir()) and len(list(out.iterdir())) == 1:
             shutil.rmtree(out)  # nothing came of it
@@ -349,6 +369,8 @@ def new_folder(out: Path) -> Path:
 
 def publish(recipe: Recipe, rows: Sequence[dict[str, Any]], record: dict[str, Any], folder: Path, out: Path) -> None:
     """Add recipe, results and run.json to the files in `folder`, then move all into `out`, run.json last."""
+    if out in _LEASES:
+        _LEASES[out].check()
     try:
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

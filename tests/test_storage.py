@@ -142,6 +142,27 @@ def test_a_storage_that_fails_is_asked_again_and_then_named(
 
 
 @pytest.mark.parametrize("remote", [False, True])
+def test_a_run_that_was_taken_for_dead_writes_no_more(
+    remote: bool, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "BEAT_S", 0.2)
+    out = f"{s3}/frozen" if remote else str(tmp_path / "out")
+    other = json.dumps({"host": "another-host", "pid": 1, "run": "theirs", "beat": 7}).encode()
+
+    def finish() -> None:
+        with locked(out) as place:
+            (place / "new").mkdir()
+            storage.write_bytes(other, f"{out}/state/lease")  # while this process was stopped
+            time.sleep(1)
+            folder.publish(make_recipe({"model": "a.b:c"}), [], {}, place / "new", place)
+
+    with pytest.raises(SoupError, match="process 1 on another-host took its place"):
+        finish()
+    assert storage.read_bytes(f"{out}/state/lease") == other
+    assert not storage.exists(f"{out}/run.json")
+
+
+@pytest.mark.parametrize("remote", [False, True])
 def test_a_lease_keeps_others_out_and_a_dead_one_is_taken_over(
     remote: bool, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
