@@ -91,8 +91,8 @@ class Lease:
         other = self._other()
         if other is not None:
             raise SoupError(
-                f"This run gave no sign of life for {LEASE_S} s, and process {other['pid']} on {other['host']} took its place in "
-                f"{self._file.removesuffix('/state/lease')}: nothing more is written there."
+                f"This run gave no sign for {LEASE_S} s, and process {other['pid']} on {other['host']} took its place "
+                f"in {self._file.removesuffix('/state/lease')}: nothing more is written there."
             )
 
     def _other(self) -> dict[str, Any] | None:
