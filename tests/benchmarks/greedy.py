@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.benchmarks.timing import seconds
 
 SMALL = {"model": "ray_soup.demo:digits_vit"}
 LARGE: dict[str, Any] = {
@@ -29,15 +29,6 @@ def larger_vit() -> torch.nn.Module:
     large = VisionTransformer(28, 7, width=192, layers=6, heads=6, mlp_ratio=4, output_dim=10, pool_type="avg")
     large.__class__ = small.__class__  # which takes uint8 digits
     return large
-
-
-def seconds(work: Callable[[], Any], rounds: int = 5) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:

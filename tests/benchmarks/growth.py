@@ -31,7 +31,8 @@ def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> 
     from ray_soup.pipeline import prepare
     from ray_soup.recipe import make_recipe
     from ray_soup.shard import Mesh, Shard
-    from tests.benchmarks.step import Resident, timed
+    from tests.benchmarks.step import Resident
+    from tests.benchmarks.timing import typical
 
     recipe = make_recipe(
         {
@@ -50,7 +51,7 @@ def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> 
     with Resident() as resident:
         shard.begin(np.arange(model_batch), np.zeros((count, blocks), np.float32))
         x = np.full((model_batch, blocks), 1e-4, np.float32)
-        seconds = timed(lambda: shard.step(x, 1.0, split))
+        seconds = typical(lambda: shard.step(x, 1.0, split))
         shard.reset_peak()
         shard.step(x, 1.0, split)
     return {

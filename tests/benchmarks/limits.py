@@ -9,28 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from tests.benchmarks.timing import seconds
+
 MODEL, COUNT, THREADS = "open_clip:ViT-B-32?classes=1000", 18, 2
 ZOO = 8  # ingredients of the store and of baking
-
-
-def best(work: Callable[[], Any], rounds: int = 5) -> float:
-    """Seconds of the fastest round, the first left out."""
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def bandwidth() -> float:
@@ -38,7 +26,7 @@ def bandwidth() -> float:
     torch.set_num_threads(THREADS)
     source, target = torch.ones(1 << 27), torch.empty(1 << 27)
     nbytes = source.numel() * 4
-    return max(nbytes / best(lambda: source.sum()), 2 * nbytes / best(lambda: target.copy_(source)))
+    return max(nbytes / seconds(lambda: source.sum()), 2 * nbytes / seconds(lambda: target.copy_(source)))
 
 
 def hyperplane() -> dict[str, float]:
@@ -58,9 +46,9 @@ def hyperplane() -> dict[str, float]:
             ("combine", lambda p=plane, o=out, b=base, x=x: p.combine(o, b, x), 2 * out.nbytes),
             ("project", lambda p=plane, o=out: p.project(o), out.nbytes),
         ):
-            seconds = best(work)
-            results[f"{name}, {dtype} (ms)"] = 1000 * seconds
-            rates[f"{name}, {dtype}: share of the bandwidth"] = (rows + more) / seconds
+            took = seconds(work)
+            results[f"{name}, {dtype} (ms)"] = 1000 * took
+            rates[f"{name}, {dtype}: share of the bandwidth"] = (rows + more) / took
             limit = max(limit, bandwidth())
         del plane
     results |= {"memory bandwidth (GB/s)": limit / 1e9} | {key: rate / limit for key, rate in rates.items()}
@@ -84,7 +72,7 @@ def passes() -> dict[str, float]:
     flops = counter.get_total_flops()
     for name, low in (("float32", False), ("bfloat16", True)):
         a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if low else torch.float32) for _ in range(2))
-        rate = 2 * 2048**3 / best(lambda a=a, b=b: a @ b)
+        rate = 2 * 2048**3 / seconds(lambda a=a, b=b: a @ b)
 
         def work(low: bool = low) -> None:
             model.zero_grad()
@@ -92,10 +80,10 @@ def passes() -> dict[str, float]:
                 loss = model(images).float().sum()
             loss.backward()
 
-        seconds = best(work, 3)
-        results[f"forward and backward, {name} (s)"] = seconds
+        took = seconds(work, 3)
+        results[f"forward and backward, {name} (s)"] = took
         results[f"matrix product, {name} (GFLOP/s)"] = rate / 1e9
-        results[f"forward and backward, {name}: share of the rate"] = flops / seconds / rate
+        results[f"forward and backward, {name}: share of the rate"] = flops / took / rate
     return results
 
 
@@ -143,18 +131,18 @@ def files() -> dict[str, float]:
                         file.write(some)
                     os.fsync(file.fileno())
 
-            return best(work, 2)
+            return seconds(work, 2)
 
-        reading = best(read_all, 3)
+        reading = seconds(read_all, 3)
         some = bytes(1 << 26)
-        hashing = source * best(lambda: hashlib.sha256(some).digest()) / len(some) / THREADS
+        hashing = source * seconds(lambda: hashlib.sha256(some).digest()) / len(some) / THREADS
         results = {"source (GB)": source / 1e9, "reading it (s)": reading, "hashing it (s)": hashing}
         ingredients = open_ingredients(str(folder))
         check_together(ingredients, layout.state_shapes, layout.tied)
         whole = partition(layout, "model")
         block_of = dict(zip(layout.names, whole.block.tolist(), strict=True))
         soup = Coefficients(uniform(ZOO), tuple(i.name for i in ingredients), whole.names, block_of)
-        baking = best(lambda: bake(soup, ingredients, folder / "soup.out"), 3)
+        baking = seconds(lambda: bake(soup, ingredients, folder / "soup.out"), 3)
         writing = write((folder / "soup.out").stat().st_size)
         results |= {
             "baking (s)": baking,
@@ -166,7 +154,7 @@ def files() -> dict[str, float]:
             shutil.rmtree(folder / "cache" / "directions", ignore_errors=True)
             drained(open_store(ingredients, layout, "int8", THREADS)).hold.close()
 
-        making = best(store, 2)
+        making = seconds(store, 2)
         writing = write(layout.numel * (4 + ZOO))
         results |= {
             "direction store, with hashes (s)": making,

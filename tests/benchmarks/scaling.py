@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.step import COUNT, MODEL, write_data
+from tests.benchmarks.timing import typical
 
 BLOCKS = 152  # tensors of ViT-B/32 and its head
 
@@ -28,17 +28,6 @@ def many_blocks() -> torch.nn.Module:
     for layer in model:
         torch.nn.init.eye_(layer.weight)
     return model
-
-
-def median(work: Callable[[], Any], rounds: int) -> float:
-    for _ in range(max(1, rounds // 10)):
-        work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def opened(recipe: Any, size: int) -> tuple[Any, int]:
@@ -139,7 +128,7 @@ def scaling() -> dict[str, float]:
                 x = np.full((COUNT, blocks), 1e-4, np.float32)
                 for count in batches:
                     batch = Split("fit", np.arange(count, dtype=np.int32))
-                    seconds = median(lambda a=actors, b=batch, x=x: a.step(x, 1.0, b), 3)
+                    seconds = typical(lambda a=actors, b=batch, x=x: a.step(x, 1.0, b), 3)
                     times[size, count] = min(seconds, times.get((size, count), float("inf")))
                 actors.close()
         payload = COUNT * blocks * (4 + 8) + 4 * 128 // 2

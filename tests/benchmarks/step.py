@@ -13,14 +13,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-MODEL, COUNT, ROUNDS = "open_clip:ViT-B-32?classes=1000", 18, 3
+from tests.benchmarks.timing import typical
+
+MODEL, COUNT = "open_clip:ViT-B-32?classes=1000", 18
 BATCHES = (32, 128)
 CODE = """
 import json, sys
@@ -75,16 +76,6 @@ def data_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
 
 
-def timed(step: Any) -> float:
-    step()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def reference(folder: Path) -> dict[str, float]:
     from ray_soup.checkpoints import open_ingredients
     from ray_soup.models import build
@@ -102,7 +93,7 @@ def reference(folder: Path) -> dict[str, float]:
         side = Reference(model, zoo)
         side.begin(list(range(COUNT)), zoo.mean(dim=0), 0.01, 1000)
         for size in BATCHES:
-            results[f"batch {size}"] = timed(lambda size=size: side.step(images[:size], labels[:size]))
+            results[f"batch {size}"] = typical(lambda size=size: side.step(images[:size], labels[:size]))
     return {**results, "peak": resident.peak}
 
 
@@ -130,7 +121,7 @@ def ours(folder: Path, precision: str) -> dict[str, float]:
         x = np.full((COUNT, blocks), 1e-3, np.float32)
         for size in BATCHES:
             batch = Split("fit", np.arange(size, dtype=np.int32))
-            results[f"batch {size}"] = timed(lambda batch=batch: shard.step(x, 1.0, batch))
+            results[f"batch {size}"] = typical(lambda batch=batch: shard.step(x, 1.0, batch))
     return {**results, "peak": resident.peak}
 
 
