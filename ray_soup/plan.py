@@ -18,7 +18,7 @@ from ray_soup.errors import RecipeError
 from ray_soup.hyperplane import ITEMSIZE
 from ray_soup.learn import model_batches
 from ray_soup.outcomes import test_sets
-from ray_soup.pipeline import LEARNED, model_batch_in, prepare
+from ray_soup.pipeline import CALIBRATION, CALIBRATION_WHILE_CHOOSING, LEARNED, model_batch_in, prepare
 from ray_soup.recipe import Recipe
 from ray_soup.shard import Calibration, Mesh
 
@@ -61,10 +61,16 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
     full, short = step_s(options.batch_size), step_s(last)
     epoch_s = (per_epoch - 1) * full + short + look_s(sizes["select"])
     learning = turns * options.epochs * epoch_s + look_s(sizes["select"])
+    anew = layout.tracking and recipe.buffers in ("auto", "recalibrate")  # running statistics, at every beginning and epoch
+    if anew:
+        learning += turns * (options.epochs + 1) * look_s(min(sizes["fit"], CALIBRATION_WHILE_CHOOSING))
     read = sum(i.nbytes for i in ingredients)
     stored = has_store(ingredients, layout, recipe.directions.dtype)
     store_s = 0.0 if stored else 1.5 * read * seen.hash_s / max(1, int(cpus))
-    final = look_s(sizes["select"] + sum(sizes[name] for name in test_sets(sizes))) + 0.1 * read * seen.hash_s
+    looked = (
+        sizes["select"] + sum(sizes[name] for name in test_sets(sizes)) + (min(sizes["fit"], CALIBRATION) if anew else 0)
+    )
+    final = look_s(looked) + 0.1 * read * seen.hash_s
     memory = actor_bytes(recipe, layout.numel, model_batch, mesh.shards, seen.peak_bytes - 8 * layout.numel)
     vector = 8 * layout.numel * (mesh.shards - 1) // mesh.shards
     return {
@@ -102,7 +108,7 @@ def lines(found: dict[str, Any]) -> list[list[str]]:
     return [
         ["ingredients", f"{count} of {found['parameters'] / 1e6:,.1f} M parameters, {_size(found['bytes_read'])}"],
         ["coefficients", f"{count} x {found['blocks']} blocks, {m} ingredients move at a time"],
-        ["actors", f"{mesh['replicas']} replicas x {mesh['shards']} shards, {each} each"],
+        ["actors", f"{_many(mesh['replicas'], 'replica')} x {_many(mesh['shards'], 'shard')}, {each} each"],
         ["memory", f"{_size(memory)} an actor"],
         ["disk", f"{_size(found['store_bytes_per_node'])} on each node{there}"],
         ["traffic", f"{_size(found['traffic_bytes_per_step_and_actor'])} a step and actor"],
@@ -111,6 +117,10 @@ def lines(found: dict[str, Any]) -> list[list[str]]:
         ["time", f"{_time(found['wall_s'])}: {whole}"],
         ["for a manifest", f"{mesh['replicas'] * mesh['shards']} workers of {each}, {_gib(memory)} memory"],
     ]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _size(nbytes: float) -> str:
