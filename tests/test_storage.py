@@ -244,9 +244,9 @@ def test_a_soup_from_a_bucket_into_a_bucket_has_the_bits_of_the_disk(zoo: Path, 
     figures = ("select_nll", "test_nll", "test_accuracy")
     assert [ours["results"][0][f] for f in figures] == [theirs["results"][0][f] for f in figures]
     assert torch.equal(coefficients(str(tmp_path / "out")), coefficients(f"{s3}/out"))
-    there = {without_time(name) for name in storage.walk(f"{s3}/out")}
+    there = set(storage.walk(f"{s3}/out"))
     here = [str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file()]
-    assert there == {without_time(name) for name in here} - {"state/lock"}
+    assert {without_time(name) for name in there} == {without_time(name) for name in here} - {"state/lock"}
     copies = {f.name for f in (tmp_path / "cache" / "files").rglob("*") if f.is_file()} - {"in_use"}
     assert {name for name in copies if not name.endswith(".lock")} == {"model_0.pt", "heldout.npz", "test.npz"}
     assert call("learn", str(remote), f"{s3}/out", cache=tmp_path / "fresh")["run"] == theirs["run"]  # is complete
