@@ -24,6 +24,8 @@ from ray_soup.models import build, describe, fingerprint, load_pretrained, loade
 from ray_soup.pipeline import bake_again, run, verify
 from ray_soup.recipe import load_recipe, make_recipe
 
+pytestmark = pytest.mark.slow
+
 TINY_CLIP = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},

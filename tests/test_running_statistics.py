@@ -28,6 +28,8 @@ from ray_soup.shard import Mesh
 from tests import tiny
 from tests.conftest import InProcess, values
 
+pytestmark = pytest.mark.slow
+
 learn_module = import_module("ray_soup.learn")  # ray_soup.learn is the function
 
 
