@@ -81,7 +81,8 @@ def resolve_mesh(recipe: Recipe, parameters: int, ingredients: int, watch: Watch
         return (
             f"actors: {mesh.replicas} replicas x {mesh.shards} shards with {cpus:g} CPUs and {gpus:g} GPUs each take "
             f"{mesh.size * cpus:g} CPUs and {mesh.size * gpus:g} GPUs; the cluster has {have.get('CPU', 0):g} and "
-            f"{have.get('GPU', 0):g}. Ask for less, or set actors.wait_s where nodes are still to come."
+            f"{have.get('GPU', 0):g}. Ask for less (actors.gpus=0 works on CPUs), or set actors.wait_s where nodes are "
+            "still to come."
         )
 
     wait_for_nodes(missing, complaint, recipe.actors.wait_s, watch)

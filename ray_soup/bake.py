@@ -57,7 +57,9 @@ def mix_range(
     soup = out.to(dtype)
     if not finite or (dtype != wide and not torch.isfinite(soup).all()):
         check_finite(ingredients, name, start, parts)
-        raise IngredientError(f"The soup's tensor {name} does not fit into {dtype}: its numbers are too large.")
+        raise IngredientError(
+            f"The soup's tensor {name} does not fit into {dtype}: its numbers are too large. Set out_dtype: float32."
+        )
     return soup
 
 

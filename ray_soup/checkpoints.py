@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import has_magic
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -43,6 +44,7 @@ TEXT_TOWER = re.compile(  # of a CLIP, beside `visual.`, with what else it holds
     r"|input_resolution|context_length|vocab_size)(\.|$)"
 )
 COUNTED = re.compile(r"(.*\.)?embeddings\.position_ids$")  # 0, 1, 2, ...: a buffer that transformers no longer saves
+MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 RESERVED_NAMES = {"best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+", "ensemble"}
 
 SAFETENSORS_DTYPES = {
@@ -238,8 +240,9 @@ def _stripped(tensors: dict[str, TensorInfo]) -> Iterator[dict[str, TensorInfo]]
 def _safetensors_header(path: str, file: int, size: int) -> dict[str, TensorInfo]:
     source = storage.open_file(path, size)
     begin = bytes(source.read(0, min(size, HEADER)))
-    length = struct.unpack("<Q", begin[:8])[0] if len(begin) >= 8 else None
-    if length is None or length > size - 8 or length > 100_000_000:
+    _refuse_text(path, begin)
+    length = struct.unpack("<Q", begin.ljust(8, b"\0")[:8])[0]
+    if len(begin) < 8 or length > size - 8 or length > 100_000_000:
         raise IngredientError(
             f"{path} is not a safetensors file, or is truncated: its header should take {length} bytes and the "
             f"file has {size}. Copy it again."
@@ -248,7 +251,7 @@ def _safetensors_header(path: str, file: int, size: int) -> dict[str, TensorInfo
         header = json.loads(begin[8 : 8 + length] if length <= HEADER - 8 else bytes(source.read(8, length)))
         header.pop("__metadata__", None)
         tensors = {}
-        end = 8 + length
+        spans = []
         for name, entry in header.items():
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise IngredientError(
@@ -257,26 +260,48 @@ def _safetensors_header(path: str, file: int, size: int) -> dict[str, TensorInfo
                 )
             start, stop = entry["data_offsets"]
             info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), file, 8 + length + start)
+            if any(type(n) is not int or n < 0 for n in (start, stop, *info.shape)):
+                raise ValueError(f"{name} has the shape {entry['shape']} and the offsets {[start, stop]}")
             if stop - start != info.nbytes:
                 raise IngredientError(
                     f"{path}: the tensor {name} takes {stop - start} bytes; {info} would take {info.nbytes}. The "
                     "file is damaged: copy it again."
                 )
             tensors[name] = info
-            end = max(end, 8 + length + stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if stop > start:
+                spans.append((start, stop, name))
+        spans.sort()
+        for (_, stop, name), (start, _, other) in pairwise(spans):
+            if start < stop:
+                raise ValueError(f"{name} and {other} overlap")
+        end = 8 + length + (spans[-1][1] if spans else 0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IngredientError(f"{path} has a damaged safetensors header ({error}). Copy it again.") from error
     if end > size:
         raise IngredientError(f"{path} is truncated: it has {size:,} bytes and its header speaks of {end:,}. Copy it again.")
     return tensors
 
 
+def _refuse_text(path: str, begin: bytes) -> None:
+    """Raises IngredientError for what a download leaves in place of a checkpoint."""
+    if begin.startswith(b"version https://git-lfs"):
+        raise IngredientError(f"{path} is a Git LFS pointer, not the checkpoint itself. Run `git lfs pull` there.")
+    if begin.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise IngredientError(
+            f"{path} is a web page, not a checkpoint: its download was answered by an error or a login. Open it to see "
+            "which, then download it again."
+        )
+
+
 def _torch_containers(path: str, file: int, key: str = "") -> dict[str, dict[str, TensorInfo]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    here = drained(storage.local_copy(path))
+    with open(here, "rb") as stream:
+        _refuse_text(path, stream.read(512))
     try:  # tensors without data, that know where in the file their data lies; options that a script wrote beside them
         with FakeTensorMode(), torch.serialization.safe_globals([Namespace]):
-            loaded = torch.load(drained(storage.local_copy(path)), map_location="cpu", weights_only=True)
+            loaded = torch.load(here, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
         what = f"it holds '{found.group(1).strip('.')}'" if found else "it holds more than tensors and plain values"
@@ -285,12 +310,14 @@ def _torch_containers(path: str, file: int, key: str = "") -> dict[str, dict[str
             "alone: torch.save(model.state_dict(), path). If you trust the file, this takes it out: "
             f"{_conversion(path)}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # what the unpickler stumbles over in a file that is no pickle can be anything
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise IngredientError(
             f"{path} cannot be read as a torch checkpoint: it is damaged or truncated ({storage.stat(path).size:,} "
             f"bytes; {reason}). Copy it again."
         ) from error
+    if isinstance(loaded, dict) and {"state", "param_groups"} <= set(loaded):
+        raise IngredientError(f"{path} is the state of an optimizer, not a model. Leave it out (a glob such as model*.pt).")
     if not isinstance(loaded, dict):
         raise IngredientError(f"{path} holds a {type(loaded).__name__}; expected a state dict. Save that.")
     containers: dict[str, dict[str, TensorInfo]] = {}
@@ -372,6 +399,11 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
         key=key,
     )
     ingredient.tensors = next(iter(containers.values()))
+    if ingredient.tensors and all("lora_" in tensor for tensor in ingredient.tensors):
+        raise IngredientError(
+            f"{path} is a LoRA adapter ({len(ingredient.tensors)} tensors, as {next(iter(ingredient.tensors))}), not "
+            "a whole model. Merge it into its base model first (peft: model.merge_and_unload()) and save that."
+        )
     return ingredient
 
 
@@ -408,7 +440,7 @@ def _checkpoint_of(path: str) -> str | None:
     if _is_checkpoint(path) and storage.isfile(path):
         return path
     names = storage.listdir(path) if storage.isdir(path) else []
-    for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"):
+    for name in (*MODEL_FILES, "adapter_model.safetensors"):  # an adapter is refused when it is opened, not passed over
         if name in names:
             return storage.join(path, name)
     return None
@@ -506,10 +538,13 @@ def _model_of(trial: Trial) -> str:
 
 def open_ingredients(spec: str | Sequence[str] | None) -> list[Ingredient]:
     """Open all that `spec` names, by their headers. Raises RecipeError or IngredientError."""
-    if spec is None:
+    if not spec:
         raise RecipeError("The recipe names no ingredients. Add ingredients: with a glob, a list or a folder.")
     found = _find(spec)
     paths, trials = [path for path, _ in found], [trial for _, trial in found]
+    odd = next((path for path in paths if path != path.encode(errors="replace").decode()), None)
+    if odd is not None:
+        raise IngredientError(f"{odd!a}: this name is not UTF-8 and could not be written into reports. Rename the file.")
     names = [t.name for t in trials if t is not None]
     if len(set(names)) < len(paths):
         names = _unique_names(paths)
@@ -591,6 +626,17 @@ def check_together(
             + "\nLeave them out, or give the model that they belong to."
         )
     return list(shapes)
+
+
+def check_floats(ingredients: list[Ingredient], parameters: Iterable[str]) -> None:
+    """Raises IngredientError for a parameter that is held in integers."""
+    for name in parameters:
+        for ingredient in ingredients:
+            if ingredient.tensors[name].dtype not in FLOATS:
+                raise IngredientError(
+                    f"{ingredient.path}: the parameter {name} is {ingredient.tensors[name]}; expected floats. A quantised "
+                    "checkpoint cannot be mixed: give the one from before it was quantised."
+                )
 
 
 def _signature(ingredient: Ingredient) -> tuple[Any, ...]:

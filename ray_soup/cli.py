@@ -63,6 +63,9 @@ def _errors() -> Iterator[None]:
         yield
     except SoupError as error:
         click.echo(f"ray-soup: {error}", err=True)
+        context = click.get_current_context(silent=True)
+        if context is not None and context.params.get("as_json"):
+            click.echo(json.dumps({"error": str(error), "exit": error.exit_code}))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         click.echo("ray-soup: interrupted. The same command goes on from here.", err=True)
@@ -113,7 +116,7 @@ def _print_soup(soup: Any, as_json: bool) -> None:
     click.echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md, the model card.")
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable object last.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable object last, of errors too.")
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 recipe_argument = click.argument("recipe", type=click.Path())
 out_argument = click.argument("out", type=click.Path())
@@ -173,22 +176,23 @@ def fetch(files: str, out: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("ingredients", nargs=-1, required=True)
+@click.argument("ingredients", nargs=-1, required=True, type=click.Path())
 @click.option("--model", help="Hold them against this model, as in a recipe.")
 @json_option
 def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Keys, shapes, dtypes, bytes and faults of checkpoints; reads headers only."""
     with _errors():
-        from ray_soup.checkpoints import check_together, open_ingredients
+        from ray_soup.checkpoints import check_floats, check_together, open_ingredients
 
         found = open_ingredients(list(ingredients) if len(ingredients) > 1 else ingredients[0])
-        shapes, tied = None, None
+        shapes, tied, parameters = None, None, ()
         if model:
             from ray_soup.models import describe
 
             layout = describe(model)
-            shapes, tied = layout.state_shapes, layout.tied
+            shapes, tied, parameters = layout.state_shapes, layout.tied, layout.names
         names = check_together(found, shapes, tied)
+        check_floats(found, parameters)
         first = found[0].tensors
         numbers = sum(first[name].numel for name in names)
         nbytes = sum(i.nbytes for i in found)
@@ -436,6 +440,21 @@ def bake(out: str, newout: str, as_json: bool) -> None:
         return bake_again(out, newout, progress)
 
     _print_soup(_work(task), as_json)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")), default="bash")
+def completion(shell: str) -> None:
+    """The script that lets the Tab key complete commands, options and files.
+
+    Put into ~/.bashrc (or ~/.zshrc, with zsh): eval "$(ray-soup completion bash)". For fish, into config.fish:
+    ray-soup completion fish | source
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "ray-soup", "_RAY_SOUP_COMPLETE").source())
 
 
 @main.command()

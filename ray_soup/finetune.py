@@ -69,7 +69,7 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
             f"finetune cannot write to {out} yet: OUT is a folder that every node sees. Copy it there afterwards."
         )
     if recipe.data.train is None:
-        raise RecipeError("The recipe names no data.train to fine-tune on.")
+        raise RecipeError("The recipe names no data.train to fine-tune on. Add it, as in data: {train: train.npz}.")
     configs = make_configs(recipe)
     with locked(out, watch) as out:
         manifest = out / "manifest.json"

@@ -197,6 +197,8 @@ _LEASES: dict[Path, Lease] = {}  # likewise
 def locked(out: str | Path, watch: Watch = quiet) -> Iterator[Path]:
     """One run at a time in the output folder `out`. Yields the folder to work in: itself, or for a URI one on this machine,
     whose state is uploaded every BEAT_S, and all of it at the end."""
+    if not str(out):
+        raise RecipeError("OUT is empty; expected a folder, or a URI such as s3://bucket/folder.")
     if not storage.is_remote(str(out)):
         with _locked_here(Path(out).absolute(), watch) as folder:
             yield folder
@@ -247,8 +249,8 @@ def shared_files(out: Path) -> tuple[str, ...]:
 def _locked_here(out: Path, watch: Watch) -> Iterator[Path]:
     """A lock dies with its process; the lease beside it is for other machines that see the same disk."""
     state = out / "state"
-    existed = out.exists()
     try:
+        existed = out.exists()
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"The output folder {out} cannot be made: {error.strerror}.") from error
@@ -300,12 +302,22 @@ def completed(out: Path, now: dict[str, Any]) -> Soup | None:
             )
         write(file, json.dumps(now))
         return None
-    before = json.loads(file.read_text())
-    difference = _difference(before["recipe"], now["recipe"])
+    try:
+        before = json.loads(file.read_text())
+        difference = _difference(before["recipe"], now["recipe"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{file} is damaged ({error}). Choose a new folder, or empty this one.") from error
     if difference:
         raise RecipeError(f"{out} belongs to another recipe: {difference}. Choose a new folder, or the old recipe.")
     if before["ingredients"] != now["ingredients"]:
-        raise RecipeError(f"{out} was begun with ingredients that have changed since. Choose a new folder.")
+        old, new = (
+            {file[0]: file for one in d["ingredients"] for file in one if isinstance(file, list)} for d in (before, now)
+        )
+        which = [path for path in {**old, **new} if old.get(path) != new.get(path)]
+        raise RecipeError(
+            f"{out} was begun with ingredients that have changed since: {', '.join(which[:3])}. Choose a "
+            "new folder, outside that of the ingredients."
+        )
     other = [key for key in {**before, **now} if key != "recipe" and before.get(key) != now.get(key)]
     if other:
         raise RecipeError(
@@ -338,7 +350,8 @@ def _difference(old: str, new: str) -> str:
 def read_record(out: Path) -> dict[str, Any] | None:
     """run.json, if it is there and whole."""
     try:
-        return json.loads((out / "run.json").read_text())
+        found = json.loads((out / "run.json").read_text())
+        return found if isinstance(found, dict) else None
     except (OSError, ValueError):
         return None
 
@@ -346,8 +359,9 @@ def read_record(out: Path) -> dict[str, Any] | None:
 def finished_record(out: Path) -> dict[str, Any]:
     """run.json of a run that ended well. Raises RecipeError."""
     record = read_record(out)
-    if record is None or record.get("exit") != 0:
-        found = "no run.json" if record is None else f"a run that ended with exit code {record.get('exit')}"
+    if record is None or record.get("exit") != 0 or not {"files", "ingredients"} <= set(record):
+        ended = record is not None and record.get("exit") != 0
+        found = f"a run that ended with exit code {record.get('exit')}" if ended else "no run.json of one"  # type: ignore[union-attr]
         raise RecipeError(f"{out} is not a finished soup: found {found}. Run the command that makes it again.")
     return record
 

@@ -22,6 +22,7 @@ from ray_soup.bake import bake, mix_range, put, soup_buffer
 from ray_soup.blocks import Layout, Partition, partition
 from ray_soup.checkpoints import (
     Ingredient,
+    check_floats,
     check_together,
     combined_sha256,
     find_sweeps,
@@ -70,12 +71,13 @@ CALIBRATION_WHILE_CHOOSING = 512  # likewise of points on the way and of greedy 
 def prepare(recipe: Recipe, needs_fit: bool = False) -> tuple[list[Ingredient], Layout]:
     """Open and check the ingredients against each other and the model, from headers alone."""
     if recipe.data.fit is None and (needs_fit or recipe.method != "uniform"):
-        raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it: .npz or .parquet.")
+        raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it, as in data: {fit: heldout.npz}.")
     if recipe.data.fit is None and recipe.buffers == "recalibrate":
         raise RecipeError("buffers: recalibrate needs data.fit, held-out images to compute running statistics on. Add it.")
     ingredients = open_ingredients(recipe.ingredients)
     layout = describe(recipe.model)
     check_together(ingredients, layout.state_shapes, layout.tied)
+    check_floats(ingredients, layout.names)
     return ingredients, layout
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ray_soup.errors import RecipeError
 
 Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
 Method = Literal["best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+"]
 
 DISTRIBUTIONS = ("loguniform", "uniform", "randint", "choice", "grid")
@@ -29,7 +30,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -82,7 +83,7 @@ class Learn(Section):
     """Largest norm of the summed projected gradient; null: no bound."""
     batch_size: int = Field(128, ge=1)
     """Images in a step, over all actors."""
-    micro_batch: int | Auto = "auto"
+    micro_batch: Count | Auto = "auto"
     """Images in one forward pass of one actor."""
     epochs: int = Field(5, ge=1)
     """Passes over fit for each model batch."""
@@ -90,19 +91,19 @@ class Learn(Section):
     """Epochs without a better point on select after which a model batch ends; null: none ends early."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Of the cross-entropy that coefficients learn by (Szegedy et al. 2016); select is judged without it."""
-    model_batch: int | Auto = "auto"
+    model_batch: Count | Auto = "auto"
     """Ingredients whose coordinates move at a time; auto: as many as fit."""
     models_epochs: int = Field(1, ge=1)
     """Passes over all ingredients."""
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
 
 class ActorsSection(Section):
-    replicas: int | Auto = "auto"
+    replicas: Count | Auto = "auto"
     """Whole models; they split the data."""
-    shards: int | Auto = "auto"
+    shards: Count | Auto = "auto"
     """Actors that together hold one replica."""
-    cpus: float | Auto = "auto"
+    cpus: Annotated[float, Field(ge=0)] | Auto = "auto"
     """CPUs, and threads, of one actor."""
     gpus: float = Field(0, ge=0)
     """GPUs of one actor."""
@@ -153,7 +154,7 @@ class Finetune(Section):
     workers_per_model: int = Field(1, ge=1)
     """Workers that train one model together, with Ray Train, each on its part of every batch."""
     batch_size: int = Field(64, ge=1)
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
 
 class Search(Section):
@@ -262,7 +263,8 @@ class Recipe(Section):
     def _method_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        defaults = METHOD_DEFAULTS.get(values.get("method", "mehl+"), {})
+        method = values.get("method", "mehl+")
+        defaults = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}
         return _merge(defaults, {k: v for k, v in values.items() if not (k == "learn" and v is None)})
 
 
@@ -397,7 +399,11 @@ def _explain(fault: Any) -> tuple[str, str]:
     if fault["type"] == "missing":
         return f"{key}: ", "missing."
     message = fault["msg"].removeprefix("Value error, ")
-    return (f"{key}: " if key else ""), f"{fault['input']!r} found. {message}" if key else message
+    if fault["type"] == "model_type" and isinstance(section, type):
+        message = f"Expected keys below it: {', '.join(section.model_fields)}."
+    found = repr(fault["input"])
+    found = found if len(found) <= 80 else f"{found[:80]}..."
+    return (f"{key}: " if key else ""), f"{found} found. {message}" if key else message
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), method: str | None = None) -> Recipe:
@@ -411,7 +417,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), m
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"The recipe {path} holds {type(values).__name__}; expected keys such as 'ingredients:'.")
+        found = {list: "is a list", str: "is plain text", type(None): "is empty"}.get(type(values), f"is {values!r}")
+        raise RecipeError(f"The recipe {path} {found}; expected keys such as 'model:', 'ingredients:' and 'data:'.")
     values = _absolute_paths(values, path.absolute().parent)
     changes, source = parse_overrides(overrides), f"The recipe {path}"
     recipe = make_recipe(_merge(values, changes), source)

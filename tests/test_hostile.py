@@ -1,0 +1,203 @@
+"""Hostile and odd inputs through the command line: a clear message and the right exit code, never a traceback. No actors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.shell_completion import ShellComplete
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+from ray_soup.cli import main
+from tests import tiny
+from tests.conftest import values
+from tests.test_cli import call, changed, write_recipe
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+HTML = "<!DOCTYPE html><html>404 Not Found</html>"
+
+
+@pytest.fixture
+def own(zoo: Path, tmp_path: Path) -> Path:
+    """Three ingredients, to be broken."""
+    (tmp_path / "zoo").mkdir()
+    for k in range(3):
+        shutil.copy(zoo / "zoo" / f"model_{k}.safetensors", tmp_path / "zoo")
+    return tmp_path
+
+
+def model(folder: Path, k: int = 2) -> Path:
+    return folder / "zoo" / f"model_{k}.safetensors"
+
+
+def header(folder: Path, **entry: Any) -> None:
+    """Another entry for head.bias."""
+    data = model(folder).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    found = json.loads(data[8 : 8 + length])
+    found["head.bias"] |= entry
+    text = json.dumps(found).encode()
+    model(folder).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def raw_header(folder: Path, text: bytes) -> None:
+    model(folder).write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def cut_torch_file(folder: Path) -> None:
+    torch.save(load_file(model(folder)), folder / "zoo" / "a.pt")
+    os.truncate(folder / "zoo" / "a.pt", 20_000)
+
+
+def adapter(folder: Path) -> None:
+    (folder / "zoo" / "adapter").mkdir()
+    save_file({"key.lora_A.weight": torch.zeros(4, 23)}, folder / "zoo" / "adapter" / "adapter_model.safetensors")
+
+
+def optimizer(folder: Path) -> None:
+    torch.save(torch.optim.AdamW(tiny.build().parameters()).state_dict(), folder / "zoo" / "optimizer.pt")
+
+
+def quantised(folder: Path) -> None:
+    for k in range(3):
+        changed(folder, k, lambda s: s.update({"key.weight": s["key.weight"].to(torch.int8)}))
+
+
+def classes(folder: Path) -> None:
+    for k in range(3):
+        changed(folder, k, lambda s: s.update({"head.weight": torch.zeros(7, 23), "head.bias": torch.zeros(7)}))
+
+
+def not_utf8(folder: Path) -> None:
+    os.rename(model(folder), os.fsencode(folder / "zoo") + b"/bad\xff.safetensors")
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a web page as .pt": (lambda f: (f / "zoo" / "a.pt").write_text(HTML), "a.pt is a web page, not a checkpoint"),
+    "a web page": (lambda f: model(f).write_text(HTML), "model_2.safetensors is a web page, not a checkpoint"),
+    "a Git LFS pointer": (lambda f: model(f).write_text(LFS), "is a Git LFS pointer, not the checkpoint itself"),
+    "a Git LFS pointer as .pt": (lambda f: (f / "zoo" / "a.pt").write_text(LFS), "Run `git lfs pull`"),
+    "plain text as .pt": (lambda f: (f / "zoo" / "a.pt").write_text("hello"), "cannot be read as a torch checkpoint"),
+    "a cut torch file": (cut_torch_file, "a.pt cannot be read as a torch checkpoint: it is damaged or truncated"),
+    "no bytes": (lambda f: model(f).write_bytes(b""), "model_2.safetensors is empty (0 bytes)"),
+    "five bytes": (lambda f: model(f).write_bytes(b"12345"), "is not a safetensors file, or is truncated"),
+    "a shape that its bytes are not": (lambda f: header(f, shape=[11]), "takes 40 bytes; float32 [11] would take 44"),
+    "a negative shape": (lambda f: header(f, shape=[-2, -5]), "head.bias has the shape [-2, -5]"),
+    "overlapping offsets": (lambda f: header(f, data_offsets=[20, 60]), "overlap"),
+    "negative offsets": (lambda f: header(f, data_offsets=[-40, 0]), "the offsets [-40, 0]"),
+    "a header without end": (lambda f: raw_header(f, b"[" * 50_000), "has a damaged safetensors header"),
+    "a name that is not UTF-8": (not_utf8, "this name is not UTF-8"),
+    "a LoRA adapter": (adapter, "is a LoRA adapter (1 tensors, as key.lora_A.weight)"),
+    "an optimizer's state": (optimizer, "optimizer.pt is the state of an optimizer, not a model"),
+    "quantised": (quantised, "the parameter key.weight is int8 [23, 23]; expected floats"),
+    "other classes": (classes, "shape: head.bias is [7], in the model [10]"),
+    "a transposed head": (
+        lambda f: changed(f, 2, lambda s: s.update({"head.weight": s["head.weight"].t().contiguous()})),
+        "shape: head.weight is [23, 10], in the model [10, 23]",
+    ),
+}  # fmt: skip
+
+RECIPES: dict[str, tuple[str, str]] = {
+    "empty": ("", "is empty; expected keys such as 'model:'"),
+    "a list": ("- a\n", "is a list; expected keys"),
+    "tabs": ("model: x\n\tdata: y\n", "is not YAML"),
+    "a key deep inside": ("model: x\nfinetune: {trunk: {epoch: 3}}\n", "did you mean 'finetune.trunk.epochs'?"),
+    "a number for a list": ("model: x\ningredients: 5\n", "ingredients: 5 found."),
+    "a list for a word": ("model: x\nmethod: [a]\n", "method: ['a'] found."),
+    "a file for keys": ("model: x\ndata: a.npz\n", "data: 'a.npz' found. Expected keys below it: train, fit, select, test."),
+    "an infinite rate": ("model: x\nlearn: {lr: .inf}\n", "learn.lr: inf found. Input should be a finite number"),
+}  # fmt: skip
+
+OVERRIDES = ["learn.lr=0", "learn.micro_batch=0", "learn.model_batch=-3", "learn.seed=-1", "actors.replicas=0"]
+OVERRIDES += ["actors.shards=-1", "actors.cpus=-1"]
+
+
+def clear(result: Result, code: int, *said: str) -> None:
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert result.exit_code == code, result.output
+    for words in said:
+        assert words in result.stderr
+
+
+def uniform(own: Path, out: str | Path, **more: Any) -> Result:
+    recipe = write_recipe(own, {"model": tiny.SPEC, "ingredients": str(own / "zoo"), **more})
+    return call("uniform", recipe, out)
+
+
+@pytest.mark.parametrize("fault", CHECKPOINTS)
+def test_checkpoints(own: Path, fault: str) -> None:
+    damage, said = CHECKPOINTS[fault]
+    damage(own)
+    clear(call("inspect", own / "zoo", "--model", tiny.SPEC), 3, said)
+
+
+@pytest.mark.parametrize("fault", RECIPES)
+def test_recipes(own: Path, fault: str) -> None:
+    text, said = RECIPES[fault]
+    (own / "r.yaml").write_text(text)
+    clear(call("learn", own / "r.yaml", own / "out"), 2, "r.yaml", said)
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_values_out_of_range(own: Path, override: str) -> None:
+    clear(call("learn", write_recipe(own, values(own)), own / "out", override), 2, f"{override.partition('=')[0]}: ")
+    assert not (own / "out").exists()
+
+
+def test_output_folders(own: Path) -> None:
+    clear(uniform(own, ""), 2, "OUT is empty")
+    clear(uniform(own, own / ("a" * 300)), 2, "File name too long")
+    clear(uniform(own, own / "zoo" / "model_0.safetensors"), 2, "cannot be made")
+    clear(uniform(own, own / "zoo"), 2, "is not empty and holds no run of ray-soup")
+    clear(uniform(own, own / "zoo" / "out"), 0)
+    clear(uniform(own, own / "zoo" / "out"), 2, "have changed since: ", "outside that of the ingredients")
+    (own / "o" / "state").mkdir(parents=True)
+    (own / "o" / "state" / "begun.json").write_text("{")
+    clear(uniform(own, own / "o"), 2, "begun.json is damaged")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"exit": 0}'])
+def test_a_record_of_something_else(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    clear(call("verify", tmp_path), 2, "is not a finished soup")
+
+
+def test_odd_names_are_whole_names(own: Path) -> None:
+    for k, name in enumerate(["a model", "größe 模型", "new\nline"]):
+        model(own, k).rename(own / "zoo" / f"{name}.safetensors")
+    clear(uniform(own, own / "out"), 0)
+    clear(call("verify", own / "out"), 0)
+
+
+def test_numbers_that_float16_does_not_hold(own: Path) -> None:
+    for k in range(3):
+        changed(own, k, lambda s: s["key.weight"].fill_(70_000))
+    clear(uniform(own, own / "out", out_dtype="float16"), 3, "key.weight does not fit into", "Set out_dtype: float32")
+
+
+def test_an_error_is_an_object_too(tmp_path: Path) -> None:
+    result = call("verify", tmp_path, "--json")
+    clear(result, 2)
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["exit"], "is not a finished soup" in found["error"]) == (2, True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    result = call("completion", shell)
+    clear(result, 0)
+    assert f"_RAY_SOUP_COMPLETE={shell}_complete" in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["learn", "inspect", "verify"])
+def test_files_complete_as_paths(verb: str) -> None:
+    found = ShellComplete(main, {}, "ray-soup", "_RAY_SOUP_COMPLETE").get_completions([verb], "zo")
+    assert [item.type for item in found] == ["file"]
