@@ -32,6 +32,7 @@ from ray_soup.folder import (
     locked,
     new_folder,
     publish,
+    scalars,
     versions,
     write,
 )
@@ -343,7 +344,7 @@ def _result(bench: Bench, entry: Entry, splits: dict[str, Split], file: Path) ->
         clock = Clock()
         bench.actors.reset_peak()
         state, board = file.with_name(f"{file.name}.pt"), file.parents[2] / BOARD / file.name
-        made = make_soup(bench, recipe, entry.subset, splits, entry.model_batch, state, board)
+        made = make_soup(bench, recipe, entry.subset, splits, entry.model_batch, state, scalars(board))
         made.figures |= {
             "seconds": round(clock.lap("making"), 3),
             "peak_memory_bytes": max(bench.actors.peak_memory()),

@@ -403,14 +403,14 @@ def publish(recipe: Recipe, rows: Sequence[dict[str, Any]], record: dict[str, An
 def scalars(board: Path) -> Callable[[int, int, Any], None]:
     """A hook for after every epoch that writes the scalars of a state's curve, by steps, to the folder `board` for
     TensorBoard: all of them at its first call, after a resume too, then what is new."""
-    from tensorboardX import SummaryWriter
-
-    writer: SummaryWriter | None = None
+    writer: Any = None
     written = 0
 
     def after_epoch(step: int, steps: int, state: Any) -> None:
         nonlocal writer, written
         if writer is None:
+            from tensorboardX import SummaryWriter
+
             shutil.rmtree(board, ignore_errors=True)
             writer = SummaryWriter(str(board))
         for line in state.curve[written:]:

@@ -78,21 +78,18 @@ def build(spec: str) -> Built:
     library, _, rest = spec.partition(":")
     if library in LIBRARIES:
         name, _, query = rest.partition("?")
-        built = LIBRARIES[library](name, dict(parse_qsl(query, keep_blank_values=True)), spec)
-    elif is_function(spec):
+        return LIBRARIES[library](name, dict(parse_qsl(query, keep_blank_values=True)), spec)
+    if is_function(spec):
         made = import_function(spec)()
         if isinstance(made, torch.nn.Module):
-            built = Built(made)
-        elif isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module):
-            built = Built(*made)
-        else:
-            raise RecipeError(f"{spec} returned {type(made).__name__}; expected a model, or a model and its preprocessing.")
-    else:
-        raise RecipeError(
-            f"model: {spec!r} found; expected open_clip:, timm: or torchvision:NAME?classes=N, transformers:FOLDER, or "
-            "package.module:function."
-        )
-    return built
+            return Built(made)
+        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module):
+            return Built(*made)
+        raise RecipeError(f"{spec} returned {type(made).__name__}; expected a model, or a model and its preprocessing.")
+    raise RecipeError(
+        f"model: {spec!r} found; expected open_clip:, timm: or torchvision:NAME?classes=N, transformers:FOLDER, or "
+        "package.module:function."
+    )
 
 
 def _library(name: str, spec: str) -> Any:

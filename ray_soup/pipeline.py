@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -55,7 +55,7 @@ from ray_soup.folder import (
     write,
 )
 from ray_soup.greedy import evaluation_key, greedy, individual_outcomes, mean_of, one_hot, ranking, uniform
-from ray_soup.learn import learn, parametrisation, summary
+from ray_soup.learn import State, learn, parametrisation, summary
 from ray_soup.models import describe, loading_line, write_companions
 from ray_soup.outcomes import Outcome, best_log_factor, calibration_error, join, judged, scaled_nll, test_sets
 from ray_soup.recipe import SOFTMAX, Data, Recipe, changed, load_recipe
@@ -88,6 +88,13 @@ def have_own_statistics(layout: Layout, ingredients: list[Ingredient]) -> bool:
     return any(not torch.equal(i.read(name), first.read(name)) for name in names for i in ingredients[1:])
 
 
+def recalibrates(recipe: Recipe, layout: Layout, ingredients: list[Ingredient]) -> bool:
+    """Whether soups get running statistics of their own."""
+    if recipe.data.fit is None or recipe.buffers not in ("auto", "recalibrate"):
+        return False
+    return bool(layout.tracking) and (recipe.buffers == "recalibrate" or have_own_statistics(layout, ingredients))
+
+
 @dataclass
 class Bench:
     """Actors at work on a set of ingredients, and what is known of these so far."""
@@ -107,11 +114,7 @@ class Bench:
 
     @cached_property
     def recalibrates(self) -> bool:
-        """Whether soups get running statistics of their own."""
-        asked = self.recipe.buffers
-        if self.recipe.data.fit is None or asked not in ("auto", "recalibrate"):
-            return False
-        return bool(self.layout.tracking) and (asked == "recalibrate" or have_own_statistics(self.layout, self.ingredients))
+        return recalibrates(self.recipe, self.layout, self.ingredients)
 
     def calibration(self, recipe: Recipe, splits: dict[str, Split], most: int) -> list[Split]:
         """Batches of fit that running statistics are computed on, none where they are mixed."""
@@ -233,10 +236,10 @@ def make_soup(
     splits: dict[str, Split],
     model_batch: int,
     state_file: Path,
-    board: Path,
+    after_epoch: Callable[[int, int, State], None] = lambda step, steps, state: None,
 ) -> Made:
     """The soup of the ingredients `subset` by the recipe's method. What was learned lies in `state_file`, and is gone on
-    with; its curves go into `board`, for TensorBoard."""
+    with; `after_epoch` as for `learn`."""
     whole, count, watch = partition(bench.layout, "model"), len(subset), bench.watch
     calibration = bench.calibration(recipe, splits, CALIBRATION_WHILE_CHOOSING)
 
@@ -283,7 +286,7 @@ def make_soup(
         model_batch,
         state_file,
         lambda step, steps, _: watch(f"learning {recipe.method}", step, steps),
-        scalars(board),
+        after_epoch,
         calibration=calibration,
     )
     notes = []
@@ -410,7 +413,13 @@ def make_in(
             clock.lap("start")
             splits = bench.cut(recipe.learn.seed)
             made = make_soup(
-                bench, recipe, everything, splits, bench.model_batch, out / "state" / "learn.pt", out / BOARD / recipe.method
+                bench,
+                recipe,
+                everything,
+                splits,
+                bench.model_batch,
+                out / "state" / "learn.pt",
+                scalars(out / BOARD / recipe.method),
             )
             clock.lap(recipe.method)
             peak = max(bench.actors.peak_memory())
@@ -527,9 +536,7 @@ def remarks(recipe: Recipe, ingredients: list[Ingredient], sha256: list[str]) ->
 def stale_statistics(recipe: Recipe, layout: Layout, ingredients: list[Ingredient]) -> list[str]:
     """What the user should know where running statistics that differ are mixed."""
     cure = "set buffers: recalibrate" if recipe.data.fit is not None else "name data.fit"
-    if (recipe.data.fit is not None and recipe.buffers in ("auto", "recalibrate")) or not have_own_statistics(
-        layout, ingredients
-    ):
+    if recalibrates(recipe, layout, ingredients) or not have_own_statistics(layout, ingredients):
         return []
     return [
         f"This model has {len(layout.tracking)} BatchNorm layers, and a soup's running statistics are mixed from those of "

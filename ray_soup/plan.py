@@ -18,7 +18,7 @@ from ray_soup.errors import RecipeError
 from ray_soup.hyperplane import ITEMSIZE
 from ray_soup.learn import model_batches
 from ray_soup.outcomes import test_sets
-from ray_soup.pipeline import CALIBRATION, CALIBRATION_WHILE_CHOOSING, LEARNED, model_batch_in, prepare
+from ray_soup.pipeline import CALIBRATION, CALIBRATION_WHILE_CHOOSING, LEARNED, model_batch_in, prepare, recalibrates
 from ray_soup.recipe import Recipe
 from ray_soup.shard import Calibration, Mesh
 
@@ -61,7 +61,7 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
     full, short = step_s(options.batch_size), step_s(last)
     epoch_s = (per_epoch - 1) * full + short + look_s(sizes["select"])
     learning = turns * options.epochs * epoch_s + look_s(sizes["select"])
-    anew = layout.tracking and recipe.buffers in ("auto", "recalibrate")  # running statistics, at every beginning and epoch
+    anew = recalibrates(recipe, layout, ingredients)  # at every beginning and after every epoch
     if anew:
         learning += turns * (options.epochs + 1) * look_s(min(sizes["fit"], CALIBRATION_WHILE_CHOOSING))
     read = sum(i.nbytes for i in ingredients)

@@ -27,7 +27,7 @@ from ray_soup.blocks import Layout
 from ray_soup.checkpoints import Ingredient
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.finetune import distribution, draw, quiet_tune, restored
-from ray_soup.folder import Soup, begun, completed, failures_recorded, locked
+from ray_soup.folder import BOARD, Soup, begun, completed, failures_recorded, locked
 from ray_soup.learn import State, learn
 from ray_soup.pipeline import CALIBRATION_WHILE_CHOOSING, LEARNED, Bench, make_in, model_batch_of, open_bench, prepare, run
 from ray_soup.recipe import Recipe, changed
@@ -399,6 +399,6 @@ def pareto(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _keep_tensorboard(out: Path) -> None:
     """Tune's event files, a folder a trial, in OUT/tensorboard."""
     for events in (out / "state" / "tune").glob("*/events.out.tfevents*"):
-        target = out / "tensorboard" / events.parent.name.split("_soup=")[0]
+        target = out / BOARD / events.parent.name.split("_soup=")[0]
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(events, target / events.name)

@@ -115,7 +115,7 @@ def _mixed(recipe: Recipe, folder: Path, watch: Watch) -> MixedSoup:
     model_batch = model_batch_of(recipe, len(ingredients))
     bench = Bench(recipe, ingredients, layout, mesh, threads, model_batch, actors, actors.setup(watch), watch)
     splits = bench.cut(recipe.learn.seed)
-    made = make_soup(bench, recipe, everything, splits, model_batch, folder / "learn.pt", folder / "board")
+    made = make_soup(bench, recipe, everything, splits, model_batch, folder / "learn.pt")
     calibration = bench.calibration(recipe, splits, CALIBRATION)
     outcomes = baked(bench, made, everything, folder / MODEL, reported(splits), calibration)
     return MixedSoup(made.coefficients, figures_of(outcomes), made.figures, made.notes, _read(folder / MODEL, layout))

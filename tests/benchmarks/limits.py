@@ -93,7 +93,7 @@ def files() -> dict[str, float]:
 
     from ray_soup.bake import bake
     from ray_soup.blocks import partition
-    from ray_soup.cache import drained
+    from ray_soup.cache import cache_at, drained
     from ray_soup.checkpoints import check_together, open_ingredients
     from ray_soup.coefficients import Coefficients
     from ray_soup.directions import open_store
@@ -101,10 +101,8 @@ def files() -> dict[str, float]:
     from ray_soup.models import describe
     from tests.benchmarks.ingredients import write_zoo
 
-    folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
-    before = os.environ.get("RAY_SOUP_CACHE")
-    os.environ["RAY_SOUP_CACHE"] = str(folder / "cache")
-    try:
+    with tempfile.TemporaryDirectory(prefix="ray_soup_benchmark") as made, cache_at(Path(made) / "cache"):
+        folder = Path(made)
         layout = describe(MODEL)
         write_zoo(folder, layout.state_shapes, ZOO)
         os.sync()
@@ -162,12 +160,6 @@ def files() -> dict[str, float]:
             "direction store: the slower of reading and writing / the rest": max(reading, writing) / (making - hashing),
         }
         return results
-    finally:
-        if before is None:
-            del os.environ["RAY_SOUP_CACHE"]
-        else:
-            os.environ["RAY_SOUP_CACHE"] = before
-        shutil.rmtree(folder)
 
 
 def main() -> dict[str, float]:

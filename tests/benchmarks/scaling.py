@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -113,8 +114,8 @@ def scaling() -> dict[str, float]:
     from tests.benchmarks.ingredients import write_zoo
 
     folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
-    before = os.environ.get("RAY_SOUP_CACHE")
-    os.environ["RAY_SOUP_CACHE"] = str(folder / "cache")
+    cache = patch.dict(os.environ, {"RAY_SOUP_CACHE": str(folder / "cache")})  # the actors', too
+    cache.start()
     times: dict[tuple[int, int], float] = {}
     try:
         write_zoo(folder, describe(MODEL).state_shapes, COUNT)
@@ -141,10 +142,7 @@ def scaling() -> dict[str, float]:
             "traffic of a step and actor, without envelopes (KB)": payload / 1e3,
         }
     finally:
-        if before is None:
-            del os.environ["RAY_SOUP_CACHE"]
-        else:
-            os.environ["RAY_SOUP_CACHE"] = before
+        cache.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
