@@ -184,7 +184,7 @@ class Actors:
 
         self.mesh, self._recipe, self._cpus = mesh, recipe, cpus
         self._taken: tuple[tuple[int, ...], str | int] | None = None
-        self._begun: tuple[np.ndarray, np.ndarray] | None = None
+        self._begun: tuple[np.ndarray, np.ndarray, str] | None = None
         self._used: Statistics = {}
         self._seen: tuple[str, ...] = ()
         self._nodes: dict[int, str] = {}
@@ -245,10 +245,15 @@ class Actors:
         self._taken, self._held = call, taken.held
         return taken
 
-    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
-        """Start a model batch: ingredients `chosen` [m] move, the others stay at x float32 [K, B]."""
-        self._begun = (chosen, x)
-        self._ask("begin", lambda actor, rank: actor.begin.remote(chosen, x))
+    def choose_precision(self) -> str:
+        """float32 or bfloat16: what to learn in, on the first actor's hardware."""
+        return self._ask("choose_precision", lambda actor, rank: actor.choose_precision.remote(), [0])[0]
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
+        """Start a model batch: ingredients `chosen` [m] move, the others stay at x float32 [K, B]; passes are in
+        `precision`."""
+        self._begun = (chosen, x, precision)
+        self._ask("begin", lambda actor, rank: actor.begin.remote(chosen, x, precision))
 
     def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
         """Partial projected gradients at x float32 [m, B], of one batch split over the actors."""
@@ -412,8 +417,8 @@ class Actors:
             subset, blocks = self._taken
             self._must(ranks, "being replaced", lambda actor, _: actor.take.remote(subset, blocks), quiet)
         if self._begun is not None:
-            chosen, x = self._begun
-            self._must(ranks, "being replaced", lambda actor, _: actor.begin.remote(chosen, x))
+            begun = self._begun
+            self._must(ranks, "being replaced", lambda actor, _: actor.begin.remote(*begun))
         if self._used:
             self._must(ranks, "being replaced", lambda actor, _: actor.use.remote(self._used))
 

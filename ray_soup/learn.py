@@ -35,7 +35,8 @@ SAVE_EVERY_S = 60.0
 class Asked(Protocol):
     """What the loop asks of the actors."""
 
-    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None: ...
+    def choose_precision(self) -> str: ...
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None: ...
     def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]: ...
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score: ...
     def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics: ...
@@ -48,6 +49,8 @@ class State:
 
     y: torch.Tensor
     """Coordinates float64 [K, B], those of past turns at their best points."""
+    precision: str = ""
+    """Of forward and backward passes: what auto stood for at the beginning."""
     turn: int = 0
     epoch: int = 0
     step: int = 0
@@ -144,10 +147,11 @@ def learn(
             state.statistics = {name: torch.from_numpy(v) for name, v in actors.recalibrate(x, calibration).items()}
             state.image_passes += sum(map(len, calibration))
 
+    state.precision = state.precision or actors.choose_precision()
     for turn in range(state.turn, len(turns)):
         chosen = turns[turn]
         of = parametrisation(recipe.method, norms[chosen])
-        actors.begin(chosen, x_of(parametrisation(recipe.method, norms), state.y))
+        actors.begin(chosen, x_of(parametrisation(recipe.method, norms), state.y), state.precision)
         if state.moving is None:
             state.moving, state.best = state.y[chosen].clone(), state.y[chosen].clone()
         if state.statistics is None:
@@ -217,6 +221,8 @@ def _gradient(partials: list[Partial], count: int, of: Affine | Softmax, clip: f
         total += partial.gradient
     assert state.moving is not None
     if not np.isfinite(total).all():
+        if state.steps == 0:
+            raise SoupError("The loss is not finite at the first step: do images of data.fit hold NaN or infinity?")
         raise SoupError(f"The loss is no longer finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
     gradient = without_noise(of.gradient(state.moving.numpy(), total / count))
     size = float(np.linalg.norm(gradient))
@@ -237,6 +243,7 @@ def _count(state: State, partials: list[Partial], examples: int, x: np.ndarray, 
 def summary(state: State) -> dict[str, Any]:
     """The figures of a run that go into run.json."""
     return {
+        "precision": state.precision,
         "steps": state.steps,
         "image_passes": state.image_passes,
         "step_ms": median(state.step_ms),

@@ -228,8 +228,8 @@ class Recipe(Section):
     actors: ActorsSection = ActorsSection()
     directions: Directions = Directions()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward and backward passes while learning; auto: bfloat16 where the hardware has it. Results are reported
-    in float32."""
+    """Of forward and backward passes while learning and fine-tuning; auto: bfloat16 on a GPU that has it, and on a CPU
+    where it is seen to be faster. Results are reported in float32."""
     out_dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """What the soup's floats are written in; keep: the widest dtype that the ingredients hold a tensor in."""
     shard_size: str | int | None = None

@@ -108,8 +108,8 @@ def micro_batch_size(recipe: Recipe, parameters: int) -> int:
     return 32 if parameters > 5_000_000 else 128
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """True where products in bfloat16 are done in hardware."""
+def has_bfloat16(device: torch.device) -> bool:
+    """True where there are instructions for products in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
@@ -137,10 +137,31 @@ class Calibration:
     """Of an actor with model and data, and without directions, in a forward and backward pass."""
 
 
-def autocast(recipe: Recipe, device: torch.device) -> Any:
-    """The context of forward passes that the recipe's precision asks for."""
-    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and has_fast_bfloat16(device))
-    return torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+def autocast(precision: str, device: torch.device) -> Any:
+    """The context of forward passes in float32 or bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
+def choose_precision(recipe: Recipe, model: torch.nn.Module, images: torch.Tensor) -> str:
+    """What the recipe's `precision` stands for. auto is bfloat16 on a GPU that has it; on a CPU that has it, only where
+    forward and backward passes of these images take a tenth less time: there are some on which they take twice as much."""
+    device = images.device
+    if recipe.precision != "auto" or not has_bfloat16(device):
+        return "float32" if recipe.precision == "auto" else recipe.precision
+    if device.type == "cuda":
+        return "bfloat16"
+
+    def seconds(precision: str) -> float:
+        times: list[float] = []
+        while not times or max(sum(times[1:]), times[0] / 10) < 0.05:  # the first also prepares, and tells if it takes long
+            start = time.perf_counter()
+            with autocast(precision, device):
+                logits = model(images)
+            logits.float().sum().backward()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return "bfloat16" if seconds("bfloat16") < 0.9 * seconds("float32") else "float32"
 
 
 class GroupLost(Exception):
@@ -184,12 +205,11 @@ class Shard:
         self.examples: dict[str, Examples] = yield from _named(
             "decoding images", load_sources(self.recipe.data, built.preprocess)
         )
-        first = next(iter(self.examples.values()), None)
-        if first is None:
+        if not self.examples:
             raise RecipeError("The recipe names no data. Add data: with fit and test.")
-        images, _ = first.batch(np.zeros(1, np.int64), self.device)
-        self.classes = self._classes(images, first.spec)
         for examples in self.examples.values():
+            images, _ = examples.batch(np.zeros(1, np.int64), self.device)
+            self.classes = self._classes(images, examples.spec)
             examples.check_labels(self.classes)
         self.loss = loss_of(self.recipe, self.classes, self.device)
         self.metric = metric_of(self.recipe, self.classes, self.device)
@@ -203,7 +223,6 @@ class Shard:
         self.theta = torch.zeros(self.slice * shards, device=self.device)
         flatten(self.model, self.theta, None, self.layout)
         self.micro_batch = micro_batch_size(self.recipe, self.layout.numel)
-        self.precision = autocast(self.recipe, self.device)
         self._mixed_buffers: dict[str, torch.Tensor] = {}
         self.use({})
         fingerprint = models.fingerprint(self.recipe.model, built)
@@ -257,15 +276,22 @@ class Shard:
         held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
         yield Taken(parts, norms, self.store.sha256, self._output, held)
 
+    def choose_precision(self) -> str:
+        """float32 or bfloat16: what to learn in, on this actor's hardware."""
+        examples = next(iter(self.examples.values()))
+        images, _ = examples.batch(np.arange(min(self.micro_batch, len(examples))), self.device)
+        return choose_precision(self.recipe, self.model, images)
+
     def calibrate(self, model_batch: int) -> Iterator[tuple[str, int, int] | Calibration]:
         """Time the parts of a step for about two seconds, with made-up directions of `model_batch` ingredients."""
         yield "calibrating", 0, 3
         source, examples = next(iter(self.examples.items()))
         rows = np.arange(min(self.micro_batch, len(examples)), dtype=np.int32)
         images, labels = examples.batch(rows, self.device)
+        precision = autocast(self.choose_precision(), self.device)
 
         def passes() -> None:
-            with self.precision:
+            with precision:
                 logits = self.model(images)
             F.cross_entropy(logits.float(), labels, reduction="sum").backward()
 
@@ -308,8 +334,11 @@ class Shard:
                 f"The model {self.recipe.model} cannot take the images of {spec}, {images.dtype} "
                 f"{list(images.shape[1:])} each: {str(error).partition(chr(10))[0]}"
             ) from error
-        if logits.ndim != 2:
-            raise RecipeError(f"The model {self.recipe.model} returned {list(logits.shape)}; expected logits [n, classes].")
+        if logits.ndim != 2 or len(logits) != 1:
+            raise RecipeError(
+                f"The model {self.recipe.model} made {list(logits.shape)} of one image of {spec}, {images.dtype} "
+                f"{list(images.shape[1:])}; expected logits [1, classes]."
+            )
         return logits.shape[1]
 
     def _output_layer(self) -> tuple[str, ...]:
@@ -390,11 +419,12 @@ class Shard:
 
     # Learning
 
-    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
-        """Start a model batch: ingredients `chosen` [m] move, the others stay at x [K, B].
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str = "float32") -> None:
+        """Start a model batch: ingredients `chosen` [m] move, the others stay at x [K, B]; passes are in `precision`.
 
         base = center + sum over the others of x d, computed from scratch in the order of the ingredients.
         """
+        self.precision = autocast(precision, self.device)
         others = np.setdiff1d(np.flatnonzero(np.any(x != 0, axis=1)), chosen)
         self.base = self.center
         if len(others):

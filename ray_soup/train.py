@@ -24,7 +24,7 @@ from ray_soup.data import Examples, batch_positions, load_source
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.preprocess import Tail, takes
 from ray_soup.recipe import Recipe
-from ray_soup.shard import autocast
+from ray_soup.shard import autocast, choose_precision, micro_batch_size
 
 Epochs = Generator[tuple[int, int], None, dict[str, float]]
 
@@ -59,19 +59,23 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
     steps = epochs * -(-len(loaded.labels) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=hyper["lr"], weight_decay=hyper["wd"], fused=True)
     epoch = step = 0
-    loss_sum = 0.0
+    loss_sum, chosen = 0.0, ""
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         epoch, step, loss_sum = state["epoch"], state["step"], state["loss_sum"]
+        chosen = state["precision"]
     running: torch.nn.Module = model
     if worker.world > 1:
         running = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     if takes(built.preprocess) == "text" and (hyper["mixup"] or hyper["shift"] or hyper["randaugment"]):
         raise RecipeError("finetune: mixup, shift and randaugment are made for images. Set them to 0 for texts.")
     images_of = Augment(loaded.images, hyper, loaded.tail)
-    precision = autocast(recipe, device)
+    if not chosen:
+        some = np.arange(min(batch_size, micro_batch_size(recipe, sum(p.numel() for p in model.parameters())), len(loaded)))
+        chosen = choose_precision(recipe, model.eval(), images_of(some, np.random.default_rng(0)).to(device))
+    precision = autocast(chosen, device)
     while epoch < epochs:
         model.train()
         random = np.random.default_rng([hyper["seed"], epoch, worker.rank])
@@ -105,7 +109,9 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
             raise SoupError(f"Training diverged with {hyper}.")
         if worker.rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "epoch": epoch, "step": step, "loss_sum": loss_sum}, f"{state_file}.tmp")
+            torch.save(
+                {**state, "epoch": epoch, "step": step, "loss_sum": loss_sum, "precision": chosen}, f"{state_file}.tmp"
+            )
             os.replace(f"{state_file}.tmp", state_file)
         yield epoch, epochs
     metrics = {"train_loss": loss_sum * worker.world / len(loaded.labels)}

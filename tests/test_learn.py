@@ -22,10 +22,10 @@ from ray_soup.actors import Actors, quiet, resolve_mesh
 from ray_soup.coefficients import load_coefficients
 from ray_soup.data import batch_positions, cut
 from ray_soup.errors import RecipeError
-from ray_soup.learn import State, learn, load_state, model_batches, parametrisation, save_state
+from ray_soup.learn import State, learn, load_state, model_batches, parametrisation, save_state, summary
 from ray_soup.pipeline import prepare, run
 from ray_soup.recipe import changed, make_recipe
-from ray_soup.shard import Mesh
+from ray_soup.shard import Mesh, choose_precision
 from tests import tiny
 from tests.conftest import ROOT, InProcess, ray_soup, values
 
@@ -99,6 +99,58 @@ def test_a_state_saved_then_loaded_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(loaded.y, state.y)
     assert torch.equal(loaded.moving, state.moving)
     assert (loaded.turn, loaded.epoch, loaded.step_ms, loaded.best) == (1, 2, [1.5], None)
+
+
+class Slower(torch.nn.Module):
+    """Takes its time in one precision."""
+
+    def __init__(self, in_bfloat16: bool) -> None:
+        super().__init__()
+        self.layer, self.in_bfloat16 = torch.nn.Linear(2, 2), in_bfloat16
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu") == self.in_bfloat16:
+            time.sleep(0.05)
+        return self.layer(images)
+
+
+@pytest.mark.parametrize(("in_bfloat16", "faster"), [(True, "float32"), (False, "bfloat16")])
+def test_auto_takes_the_precision_that_is_faster_here(
+    monkeypatch: pytest.MonkeyPatch, in_bfloat16: bool, faster: str
+) -> None:
+    model, images = Slower(in_bfloat16), torch.zeros(3, 2)
+    for instructions, asked, found in ((True, "auto", faster), (False, "auto", "float32"), (True, "bfloat16", "bfloat16")):
+        monkeypatch.setattr("ray_soup.shard.has_bfloat16", lambda device, has=instructions: has)
+        assert choose_precision(make_recipe({"model": tiny.SPEC, "precision": asked}), model, images) == found
+
+
+def test_a_stopped_run_goes_on_in_its_precision(zoo: Path, tmp_path: Path) -> None:
+    """Whatever is faster when it goes on."""
+    begun: list[str] = []
+
+    class Choosing(InProcess):
+        faster = "bfloat16"
+
+        def choose_precision(self) -> str:
+            return self.faster
+
+        def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
+            begun.append(precision)
+            super().begin(chosen, x, precision)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = make_recipe(values(zoo, precision="auto", learn__model_batch=4))
+    actors = Choosing(recipe)
+    taken = actors.take_all("tensor")
+    splits = cut(recipe.data, actors.ready.sizes, actors.ready.fit_digests, 1)
+    with pytest.raises(KeyboardInterrupt):
+        learn(recipe, actors, taken.norms, splits, 4, tmp_path / "s.pt", after_epoch=stop)
+    actors.faster = "float32"
+    state = learn(recipe, actors, taken.norms, splits, 4, tmp_path / "s.pt")
+    assert begun == ["bfloat16"] * 3
+    assert summary(state)["precision"] == "bfloat16"
 
 
 @pytest.mark.usefixtures("cluster")

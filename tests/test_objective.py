@@ -76,7 +76,7 @@ def test_the_projected_gradient_of_a_loss_is_autograd(zoo: Path, changes: dict[s
     actors = bench(zoo, blocks="model", learn__micro_batch=7, **changes)
     shard, layout = actors.shards[0], actors.layout
     x = np.full((8, 1), 0.01, np.float32) * np.arange(8, dtype=np.float32)[:, None]
-    actors.begin(np.arange(8), np.zeros((8, 1)))
+    actors.begin(np.arange(8), np.zeros((8, 1)), "float32")
     partial = shard.step(x, 1.5, Split("fit", np.arange(61, dtype=np.int32)))
 
     wide = torch.from_numpy(x[:, 0]).requires_grad_()

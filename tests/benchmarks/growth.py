@@ -49,7 +49,7 @@ def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> 
     store = time.perf_counter() - start
     split = Split("fit", np.arange(batch, dtype=np.int32))
     with Resident() as resident:
-        shard.begin(np.arange(model_batch), np.zeros((count, blocks), np.float32))
+        shard.begin(np.arange(model_batch), np.zeros((count, blocks), np.float32), shard.choose_precision())
         x = np.full((model_batch, blocks), 1e-4, np.float32)
         seconds = typical(lambda: shard.step(x, 1.0, split))
         shard.reset_peak()

@@ -41,7 +41,7 @@ def opened(recipe: Any, size: int) -> tuple[Any, int]:
     actors = Actors(recipe, ingredients, Mesh(size, 1), 1)
     actors.setup(quiet)
     blocks = actors.take(tuple(range(COUNT)), "tensor", quiet).partition.count
-    actors.begin(np.arange(COUNT), np.zeros((COUNT, blocks), np.float32))
+    actors.begin(np.arange(COUNT), np.zeros((COUNT, blocks), np.float32), actors.choose_precision())
     return actors, blocks
 
 

@@ -117,7 +117,7 @@ def ours(folder: Path, precision: str) -> dict[str, float]:
     shard, blocks = opened(folder, precision)
     results: dict[str, float] = {}
     with Resident() as resident:
-        shard.begin(np.arange(COUNT), np.zeros((COUNT, blocks), np.float32))
+        shard.begin(np.arange(COUNT), np.zeros((COUNT, blocks), np.float32), shard.choose_precision())
         x = np.full((COUNT, blocks), 1e-3, np.float32)
         for size in BATCHES:
             batch = Split("fit", np.arange(size, dtype=np.int32))
