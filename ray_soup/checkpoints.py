@@ -446,10 +446,37 @@ def _checkpoint_of(path: str) -> str | None:
     return None
 
 
+def check_apart(spec: str | Sequence[str] | None, out: str) -> None:
+    """Raises RecipeError where a soup in the folder `out` would be among the ingredients that `spec` names."""
+    if spec is None or not isinstance(spec, str):
+        for one in spec or ():
+            check_apart(one, out)
+        return
+    pattern, folder = (
+        s.rstrip("/") if storage.is_remote(s) else os.path.abspath(s) for s in (split_metric(split_key(spec)[0])[0], out)
+    )
+    inside = storage.isdir(pattern) and folder.rpartition("/")[0] == pattern
+    if inside or (has_magic(pattern) and storage.matches(folder, pattern)):
+        raise RecipeError(
+            f"OUT {out} lies where ingredients are looked for ({spec}): the soup would be one of them the next time. Choose "
+            "a folder outside."
+        )
+
+
 def _without_shards(files: list[str]) -> list[str]:
     """Leave out the shards that an index among `files` stands for."""
     shards = {shard for index in files if index.endswith(INDEX_SUFFIXES) for shard in _shards_of(index)}
     return [f for f in files if f not in shards]
+
+
+def _whole_links(paths: list[str]) -> list[str]:
+    """The same. Raises IngredientError for a link to nothing that is called as a checkpoint is."""
+    for path in paths:
+        if not storage.is_remote(path) and _is_checkpoint(path) and os.path.islink(path) and not os.path.exists(path):
+            raise IngredientError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist. Bring that file back, or remove the link."
+            )
+    return paths
 
 
 def _natural(path: str) -> list[Any]:
@@ -483,10 +510,10 @@ def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
         return [(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
     if has_magic(spec) and not storage.exists(spec):
         found = sorted(storage.glob(spec), key=_natural)
-        paths = [p for p in _without_shards(found) if _checkpoint_of(p)]
+        paths = [p for p in _without_shards(_whole_links(found)) if _checkpoint_of(p)]
     elif storage.isdir(spec):
         children = sorted((storage.join(spec, child) for child in storage.listdir(spec)), key=_natural)
-        paths = _without_shards([c for c in children if _checkpoint_of(c)])
+        paths = _without_shards([c for c in _whole_links(children) if _checkpoint_of(c)])
     elif storage.exists(spec):
         paths = [spec] if _checkpoint_of(spec) else []
     else:

@@ -139,7 +139,7 @@ def compare(recipe: Recipe, out: str | Path, options: Options = Options(), watch
     before this one was stopped, or returns what is complete. Raises SoupError."""
     ingredients, layout = prepare(recipe, needs_fit=True)
     options.check(len(ingredients))
-    with locked(out, watch) as folder:
+    with locked(out, watch, recipe.ingredients) as folder:
         asked = [options.seeds, list(options.drop_top), list(options.by_count)]
         soup = completed(folder, begun(recipe, ingredients, compare=asked))
         if soup is None:

@@ -65,9 +65,11 @@ class Examples:
         """Raises RecipeError for a label that the model has no output for."""
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
         if len(wrong):
+            from_one = self.labels.min() == 1 and self.labels.max() == classes
+            cure = "They seem to count from 1: subtract 1" if from_one else "Correct the labels or the model"
             raise RecipeError(
                 f"{self.spec}: label {self.labels[wrong[0]]} at row {wrong[0]} ({len(wrong)} such); the model has "
-                f"{classes} classes, so labels are 0 to {classes - 1}. Correct the labels or the model."
+                f"{classes} classes, so labels are 0 to {classes - 1}. {cure}."
             )
 
 

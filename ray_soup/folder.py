@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from ray_soup import __version__, storage
 from ray_soup.actors import Watch, quiet
 from ray_soup.cache import cache_folder, content_key
-from ray_soup.checkpoints import Ingredient, sha256_file
+from ray_soup.checkpoints import Ingredient, check_apart, sha256_file
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.recipe import Recipe, dump_recipe
 
@@ -194,11 +194,13 @@ _LEASES: dict[Path, Lease] = {}  # likewise
 
 
 @contextmanager
-def locked(out: str | Path, watch: Watch = quiet) -> Iterator[Path]:
-    """One run at a time in the output folder `out`. Yields the folder to work in: itself, or for a URI one on this machine,
-    whose state is uploaded every BEAT_S, and all of it at the end."""
+def locked(out: str | Path, watch: Watch = quiet, ingredients: str | Sequence[str] | None = None) -> Iterator[Path]:
+    """One run at a time in the output folder `out`, which may not lie where the recipe looks for `ingredients`. Yields the
+    folder to work in: itself, or for a URI one on this machine, whose state is uploaded every BEAT_S, and all of it at the
+    end."""
     if not str(out):
         raise RecipeError("OUT is empty; expected a folder, or a URI such as s3://bucket/folder.")
+    check_apart(ingredients, str(out))
     if not storage.is_remote(str(out)):
         with _locked_here(Path(out).absolute(), watch) as folder:
             yield folder
@@ -265,8 +267,10 @@ def _locked_here(out: Path, watch: Watch) -> Iterator[Path]:
     finally:
         _LEASES.pop(out, None)
         lock.release()
-        if not existed and not any(f.name != "lock" for f in state.iterdir()) and len(list(out.iterdir())) == 1:
-            shutil.rmtree(out)  # nothing came of it
+        if not any(f.name != "lock" for f in state.iterdir()):  # nothing came of it
+            shutil.rmtree(state)
+            if not existed and not any(out.iterdir()):
+                out.rmdir()
 
 
 @contextmanager

@@ -62,6 +62,7 @@ from ray_soup.recipe import SOFTMAX, Data, Recipe, changed, load_recipe
 from ray_soup.report import Report, html, model_card
 from ray_soup.running_statistics import buffers_of
 from ray_soup.shard import Mesh, Ready, Taken
+from ray_soup.sources import check_there
 
 LEARNED = (*SOFTMAX, "mehl", "mehl+")
 CALIBRATION = 10_000  # images of fit, at most, that a soup's running statistics are computed on
@@ -74,6 +75,7 @@ def prepare(recipe: Recipe, needs_fit: bool = False) -> tuple[list[Ingredient], 
         raise RecipeError("The recipe names no data.fit, held-out data to learn on. Add it, as in data: {fit: heldout.npz}.")
     if recipe.data.fit is None and recipe.buffers == "recalibrate":
         raise RecipeError("buffers: recalibrate needs data.fit, held-out images to compute running statistics on. Add it.")
+    check_there(recipe.data)
     ingredients = open_ingredients(recipe.ingredients)
     layout = describe(recipe.model)
     check_together(ingredients, layout.state_shapes, layout.tied)
@@ -371,7 +373,7 @@ def run(recipe: Recipe, out: str | Path, watch: Watch = quiet, state: Path | Non
     """Make the soup that `recipe` describes in the folder `out`; goes on where a run before this one was stopped, or at
     `state`, or returns what is complete. Raises SoupError."""
     ingredients, layout = prepare(recipe)
-    with locked(out, watch) as folder:
+    with locked(out, watch, recipe.ingredients) as folder:
         soup = completed(folder, begun(recipe, ingredients))
         if soup is None:
             with failures_recorded(folder):

@@ -237,7 +237,7 @@ def search(recipe: Recipe, out: str | Path, watch: Watch = quiet) -> Soup:
     where a search before this one was stopped, or returns what is complete. Raises SoupError."""
     ingredients, layout = prepare(recipe, needs_fit=True)
     configs = make_configs(recipe, len(ingredients))
-    with locked(out, watch) as folder:
+    with locked(out, watch, recipe.ingredients) as folder:
         soup = completed(folder, begun(recipe, ingredients, kind="search"))
         if soup is None:
             with failures_recorded(folder), connect():

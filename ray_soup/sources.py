@@ -17,7 +17,7 @@ import numpy as np
 from ray_soup import storage
 from ray_soup.errors import RecipeError
 from ray_soup.models import import_function
-from ray_soup.recipe import is_function
+from ray_soup.recipe import Data, is_function
 
 KINDS = "an .npz or .parquet file, a folder of Parquet files, of CLASS/image files or of `save_to_disk`, or module:function"
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
@@ -73,11 +73,22 @@ def _here(spec: str) -> Generator[tuple[int, int], None, str]:
         path = yield from storage.local_copy(spec)
     except FileNotFoundError:
         path = spec
+    _check_exists(path)
+    return path
+
+
+def check_there(data: Data) -> None:
+    """Raises RecipeError for a local source that this machine does not see."""
+    for spec in (data.train, *data.sources().values()):
+        if spec is not None and not is_function(spec) and not storage.is_remote(spec):
+            _check_exists(spec)
+
+
+def _check_exists(path: str) -> None:
     if not os.path.exists(path):
         raise RecipeError(
-            f"data: {spec} does not exist on {socket.gethostname()}. Expected {KINDS}, where every node sees it."
+            f"data: {path} does not exist on {socket.gethostname()}. Expected {KINDS}, where every node sees it."
         )
-    return path
 
 
 def _identity(files: Sequence[Path]) -> list[Any]:

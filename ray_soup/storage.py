@@ -181,6 +181,11 @@ def glob(pattern: str) -> list[str]:
     return [f"{base}/{'/'.join(names)}" for names in found if _matches(names, parts[fixed:])]
 
 
+def matches(path: str, pattern: str) -> bool:
+    """Whether a glob of *, ?, [...] and ** names this path."""
+    return _matches(path.split("/"), pattern.split("/"))
+
+
 def _matches(names: list[str], parts: list[str]) -> bool:
     if not parts or not names:
         return not parts and not names

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,33 @@ def test_data_faults_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "b.npz").write_bytes(b"nothing")
     with pytest.raises(RecipeError, match=r"b\.npz cannot be read"):
         sources(Data(test=str(tmp_path / "b.npz")))
+
+
+ODD: dict[str, tuple[Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]], str]] = {
+    "labels from 1": (lambda x, y: {"images": x, "labels": y + 1}, "labels are 0 to 9. They seem to count from 1"),
+    "labels as floats": (
+        lambda x, y: {"images": x, "labels": y.astype(float)}, r"labels are float64 \[600\]; expected int64 \[n\]",
+    ),
+    "one-hot labels": (lambda x, y: {"images": x, "labels": np.eye(10, dtype=int)[y]}, r"labels are int64 \[600, 10\]"),
+    "other channels": (
+        lambda x, y: {"images": np.stack([x] * 3, 1), "labels": y}, r"made \[3, 10\] of one image of .* \[3, 8, 8\]",
+    ),
+    "no examples": (lambda x, y: {"images": x[:0], "labels": y[:0]}, "0 images and 0 labels; expected as many of both"),
+    "objects": (lambda x, y: {"images": np.array([None] * 600), "labels": y}, r"cannot be read as \.npz \(Object arrays"),
+    "another name": (lambda x, y: {"x": x, "labels": y}, r"holds \['x', 'labels'\]; expected the arrays 'images' and"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_arrays_are_refused_with_what_was_expected(zoo: Path, tmp_path: Path, odd: str) -> None:
+    from tests.conftest import InProcess, values
+
+    change, said = ODD[odd]
+    with np.load(zoo / "test.npz") as arrays:
+        np.savez(tmp_path / "odd.npz", **change(arrays["images"], arrays["labels"]))
+    data = {"fit": str(zoo / "heldout.npz"), "test": str(tmp_path / "odd.npz")}
+    with pytest.raises(RecipeError, match=said):
+        InProcess(make_recipe(values(zoo, data=data)))
 
 
 def pictures(count: int = 6) -> list[Image.Image]:

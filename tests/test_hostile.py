@@ -87,6 +87,9 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a Git LFS pointer as .pt": (lambda f: (f / "zoo" / "a.pt").write_text(LFS), "Run `git lfs pull`"),
     "plain text as .pt": (lambda f: (f / "zoo" / "a.pt").write_text("hello"), "cannot be read as a torch checkpoint"),
     "a cut torch file": (cut_torch_file, "a.pt cannot be read as a torch checkpoint: it is damaged or truncated"),
+    "a link to nothing": (
+        lambda f: os.symlink("/nowhere/b.pt", f / "zoo" / "b.pt"), "b.pt is a link to /nowhere/b.pt, which does not exist",
+    ),
     "no bytes": (lambda f: model(f).write_bytes(b""), "model_2.safetensors is empty (0 bytes)"),
     "five bytes": (lambda f: model(f).write_bytes(b"12345"), "is not a safetensors file, or is truncated"),
     "a shape that its bytes are not": (lambda f: header(f, shape=[11]), "takes 40 bytes; float32 [11] would take 44"),
@@ -155,10 +158,13 @@ def test_values_out_of_range(own: Path, override: str) -> None:
 def test_output_folders(own: Path) -> None:
     clear(uniform(own, ""), 2, "OUT is empty")
     clear(uniform(own, own / ("a" * 300)), 2, "File name too long")
-    clear(uniform(own, own / "zoo" / "model_0.safetensors"), 2, "cannot be made")
+    clear(uniform(own, own / "r.yaml"), 2, "cannot be made")
     clear(uniform(own, own / "zoo"), 2, "is not empty and holds no run of ray-soup")
-    clear(uniform(own, own / "zoo" / "out"), 0)
-    clear(uniform(own, own / "zoo" / "out"), 2, "have changed since: ", "outside that of the ingredients")
+    assert not (own / "zoo" / "state").exists()
+    clear(uniform(own, own / "zoo" / "out"), 2, "lies where ingredients are looked for", "Choose a folder outside")
+    assert not (own / "zoo" / "out").exists()
+    clear(uniform(own, own / "zoo" / "out", ingredients=str(own / "zoo" / "*")), 2, "lies where ingredients")
+    clear(uniform(own, own / "zoo" / "out", ingredients=str(own / "zoo" / "*.safetensors")), 0)
     (own / "o" / "state").mkdir(parents=True)
     (own / "o" / "state" / "begun.json").write_text("{")
     clear(uniform(own, own / "o"), 2, "begun.json is damaged")
