@@ -519,11 +519,9 @@ def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
     else:
         raise RecipeError(f"ingredients: {spec} does not exist. Give a glob, a list or a folder of checkpoints.")
     if not paths:
-        found_there = ", ".join(storage.listdir(spec)[:5]) if storage.isdir(spec) else "nothing that matches"
-        raise RecipeError(
-            f"ingredients: no checkpoints at {spec}; found {found_there or 'an empty folder'}; expected files ending "
-            f"in {_suffixes()}."
-        )
+        folder = spec if storage.isdir(spec) else os.path.dirname(spec)
+        there = ", ".join(storage.listdir(folder)[:5]) or "an empty folder" if storage.isdir(folder) else "no such folder"
+        raise RecipeError(f"ingredients: no checkpoints at {spec}; found {there}; expected files ending in {_suffixes()}.")
     return [(path, None) for path in paths]
 
 

@@ -98,9 +98,9 @@ def tests_table(tests: Sequence[dict[str, Any]], against: str, split: str) -> tu
     return head, [
         [
             t["model_name"],
-            f"{100 * t['accuracy']:+.2f} ({100 * t['accuracy_low']:+.2f} to {100 * t['accuracy_high']:+.2f})",
+            f"{100 * t['accuracy']:+.2f} ({100 * t['accuracy_low']:+.2f}, {100 * t['accuracy_high']:+.2f})",
             f"{t['mcnemar_p']:.2g}",
-            f"{t['nll']:+.4f} ({t['nll_low']:+.4f} to {t['nll_high']:+.4f})",
+            f"{t['nll']:+.4f} ({t['nll_low']:+.4f}, {t['nll_high']:+.4f})",
         ]
         for t in tests
         if (t["against"], t["split"]) == (against, split)

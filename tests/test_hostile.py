@@ -176,6 +176,15 @@ def test_a_record_of_something_else(tmp_path: Path, text: str) -> None:
     clear(call("verify", tmp_path), 2, "is not a finished soup")
 
 
+def test_a_pattern_for_files_of_another_kind(own: Path) -> None:
+    said = (
+        "no checkpoints at",
+        "found model_0.safetensors, model_1.safetensors, model_2.safetensors; expected files ending",
+    )
+    clear(uniform(own, own / "out", ingredients=str(own / "zoo" / "*.pth.tar")), 2, *said)
+    clear(uniform(own, own / "out", ingredients=str(own / "zoos" / "*.pt")), 2, "found no such folder")
+
+
 def test_odd_names_are_whole_names(own: Path) -> None:
     for k, name in enumerate(["a model", "größe 模型", "new\nline"]):
         model(own, k).rename(own / "zoo" / f"{name}.safetensors")
