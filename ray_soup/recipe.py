@@ -285,9 +285,7 @@ def changed(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     values = (for_method(recipe, config["method"]) if "method" in config else recipe).model_dump()
     changes: dict[str, Any] = {}
     for key, value in config.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        changes = _merge(changes, value)
+        changes = _merge(changes, _nested(key, value))
     changes.pop("method", None)
     return make_recipe(_merge(values, _absolute_paths(changes, Path.cwd())), f"the recipe with {config}")
 
@@ -332,14 +330,32 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
-        return {name: _absolute(v, folder) for name, v in value.items()}
+        return type(value)({name: _absolute(v, folder) for name, v in value.items()})
     return absolute(value, folder) if isinstance(value, str) else value
+
+
+class _Whole(dict[str, Any]):
+    """A mapping that takes the place of another one."""
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """`learn.lr`, 0.02 -> `{"learn": {"lr": 0.02}}`. Keys of a section are added to what is there; another mapping, such as
+    `{uniform: [0, 1]}`, takes its place."""
+    section: Any = Recipe
+    for part in key.split("."):
+        found = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        section = found.annotation if found else None
+    is_section = isinstance(section, type) and issubclass(section, BaseModel)
+    value = value if is_section or not isinstance(value, dict) else _Whole(value)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = dict(into)
     for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and not isinstance(value, _Whole)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
@@ -358,9 +374,7 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
         if isinstance(value, str):  # YAML takes 1e-3 for text; a person means a number
             with suppress(ValueError):
                 value = float(value)
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        values = _merge(values, value)
+        values = _merge(values, _nested(key, value))
     return _absolute_paths(values, Path.cwd())
 
 

@@ -78,6 +78,23 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
         load_recipe(tmp_path / "none.yaml")
 
 
+def test_an_override_takes_the_place_of_a_mapping_that_is_no_section(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: a:b\ndata: {fit: x.npz, test: {v1: s3://a/1, v2: s3://a/2}}\nsearch: {learn: {lr: {uniform: [0, 1]}}}"
+    )
+    recipe = load_recipe(file, ["data.test={v3: s3://a/3}", "finetune.lr={uniform: [0, 1]}", "search.learn.lr={grid: [1]}"])
+    assert recipe.data.test == {"v3": "s3://a/3"}
+    assert recipe.data.fit == str(tmp_path / "x.npz")
+    assert recipe.finetune.lr == {"uniform": [0, 1]}
+    assert recipe.search.space == {"learn.lr": {"grid": [1]}}
+    file.with_name("again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(file.with_name("again.yaml")) == recipe
+    recipe = load_recipe(file, ["data.test.v3=s3://a/3", "learn={epochs: 2}", "learn.lr=0.5"])
+    assert recipe.data.test == {"v1": "s3://a/1", "v2": "s3://a/2", "v3": "s3://a/3"}
+    assert (recipe.learn.epochs, recipe.learn.lr) == (2, 0.5)
+
+
 def test_an_override_without_a_value_is_refused() -> None:
     with pytest.raises(RecipeError, match="key=value"):
         parse_overrides(["learn.lr"])
