@@ -105,7 +105,7 @@ def micro_batch_size(recipe: Recipe, parameters: int) -> int:
         return recipe.learn.micro_batch
     if recipe.actors.gpus:
         return recipe.learn.batch_size
-    return 32 if parameters > 5_000_000 else 128
+    return 16 if parameters > 5_000_000 else 128
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -151,17 +151,18 @@ def choose_precision(recipe: Recipe, model: torch.nn.Module, images: torch.Tenso
     if device.type == "cuda":
         return "bfloat16"
 
-    def seconds(precision: str) -> float:
-        times: list[float] = []
-        while not times or max(sum(times[1:]), times[0] / 10) < 0.05:  # the first also prepares, and tells if it takes long
+    best = {"float32": float("inf"), "bfloat16": float("inf")}
+    begun = time.perf_counter()
+    for turn in range(5):  # in turns, so that a moment's disturbance strikes both; the first also prepares
+        for precision in best:
             start = time.perf_counter()
             with autocast(precision, device):
                 logits = model(images)
             logits.float().sum().backward()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return "bfloat16" if seconds("bfloat16") < 0.9 * seconds("float32") else "float32"
+            best[precision] = min(best[precision], time.perf_counter() - start)
+        if turn and time.perf_counter() - begun > 0.3:
+            break
+    return "bfloat16" if best["bfloat16"] < 0.9 * best["float32"] else "float32"
 
 
 class GroupLost(Exception):

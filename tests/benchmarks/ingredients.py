@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,15 +19,17 @@ COUNT = 24
 MODEL = "open_clip:ViT-B-32?classes=1000"
 
 
-def write_zoo(folder: Path, shapes: dict[str, tuple[int, ...]], count: int = COUNT) -> None:
-    """Ingredients that differ by a hundredth of their size."""
-    random = torch.Generator().manual_seed(0)
-    size = sum(int(np.prod(shape)) for shape in shapes.values())
-    center, noise = (torch.randn(size, generator=random) for _ in range(2))
+def write_zoo(folder: Path, model: str, count: int = COUNT) -> None:
+    """Ingredients around the model's own initialisation: with numbers that no training leaves, passes may take several times
+    as long (they meet denormal ones)."""
+    from ray_soup.models import build
+
+    torch.manual_seed(0)
+    center = build(model).model.state_dict()
+    noise = torch.randn(sum(t.numel() for t in center.values()))
     for k in range(count):
-        vector = center + 0.01 * noise.roll(1009 * k)
-        parts = vector.split([int(np.prod(shape)) for shape in shapes.values()])
-        state = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        parts = noise.roll(1009 * k).split([t.numel() for t in center.values()])
+        state = {n: t + 0.001 * part.view(t.shape) for (n, t), part in zip(center.items(), parts, strict=True)}
         save_file(state, folder / f"model_{k}.safetensors")
 
 
@@ -95,7 +96,7 @@ def main() -> dict[str, float]:
     folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
     try:
         layout = describe(MODEL)
-        write_zoo(folder, layout.state_shapes)
+        write_zoo(folder, MODEL)
         os.sync()  # the writing of the zoo is not what is measured
         files = sorted(folder.glob("*.safetensors"))
         nbytes = sum(f.stat().st_size for f in files)

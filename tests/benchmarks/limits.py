@@ -104,7 +104,7 @@ def files() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="ray_soup_benchmark") as made, cache_at(Path(made) / "cache"):
         folder = Path(made)
         layout = describe(MODEL)
-        write_zoo(folder, layout.state_shapes, ZOO)
+        write_zoo(folder, MODEL, ZOO)
         os.sync()
         paths = sorted(folder.glob("*.safetensors"))
         source = sum(p.stat().st_size for p in paths)

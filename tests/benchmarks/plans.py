@@ -60,12 +60,11 @@ def measure(folder: Path, case: dict[str, Any]) -> dict[str, float]:
 def main() -> dict[str, float]:
     from ray_soup.actors import connect
     from ray_soup.demo import write_digits
-    from ray_soup.models import describe
     from tests.benchmarks.ingredients import write_zoo
 
     folder, results = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark")), {}
     try:
-        write_zoo(folder, describe(MODEL).state_shapes, max(case["count"] for case in CASES.values()))
+        write_zoo(folder, MODEL, max(case["count"] for case in CASES.values()))
         write_digits(folder)
         with connect():
             for name, case in CASES.items():

@@ -50,7 +50,6 @@ def driver() -> dict[str, float]:
 
     from ray_soup.actors import connect
     from ray_soup.data import Split
-    from ray_soup.models import describe
     from ray_soup.recipe import make_recipe
     from tests.benchmarks.ingredients import write_zoo
 
@@ -66,7 +65,7 @@ def driver() -> dict[str, float]:
     folder, results = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark")), {}
     model = "tests.benchmarks.scaling:many_blocks"
     try:
-        write_zoo(folder, describe(model).state_shapes, COUNT)
+        write_zoo(folder, model, COUNT)
         random = np.random.default_rng(0)
         images = random.standard_normal((128, 10)).astype(np.float32)
         np.savez(folder / "data.npz", images=images, labels=random.integers(0, 10, 128))
@@ -109,7 +108,6 @@ def driver() -> dict[str, float]:
 def scaling() -> dict[str, float]:
     from ray_soup.actors import connect
     from ray_soup.data import Split
-    from ray_soup.models import describe
     from ray_soup.recipe import make_recipe
     from tests.benchmarks.ingredients import write_zoo
 
@@ -118,7 +116,7 @@ def scaling() -> dict[str, float]:
     cache.start()
     times: dict[tuple[int, int], float] = {}
     try:
-        write_zoo(folder, describe(MODEL).state_shapes, COUNT)
+        write_zoo(folder, MODEL, COUNT)
         write_data(folder)
         recipe = make_recipe(
             {"model": MODEL, "ingredients": f"{folder}/*.safetensors", "data": {"fit": str(folder / "data.npz")}}
