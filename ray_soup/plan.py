@@ -35,7 +35,7 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, count, watch)
         model_batch = model_batch_in(recipe, layout.numel, count, mesh)
-        actors = Actors(recipe, [], Mesh(1, 1), cpus)
+        actors = Actors(recipe, ingredients, Mesh(1, 1), cpus)
         try:
             ready = actors.setup(watch)
             seen = actors.calibrate(model_batch, watch)
@@ -66,11 +66,11 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
         learning += turns * (options.epochs + 1) * look_s(min(sizes["fit"], CALIBRATION_WHILE_CHOOSING))
     read = sum(i.nbytes for i in ingredients)
     stored = has_store(ingredients, layout, recipe.directions.dtype)
-    store_s = 0.0 if stored else 1.5 * read * seen.hash_s / max(1, int(cpus))
+    store_s = 0.0 if stored else read * max(1.5 * seen.hash_s / max(1, int(cpus)), seen.read_s)
     looked = (
         sizes["select"] + sum(sizes[name] for name in test_sets(sizes)) + (min(sizes["fit"], CALIBRATION) if anew else 0)
     )
-    final = look_s(looked) + 0.1 * read * seen.hash_s
+    final = look_s(looked) + read * max(0.1 * seen.hash_s, seen.read_s)
     memory = actor_bytes(recipe, layout.numel, model_batch, mesh.shards, seen.peak_bytes - 8 * layout.numel)
     vector = 8 * layout.numel * (mesh.shards - 1) // mesh.shards
     return {

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from ray_soup import directions, models, running_statistics, storage
 from ray_soup.blocks import Partition, flatten, layout_of, partition
 from ray_soup.cache import content_key, drained
-from ray_soup.checkpoints import Ingredient, common_dtype
+from ray_soup.checkpoints import Ingredient, common_dtype, reading_threads
 from ray_soup.data import Examples, Split, check_leaks, load_sources
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.hyperplane import ITEMSIZE, Hyperplane, made_up_plane, widened
@@ -133,6 +133,8 @@ class Calibration:
     """Of one byte of compressed directions."""
     hash_s: float
     """Of one byte of ingredients, on one core."""
+    read_s: float
+    """Of one byte of ingredients, from where they lie."""
     peak_bytes: int
     """Of an actor with model and data, and without directions, in a forward and backward pass."""
 
@@ -316,7 +318,8 @@ class Shard:
         yield "calibrating", 2, 3
         some = bytes(1 << 24)
         hash_s = _seconds(lambda: hashlib.sha256(some).digest()) / len(some)
-        yield Calibration(len(rows), forward_s, step_s, combine_s / nbytes, project_s / nbytes, hash_s, peak)
+        read_s = _reading(self.ingredients)
+        yield Calibration(len(rows), forward_s, step_s, combine_s / nbytes, project_s / nbytes, hash_s, read_s, peak)
 
     def gram(self, part: tuple[int, int]) -> np.ndarray:
         """Sum over part[0] of part[1] parts of the store of d_j d_k: float64 [K, K]."""
@@ -654,6 +657,22 @@ def _seconds(work: Callable[[], Any], at_least: float = 0.3) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return float(np.median(times))
+
+
+def _reading(ingredients: list[Ingredient], places: int = 16, size: int = 1 << 23) -> float:
+    """Seconds for a byte of the ingredients' files, read in some places."""
+    files = [found for i in ingredients for found in zip(i.files, i.sizes, strict=True)]
+    random = np.random.default_rng(0)
+    chosen = [files[k] for k in random.integers(len(files), size=places)]
+    offsets = [int(random.integers(max(1, total - size))) for _, total in chosen]
+
+    def read(file: tuple[str, int], offset: int) -> int:
+        return len(bytes(storage.open_file(*file).read(offset, min(size, file[1] - offset))))
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(reading_threads()) as pool:
+        nbytes = sum(pool.map(read, chosen, offsets))
+    return (time.perf_counter() - start) / nbytes
 
 
 def outcome_of(
