@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,36 +157,75 @@ def _open_clip(name: str, options: dict[str, str], spec: str) -> Built:
 def _zero_shot(clip: torch.nn.Module, name: str, options: dict[str, str], spec: str) -> torch.nn.Module:
     """A whole CLIP, by its own names, that gives the logits of its text tower's classes: for each line of a file the mean of
     its features over the templates. logits = scale * image_features @ class_features.T"""
-    import open_clip
-
-    try:
-        classes = [line.strip() for line in Path(options["zeroshot"]).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"model: the class names in {options['zeroshot']} cannot be read ({error}).") from error
-    templates = options.get("template", "a photo of a {}.").split("|")
-    if len(classes) < 2 or any("{}" not in t for t in templates):
-        raise RecipeError(
-            f"model: {spec}: expected two class names or more, one a line (found {len(classes)}), and templates with {{}}, "
-            "parted by |."
-        )
-    prompts = [template.replace("{}", c) for c in classes for template in templates]
-    try:
-        tokens = open_clip.get_tokenizer(name)(prompts)
-    except Exception as error:  # a tokenizer of transformers that is not there
-        raise RecipeError(f"model: the tokenizer of open_clip's {name} cannot be had ({error}).") from error
+    templates = options.get("template", TEMPLATE).split("|")
+    prompts, tokens = _prompts(name, options["zeroshot"], templates, f"model: {spec}")
+    classes = len(prompts) // len(templates)
 
     def with_prompts(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return inputs[0], tokens.to(inputs[0].device)
 
     def logits(module: torch.nn.Module, inputs: Any, output: Any) -> torch.Tensor:
         images, texts, scale = output[:3]
-        mean = texts.unflatten(0, (len(classes), len(templates))).mean(dim=1)
-        return scale * images @ torch.nn.functional.normalize(mean, dim=-1).T
+        return scale * images @ _class_features(texts, classes).T
 
     clip.register_forward_pre_hook(with_prompts)
     clip.register_forward_hook(logits)
     clip.prompts = tuple(prompts)  # for the fingerprint
     return clip
+
+
+TEMPLATE = "a photo of a {}."
+
+
+def _prompts(name: str, file: str, templates: Sequence[str], key: str) -> tuple[list[str], torch.Tensor]:
+    """For each class name of a file one prompt a template, as text and as tokens. Raises RecipeError."""
+    import open_clip
+
+    try:
+        classes = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{key}: the class names in {file} cannot be read ({error}).") from error
+    if len(classes) < 2 or not templates or any("{}" not in t for t in templates):
+        raise RecipeError(
+            f"{key}: expected two class names or more, one a line (found {len(classes)}), and templates with {{}} in them."
+        )
+    prompts = [template.replace("{}", c) for c in classes for template in templates]
+    try:
+        return prompts, open_clip.get_tokenizer(name)(prompts)
+    except Exception as error:  # a tokenizer of transformers that is not there
+        raise RecipeError(f"{key}: the tokenizer of open_clip's {name} cannot be had ({error}).") from error
+
+
+def _class_features(texts: torch.Tensor, classes: int) -> torch.Tensor:
+    """Means over the templates, of unit length: [classes, features]. texts: features of the prompts."""
+    return torch.nn.functional.normalize(texts.unflatten(0, (classes, -1)).mean(dim=1), dim=-1)
+
+
+def fill_zero_shot(head: torch.nn.Linear, spec: str, source: str, file: str, templates: Sequence[str]) -> None:
+    """Make a head on image features of unit length out of class names, with the text tower and the scale of logits of the
+    CLIP in `source`, as in `load_pretrained` (Radford et al. 2021). Raises RecipeError."""
+    import open_clip
+
+    library, _, rest = spec.partition(":")
+    name, _, query = rest.partition("?")
+    if library != "open_clip" or dict(parse_qsl(query)).get("normalize") != "true":
+        raise RecipeError(
+            f"finetune.class_names: a head of class names takes image features of unit length; the model is {spec}. Write "
+            "open_clip:NAME?classes=N&normalize=true."
+        )
+    prompts, tokens = _prompts(name, file, templates, "finetune.class_names")
+    classes = len(prompts) // len(templates)
+    if classes != head.out_features:
+        raise RecipeError(f"finetune.class_names: {file} names {classes} classes; the model {spec} has {head.out_features}.")
+    tag = source.removeprefix("open_clip:") if source.startswith("open_clip:") else None
+    with _quiet():
+        clip = open_clip.create_model(name, pretrained=tag).eval()
+    if tag is None:
+        load_checkpoint(clip, source)
+    with torch.inference_mode():
+        texts = torch.cat([clip.encode_text(some, normalize=True) for some in tokens.split(256)])
+        head.weight.copy_(clip.logit_scale.exp() * _class_features(texts, classes))
+        head.bias.zero_()
 
 
 def _timm(name: str, options: dict[str, str], spec: str) -> Built:

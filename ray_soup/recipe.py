@@ -138,6 +138,11 @@ class Finetune(Section):
     pretrained: str | None = None
     """A checkpoint that lacks the model's last linear layer, or `open_clip:TAG`: the layer is fitted to its features first
     (a linear probe), and every trial starts from that. With neither of the two a trunk is trained."""
+    class_names: str | None = None
+    """A file of class names, one a line: the layer is made of them by the text tower of `pretrained`, a CLIP, and not
+    fitted."""
+    templates: list[str] = ["a photo of a {}."]
+    """What a class name becomes for the text tower; the mean of them counts."""
     probe_wd: float = Field(1e-4, ge=0)
     """L2 penalty of the linear probe."""
     trunk: Trunk = Trunk()
@@ -321,7 +326,10 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             values["ingredients"] = [absolute(s, folder) if isinstance(s, str) else s for s in spec]
     if isinstance(values.get("model"), str):
         values["model"] = _absolute_model(values["model"], folder)
-    for section, keys in {"data": ("train", "fit", "select", "test"), "finetune": ("init", "pretrained")}.items():
+    for section, keys in {
+        "data": ("train", "fit", "select", "test"),
+        "finetune": ("init", "pretrained", "class_names"),
+    }.items():
         if isinstance(values.get(section), dict):
             given = values[section]
             values[section] = {k: _absolute(v, folder) if k in keys else v for k, v in given.items()}

@@ -180,8 +180,9 @@ def shifted(images: torch.Tensor, most: int, random: np.random.Generator) -> tor
 
 
 def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
-    """A pretrained model and a new head: the linear layer that it lacks, fitted to its features of data.train (logistic
-    regression with an L2 penalty, by L-BFGS). Writes the state dict to `file`. Yields (images seen, in all)."""
+    """A pretrained model and a new head: the linear layer that it lacks, made of class names, or fitted to its features of
+    data.train (logistic regression with an L2 penalty, by L-BFGS). Writes the state dict to `file`. Yields (images seen, in
+    all)."""
     assert recipe.data.train is not None
     assert recipe.finetune.pretrained is not None
     torch.manual_seed(recipe.finetune.seed)
@@ -189,6 +190,11 @@ def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
     built = models.build(recipe.model)
     model = built.model.to(device).eval()
     head = models.load_pretrained(model, recipe.model, recipe.finetune.pretrained)
+    if recipe.finetune.class_names is not None:
+        options = recipe.finetune
+        models.fill_zero_shot(head, recipe.model, options.pretrained, options.class_names, options.templates)
+        write_model(model, file)
+        return
     loaded = yield from load_source(recipe.data.train, built.preprocess)
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().float()))

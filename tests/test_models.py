@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ray_soup.blocks import layout_of
+from ray_soup.cache import drained
 from ray_soup.checkpoints import check_together, open_ingredient, open_ingredients
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.finetune import finetune
 from ray_soup.models import build, describe, fingerprint, load_pretrained, loaded
 from ray_soup.pipeline import bake_again, run, verify
 from ray_soup.recipe import load_recipe, make_recipe
+from ray_soup.train import probe
 
 pytestmark = pytest.mark.slow
 
@@ -200,6 +202,29 @@ def test_open_clip_pretrained_weights_from_a_training_checkpoint(tmp_path: Path)
     head = load_pretrained(model, spec, str(tmp_path / "run_0" / "epoch_2.pt"))
     assert head is model.head
     assert torch.equal(model.visual.conv1.weight, zoo[0].visual.conv1.weight)
+
+
+def test_a_head_of_class_names_gives_the_logits_of_the_whole_clip(tmp_path: Path) -> None:
+    write_epochs(zoo_of(clip, clip_logits, 1), tmp_path)
+    source, names = str(tmp_path / "run_0" / "epoch_2.pt"), tmp_path / "classes.txt"
+    names.write_text("cat\ndog\ncow\n")
+    templates = ["a photo of a {}.", "the {}"]
+    tuned = {"pretrained": source, "class_names": str(names), "templates": templates}
+
+    def probed(spec: str) -> nn.Module:
+        recipe = make_recipe({"model": spec, "data": {"train": "x.npz"}, "finetune": tuned})
+        drained(probe(recipe, tmp_path / "init.safetensors"))
+        return loaded(spec, str(tmp_path / "init.safetensors"))
+
+    whole = loaded(f"open_clip:tiny-clip?zeroshot={names}&template={'|'.join(templates)}", source)
+    with torch.inference_mode():
+        assert_same(probed("open_clip:tiny-clip?classes=3&normalize=true")(IMAGES), whole(IMAGES))
+    for spec, said in (
+        ("open_clip:tiny-clip?classes=3", "takes image features of unit length"),
+        ("open_clip:tiny-clip?classes=4&normalize=true", "names 3 classes; the model"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            probed(spec)
 
 
 # timm
