@@ -340,9 +340,9 @@ class Actors:
         """Let go of what was kept for an ensemble or a greedy search."""
         self._ask("forget", lambda actor, rank: actor.forget.remote())
 
-    def calibrate(self, model_batch: int, watch: Watch) -> Calibration:
-        """What the first actor's node takes for the parts of a step."""
-        return self._ask("calibrate", lambda actor, rank: actor.calibrate.remote(model_batch), [0], watch)[0]
+    def calibrate(self, model_batch: int, most: int, watch: Watch) -> Calibration:
+        """What the first actor's node takes for the parts of a step with no more than `most` images."""
+        return self._ask("calibrate", lambda actor, rank: actor.calibrate.remote(model_batch, most), [0], watch)[0]
 
     def reset_peak(self) -> None:
         self._ask("reset_peak", lambda actor, rank: actor.reset_peak.remote())

@@ -23,7 +23,7 @@ from ray_soup.recipe import Recipe
 from ray_soup.shard import Calibration, Mesh
 
 CALL_S = 0.002  # a round trip to an actor, and the driver's own step
-START_S = 6.0  # actors that import, compile and load
+START_S = 9.0  # actors that import, compile, load and choose a precision; and the report
 
 
 def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def plan(recipe: Recipe, watch: Watch = quiet) -> dict[str, Any]:
         actors = Actors(recipe, ingredients, Mesh(1, 1), cpus)
         try:
             ready = actors.setup(watch)
-            seen = actors.calibrate(model_batch, watch)
+            seen = actors.calibrate(model_batch, -(-recipe.learn.batch_size // mesh.size), watch)
         finally:
             actors.close()
     sizes = {name: len(s) for name, s in cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed).items()}

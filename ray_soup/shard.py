@@ -285,11 +285,12 @@ class Shard:
         images, _ = examples.batch(np.arange(min(self.micro_batch, len(examples))), self.device)
         return choose_precision(self.recipe, self.model, images)
 
-    def calibrate(self, model_batch: int) -> Iterator[tuple[str, int, int] | Calibration]:
-        """Time the parts of a step for about two seconds, with made-up directions of `model_batch` ingredients."""
+    def calibrate(self, model_batch: int, most: int) -> Iterator[tuple[str, int, int] | Calibration]:
+        """Time the parts of a step for about two seconds, with made-up directions of `model_batch` ingredients, and no more
+        than `most` images."""
         yield "calibrating", 0, 3
         source, examples = next(iter(self.examples.items()))
-        rows = np.arange(min(self.micro_batch, len(examples)), dtype=np.int32)
+        rows = np.arange(min(self.micro_batch, most, len(examples)), dtype=np.int32)
         images, labels = examples.batch(rows, self.device)
         precision = autocast(self.choose_precision(), self.device)
 
