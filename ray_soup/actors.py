@@ -179,6 +179,8 @@ class RemoteShard(Shard):
 class Actors:
     """A mesh of actors, and what the driver may ask of them. Every answer comes in the order of ranks."""
 
+    _precision = ""
+
     def __init__(self, recipe: Recipe, ingredients: list[Ingredient], mesh: Mesh, cpus: float):
         import ray
 
@@ -246,8 +248,10 @@ class Actors:
         return taken
 
     def choose_precision(self) -> str:
-        """float32 or bfloat16: what to learn in, on the first actor's hardware."""
-        return self._ask("choose_precision", lambda actor, rank: actor.choose_precision.remote(), [0])[0]
+        """float32 or bfloat16: what to learn in, on the first actor's hardware. Found once."""
+        if not self._precision:
+            self._precision = self._ask("choose_precision", lambda actor, rank: actor.choose_precision.remote(), [0])[0]
+        return self._precision
 
     def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
         """Start a model batch: ingredients `chosen` [m] move, the others stay at x float32 [K, B]; passes are in

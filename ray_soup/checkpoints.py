@@ -456,7 +456,8 @@ def check_apart(spec: str | Sequence[str] | None, out: str) -> None:
         s.rstrip("/") if storage.is_remote(s) else os.path.abspath(s) for s in (split_metric(split_key(spec)[0])[0], out)
     )
     inside = storage.isdir(pattern) and folder.rpartition("/")[0] == pattern
-    if inside or (has_magic(pattern) and storage.matches(folder, pattern)):
+    found = has_magic(pattern) and any(storage.matches(p, pattern) for p in (folder, f"{folder}/model.safetensors"))
+    if inside or found:
         raise RecipeError(
             f"OUT {out} lies where ingredients are looked for ({spec}): the soup would be one of them the next time. Choose "
             "a folder outside."
@@ -520,7 +521,9 @@ def _find(spec: str | Sequence[str]) -> list[tuple[str, Trial | None]]:
         raise RecipeError(f"ingredients: {spec} does not exist. Give a glob, a list or a folder of checkpoints.")
     if not paths:
         folder = spec if storage.isdir(spec) else os.path.dirname(spec)
-        there = ", ".join(storage.listdir(folder)[:5]) or "an empty folder" if storage.isdir(folder) else "no such folder"
+        there = "nothing that matches" if has_magic(folder) else "no such folder"
+        if storage.isdir(folder):
+            there = ", ".join(storage.listdir(folder)[:5]) or "an empty folder"
         raise RecipeError(f"ingredients: no checkpoints at {spec}; found {there}; expected files ending in {_suffixes()}.")
     return [(path, None) for path in paths]
 

@@ -70,6 +70,8 @@ def finetune(recipe: Recipe, out: str | Path, watch: Watch = lambda what, done, 
         )
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data.train to fine-tune on. Add it, as in data: {train: train.npz}.")
+    if recipe.finetune.class_names is not None and (recipe.finetune.pretrained is None or recipe.finetune.init is not None):
+        raise RecipeError("finetune.class_names makes the head of finetune.pretrained, a CLIP: name that, and no init.")
     configs = make_configs(recipe)
     with locked(out, watch) as out:
         manifest = out / "manifest.json"

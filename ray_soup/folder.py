@@ -266,11 +266,11 @@ def _locked_here(out: Path, watch: Watch) -> Iterator[Path]:
             yield out
     finally:
         _LEASES.pop(out, None)
-        lock.release()
         if not any(f.name != "lock" for f in state.iterdir()):  # nothing came of it
             shutil.rmtree(state)
             if not existed and not any(out.iterdir()):
                 out.rmdir()
+        lock.release()
 
 
 @contextmanager

@@ -147,7 +147,9 @@ def learn(
             state.statistics = {name: torch.from_numpy(v) for name, v in actors.recalibrate(x, calibration).items()}
             state.image_passes += sum(map(len, calibration))
 
-    state.precision = state.precision or actors.choose_precision()
+    if not state.precision:
+        state.precision = actors.choose_precision()
+        save(None)  # a measurement: it might fall out otherwise the next time
     for turn in range(state.turn, len(turns)):
         chosen = turns[turn]
         of = parametrisation(recipe.method, norms[chosen])
@@ -222,7 +224,9 @@ def _gradient(partials: list[Partial], count: int, of: Affine | Softmax, clip: f
     assert state.moving is not None
     if not np.isfinite(total).all():
         if state.steps == 0:
-            raise SoupError("The loss is not finite at the first step: do images of data.fit hold NaN or infinity?")
+            raise SoupError(
+                "The loss is not finite at the first step: look for NaN in the images of data.fit, or in `loss:`."
+            )
         raise SoupError(f"The loss is no longer finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
     gradient = without_noise(of.gradient(state.moving.numpy(), total / count))
     size = float(np.linalg.norm(gradient))

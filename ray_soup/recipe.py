@@ -351,17 +351,29 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     `{uniform: [0, 1]}`, takes its place."""
     section: Any = Recipe
     for part in key.split("."):
-        found = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
-        section = found.annotation if found else None
-    is_section = isinstance(section, type) and issubclass(section, BaseModel)
-    value = value if is_section or not isinstance(value, dict) else _Whole(value)
+        section = _below(section, part)
+    value = _whole(section, value)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
+def _below(section: Any, key: str) -> Any:
+    """The type of a section's key; None for what is no section, or has no such key."""
+    is_section = isinstance(section, type) and issubclass(section, BaseModel)
+    return section.model_fields[key].annotation if is_section and key in section.model_fields else None
+
+
+def _whole(section: Any, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {key: _whole(_below(section, key), inner) for key, inner in value.items()}
+    return _Whole(value)
+
+
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(into)
+    merged = type(into)(into)
     for key, value in new.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict) and not isinstance(value, _Whole)
         merged[key] = _merge(merged[key], value) if both else value

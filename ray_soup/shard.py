@@ -282,7 +282,8 @@ class Shard:
     def choose_precision(self) -> str:
         """float32 or bfloat16: what to learn in, on this actor's hardware."""
         examples = next(iter(self.examples.values()))
-        images, _ = examples.batch(np.arange(min(self.micro_batch, len(examples))), self.device)
+        most = -(-self.recipe.learn.batch_size // self.mesh.size)
+        images, _ = examples.batch(np.arange(min(self.micro_batch, most, len(examples))), self.device)
         return choose_precision(self.recipe, self.model, images)
 
     def calibrate(self, model_batch: int, most: int) -> Iterator[tuple[str, int, int] | Calibration]:
@@ -663,7 +664,7 @@ def _seconds(work: Callable[[], Any], at_least: float = 0.3) -> float:
 def _reading(ingredients: list[Ingredient], places: int = 16, size: int = 1 << 23) -> float:
     """Seconds for a byte of the ingredients' files, read in some places."""
     files = [found for i in ingredients for found in zip(i.files, i.sizes, strict=True)]
-    random = np.random.default_rng(0)
+    random = np.random.default_rng()  # other places each time: those before are in memory now
     chosen = [files[k] for k in random.integers(len(files), size=places)]
     offsets = [int(random.integers(max(1, total - size))) for _, total in chosen]
 

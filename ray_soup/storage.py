@@ -188,7 +188,7 @@ def matches(path: str, pattern: str) -> bool:
 
 def _matches(names: list[str], parts: list[str]) -> bool:
     if not parts or not names:
-        return not parts and not names
+        return not names and all(part == "**" for part in parts)
     if parts[0] == "**":
         return _matches(names, parts[1:]) or _matches(names[1:], parts)
     return fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])

@@ -65,17 +65,28 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         epoch, step, loss_sum = state["epoch"], state["step"], state["loss_sum"]
-        chosen = state["precision"]
-    running: torch.nn.Module = model
-    if worker.world > 1:
-        running = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        chosen = state.get("precision", "")
+
+    def keep() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "precision": chosen}
+        torch.save({**state, "epoch": epoch, "step": step, "loss_sum": loss_sum}, f"{state_file}.tmp")
+        os.replace(f"{state_file}.tmp", state_file)
+
     if takes(built.preprocess) == "text" and (hyper["mixup"] or hyper["shift"] or hyper["randaugment"]):
         raise RecipeError("finetune: mixup, shift and randaugment are made for images. Set them to 0 for texts.")
     images_of = Augment(loaded.images, hyper, loaded.tail)
     if not chosen:
         some = np.arange(min(batch_size, micro_batch_size(recipe, sum(p.numel() for p in model.parameters())), len(loaded)))
-        chosen = choose_precision(recipe, model.eval(), images_of(some, np.random.default_rng(0)).to(device))
+        found = [choose_precision(recipe, model.eval(), images_of(some, np.random.default_rng(0)).to(device))]
+        if worker.world > 1:
+            torch.distributed.broadcast_object_list(found, 0)
+        chosen = found[0]
+        if worker.rank == 0:
+            keep()  # a measurement: it might fall out otherwise the next time
     precision = autocast(chosen, device)
+    running: torch.nn.Module = model
+    if worker.world > 1:
+        running = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     while epoch < epochs:
         model.train()
         random = np.random.default_rng([hyper["seed"], epoch, worker.rank])
@@ -108,11 +119,7 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
         if not math.isfinite(loss_sum):
             raise SoupError(f"Training diverged with {hyper}.")
         if worker.rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(
-                {**state, "epoch": epoch, "step": step, "loss_sum": loss_sum, "precision": chosen}, f"{state_file}.tmp"
-            )
-            os.replace(f"{state_file}.tmp", state_file)
+            keep()
         yield epoch, epochs
     metrics = {"train_loss": loss_sum * worker.world / len(loaded.labels)}
     if worker.rank == 0:

@@ -164,7 +164,13 @@ def test_output_folders(own: Path) -> None:
     clear(uniform(own, own / "zoo" / "out"), 2, "lies where ingredients are looked for", "Choose a folder outside")
     assert not (own / "zoo" / "out").exists()
     clear(uniform(own, own / "zoo" / "out", ingredients=str(own / "zoo" / "*")), 2, "lies where ingredients")
+    clear(
+        uniform(own, own / "zoo" / "out", ingredients=str(own / "zoo" / "*" / "model.safetensors")), 2, "no checkpoints at"
+    )
+    clear(uniform(own, own / "zoo" / "a" / "out", ingredients=str(own / "zoo" / "**")), 2, "lies where ingredients")
     clear(uniform(own, own / "zoo" / "out", ingredients=str(own / "zoo" / "*.safetensors")), 0)
+    shutil.copytree(own / "zoo" / "out", own / "zoo" / "out1")
+    clear(uniform(own, own / "zoo" / "out2", ingredients=str(own / "zoo" / "*" / "model.safetensors")), 2, "lies where")
     (own / "o" / "state").mkdir(parents=True)
     (own / "o" / "state" / "begun.json").write_text("{")
     clear(uniform(own, own / "o"), 2, "begun.json is damaged")
@@ -183,6 +189,7 @@ def test_a_pattern_for_files_of_another_kind(own: Path) -> None:
     )
     clear(uniform(own, own / "out", ingredients=str(own / "zoo" / "*.pth.tar")), 2, *said)
     clear(uniform(own, own / "out", ingredients=str(own / "zoos" / "*.pt")), 2, "found no such folder")
+    clear(uniform(own, own / "out", ingredients=str(own / "zo*" / "*.pt")), 2, "found nothing that matches")
 
 
 def test_odd_names_are_whole_names(own: Path) -> None:

@@ -90,6 +90,11 @@ def test_an_override_takes_the_place_of_a_mapping_that_is_no_section(tmp_path: P
     assert recipe.search.space == {"learn.lr": {"grid": [1]}}
     file.with_name("again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(file.with_name("again.yaml")) == recipe
+    more = load_recipe(
+        file, ["data.test={v3: s3://a/3}", "data.test.v4=s3://a/4", "finetune={lr: {uniform: [0, 1]}, trials: 3}"]
+    )
+    assert more.data.test == {"v3": "s3://a/3", "v4": "s3://a/4"}
+    assert (more.finetune.lr, more.finetune.trials) == ({"uniform": [0, 1]}, 3)
     recipe = load_recipe(file, ["data.test.v3=s3://a/3", "learn={epochs: 2}", "learn.lr=0.5"])
     assert recipe.data.test == {"v1": "s3://a/1", "v2": "s3://a/2", "v3": "s3://a/3"}
     assert (recipe.learn.epochs, recipe.learn.lr) == (2, 0.5)
