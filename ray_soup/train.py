@@ -81,7 +81,7 @@ def train(recipe: Recipe, hyper: dict[str, Any], init: str | None, file: Path, w
         if worker.world > 1:
             torch.distributed.broadcast_object_list(found, 0)
         chosen = found[0]
-        if worker.rank == 0:
+        if worker.rank == 0 and recipe.precision == "auto":
             keep()  # a measurement: it might fall out otherwise the next time
     precision = autocast(chosen, device)
     running: torch.nn.Module = model
