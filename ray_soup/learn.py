@@ -149,7 +149,7 @@ def learn(
 
     if not state.precision:
         state.precision = actors.choose_precision()
-        save(None)  # a measurement: it might fall out otherwise the next time
+        save_state(state, state_file)  # a measurement: it might fall out otherwise the next time
     for turn in range(state.turn, len(turns)):
         chosen = turns[turn]
         of = parametrisation(recipe.method, norms[chosen])

@@ -358,16 +358,19 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _below(section: Any, key: str) -> Any:
     """The type of a section's key; None for what is no section, or has no such key."""
-    is_section = isinstance(section, type) and issubclass(section, BaseModel)
-    return section.model_fields[key].annotation if is_section and key in section.model_fields else None
+    return section.model_fields[key].annotation if _is_section(section) and key in section.model_fields else None
 
 
 def _whole(section: Any, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    if isinstance(section, type) and issubclass(section, BaseModel):
+    if _is_section(section):
         return {key: _whole(_below(section, key), inner) for key, inner in value.items()}
     return _Whole(value)
 
@@ -417,15 +420,15 @@ def _explain(fault: Any) -> tuple[str, str]:
     section: Any = Recipe
     where: list[str] = []
     for part in fault["loc"]:  # the location goes on into the branches of a union: stop at the last field
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if not _is_section(section):
             break
         where.append(str(part))
-        section = section.model_fields[part].annotation if part in section.model_fields else None
+        section = _below(section, part)
     key = ".".join(where)
     if fault["type"] == "extra_forbidden":
         parent: Any = Recipe
         for part in where[:-1]:
-            parent = parent.model_fields[part].annotation
+            parent = _below(parent, part)
         near = difflib.get_close_matches(where[-1], list(parent.model_fields), n=1)
         prefix = ".".join(where[:-1] + [""])
         hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here: {', '.join(parent.model_fields)}."

@@ -146,10 +146,12 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 def choose_precision(recipe: Recipe, model: torch.nn.Module, images: torch.Tensor) -> str:
     """What the recipe's `precision` stands for. auto is bfloat16 on a GPU that has it; on a CPU that has it, only where
-    forward and backward passes of these images take a tenth less time: there are some on which they take twice as much."""
+    forward and backward passes of these images take a tenth less time: there are some on which they take longer."""
     device = images.device
-    if recipe.precision != "auto" or not has_bfloat16(device):
-        return "float32" if recipe.precision == "auto" else recipe.precision
+    if recipe.precision != "auto":
+        return recipe.precision
+    if not has_bfloat16(device):
+        return "float32"
     if device.type == "cuda":
         return "bfloat16"
 
@@ -293,7 +295,7 @@ class Shard:
         source, examples = next(iter(self.examples.items()))
         rows = np.arange(min(self.micro_batch, most, len(examples)), dtype=np.int32)
         images, labels = examples.batch(rows, self.device)
-        precision = autocast(self.choose_precision(), self.device)
+        precision = autocast(choose_precision(self.recipe, self.model, images), self.device)
 
         def passes() -> None:
             with precision:
@@ -425,7 +427,7 @@ class Shard:
 
     # Learning
 
-    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str = "float32") -> None:
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
         """Start a model batch: ingredients `chosen` [m] move, the others stay at x [K, B]; passes are in `precision`.
 
         base = center + sum over the others of x d, computed from scratch in the order of the ingredients.
