@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import socket
@@ -22,6 +23,8 @@ os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT /
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU
 ROOT = Path(__file__).parent.parent
+
+import torch  # noqa: E402
 
 from ray_soup import storage  # noqa: E402
 from ray_soup.actors import LocalActors, quiet  # noqa: E402
@@ -154,6 +157,12 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
 def ray_soup(*arguments: str) -> list[str]:
     """The command, for a child process."""
     return [sys.executable, "-m", "ray_soup.cli", *arguments]
+
+
+def steps_saved(out: Path | str) -> int:
+    """How many steps a run at work could go on from: 0 before its first epoch is saved."""
+    state = f"{out}/state/learn.pt"
+    return torch.load(io.BytesIO(storage.read_bytes(state)), weights_only=True)["steps"] if storage.exists(state) else 0
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:

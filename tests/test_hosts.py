@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from ray_soup.coefficients import Coefficients, load_coefficients
-from tests.conftest import ROOT, ray_soup, values
+from tests.conftest import ROOT, ray_soup, steps_saved, values
 
 pytestmark = pytest.mark.slow
 
@@ -122,8 +122,7 @@ class Hosts:
 
     def learning(self, process: subprocess.Popen[bytes], out: Path) -> None:
         """Wait until the command has learned for some epochs."""
-        state = out / "state" / "learn.pt"
-        wait_for(lambda: state.exists() or process.poll() is not None, 60, lambda: f"not learning: {self.log(out)}")
+        wait_for(lambda: steps_saved(out) or process.poll() is not None, 60, lambda: f"not learning: {self.log(out)}")
         time.sleep(1)
         assert process.poll() is None, self.log(out)
 

@@ -24,7 +24,7 @@ import yaml
 from ray_soup.coefficients import load_coefficients
 from ray_soup.pipeline import run
 from ray_soup.recipe import make_recipe
-from tests.conftest import ROOT, free_port, values
+from tests.conftest import ROOT, free_port, steps_saved, values
 
 pytestmark = pytest.mark.slow
 LEARN = {"learn": {"batch_size": 2, "epochs": 8}}
@@ -165,15 +165,13 @@ def test_nobody_gets_in_without_the_token(head: Head, folder: Path, token: str, 
 
 def test_a_stopped_job_goes_on_with_the_same_bits(head: Head, folder: Path, tmp_path: Path, alone: np.ndarray) -> None:
     assert submit(head, folder, "stops", "recipe.yaml", str(tmp_path / "out"), wait=False).returncode == 0
-    state = tmp_path / "out" / "state" / "learn.pt"
-    while not state.exists():
+    while not steps_saved(tmp_path / "out"):
         assert head.details("stops")["status"] in ("PENDING", "RUNNING"), head.job("logs", "stops").stdout
         time.sleep(0.1)
     assert head.job("stop", "stops").returncode == 0
     while head.details("stops")["status"] not in ("STOPPED", "SUCCEEDED", "FAILED"):
         time.sleep(0.1)
     assert head.details("stops")["status"] == "STOPPED"
-    assert state.exists()
     done = submit(head, folder, "resumes", "recipe.yaml", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
     np.testing.assert_array_equal(load_coefficients(tmp_path / "out" / "coefficients.safetensors").values, alone)

@@ -25,7 +25,7 @@ from ray_soup.errors import RecipeError, SoupError
 from ray_soup.folder import Lease, locked
 from ray_soup.pipeline import run
 from ray_soup.recipe import make_recipe
-from tests.conftest import ROOT, kill_tree, put, ray_soup, values
+from tests.conftest import ROOT, kill_tree, put, ray_soup, steps_saved, values
 
 
 def call(*arguments: str, cache: Path | None = None) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def test_a_killed_run_goes_on_from_the_bucket_on_another_machine(zoo: Path, s3: 
     local, remote = in_the_bucket(zoo, s3, tmp_path, learn={"batch_size": 4, "epochs": 20})
     command = ray_soup("learn", str(remote), f"{s3}/out")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-    while not storage.exists(f"{s3}/out/state/learn.pt"):
+    while not steps_saved(f"{s3}/out"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     kill_tree(process)
