@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -112,9 +113,12 @@ def bake(
                 files[file].write(header)
                 files[file].truncate(length)
 
+            writing = Lock()  # a file takes one writer at a time: in the system's own queue they would wait at full load
+
             def write(name: str, start: int, numbers: torch.Tensor) -> None:
                 file, begin = place[name]
-                write_at(files[file], numbers.view(torch.uint8).numpy(), begin + start * dtypes[name].itemsize)
+                with writing:
+                    write_at(files[file], numbers.view(torch.uint8).numpy(), begin + start * dtypes[name].itemsize)
 
             def work(task: tuple[str, int, int]) -> int:
                 name, start, stop = task

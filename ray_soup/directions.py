@@ -145,6 +145,7 @@ def _make(
         open(folder / "center.bin", "wb") as center_file,
         open(folder / "rows.bin", "wb") as rows_file,
         ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(1) as writer,  # a file takes one at a time; what is written, the next range is read beside
     ):
         center_file.truncate(layout.numel * 4)
         rows_file.truncate(count * layout.numel * itemsize)  # a hole: what is never written takes no room
@@ -158,10 +159,13 @@ def _make(
                 hashes[k][info.file].update(offset, memoryview(part.view(torch.uint8).numpy()))
             return part
 
-        def write(rows: np.ndarray, k: int, position: int) -> None:
-            if rows[k].any():
-                write_at(rows_file, rows[k], (k * layout.numel + position) * itemsize)
+        def write(center: np.ndarray, rows: np.ndarray, position: int) -> None:
+            write_at(center_file, center, position * 4)
+            for k, row in enumerate(rows):
+                if row.any():
+                    write_at(rows_file, row, (k * layout.numel + position) * itemsize)
 
+        written = writer.submit(lambda: None)
         for tensor in _in_file_order(ingredients[0], layout):
             name, size = layout.names[tensor], int(layout.sizes[tensor])
             wide = torch.float64 if common_dtype(ingredients, name) == torch.float64 else torch.float32
@@ -190,9 +194,8 @@ def _make(
                         check_finite(ingredients, name, start, parts)
                         raise IngredientError(f"The mean of the tensor {name} is not finite: its numbers are too large.")
                     squares[:, tensor] += square
-                write_at(center_file, center, (int(layout.offsets[tensor]) + start) * 4)
-                position = int(layout.offsets[tensor]) + start
-                list(pool.map(lambda k, r=rows, p=position: write(r, k, p), range(count)))
+                written.result()
+                written = writer.submit(write, center, rows, int(layout.offsets[tensor]) + start)
                 done += sum(p.numel() * i.tensors[name].dtype.itemsize for p, i in zip(parts, ingredients, strict=True))
                 if done - dropped > 1 << 30:
                     dropped = done
@@ -200,6 +203,7 @@ def _make(
                         ingredient.drop_pages()
                 yield done, total
         digests = list(pool.map(_digests, ingredients, hashes))
+        written.result()
     for ingredient in ingredients:
         ingredient.check_copies()
         ingredient.close()

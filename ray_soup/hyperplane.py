@@ -139,11 +139,13 @@ def _sent(array: torch.Tensor, device: torch.device) -> torch.Tensor:
 def made_up_plane(dtype: str, count: int, numbers: int, device: torch.device, threads: int) -> Hyperplane:
     """Directions of one block that belong to nothing, in memory: to time what is done with real ones."""
     chunks = -(-numbers // CHUNK)
-    rows = np.random.default_rng(0).integers(0, 100, (count, numbers), np.int8).astype(DTYPES[dtype])
+    rows = np.random.default_rng(0).integers(0, 100, (count, numbers), np.int8)
+    values = np.arange(100, dtype=np.float32)
+    values = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(DTYPES[dtype])
     layout = Layout(("made up",), ((numbers,),))
     hold: Any = None
     store = DirectionStore(
-        hold, layout, dtype, np.zeros(numbers, np.float32), rows, np.ones((count, chunks), np.float32),
+        hold, layout, dtype, np.zeros(numbers, np.float32), values[rows], np.ones((count, chunks), np.float32),
         np.ones((count, 1)), np.ones(1, bool), (),
     )  # fmt: skip
     plane = Hyperplane(store, Partition(("model",), np.zeros(1, np.int64)), 0, numbers, device, threads)

@@ -86,15 +86,14 @@ def mix(addresses, like, factors, out):
 @jit
 def _direction(row, mean, largest_and_square, direction):
     """direction = row - mean; largest absolute value and sum of squares."""
-    largest = np.float32(0.0)
+    largest = np.uint32(0)  # of the bits without the sign, which are in the order of the numbers: a loop of vectors
     square = 0.0
     for i in range(mean.size):
         d = np.float32(row[i] - mean[i])
         direction[i] = d
-        largest = max(largest, abs(d))
-    for i in range(mean.size):
-        square += np.float64(direction[i]) * np.float64(direction[i])
-    largest_and_square[0] = largest
+        largest = max(largest, d.view(np.uint32) & np.uint32(0x7FFFFFFF))
+        square += np.float64(d) * np.float64(d)
+    largest_and_square[0] = np.uint32(largest).view(np.float32)
     largest_and_square[1] = square
 
 
