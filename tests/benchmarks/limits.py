@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.benchmarks.timing import seconds
+from tests.benchmarks.timing import pass_flops, product_rate, seconds
 
 MODEL, COUNT, THREADS = "open_clip:ViT-B-32?classes=1000", 18, 2
 ZOO = 8  # ingredients of the store and of baking
@@ -59,20 +59,15 @@ def hyperplane() -> dict[str, float]:
 
 def passes() -> dict[str, float]:
     """Forward and backward passes of a batch of 32, by precision, against matrix products of the same."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     from ray_soup.models import build
 
     torch.set_num_threads(THREADS)
     model = build(MODEL).model.eval()
     images = torch.randn(32, 3, 224, 224)
     results: dict[str, float] = {}
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    flops = counter.get_total_flops()
+    flops = pass_flops(model, images)
     for name, low in (("float32", False), ("bfloat16", True)):
-        a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if low else torch.float32) for _ in range(2))
-        rate = 2 * 2048**3 / seconds(lambda a=a, b=b: a @ b)
+        rate = product_rate(torch.bfloat16 if low else torch.float32)
 
         def work(low: bool = low) -> None:
             model.zero_grad()

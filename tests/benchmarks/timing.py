@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+import torch
+
 
 def seconds(work: Callable[[], Any], rounds: int = 5, of: Callable[[Sequence[float]], float] = min) -> float:
     """Of the rounds, one before them left out: the least, or what `of` makes of them."""
@@ -20,3 +22,19 @@ def seconds(work: Callable[[], Any], rounds: int = 5, of: Callable[[Sequence[flo
 def typical(work: Callable[[], Any], rounds: int = 3) -> float:
     """The median of the rounds, one before them left out."""
     return seconds(work, rounds, median)
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on the threads that torch uses now."""
+    size = 2048
+    a, b = (torch.randn(size, size, dtype=torch.float32).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b)
+
+
+def pass_flops(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """FLOP of a forward and a backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops()
