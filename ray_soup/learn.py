@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -89,8 +89,8 @@ def save_state(state: State, path: Path) -> None:
     temporary.replace(path)
 
 
-def load_state(path: Path) -> State:
-    return State(**torch.load(path, weights_only=True))
+def load_state(file: Path | IO[bytes]) -> State:
+    return State(**torch.load(file, weights_only=True))
 
 
 def model_batches(ingredients: int, size: int, seed: int, models_epochs: int) -> list[np.ndarray]:

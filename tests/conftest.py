@@ -24,10 +24,9 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU
 ROOT = Path(__file__).parent.parent
 
-import torch  # noqa: E402
-
 from ray_soup import storage  # noqa: E402
 from ray_soup.actors import LocalActors, quiet  # noqa: E402
+from ray_soup.learn import load_state  # noqa: E402
 from ray_soup.pipeline import prepare  # noqa: E402
 from ray_soup.recipe import Recipe  # noqa: E402
 from ray_soup.shard import Mesh, Taken  # noqa: E402
@@ -162,7 +161,10 @@ def ray_soup(*arguments: str) -> list[str]:
 def steps_saved(out: Path | str) -> int:
     """How many steps a run at work could go on from: 0 before its first epoch is saved."""
     state = f"{out}/state/learn.pt"
-    return torch.load(io.BytesIO(storage.read_bytes(state)), weights_only=True)["steps"] if storage.exists(state) else 0
+    try:
+        return load_state(io.BytesIO(storage.read_bytes(state))).steps if storage.exists(state) else 0
+    except RuntimeError:
+        return 0  # in a bucket: replaced by a longer one between the look at its size and the reading
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
