@@ -1,8 +1,8 @@
-"""Compare every soup as a job:
+"""Compare every soup in a job.
 
     ray job submit --working-dir jobs -- python compare_soups.py learn_soup.yaml OUT [--seeds 5] [KEY=VALUE]...
 
-It ends with the exit codes of `ray-soup compare`; paths are as for learn_soup.py.
+Exit codes are those of `ray-soup compare`. Paths: see learn_soup.py.
 """
 
 import sys

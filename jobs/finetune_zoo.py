@@ -1,8 +1,8 @@
-"""Fine-tune a zoo of ingredients as a job:
+"""Fine-tune a zoo of ingredients in a job.
 
     ray job submit --working-dir jobs -- python finetune_zoo.py RECIPE.yaml OUT [KEY=VALUE]...
 
-It ends with the exit codes of `ray-soup finetune`; paths are as for learn_soup.py.
+Exit codes are those of `ray-soup finetune`. Paths: see learn_soup.py.
 """
 
 import sys

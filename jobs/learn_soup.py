@@ -1,9 +1,9 @@
-"""Learn a soup as a job:
+"""Learn a soup in a job.
 
     ray job submit --working-dir jobs -- python learn_soup.py learn_soup.yaml OUT [KEY=VALUE]...
 
-The driver needs no GPU and hardly a CPU; the actors run where the cluster has room. It ends with the exit codes of
-`ray-soup`. Ingredients, data and OUT are paths that every node sees, or URIs.
+Ingredients, data and OUT are paths that exist on every node, or URIs. The driver needs no GPU and little CPU; the actors run
+wherever the cluster has room. Exit codes are those of `ray-soup learn`.
 """
 
 import sys

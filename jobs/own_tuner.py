@@ -1,9 +1,9 @@
-"""Soups in a tuner of your own:
+"""Learn soups in your own tuner.
 
-    ray job submit --working-dir jobs -- python own_tuner.py learn_soup.yaml EXPERIMENT_FOLDER OUT
+    ray job submit --working-dir jobs -- python own_tuner.py learn_soup.yaml EXPERIMENT_FOLDER OUT [KEY=VALUE]...
 
-The space, the search algorithm, the scheduler and the callbacks are whatever Ray Tune has. Each trial learns one soup and
-reports `select_nll` after every epoch; the best one is made in OUT. Paths are as for learn_soup.py.
+Use any search space, search algorithm, scheduler and callbacks of Ray Tune. Each trial learns one soup and reports
+`select_nll` after every epoch. The soup of the best trial is written to OUT. Paths: see learn_soup.py.
 """
 
 import sys
@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from ray_soup.recipe import load_recipe
-from ray_soup.search import soup_of, soup_resources, soup_trainable
+from ray_soup.tune.trainable import soup_of, soup_resources, soup_trainable
 
 if __name__ == "__main__":
     recipe_file, experiment, out = sys.argv[1:4]

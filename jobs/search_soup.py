@@ -1,8 +1,8 @@
-"""Search for a soup's settings as a job:
+"""Search over keys of a recipe in a job.
 
     ray job submit --working-dir jobs -- python search_soup.py learn_soup.yaml OUT [KEY=VALUE]...
 
-It ends with the exit codes of `ray-soup search`; paths are as for learn_soup.py.
+Exit codes are those of `ray-soup search`. Paths: see learn_soup.py.
 """
 
 import sys

@@ -1,40 +1,35 @@
 """ray_soup: one model out of all the checkpoints of a sweep."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_soup.coefficients import Coefficients, load_coefficients
+    from ray_soup.api import bake, compare, greedy, learn, search, uniform
     from ray_soup.errors import SoupError
-    from ray_soup.folder import Soup
+    from ray_soup.mixing.coefficients import Coefficients, load_coefficients
     from ray_soup.recipe import Recipe, load_recipe
-    from ray_soup.soups import bake, compare, greedy, learn, search, uniform
-    from ray_soup.state_dicts import MixedSoup, mix_state_dicts
+    from ray_soup.soups.in_memory import MixedSoup, mix_state_dicts
+    from ray_soup.soups.output import Soup
+    from ray_soup.task.models import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Coefficients", "MixedSoup", "Recipe", "Soup", "SoupError", "bake", "compare", "greedy", "learn", "load_coefficients",
-    "load_recipe", "mix_state_dicts", "search", "uniform",
+    "load_model", "load_recipe", "mix_state_dicts", "search", "uniform",
 ]  # fmt: skip
 _MODULES = {
-    "Coefficients": "coefficients", "MixedSoup": "state_dicts", "Recipe": "recipe", "Soup": "folder", "SoupError": "errors",
-    "load_coefficients": "coefficients", "load_recipe": "recipe", "mix_state_dicts": "state_dicts",
+    "Coefficients": "mixing.coefficients", "MixedSoup": "soups.in_memory", "Recipe": "recipe", "Soup": "soups.output",
+    "SoupError": "errors", "load_coefficients": "mixing.coefficients", "load_model": "task.models", "load_recipe": "recipe",
+    "mix_state_dicts": "soups.in_memory",
 }  # fmt: skip
 
 
-class _Package(ModuleType):
-    """Names are imported when they are asked for: torch and Ray take seconds. `ray_soup.learn` is the function even after
-    the module of that name was imported."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in __all__:
-            return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'soups')}"), name)
-        return super().__getattribute__(name)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *__all__})
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: torch and Ray take seconds to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'api')}"), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

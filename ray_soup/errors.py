@@ -1,17 +1,17 @@
-"""What can go wrong, and the exit code that each kind ends with.
+"""The exceptions that users see, each with its exit code.
 
-A message names the file, what was found, what was expected and what to do; the class carries the exit code.
+A message states what is wrong and where, what was found and expected, and what to do.
 """
 
 
 class SoupError(Exception):
-    """The run failed while it was running (exit code 1)."""
+    """A run failed after it had started (exit code 1); also the base class of the other exceptions."""
 
     exit_code = 1
 
 
 class RecipeError(SoupError):
-    """Usage, recipe or data are wrong (exit code 2)."""
+    """The usage, the recipe or the data is wrong (exit code 2)."""
 
     exit_code = 2
 

@@ -1,3 +1,5 @@
+"""Fixtures and small tools that the tests share: a zoo of digits, a local Ray, an S3 endpoint, child processes."""
+
 from __future__ import annotations
 
 import io
@@ -16,20 +18,21 @@ from typing import Any
 import psutil
 import pytest
 
-SHORT = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # Ray's sockets need a short path
+SHORT = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # the path of a Ray socket may have 107 bytes
 os.environ["RAY_TMPDIR"] = str(SHORT)
 os.environ["RAY_SOUP_CACHE"] = str(SHORT / "cache")
 os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT / "numba")
 os.environ.pop("RAY_ADDRESS", None)
-os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run on the CPU
+os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU
 ROOT = Path(__file__).parent.parent
 
-from ray_soup import storage  # noqa: E402
-from ray_soup.actors import LocalActors, quiet  # noqa: E402
-from ray_soup.learn import load_state  # noqa: E402
-from ray_soup.pipeline import prepare  # noqa: E402
+from ray_soup.actors.in_process import InProcessPool  # noqa: E402
+from ray_soup.actors.messages import Mesh, StoreInfo  # noqa: E402
+from ray_soup.io import storage  # noqa: E402
+from ray_soup.io.progress import no_progress  # noqa: E402
 from ray_soup.recipe import Recipe  # noqa: E402
-from ray_soup.shard import Mesh, Taken  # noqa: E402
+from ray_soup.soups.session import open_inputs  # noqa: E402
+from ray_soup.soups.state import load_state  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -39,12 +42,12 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # `tests.tiny:build` is found there, by the actors too
+    monkeypatch.chdir(ROOT)  # where `tests.tiny:build` is found, by actors too
 
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with zoo/model_0 ... model_7.safetensors and train, heldout, test .npz."""
+    """Make a folder with zoo/model_0 ... model_7.safetensors and train, heldout and test .npz."""
     folder = tmp_path_factory.mktemp("zoo")
     (folder / "zoo").mkdir()
     tiny.write_data(folder)
@@ -54,9 +57,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """A local Ray for all tests that need one in this process. Its actors give arrays of 1 MB and more back to the system
-    at once, so that their memory can be measured."""
-    from ray_soup.actors import connect
+    """Start a local Ray for all tests that need one in this process.
+
+    Its actors return arrays of 1 MB and more to the system at once, so that their memory can be measured.
+    """
+    from ray_soup.actors.placement import connect
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
@@ -72,7 +77,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which s3:// is a server of our own."""
+    """Start an S3 server; the value is the environment that points s3:// at it."""
     port = free_port()
     log = tmp_path_factory.mktemp("s3") / "log"
     server = subprocess.Popen(
@@ -102,7 +107,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
 
 @pytest.fixture
 def s3(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket of its own."""
+    """Create an empty bucket; the value is its URI."""
     from pyarrow import fs
 
     for name, value in endpoint.items():
@@ -120,16 +125,18 @@ def put(source: Path, uri: str) -> None:
             storage.upload(file, f"{uri}/{file.relative_to(source)}")
 
 
-class InProcess(LocalActors):
-    """Actors without Ray, set up."""
+class InProcess(InProcessPool):
+    """Actors in this process, set up for a recipe."""
 
     def __init__(self, recipe: Recipe, size: int = 1) -> None:
-        ingredients, self.layout = prepare(recipe)
-        super().__init__(recipe, ingredients, Mesh(size, 1), 1)
-        self.ready = self.setup(quiet)
+        self.inputs = open_inputs(recipe)
+        self.layout = self.inputs.layout
+        super().__init__(recipe, self.inputs.ingredients, Mesh(size, 1), 1)
+        self.setup_info = self.setup(no_progress)
 
-    def take_all(self, blocks: str) -> Taken:
-        return self.take(tuple(range(len(self.shards[0].ingredients))), blocks, quiet)
+    def open_all(self, blocks: str | int) -> StoreInfo:
+        """Open the directions of all ingredients."""
+        return self.open_store(self.inputs.everything, blocks, no_progress)
 
 
 def yield_last(work: Iterator[Any]) -> Any:
@@ -138,7 +145,7 @@ def yield_last(work: Iterator[Any]) -> Any:
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe for the zoo in `folder`; `learn__lr=1` changes a key of a section."""
+    """Return a recipe for the zoo in `folder`; `learn__lr=1` changes a key of a section."""
     recipe: dict[str, Any] = {
         "ingredients": str(folder / "zoo" / "*.safetensors"),
         "model": tiny.SPEC,
@@ -154,21 +161,21 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def ray_soup(*arguments: str) -> list[str]:
-    """The command, for a child process."""
+    """Return the command line of `ray-soup` for a child process."""
     return [sys.executable, "-m", "ray_soup.cli", *arguments]
 
 
 def steps_saved(out: Path | str) -> int:
-    """How many steps a run at work could go on from: 0 before its first epoch is saved."""
+    """Return the steps that a run in progress could resume from: 0 before its first epoch is saved."""
     state = f"{out}/state/learn.pt"
     try:
         return load_state(io.BytesIO(storage.read_bytes(state))).steps if storage.exists(state) else 0
     except RuntimeError:
-        return 0  # in a bucket: replaced by a longer one between the look at its size and the reading
+        return 0  # in a bucket the object was replaced by a longer one between reading its size and its bytes
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
-    """SIGKILL for a command and all that it started: Ray's own agents would live on for a minute."""
+    """Kill a command and everything it started; Ray's own agents would live on for a minute."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()

@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios inside one run: `python -m tests.benchmarks [NAME...]`."""
+"""Time, memory and quality, each compared with a baseline in the same run: `python -m tests.benchmarks [NAME...]`."""

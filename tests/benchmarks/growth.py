@@ -1,5 +1,7 @@
-"""How time and memory of a step grow with the number of ingredients, with the model batch and with the model; and the
-largest case: 72 ingredients of ViT-B/32 size in one model batch."""
+"""How time and memory of a step grow with the number of ingredients, the model batch and the model.
+
+The largest case has 72 ingredients of ViT-B/32 size in one model batch.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,12 @@ print(json.dumps(growth.step(Path(sys.argv[1]), *json.loads(sys.argv[2]))))
 
 
 def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> dict[str, float]:
-    """Time and memory of a step of `model_batch` of `count` ingredients, in this process, on two threads."""
-    from ray_soup.data import Split
-    from ray_soup.pipeline import prepare
+    """Measure time and memory of a step that moves `model_batch` of `count` ingredients, on two threads of this process."""
+    from ray_soup.actors.messages import Mesh
+    from ray_soup.actors.shard import Shard
     from ray_soup.recipe import make_recipe
-    from ray_soup.shard import Mesh, Shard
+    from ray_soup.soups.session import open_inputs
+    from ray_soup.task.data import Split
     from tests.benchmarks.step import Resident
     from tests.benchmarks.timing import typical
 
@@ -41,11 +44,11 @@ def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> 
             "data": {"fit": str(folder / "data.npz")},
         }
     )
-    ingredients, layout = prepare(recipe)
-    shard = Shard(recipe, ingredients, Mesh(1, 1), 0, 2)
+    inputs = open_inputs(recipe)
+    shard = Shard(recipe, inputs.ingredients, Mesh(1, 1), 0, 2)
     list(shard.setup())
     start = time.perf_counter()
-    blocks = list(shard.take(tuple(range(count)), "tensor"))[-1].partition.count
+    blocks = list(shard.open_store(tuple(range(count)), "tensor"))[-1].partition.count
     store = time.perf_counter() - start
     split = Split("fit", np.arange(batch, dtype=np.int32))
     with Resident() as resident:
@@ -55,12 +58,13 @@ def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> 
         shard.step(x, 1.0, split)
     seconds = typical(lambda: shard.step(x, 1.0, split))
     return {
-        "step (s)": seconds, "memory (GB)": resident.peak / 1e9, "resident at its peak (GB)": shard.peak_memory() / 1e9,
-        "store (s)": store, "parameters (million)": layout.numel / 1e6,
+        "step (s)": seconds, "memory (GB)": resident.peak / 1e9, "peak resident memory (GB)": shard.peak_memory() / 1e9,
+        "store (s)": store, "parameters (million)": inputs.layout.numel / 1e6,
     }  # fmt: skip
 
 
-def alone(folder: Path, *arguments: Any) -> dict[str, float]:
+def in_own_process(folder: Path, *arguments: Any) -> dict[str, float]:
+    """Call `step` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(folder), json.dumps(arguments)],
         env={**os.environ, "RAY_SOUP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2"},
@@ -70,6 +74,7 @@ def alone(folder: Path, *arguments: Any) -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
+    """Measure every case, the largest last."""
     from tests.benchmarks.ingredients import write_zoo
     from tests.benchmarks.step import write_data
 
@@ -79,11 +84,11 @@ def main() -> dict[str, float]:
         try:
             write_zoo(folder, model, max(counts))
             write_data(folder)
-            alone(folder, model, counts[0], 1, 1)  # compiles
-            cases = {f"{count} in one": (count, count) for count in counts}
-            cases |= {f"{counts[-1]} by {m}": (counts[-1], m) for m in (6, 12, 24) if m < counts[-1]}
+            in_own_process(folder, model, counts[0], 1, 1)  # compiles the kernels
+            cases = {f"{count} in one batch": (count, count) for count in counts}
+            cases |= {f"{counts[-1]} in batches of {m}": (counts[-1], m) for m in (6, 12, 24) if m < counts[-1]}
             for name, (count, model_batch) in cases.items():
-                found = alone(folder, model, count, model_batch, BATCH)
+                found = in_own_process(folder, model, count, model_batch, BATCH)
                 results |= {f"{model[10:20]}, {name}: {key}": value for key, value in found.items()}
         finally:
             shutil.rmtree(folder)
@@ -91,8 +96,8 @@ def main() -> dict[str, float]:
 
 
 def largest() -> dict[str, float]:
-    """As many ingredients of the large model as the disk holds, all in one model batch."""
-    from ray_soup.models import describe
+    """Measure up to 72 ingredients of the large model in one model batch; fewer if the disk cannot hold them."""
+    from ray_soup.task.models import describe
     from tests.benchmarks.ingredients import write_zoo
     from tests.benchmarks.step import write_data
 
@@ -102,7 +107,7 @@ def largest() -> dict[str, float]:
         count = min(ALL, int(shutil.disk_usage(folder).free * 0.9 / (5 * layout.numel)))
         write_zoo(folder, LARGE, count)
         write_data(folder)
-        found = alone(folder, LARGE, count, count, LARGE_BATCH)
-        return {f"{count} x ViT-B/32 in one, batch {LARGE_BATCH}: {key}": value for key, value in found.items()}
+        found = in_own_process(folder, LARGE, count, count, LARGE_BATCH)
+        return {f"{count} x ViT-B/32 in one batch, {LARGE_BATCH} images: {key}": value for key, value in found.items()}
     finally:
         shutil.rmtree(folder)

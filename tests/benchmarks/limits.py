@@ -1,7 +1,7 @@
-"""How near the parts of the work are to what this machine can do, measured in the same run.
+"""How close each part of the work comes to what this machine can do, measured in the same run.
 
-Combine and project against the rate at which the same threads read and copy memory; forward and backward passes against the
-rate of a large matrix product; the direction store and baking against reading and writing the bytes concerned.
+Combine and project are compared with the rate at which the same threads read and copy memory, forward and backward passes
+with the rate of a large matrix product, and the direction store and baking with reading and writing the same bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from tests.benchmarks.timing import pass_flops, product_rate, seconds
 
 MODEL, COUNT, THREADS = "open_clip:ViT-B-32?classes=1000", 18, 2
-ZOO = 8  # ingredients of the store and of baking
+ZOO = 8  # ingredients for the store and for baking
 
 
 def bandwidth() -> float:
-    """Bytes a second that THREADS threads move: the better of reading (a sum) and copying (read and written)."""
+    """Measure memory bandwidth in bytes per second on THREADS threads: the better of reading (a sum) and copying."""
     torch.set_num_threads(THREADS)
     source, target = torch.ones(1 << 27), torch.empty(1 << 27)
     nbytes = source.numel() * 4
@@ -30,16 +30,16 @@ def bandwidth() -> float:
 
 
 def hyperplane() -> dict[str, float]:
-    """Combine and project of COUNT directions of the model, by dtype, against the memory bandwidth seen in between."""
-    from ray_soup.hyperplane import made_up_plane
-    from ray_soup.models import describe
+    """Measure combine and project for COUNT directions in each dtype, with the memory bandwidth measured in between."""
+    from ray_soup.mixing.hyperplane import synthetic_plane
+    from ray_soup.task.models import describe
 
-    numbers = describe(MODEL).numel
+    numel = describe(MODEL).numel
     results: dict[str, float] = {}
     rates, limit = {}, bandwidth()
     for dtype in ("float32", "bfloat16", "int8"):
-        plane = made_up_plane(dtype, COUNT, numbers, torch.device("cpu"), THREADS)
-        out, base = torch.zeros(numbers), torch.zeros(numbers)
+        plane = synthetic_plane(dtype, COUNT, numel, torch.device("cpu"), THREADS)
+        out, base = torch.zeros(numel), torch.zeros(numel)
         x = np.full((COUNT, 1), 1e-3, np.float32)
         rows = plane.store.rows.nbytes
         for name, work, more in (
@@ -58,8 +58,8 @@ def hyperplane() -> dict[str, float]:
 
 
 def passes() -> dict[str, float]:
-    """Forward and backward passes of a batch of 32, by precision, against matrix products of the same."""
-    from ray_soup.models import build
+    """Measure forward and backward passes of a batch of 32 in each precision, and a matrix product in the same precision."""
+    from ray_soup.task.models import build
 
     torch.set_num_threads(THREADS)
     model = build(MODEL).model.eval()
@@ -82,19 +82,46 @@ def passes() -> dict[str, float]:
     return results
 
 
+def time_reading(paths: list[Path]) -> float:
+    """Time reading all files on THREADS threads, in seconds."""
+    buffer = [memoryview(bytearray(1 << 24)) for _ in range(THREADS)]
+
+    def read(thread: int) -> None:
+        for path in paths[thread::THREADS]:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer[thread]):
+                    pass
+
+    def read_all() -> None:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(read, range(THREADS)))
+
+    return seconds(read_all, 3)
+
+
+def time_writing(path: Path, nbytes: int) -> float:
+    """Time writing about `nbytes` bytes to disk, in seconds."""
+    some = os.urandom(1 << 24)
+
+    def work() -> None:
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(0, nbytes, len(some)):
+                file.write(some)
+            os.fsync(file.fileno())
+
+    return seconds(work, 2)
+
+
 def files() -> dict[str, float]:
-    """The direction store and baking, of warm files, against reading all bytes and writing those that come out."""
+    """Measure the direction store and baking from files in the page cache, with reading and writing the same bytes."""
     import hashlib
 
-    from ray_soup.bake import bake
-    from ray_soup.blocks import partition
-    from ray_soup.cache import cache_at, drained
-    from ray_soup.checkpoints import check_together, open_ingredients
-    from ray_soup.coefficients import Coefficients
-    from ray_soup.directions import open_store
-    from ray_soup.greedy import uniform
-    from ray_soup.models import describe
-    from tests.benchmarks.ingredients import write_zoo
+    from ray_soup.io.cache import cache_at
+    from ray_soup.io.progress import drain
+    from ray_soup.mixing.bake import bake
+    from ray_soup.mixing.directions import open_store
+    from ray_soup.task.models import describe
+    from tests.benchmarks.ingredients import open_zoo, uniform_soup, write_zoo
 
     with tempfile.TemporaryDirectory(prefix="ray_soup_benchmark") as made, cache_at(Path(made) / "cache"):
         folder = Path(made)
@@ -103,59 +130,34 @@ def files() -> dict[str, float]:
         os.sync()
         paths = sorted(folder.glob("*.safetensors"))
         source = sum(p.stat().st_size for p in paths)
-        buffer = [memoryview(bytearray(1 << 24)) for _ in range(THREADS)]
-
-        def read_all() -> None:
-            def read(number: int) -> None:
-                for path in paths[number::THREADS]:
-                    with open(path, "rb", buffering=0) as file:
-                        while file.readinto(buffer[number]):
-                            pass
-
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(read, range(THREADS)))
-
-        def write(nbytes: int) -> float:
-            some = os.urandom(1 << 24)
-
-            def work() -> None:
-                with open(folder / "written", "wb", buffering=0) as file:
-                    for _ in range(0, nbytes, len(some)):
-                        file.write(some)
-                    os.fsync(file.fileno())
-
-            return seconds(work, 2)
-
-        reading = seconds(read_all, 3)
+        reading = time_reading(paths)
         some = bytes(1 << 26)
         hashing = source * seconds(lambda: hashlib.sha256(some).digest()) / len(some) / THREADS
         results = {"source (GB)": source / 1e9, "reading it (s)": reading, "hashing it (s)": hashing}
-        ingredients = open_ingredients(str(folder))
-        check_together(ingredients, layout.state_shapes, layout.tied)
-        whole = partition(layout, "model")
-        block_of = dict(zip(layout.names, whole.block.tolist(), strict=True))
-        soup = Coefficients(uniform(ZOO), tuple(i.name for i in ingredients), whole.names, block_of)
+        ingredients = open_zoo(folder, layout)
+        soup = uniform_soup(ingredients, layout)
         baking = seconds(lambda: bake(soup, ingredients, folder / "soup.out"), 3)
-        writing = write((folder / "soup.out").stat().st_size)
+        writing = time_writing(folder / "written", (folder / "soup.out").stat().st_size)
         results |= {
             "baking (s)": baking,
             "writing the soup (s)": writing,
-            "baking: the slower of reading and writing / it": max(reading, writing) / baking,
+            "slower of reading and writing / baking": max(reading, writing) / baking,
         }
 
         def store() -> None:
             shutil.rmtree(folder / "cache" / "directions", ignore_errors=True)
-            drained(open_store(ingredients, layout, "int8", THREADS)).hold.close()
+            drain(open_store(ingredients, layout, "int8", THREADS)).hold.close()
 
-        making = seconds(store, 2)
-        writing = write(layout.numel * (4 + ZOO))
+        building = seconds(store, 2)
+        writing = time_writing(folder / "written", layout.numel * (4 + ZOO))
         results |= {
-            "direction store, with hashes (s)": making,
+            "direction store, with hashing (s)": building,
             "writing the store (s)": writing,
-            "direction store: the slower of reading and writing / the rest": max(reading, writing) / (making - hashing),
+            "slower of reading and writing / direction store without hashing": max(reading, writing) / (building - hashing),
         }
         return results
 
 
 def main() -> dict[str, float]:
+    """Run all three parts."""
     return hyperplane() | passes() | files()

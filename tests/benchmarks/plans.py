@@ -1,4 +1,7 @@
-"""What `plan` says of four recipes that differ in ingredients, model batch, dtype and mesh, against what is measured."""
+"""The estimates of `plan` compared with measured runs.
+
+Four recipes differ in the number of ingredients, the model batch, the dtype of the directions, and the mesh.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,20 @@ import numpy as np
 
 MODEL = "tests.benchmarks.greedy:larger_vit"
 CASES: dict[str, dict[str, Any]] = {
-    "6 in one, int8, 1 x 1": {"count": 6, "model_batch": "auto", "dtype": "int8", "mesh": (1, 1)},
-    "12 by 4, float32, 2 x 1": {"count": 12, "model_batch": 4, "dtype": "float32", "mesh": (2, 1)},
-    "12 in one, bfloat16, 1 x 2": {"count": 12, "model_batch": 12, "dtype": "bfloat16", "mesh": (1, 2)},
-    "24 by 12, int8, 2 x 1": {"count": 24, "model_batch": 12, "dtype": "int8", "mesh": (2, 1)},
+    "6 in one batch, int8, 1 x 1": {"count": 6, "model_batch": "auto", "dtype": "int8", "mesh": (1, 1)},
+    "12 in batches of 4, float32, 2 x 1": {"count": 12, "model_batch": 4, "dtype": "float32", "mesh": (2, 1)},
+    "12 in one batch, bfloat16, 1 x 2": {"count": 12, "model_batch": 12, "dtype": "bfloat16", "mesh": (1, 2)},
+    "24 in batches of 12, int8, 2 x 1": {"count": 24, "model_batch": 12, "dtype": "int8", "mesh": (2, 1)},
 }
+"""By ingredients, model batch, dtype of the directions, and mesh (replicas x shards)."""
 RUNS = 3
 
 
 def measure(folder: Path, case: dict[str, Any]) -> dict[str, float]:
-    """The plan, then the median of RUNS runs, the store made before all of them."""
-    from ray_soup.pipeline import run
-    from ray_soup.plan import plan
+    """Compare the plan of one case with the median of RUNS runs; the direction store exists before all of them."""
     from ray_soup.recipe import make_recipe
+    from ray_soup.soups.plan import plan
+    from ray_soup.soups.run import run
 
     replicas, shards = case["mesh"]
     recipe = make_recipe(
@@ -36,7 +40,7 @@ def measure(folder: Path, case: dict[str, Any]) -> dict[str, float]:
             "actors": {"replicas": replicas, "shards": shards, "cpus": 1},
         }
     )
-    run(recipe, folder / "out")  # makes the store, and compiles
+    run(recipe, folder / "out")  # builds the store and compiles the kernels
     said = plan(recipe)
     seconds, steps, memory = [], [], []
     for _ in range(RUNS):
@@ -47,19 +51,20 @@ def measure(folder: Path, case: dict[str, Any]) -> dict[str, float]:
         memory.append(record["peak_memory_bytes"])
     shutil.rmtree(folder / "out")
     found = {}
-    for name, plans, runs in (
+    for name, estimate, runs in (
         ("time (s)", said["wall_s"], seconds),
         ("step (s)", said["step_s"], steps),
         ("memory (GB)", said["memory_bytes_per_actor"] / 1e9, [m / 1e9 for m in memory]),
     ):
-        found |= {f"{name}, said": plans, f"{name}, measured": float(np.median(runs))}
-        found[f"{name}: said / measured"] = plans / float(np.median(runs))
+        found |= {f"{name}, estimated": estimate, f"{name}, measured": float(np.median(runs))}
+        found[f"{name}: estimated / measured"] = estimate / float(np.median(runs))
     return found
 
 
 def main() -> dict[str, float]:
-    from ray_soup.actors import connect
-    from ray_soup.demo import write_digits
+    """Run all cases."""
+    from ray_soup.actors.placement import connect
+    from ray_soup.tune.demo import write_digits
     from tests.benchmarks.ingredients import write_zoo
 
     folder, results = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark")), {}

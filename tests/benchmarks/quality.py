@@ -1,8 +1,8 @@
-"""Wall time from the first step to the published procedure's final NLL on select: on the demo's zoo, and on one of 36.
+"""Wall time from the first step to the published procedure's final NLL on select, on the demo's zoo and on one of 36.
 
-Both sides on all cores, on the same cut of the same held-out digits, at their defaults; the published procedure with model
-batches of a quarter. What ours takes before its first step is shown apart (actors, data, store,
-compiled loops, the choice of a precision).
+Both sides use all cores, the same held-out digits with the same split, and their own defaults; the published procedure uses
+model batches of a quarter of the ingredients. What ours does before its first step (actors, data, store, compiled kernels,
+choice of precision) is reported separately.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ SIZES = {"demo zoo of 12": 12, "zoo of 36": 36}
 
 
 def make_zoo(folder: Path, count: int) -> Any:
-    from ray_soup.demo import RECIPE, write_digits
-    from ray_soup.finetune import finetune
+    """Write the digits and fine-tune `count` ingredients; return the recipe."""
     from ray_soup.recipe import make_recipe
+    from ray_soup.tune.demo import RECIPE, write_digits
+    from ray_soup.tune.finetune import finetune
 
     write_digits(folder)
     recipe = make_recipe(
@@ -41,10 +42,10 @@ def make_zoo(folder: Path, count: int) -> Any:
 
 
 def theirs(recipe: Any, splits: dict[str, Any]) -> dict[str, float]:
-    """The published procedure: its time, steps and final NLL on select."""
-    from ray_soup.checkpoints import open_ingredients
-    from ray_soup.data import batch_positions
-    from ray_soup.models import build
+    """Run the published procedure: its time, steps and final NLL on select."""
+    from ray_soup.io.find import open_ingredients
+    from ray_soup.task.data import batch_positions
+    from ray_soup.task.models import build
     from tests.benchmarks.reference import learn
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -70,35 +71,38 @@ def theirs(recipe: Any, splits: dict[str, Any]) -> dict[str, float]:
 
 
 def ours(recipe: Any, goal: float) -> dict[str, float]:
-    """Seconds until an epoch's end at which select's NLL is at most `goal` (inf where none is), and of all."""
-    from ray_soup.actors import Actors, quiet, resolve_mesh
-    from ray_soup.learn import State, learn
-    from ray_soup.pipeline import prepare
+    """Run ours: seconds until an epoch ends with an NLL on select of at most `goal` (inf if none does), and in total."""
+    from ray_soup.actors.on_ray import RayPool
+    from ray_soup.actors.placement import resolve_mesh
+    from ray_soup.io.progress import no_progress
+    from ray_soup.soups.learn import learn
+    from ray_soup.soups.session import open_inputs
+    from ray_soup.soups.state import LearnState
 
     begun = time.perf_counter()
-    ingredients, layout = prepare(recipe)
-    mesh, cpus = resolve_mesh(recipe, layout.numel, len(ingredients))
-    actors = Actors(recipe, ingredients, mesh, cpus)
+    inputs = open_inputs(recipe)
+    mesh, cpus = resolve_mesh(recipe, inputs.layout.numel, len(inputs.ingredients))
+    pool = RayPool(recipe, inputs.ingredients, mesh, cpus)
     reached: list[tuple[float, int]] = []
     begins: list[float] = []
     try:
-        ready = actors.setup(quiet)
-        splits = cut_of(recipe, ready)
-        taken = actors.take(tuple(range(len(ingredients))), recipe.blocks, quiet)
-        step_of_actors = actors.step
+        splits = splits_of(recipe, pool.setup(no_progress))
+        info = pool.open_store(inputs.everything, recipe.blocks, no_progress)
+        step_of_pool = pool.step
 
         def step_and_note(*arguments: Any) -> Any:
             begins.append(time.perf_counter())
-            return step_of_actors(*arguments)
+            return step_of_pool(*arguments)
 
-        actors.step = step_and_note
+        pool.step = step_and_note
 
-        def look(step: int, steps: int, state: State) -> None:
+        def look(step: int, steps: int, state: LearnState) -> None:
             if state.curve[-1]["select_nll"] <= goal:
                 reached.append((time.perf_counter() - begins[0], step))
 
         with tempfile.TemporaryDirectory() as folder:
-            state = learn(recipe, actors, taken.norms, splits, len(ingredients), Path(folder, "s.pt"), after_epoch=look)
+            file = Path(folder, "s.pt")
+            state = learn(recipe, pool, info.norms, splits, len(inputs.ingredients), file, after_epoch=look)
         seconds, steps = reached[0] if reached else (float("inf"), state.steps)
         return {
             "before": begins[0] - begun,
@@ -108,18 +112,22 @@ def ours(recipe: Any, goal: float) -> dict[str, float]:
             "nll": state.best_nll,
         }
     finally:
-        actors.close()
+        pool.close()
 
 
-def cut_of(recipe: Any, ready: Any) -> Any:
-    from ray_soup.data import cut
+def splits_of(recipe: Any, setup: Any) -> Any:
+    """Split the held-out set into fit and select."""
+    from ray_soup.task.data import cut_splits
 
-    return cut(recipe.data, ready.sizes, ready.fit_digests, recipe.learn.seed)
+    return cut_splits(recipe.data, setup.sizes, setup.fit_digests, recipe.learn.seed)
 
 
 def main() -> dict[str, float]:
-    from ray_soup.actors import Actors, connect, quiet
-    from ray_soup.shard import Mesh
+    """Run both sides on both zoos."""
+    from ray_soup.actors.messages import Mesh
+    from ray_soup.actors.on_ray import RayPool
+    from ray_soup.actors.placement import connect
+    from ray_soup.io.progress import no_progress
 
     results: dict[str, float] = {}
     for name, count in SIZES.items():
@@ -127,15 +135,15 @@ def main() -> dict[str, float]:
         try:
             with connect():
                 recipe = make_zoo(folder, count)
-                actors = Actors(recipe, [], Mesh(1, 1), 1)
-                splits = cut_of(recipe, actors.setup(quiet))
-                actors.close()
+                pool = RayPool(recipe, [], Mesh(1, 1), 1)
+                splits = splits_of(recipe, pool.setup(no_progress))
+                pool.close()
             reference = theirs(recipe, splits)
             with connect():
                 found = ours(recipe, reference["nll"])
             results |= {f"{name}: reference, {key}": value for key, value in reference.items()}
             results |= {f"{name}: ours, {key}": value for key, value in found.items()}
-            results[f"{name}: ours / reference, time to its NLL"] = found["seconds"] / reference["seconds"]
+            results[f"{name}: ours / reference, time to the reference's NLL"] = found["seconds"] / reference["seconds"]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return results

@@ -1,8 +1,8 @@
-"""The published MEHL-Soup procedure (Li, Jiang et al., ECCV 2024), written from its description: what ours is held against.
+"""The published MEHL-Soup procedure (Li, Jiang et al., ECCV 2024), implemented from its description: the baseline of ours.
 
-float32; a block a parameter tensor; directions seen from a center that moves to the current soup at every model batch; the
-gradient clipped to norm 1; a new optimizer and schedule, five epochs by default, for every model batch; every time through
-fresh copies of all vectors. Plain on purpose: nothing here is tuned, and nothing is slowed down.
+It works in float32 with one block per parameter tensor. Directions start from a center that moves to the current soup at
+every model batch. The gradient is clipped to norm 1. Every model batch has a new optimizer and schedule and, by default,
+five epochs. Every step makes new copies of all vectors. The code is plain on purpose: nothing is tuned or slowed down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 
 class Reference:
-    """The ingredients' parameter vectors [K, N] float32, in the order of the model's parameters, and the model itself."""
+    """A model, and its ingredients as parameter vectors float32 [K, N] in the order of the model's parameters."""
 
     def __init__(self, model: torch.nn.Module, ingredients: torch.Tensor):
         self.model, self.ingredients = model, ingredients
@@ -27,11 +27,11 @@ class Reference:
         self.soup = ingredients[:0]
 
     def begin(self, chosen: list[int], center: torch.Tensor, lr: float, steps: int) -> None:
-        """A model batch: its directions from `center` [N], each of unit norm in every block."""
+        """Begin a model batch: directions from `center` float32 [N], scaled to unit norm in every block."""
         directions = self.ingredients[chosen] - center
         for start, stop in self.blocks:
             norm = directions[:, start:stop].norm(dim=1, keepdim=True)
-            directions[:, start:stop] /= norm.clamp_min(1e-30)  # published: 0/0 for blocks that are equal in all
+            directions[:, start:stop] /= norm.clamp_min(1e-30)  # published: 0/0 for blocks that are equal in all ingredients
         self.directions, self.center = directions, center
         self.x = torch.zeros(len(self.blocks), len(chosen), requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.x], lr=lr, weight_decay=0.0)
@@ -43,12 +43,14 @@ class Reference:
         self.fill(center)
 
     def fill(self, theta: torch.Tensor) -> None:
+        """Copy the parameter vector `theta` float32 [N] into the model."""
         self.soup = theta
         with torch.no_grad():
             for parameter, (start, stop) in zip(self.parameters, self.blocks, strict=True):
                 parameter.copy_(theta[start:stop].view(parameter.shape))
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Take one optimizer step on a batch; return the loss."""
         self.optimizer.zero_grad()
         for parameter in self.parameters:
             parameter.grad = None
@@ -78,9 +80,20 @@ def learn(
     lr: float = 0.01,
     epochs: int = 5,
 ) -> tuple[Reference, int]:
-    """The whole procedure; returns the reference, whose model is the soup, and the number of its steps.
+    """Run the whole procedure.
 
-    batches(epoch) yields (images, labels) of one pass over the held-out data.
+    Args:
+        model: the model, which holds the soup afterwards.
+        ingredients: float32 [K, N], parameter vectors.
+        batches: batches(epoch) yields the (images, labels) of one pass over the held-out data.
+        steps_per_epoch: the number of these batches.
+        model_batch: how many ingredients move at a time.
+        seed: of the order of ingredients.
+        lr: the learning rate.
+        epochs: passes over the data for each model batch.
+
+    Returns:
+        The reference and the number of its steps.
     """
     reference = Reference(model.eval(), ingredients)
     order = torch.randperm(len(ingredients), generator=torch.Generator().manual_seed(seed)).tolist()

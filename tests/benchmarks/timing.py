@@ -1,4 +1,4 @@
-"""The one stopwatch of the benchmarks."""
+"""Timing functions that all benchmarks share."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import torch
 
 
 def seconds(work: Callable[[], Any], rounds: int = 5, of: Callable[[Sequence[float]], float] = min) -> float:
-    """Of the rounds, one before them left out: the least, or what `of` makes of them."""
+    """Time `work` after one warm-up call: the fastest round, or whatever `of` makes of the rounds."""
     work()
     times = []
     for _ in range(rounds):
@@ -20,19 +20,19 @@ def seconds(work: Callable[[], Any], rounds: int = 5, of: Callable[[Sequence[flo
 
 
 def typical(work: Callable[[], Any], rounds: int = 3) -> float:
-    """The median of the rounds, one before them left out."""
+    """Time `work` after one warm-up call: the median of the rounds."""
     return seconds(work, rounds, median)
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on the threads that torch uses now."""
+    """Measure the FLOP/s of a large matrix product on torch's current number of threads."""
     size = 2048
     a, b = (torch.randn(size, size, dtype=torch.float32).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b)
 
 
 def pass_flops(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """FLOP of a forward and a backward pass."""
+    """Count the FLOP of one forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,102 @@
+"""A pool of shards in this process, called one after the other: the same calls and recovery, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_soup.actors.messages import Mesh
+from ray_soup.actors.pool import MeshPool
+from ray_soup.actors.recovery import Loss
+from ray_soup.actors.shard import Shard
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.progress import ProgressCallback
+from ray_soup.recipe import Recipe
+
+
+class HandleKilled(Exception):
+    """The shard of a handle was killed."""
+
+
+class LocalHandle:
+    """A shard, called as an actor is: `handle.step.remote(...)` returns a pending call."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard: Shard | None = shard
+
+    @property
+    def shard(self) -> Shard:
+        """The shard. Raises HandleKilled."""
+        if self._shard is None:
+            raise HandleKilled("the shard was killed")
+        return self._shard
+
+    def kill(self) -> None:
+        """Drop the shard: calls that have not answered are lost."""
+        self._shard = None
+
+    def __getattr__(self, name: str) -> _Method:
+        return _Method(self, name)
+
+
+@dataclass(frozen=True)
+class _Method:
+    handle: LocalHandle
+    name: str
+
+    def remote(self, *arguments: Any, **options: Any) -> Callable[[ProgressCallback | None], Any]:
+        """Return a pending call: a function that runs the method. With a progress callback, the method is a stream."""
+
+        def run(progress: ProgressCallback | None) -> Any:
+            reply = getattr(self.handle.shard, self.name)(*arguments, **options)
+            if progress is None:
+                return reply
+            answer = None
+            for value in reply:
+                if isinstance(value, tuple):
+                    progress(*value)
+                    _ = self.handle.shard  # may have been killed meanwhile
+                else:
+                    answer = value
+            return answer
+
+        return run
+
+
+class InProcessPool(MeshPool):
+    """Replicas in this process, with `threads` threads. Raises ValueError if a replica has several shards."""
+
+    handles: list[LocalHandle | None]
+
+    def __init__(self, recipe: Recipe, ingredients: Sequence[Ingredient], mesh: Mesh, threads: int) -> None:
+        if mesh.shards != 1:
+            raise ValueError(f"mesh: found {mesh.shards} shards; a replica in one process has 1.")
+        super().__init__(mesh)
+        self._recipe, self._ingredients, self._threads = recipe, ingredients, threads
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards by rank, after `setup`."""
+        return [handle.shard for handle in self.handles if handle is not None]
+
+    def _create(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self.handles[rank] = LocalHandle(Shard(self._recipe, self._ingredients, self.mesh, rank, self._threads))
+
+    def _kill(self, rank: int) -> None:
+        handle = self.handles[rank]
+        if handle is not None:
+            handle.kill()
+
+    def _collect(
+        self, calls: dict[int, Any], answers: dict[int, Any], progress: ProgressCallback | None = None
+    ) -> Loss | None:
+        lost, reason = set(), ""
+        for rank, run in calls.items():
+            try:
+                answers[rank] = run(progress)
+            except HandleKilled as error:
+                lost.add(rank)
+                reason = str(error)
+        return Loss(frozenset(lost), reason) if lost else None

@@ -1,0 +1,103 @@
+"""Messages: every type that crosses the network between the driver and the actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from ray_soup.mixing.blocks import Partition
+
+T = TypeVar("T")
+
+Heartbeat = tuple[str, int, int]
+"""What is being done, the units done so far, and the units in total."""
+
+Stream = Iterator[Heartbeat | T]
+"""The reply to a call that may take long: heartbeats, then the answer, which is never a tuple."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Replicas x shards actors; rank r is shard r % shards of replica r // shards."""
+
+    replicas: int
+    """Number of whole models; they split every batch."""
+    shards: int
+    """Number of actors that together hold one replica."""
+
+    @property
+    def size(self) -> int:
+        """The number of actors."""
+        return self.replicas * self.shards
+
+
+@dataclass(frozen=True)
+class Partial:
+    """One actor's part of a step, as sums over its examples; the driver divides once, by the size of the batch."""
+
+    gradient: np.ndarray
+    """float64 [m, B]: sum over the examples of dL/dx."""
+    by_factor: float
+    """Sum over the examples of dL/dt, where t is the factor on the logits."""
+    loss: float
+    """Sum of the losses over the examples."""
+    seconds: float
+    """Time that the actor took."""
+
+
+@dataclass(frozen=True)
+class SetupInfo:
+    """An actor's report after setup."""
+
+    sizes: dict[str, int]
+    """Number of examples in each source."""
+    fit_digests: np.ndarray | None
+    """uint64 [n]: a hash of each example of fit. Only the first actor reports it."""
+    contents: dict[str, str]
+    """A hash of the inputs and labels of each source. Only the first actor reports it."""
+    fingerprint: str
+    """A hash of the model's structure and of the source files of its function and of the metric. Equal fingerprints and
+    equal parameters mean the same model."""
+    node: str
+    """The host that the actor runs on."""
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """An actor's report after opening a direction store."""
+
+    partition: Partition
+    """The blocks, without the invariant ones."""
+    norms: np.ndarray
+    """float64 [K, B]: the norm of each direction in each block."""
+    sha256: tuple[str, ...]
+    """The SHA-256 of each ingredient."""
+    output: tuple[str, ...]
+    """The parameters that scale the logits; empty if the model has none."""
+    held: int
+    """Bytes of directions and center that the actor works on."""
+
+
+@dataclass(frozen=True)
+class StepTimings:
+    """Measured speeds of a node, from which `plan` predicts the time of a run."""
+
+    images: int
+    """Number of examples in the timed passes."""
+    forward_s: float
+    """Seconds of a forward pass over `images` examples."""
+    step_s: float
+    """Seconds of a forward and backward pass over `images` examples."""
+    combine_s: float
+    """Seconds to combine one byte of compressed directions."""
+    project_s: float
+    """Seconds to project onto one byte of compressed directions."""
+    hash_s: float
+    """Seconds to hash one byte of ingredients on one core."""
+    read_s: float
+    """Seconds to read one byte of ingredients from their storage."""
+    peak_bytes: int
+    """Peak memory in bytes of an actor during a forward and backward pass, with model and data but without directions."""

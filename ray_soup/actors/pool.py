@@ -1,0 +1,282 @@
+"""Pools of actors: the interface that the driver uses, and the calls behind it.
+
+In a step, coordinates and row numbers go to the actors, and projected gradients come back. `StepPool` and `ActorPool` are
+the interfaces; `MeshPool` implements their calls, and its subclasses add a transport: Ray, or this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ray_soup.actors.messages import Mesh, Partial, SetupInfo, StepTimings, StoreInfo
+from ray_soup.actors.recovery import RecoveringMesh
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.running_statistics import Statistics, averaged
+from ray_soup.task.data import Split
+from ray_soup.task.outcomes import Outcome, Score, join_outcomes
+
+
+class StepPool(Protocol):
+    """The pool interface of the learning loop."""
+
+    def choose_precision(self) -> str:
+        """Choose float32 or bfloat16 for learning, on the first actor's hardware, once."""
+        ...
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
+        """Begin a model batch: the ingredients `chosen`, int64 [m], move; the others stay at x, float32 [K, B]."""
+        ...
+
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
+        """Return each actor's partial projected gradient at x, float32 [m, B], on one batch split over the actors.
+
+        `factor` multiplies the logits.
+        """
+        ...
+
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
+        """Score the model batch on a split at x float32 [m, B], the examples split over the actors."""
+        ...
+
+    def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
+        """Re-estimate running statistics at x float32 [m, B] on these batches, spread over the actors, and use them."""
+        ...
+
+    def use(self, statistics: Statistics) -> None:
+        """Use these running statistics from here on."""
+        ...
+
+
+class ActorPool(StepPool, Protocol):
+    """The pool interface of a run. Answers come in the order of ranks."""
+
+    mesh: Mesh
+
+    def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
+        """Start all actors and wait until they are set up. They must see the files `seen`."""
+        ...
+
+    def open_store(self, subset: tuple[int, ...], blocks: str | int, progress: ProgressCallback) -> StoreInfo:
+        """Open the directions of the ingredients `subset` around their mean, for blocks of this kind."""
+        ...
+
+    def gram(self) -> np.ndarray:
+        """Return the inner products of the open directions, float64 [K, K]."""
+        ...
+
+    def statistics_of_file(self, path: str, batches: list[Split], progress: ProgressCallback = no_progress) -> Statistics:
+        """Re-estimate running statistics of the checkpoint at `path` on these batches, spread over the actors."""
+        ...
+
+    def evaluate_file(self, path: str, splits: list[Split], progress: ProgressCallback = no_progress) -> list[Outcome]:
+        """Evaluate the checkpoint at `path` on each split, the examples split over the actors."""
+        ...
+
+    def evaluate_files(self, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+        """Evaluate each checkpoint on each split, one checkpoint per actor at a time; yield the outcomes in order."""
+        ...
+
+    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
+        ...
+
+    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """Evaluate the mean of the logits of the checkpoints `paths` on each split."""
+        ...
+
+    def try_candidate(
+        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
+    ) -> int:
+        """Count the examples that the mean of the ingredients `kept` and `candidate` classifies correctly.
+
+        If there are batches `calibration`, its running statistics are re-estimated on them.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Free what the actors kept for an ensemble or a greedy search."""
+        ...
+
+    def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
+        """Time the parts of a step on at most `most` examples on the first actor's node."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Restart the measurement of the actors' peak memory."""
+        ...
+
+    def peak_memory(self) -> list[int]:
+        """Return each actor's peak memory in bytes since `reset_peak`."""
+        ...
+
+    def close(self) -> None:
+        """Kill the actors and free what they held."""
+        ...
+
+
+class MeshPool(RecoveringMesh):
+    """An ActorPool on a mesh of actors; subclasses provide the transport.
+
+    Calls recover from the loss of actors. Raises SoupError after ATTEMPTS attempts at one call.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__(mesh)
+        self._precision = ""
+
+    def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
+        """Start all actors and wait until they are set up; their answers are equal."""
+        self._seen = seen
+        return self._start_all(progress)
+
+    def open_store(self, subset: tuple[int, ...], blocks: str | int, progress: ProgressCallback) -> StoreInfo:
+        """Open the directions of the ingredients `subset` around their mean, for blocks of this kind."""
+        self._opened, self._begun, self._used = None, None, {}
+        call = (subset, blocks)
+        answers = self._ask("open_store", lambda actor, rank: actor.open_store.remote(*call), progress=progress)
+        info: StoreInfo = answers[0]
+        self._opened, self._held = call, info.held
+        return info
+
+    def choose_precision(self) -> str:
+        """Choose float32 or bfloat16 for learning, on the first actor's hardware, once."""
+        if not self._precision:
+            self._precision = self._ask("choose_precision", lambda actor, rank: actor.choose_precision.remote(), [0])[0]
+        return self._precision
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
+        """Begin a model batch: the ingredients `chosen`, int64 [m], move; the others stay at x, float32 [K, B]."""
+        self._begun = (chosen, x, precision)
+        self._ask("begin", lambda actor, rank: actor.begin.remote(chosen, x, precision))
+
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
+        """Return each actor's partial projected gradient at x, float32 [m, B], on one batch split over the actors."""
+        parts = batch.parts(self.mesh.size)
+        return self._ask("step", lambda actor, rank: actor.step.remote(x, factor, parts[rank]))
+
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
+        """Score the model batch on a split at x float32 [m, B], the examples split over the actors."""
+        parts = split.parts(self.mesh.size)
+        scores: list[Score] = self._ask(
+            "evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), progress=no_progress
+        )
+        return sum(scores, Score())
+
+    def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
+        """Re-estimate running statistics at x float32 [m, B] on these batches, spread over the actors, and use them."""
+        size = self.mesh.size
+        parts = self._ask(
+            "sum_statistics",
+            lambda actor, rank: actor.sum_statistics.remote(x, batches[rank::size]),
+            progress=no_progress,
+        )
+        self.use(averaged(parts))
+        return self._used
+
+    def use(self, statistics: Statistics) -> None:
+        """Use these running statistics from here on."""
+        self._used = statistics
+        self._ask("use", lambda actor, rank: actor.use.remote(statistics))
+
+    def statistics_of_file(self, path: str, batches: list[Split], progress: ProgressCallback = no_progress) -> Statistics:
+        """Re-estimate running statistics of the checkpoint at `path` on these batches, spread over the actors."""
+        size = self.mesh.size
+        parts = self._ask(
+            "sum_statistics_of_file",
+            lambda actor, rank: actor.sum_statistics_of_file.remote(path, batches[rank::size]),
+            progress=progress,
+        )
+        return averaged(parts)
+
+    def gram(self) -> np.ndarray:
+        """Return the inner products of the open directions, float64 [K, K]."""
+        shards, replicas = self.mesh.shards, self.mesh.replicas
+        total: np.ndarray = sum(self._ask("gram", lambda actor, rank: actor.gram.remote((rank // shards, replicas))))
+        return total
+
+    def evaluate_file(self, path: str, splits: list[Split], progress: ProgressCallback = no_progress) -> list[Outcome]:
+        """Evaluate the checkpoint at `path` on each split, the examples split over the actors."""
+        parts = self._parts(splits)
+        return _joined(self._ask(
+            "evaluate_file", lambda actor, rank: actor.evaluate_file.remote(path, parts[rank], factored=True),
+            progress=progress,
+        ))  # fmt: skip
+
+    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
+        parts = self._parts(splits)
+        return _joined(self._ask(
+            "evaluate_member", lambda actor, rank: actor.evaluate_member.remote(paths, parts[rank]), progress=no_progress
+        ))  # fmt: skip
+
+    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+        """Evaluate the mean of the logits of the checkpoints `paths` on each split."""
+        parts = self._parts(splits)
+        return _joined(self._ask(
+            "evaluate_ensemble", lambda actor, rank: actor.evaluate_ensemble.remote(paths, parts[rank]),
+            progress=no_progress,
+        ))  # fmt: skip
+
+    def _parts(self, splits: list[Split]) -> list[list[Split]]:
+        """Return the part of each split for each rank, [ranks][splits]."""
+        parts = [split.parts(self.mesh.size) for split in splits]
+        return [[part[rank] for part in parts] for rank in range(self.mesh.size)]
+
+    def evaluate_files(self, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+        """Evaluate each checkpoint on each split, one checkpoint per actor at a time; yield the outcomes in order."""
+        for first in range(0, len(paths), self.mesh.size):
+            yield from self._evaluate_whole(paths[first : first + self.mesh.size], splits)
+
+    def _evaluate_whole(self, paths: list[str], splits: list[Split]) -> list[list[Outcome]]:
+        """Let each actor evaluate one checkpoint."""
+        return self._ask(
+            "evaluate_file", lambda actor, rank: actor.evaluate_file.remote(paths[rank], splits, factored=False),
+            range(len(paths)), no_progress,
+        )  # fmt: skip
+
+    def try_candidate(
+        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
+    ) -> int:
+        """Count the examples that the mean of the ingredients `kept` and `candidate` classifies correctly.
+
+        Every actor takes each mesh.size-th example.
+        """
+        size = self.mesh.size
+
+        def call(actor: Any, rank: int) -> Any:
+            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
+            return actor.try_candidate.remote(kept, candidate, mine, calibration)
+
+        return sum(self._ask("try_candidate", call))
+
+    def forget(self) -> None:
+        """Free what the actors kept for an ensemble or a greedy search."""
+        self._ask("forget", lambda actor, rank: actor.forget.remote())
+
+    def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
+        """Time the parts of a step on at most `most` examples on the first actor's node."""
+        timings: StepTimings = self._ask(
+            "time_step", lambda actor, rank: actor.time_step.remote(model_batch, most), [0], progress
+        )[0]
+        return timings
+
+    def reset_peak(self) -> None:
+        """Restart the measurement of the actors' peak memory."""
+        self._ask("reset_peak", lambda actor, rank: actor.reset_peak.remote())
+
+    def peak_memory(self) -> list[int]:
+        """Return each actor's peak memory in bytes since `reset_peak`."""
+        return self._ask("peak_memory", lambda actor, rank: actor.peak_memory.remote())
+
+    def close(self) -> None:
+        """Kill the actors and free what they held."""
+        for rank in range(self.mesh.size):
+            self._kill(rank)
+
+
+def _joined(answers: list[list[Outcome]]) -> list[Outcome]:
+    """Join the actors' outcomes, [ranks][splits], into one outcome per split."""
+    return [join_outcomes(outcomes) for outcomes in zip(*answers, strict=True)]

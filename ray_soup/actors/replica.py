@@ -1,0 +1,204 @@
+"""The model of one actor, with its data, loss and buffers.
+
+The parameters of the model are views of one flat vector `theta`, and their gradients are views of `gradient`: the model
+computes with whatever is written into the vector.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from ray_soup.actors.messages import Heartbeat
+from ray_soup.actors.precision import micro_batch_size
+from ray_soup.errors import RecipeError
+from ray_soup.io.cache import content_key
+from ray_soup.io.progress import labelled
+from ray_soup.mixing import running_statistics
+from ray_soup.mixing.blocks import Layout, flatten, layout_of
+from ray_soup.mixing.running_statistics import Statistics, Sums
+from ray_soup.recipe import Recipe
+from ray_soup.task import models
+from ray_soup.task.data import Examples, Split, load_sources
+from ray_soup.task.functions import import_function
+from ray_soup.task.libraries import BuiltModel
+from ray_soup.task.objective import loss_of, metric_of
+from ray_soup.task.preprocess import preprocess_identity
+
+
+class Replica:
+    """A model in eval mode on `device`, its vectors, its examples, its loss and its metric.
+
+    `load_replica` builds it, `allocate` creates the parameter vector, and `hold_gradients` the gradient.
+    """
+
+    def __init__(
+        self, recipe: Recipe, built: BuiltModel, layout: Layout, examples: dict[str, Examples], device: torch.device
+    ) -> None:
+        self.recipe, self.built, self.layout, self.examples, self.device = recipe, built, layout, examples, device
+        self.model = built.model
+        self.theta = self.gradient = torch.empty(0)
+        self.classes = self._checked_classes()
+        self.loss = loss_of(recipe, self.classes, device)
+        self.metric = metric_of(recipe, self.classes, device)
+        self.micro_batch = micro_batch_size(recipe, self.layout.numel)
+        self._mixed_buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._prefetch = ThreadPoolExecutor(1)
+
+    def _checked_classes(self) -> int:
+        if not self.examples:
+            raise RecipeError("The recipe has no data. Add `data:` with fit and test.")
+        classes = 0
+        for examples in self.examples.values():
+            images, _ = examples.batch(np.zeros(1, np.int64), self.device)
+            classes = self._classes(images, examples.spec)
+            examples.check_labels(classes)
+        return classes
+
+    def _classes(self, images: torch.Tensor, spec: str) -> int:
+        try:
+            with torch.inference_mode():
+                logits = self.model(images)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise RecipeError(
+                f"The model {self.recipe.model} cannot process the examples of {spec}, {images.dtype} "
+                f"{list(images.shape[1:])} each: {str(error).partition(chr(10))[0]}. Change `model:` or the data."
+            ) from error
+        if logits.ndim != 2 or len(logits) != 1:
+            raise RecipeError(
+                f"The model {self.recipe.model} returned {list(logits.shape)} for one example of {spec}, {images.dtype} "
+                f"{list(images.shape[1:])}; expected logits [1, classes]. Change what the model returns."
+            )
+        return int(logits.shape[1])
+
+    def fingerprint(self) -> str:
+        """Hash the model's structure and the source files of its function and of the metric."""
+        found = models.fingerprint(self.recipe.model, self.built)
+        if self.recipe.metric is not None:
+            found += content_key(preprocess_identity(import_function(self.recipe.metric)))
+        return found
+
+    # Vectors
+
+    def allocate(self, padded: int) -> None:
+        """Make the parameters views of a new vector of `padded` zeros."""
+        self.theta = torch.zeros(padded, device=self.device)
+        flatten(self.model, self.theta, None, self.layout)
+
+    def hold_gradients(self, variant: np.ndarray) -> None:
+        """Make the gradients views of one vector as long as `theta`, for the tensors that differ between ingredients.
+
+        Args:
+            variant: bool [tensors]; False where a tensor needs no gradient.
+        """
+        if len(self.gradient) != len(self.theta):
+            self.gradient = torch.zeros(len(self.theta), device=self.device)
+        parameters = dict(self.model.named_parameters())
+        for name, moves in zip(self.layout.names, variant, strict=True):
+            parameters[name].requires_grad_(bool(moves))
+        flatten(self.model, self.theta, self.gradient, self.layout)
+
+    def set_parameters(self, vector: np.ndarray) -> None:
+        """Copy a parameter vector, float32 [N], into the model."""
+        self.theta[: self.layout.numel] = tensor_of(vector)
+
+    def output_layer(self) -> tuple[str, ...]:
+        """Find the parameters that double the logits when they are doubled; empty if there are none.
+
+        They belong to one module and have a dimension as long as the number of classes. Later modules are tried first.
+        """
+        modules = [name for name, module in self.model.named_modules() if any(True for _ in module.parameters(False))]
+        images, _ = next(iter(self.examples.values())).batch(np.zeros(1, np.int64), self.device)
+        with torch.no_grad():
+            logits = self.model(images)
+            for module in reversed(modules):
+                prefix = f"{module}." if module else ""
+                names = [
+                    name
+                    for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
+                    if name.startswith(prefix) and "." not in name[len(prefix) :] and self.classes in shape
+                ]
+                parameters = [self.model.get_parameter(name) for name in names]
+                for parameter in parameters:
+                    parameter.mul_(2)
+                doubled = torch.allclose(self.model(images), 2 * logits, rtol=1e-4, atol=1e-6)
+                for parameter in parameters:
+                    parameter.div_(2)
+                if names and doubled:
+                    return tuple(names)
+        return ()
+
+    # Buffers
+
+    def set_mixed_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Set the mixed buffers of the ingredients whose directions are open; `use` copies them into the model."""
+        self._mixed_buffers = {name: buffer.to(self.device) for name, buffer in buffers.items()}
+
+    def use(self, statistics: Statistics) -> None:
+        """Copy the mixed buffers into the model, as `bake` writes them, except for these running statistics."""
+        self._buffers = {**self._mixed_buffers, **{name: tensor_of(values) for name, values in statistics.items()}}
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Copy the buffers that `use` set back into the model, after others were copied there."""
+        self.copy_buffers(self._buffers)
+
+    def copy_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Copy these buffers into the model until `restore_buffers`."""
+        state = self.model.state_dict()
+        for name, buffer in buffers.items():
+            state[name].copy_(buffer.view(state[name].shape))
+
+    def sum_statistics(self, batches: Sequence[Split]) -> Generator[Heartbeat, None, Sums]:
+        """Sum the running statistics of the model over `batches`, in float64.
+
+        The buffers of the model contain meaningless values afterwards: call `restore_buffers` or `copy_buffers`.
+        """
+
+        def images_of(split: Split) -> torch.Tensor:
+            return self.examples[split.source].batch(split.rows, self.device)[0]
+
+        return (yield from labelled("recalibrating", running_statistics.summed(self.model, batches, images_of)))
+
+    # Examples
+
+    def micro_batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield inputs and labels of `split`, one micro-batch at a time; the next one loads while this one is used."""
+        batch = self.examples[split.source].batch
+        parts = [split.rows[first : first + self.micro_batch] for first in range(0, len(split), self.micro_batch)]
+        coming = self._prefetch.submit(batch, parts[0], self.device) if len(parts) > 1 else None
+        for number, rows in enumerate(parts):
+            found = batch(rows, self.device) if coming is None else coming.result()
+            if number + 1 < len(parts):
+                coming = self._prefetch.submit(batch, parts[number + 1], self.device)
+            yield found
+
+    def pieces(self, split: Split) -> Iterator[Split]:
+        """Cut a split into pieces of a few micro-batches: the work between two heartbeats."""
+        size = 8 * self.micro_batch
+        for first in range(0, len(split), size):
+            yield Split(split.source, split.rows[first : first + size])
+
+
+def load_replica(recipe: Recipe, device: torch.device) -> Generator[Heartbeat, None, Replica]:
+    """Build the model and decode the data. The value of the generator is the Replica.
+
+    Raises RecipeError if model and data do not fit together.
+    """
+    built = models.build(recipe.model)
+    built.model.to(device).eval()
+    layout = layout_of(built.model)
+    examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess))
+    return Replica(recipe, built, layout, examples, device)
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """Return a tensor that shares the array's memory, without torch's warning about read-only arrays: it is only read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)

@@ -1,0 +1,282 @@
+"""The work of one actor: every public method is a call that the driver may make.
+
+A shard has its slice of every direction, and a whole model. It is stateless apart from `open_store`, `begin` and `use`, and
+from results that it keeps to save work, so a lost actor can be re-created and its call retried. A pool runs the shard; this
+module does not use Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Generator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ray_soup.actors import precision as precisions
+from ray_soup.actors import timing
+from ray_soup.actors.candidates import CandidateMixer
+from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, score
+from ray_soup.actors.group import ShardGroup
+from ray_soup.actors.messages import Heartbeat, Mesh, Partial, SetupInfo, StepTimings, StoreInfo, Stream
+from ray_soup.actors.replica import load_replica, tensor_of
+from ray_soup.errors import RecipeError
+from ray_soup.io import storage
+from ray_soup.io.cache import content_key
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.progress import labelled
+from ray_soup.mixing import directions
+from ray_soup.mixing.blocks import partition
+from ray_soup.mixing.buffers import mixed_buffer
+from ray_soup.mixing.hyperplane import Hyperplane, decompressed
+from ray_soup.mixing.running_statistics import Statistics, Sums
+from ray_soup.recipe import Recipe
+from ray_soup.task import models
+from ray_soup.task.data import Split, check_leaks
+from ray_soup.task.outcomes import Outcome, Score
+
+T = TypeVar("T")
+
+
+class Shard:
+    """Actor number `rank` of the mesh.
+
+    Call `setup` first, then `join` if the replica has several shards, then `open_store` to learn. Methods that may take long
+    return a stream: heartbeats (what, done, total), then the answer.
+    """
+
+    def __init__(self, recipe: Recipe, ingredients: Sequence[Ingredient], mesh: Mesh, rank: int, threads: int) -> None:
+        self.recipe, self.ingredients, self.mesh, self.rank, self.threads = recipe, ingredients, mesh, rank, threads
+        self._opened: tuple[int, ...] = ()
+        self._output: tuple[str, ...] = ()
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if recipe.actors.gpus else "cpu")
+
+    def setup(self, seen: tuple[str, ...] = ()) -> Stream[SetupInfo]:
+        """Build the model and decode the data.
+
+        Raises RecipeError if this node does not see the ingredients or the local files `seen` by the driver; on the first
+        actor also if two splits share examples.
+        """
+        self._check_paths(seen)
+        self.replica = yield from load_replica(self.recipe, self.device)
+        found: dict[str, np.ndarray] = {}
+        if self.rank == 0:
+            leaks = check_leaks(self.recipe.data, self.replica.built.preprocess)
+            found = yield from labelled("comparing examples", leaks)
+        shards = self.mesh.shards
+        self.group = ShardGroup(self.rank % shards, shards, self.replica.layout.numel, self.device)
+        self.replica.allocate(self.group.padded)
+        self.candidates = CandidateMixer(self.replica, self.ingredients)
+        self.ensemble = Ensemble(self.replica)
+        examples = self.replica.examples
+        yield SetupInfo(
+            {name: len(e) for name, e in examples.items()},
+            found.get("fit"),
+            {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in examples.items() if found},
+            self.replica.fingerprint(),
+            socket.gethostname(),
+        )
+
+    def _check_paths(self, seen: tuple[str, ...]) -> None:
+        files = [(f, size) for i in self.ingredients for f, size in zip(i.files, i.sizes, strict=True)]
+        for path, size in [*((path, None) for path in seen), *files]:
+            if storage.is_remote(path):
+                continue
+            found = os.path.getsize(path) if os.path.exists(path) else None
+            if found is None or size not in (None, found):
+                what = "does not exist" if found is None else f"has {found:,} bytes instead of {size:,} (on the driver)"
+                raise RecipeError(
+                    f"{path} {what} on the node {socket.gethostname()}. Put ingredients, data and OUT where every node sees "
+                    "them: a shared disk, or a URI such as s3://BUCKET/...."
+                )
+
+    # The other shards of the replica
+
+    def open_group(self, host: str) -> int:
+        """Open the rendezvous of the group on this shard, shard 0, at its node `host`, and return the port."""
+        return self.group.open(host)
+
+    def join(self, host: str, port: int) -> None:
+        """Form a group with the other shards of this replica."""
+        self.group.join(host, port)
+
+    # Directions
+
+    def open_store(self, subset: tuple[int, ...], blocks: str | int) -> Stream[StoreInfo]:
+        """Open the direction store of the ingredients `subset` for blocks of this kind; build the store if it is missing.
+
+        Raises IngredientError if an ingredient cannot be used.
+        """
+        chosen = [self.ingredients[k] for k in subset]
+        if self._opened != subset:
+            work = directions.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
+            self.store: directions.DirectionStore = yield from labelled("reading ingredients", work)
+            self.replica.set_mixed_buffers(
+                {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.buffers}
+            )
+            self._opened = subset
+            self.replica.hold_gradients(self.store.variant)
+            self.use({})
+            self.replica.set_parameters(self.store.center)
+            self._output = self.replica.output_layer()
+        self.use({})  # an earlier method may have left its running statistics
+        parts, norms = self.store.blocks(partition(self.replica.layout, blocks))
+        low, high = self.group.low, self.group.high
+        self.plane = Hyperplane(self.store, parts, low, high, self.device, self.threads)
+        self.center = tensor_of(self.store.center[low:high]).to(self.device)
+        held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
+        yield StoreInfo(parts, norms, self.store.sha256, self._output, held)
+
+    def gram(self, part: tuple[int, int]) -> np.ndarray:
+        """Sum the inner products of the directions over a part of the store, float64 [K, K].
+
+        Args:
+            part: (index, parts), which selects every `parts`-th piece of this shard's slice, from piece `index` on.
+        """
+        total = np.zeros((len(self.store.rows),) * 2)
+        for start, stop, _, chunk in self.plane.pieces[part[0] :: part[1]]:
+            rows = decompressed(self.store, start, stop, chunk)
+            total += (rows @ rows.T).double().numpy()
+        return total
+
+    # Learning
+
+    def choose_precision(self) -> str:
+        """Choose float32 or bfloat16 for learning on this actor's hardware."""
+        examples = next(iter(self.replica.examples.values()))
+        most = -(-self.recipe.learn.batch_size // self.mesh.size)
+        images, _ = examples.batch(np.arange(min(self.replica.micro_batch, most, len(examples))), self.device)
+        return precisions.choose_precision(self.recipe, self.replica.model, images)
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
+        """Begin a model batch.
+
+            base = center + sum of x d over the ingredients that do not move
+
+        The base is recomputed in the order of the ingredients, so that it is bit-identical on every actor.
+
+        Args:
+            chosen: int64 [m], the ingredients that move.
+            x: float32 [K, B], the coordinates of all ingredients.
+            precision: float32 or bfloat16, for forward and backward passes.
+        """
+        self.precision = precisions.autocast(precision, self.device)
+        others = np.setdiff1d(np.flatnonzero(np.any(x != 0, axis=1)), chosen)
+        self.base = self.center
+        if len(others):
+            self.base = self.center.clone()
+            for first in range(0, len(others), len(chosen)):  # no more directions at a time than a step holds
+                some = others[first : first + len(chosen)]
+                self.plane.choose(some)
+                self.plane.combine(self.base, self.base, np.ascontiguousarray(x[some], dtype=np.float32))
+        self.plane.choose(chosen)
+
+    def use(self, statistics: Statistics) -> None:
+        """Use these running statistics from here on, and the mixed buffers for the rest."""
+        self.replica.use(statistics)
+
+    def _combine(self, x: np.ndarray) -> None:
+        self.plane.combine(self.replica.theta[self.group.low : self.group.high], self.base, x)
+        self.group.gather(self.replica.theta)
+
+    def step(self, x: np.ndarray, factor: float, batch: Split) -> Partial:
+        """Combine, run forward and backward passes on this actor's part of the batch, and project.
+
+        Args:
+            x: float32 [m, B], coordinates of the model batch.
+            factor: the factor on the logits.
+            batch: this actor's part of the batch.
+        """
+        start = time.perf_counter()
+        self._combine(x)
+        replica = self.replica
+        replica.gradient.zero_()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        t = torch.tensor(factor, dtype=torch.float32, device=self.device, requires_grad=True)
+        t.grad = torch.zeros_like(t)
+        for images, labels in replica.micro_batches(batch):
+            with self.precision:
+                logits = replica.model(images)
+            loss = replica.loss(logits.float() * t, labels, self.recipe.learn.label_smoothing)
+            torch.autograd.backward(loss)
+            loss_sum += loss.detach()
+        projected = self.plane.project(self.group.scatter(replica.gradient))
+        return Partial(projected, t.grad.item(), loss_sum.item(), time.perf_counter() - start)
+
+    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Stream[Score]:
+        """Score the current model batch on a split at x, float32 [m, B], with `factor` on the logits."""
+        self._combine(x)
+        total = Score()
+        for piece in self.replica.pieces(split):
+            with self.precision:
+                total += score(self.replica, piece, factor)
+            yield "evaluating", total.count, len(split)
+        yield total
+
+    def sum_statistics(self, x: np.ndarray, batches: list[Split]) -> Stream[Sums]:
+        """Sum the running statistics of the current model batch at x, float32 [m, B], over `batches`."""
+        self._combine(x)
+        yield from self._sum_statistics(batches)
+
+    # Whole models, in float32
+
+    def sum_statistics_of_file(self, path: str, batches: list[Split]) -> Stream[Sums]:
+        """Sum the running statistics of the checkpoint at `path` over `batches`."""
+        models.load_checkpoint(self.replica.model, path)
+        yield from self._sum_statistics(batches)
+
+    def _sum_statistics(self, batches: list[Split]) -> Stream[Sums]:
+        sums = yield from self.replica.sum_statistics(batches)
+        self.replica.restore_buffers()
+        yield sums
+
+    def evaluate_file(self, path: str, splits: list[Split], factored: bool) -> Stream[list[Outcome]]:
+        """Evaluate the checkpoint at `path` on each split; `factored` adds the losses for finding a temperature."""
+        yield from _streamed(evaluate_checkpoint(self.replica, path, splits, factored))
+
+    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> Stream[list[Outcome]]:
+        """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
+        yield from _streamed(self.ensemble.add(paths, splits))
+
+    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> Stream[list[Outcome]]:
+        """Evaluate the mean of the logits of the checkpoints `paths` on each split."""
+        yield from _streamed(self.ensemble.evaluate(paths, splits))
+
+    def try_candidate(
+        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
+    ) -> int:
+        """Count the examples that the mean of the ingredients `kept` and `candidate` classifies correctly.
+
+        If there are batches `calibration`, its running statistics are re-estimated on them.
+        """
+        self.candidates.mix(kept, candidate, calibration)
+        return sum(score(self.replica, split).correct for split in splits)
+
+    def forget(self) -> None:
+        """Free what was kept between calls for an ensemble or a greedy search."""
+        self.ensemble.forget()
+        self.candidates.forget()
+
+    # Measurements
+
+    def time_step(self, model_batch: int, most: int) -> Stream[StepTimings]:
+        """Time the parts of a step with synthetic directions of `model_batch` ingredients and at most `most` examples."""
+        yield from _streamed(timing.time_step(self.replica, self.ingredients, model_batch, most, self.threads))
+
+    def reset_peak(self) -> None:
+        """Restart the measurement of this actor's peak memory."""
+        timing.reset_peak(self.device)
+
+    def peak_memory(self) -> int:
+        """Return this actor's peak memory in bytes since `reset_peak`: resident memory plus GPU memory."""
+        return timing.peak_memory(self.device)
+
+
+def _streamed(work: Generator[Heartbeat, None, T]) -> Stream[T]:
+    """Yield the heartbeats of a generator, then its value."""
+    answer = yield from work
+    yield answer

@@ -1,0 +1,194 @@
+"""Exact baking: compute model files from coefficients and ingredients.
+
+    theta[b] = sum_k c[k, b] theta_k[b]
+
+The sum is accumulated in float64 in the order of the ingredients, from the original files, one range of one tensor at a
+time: memory does not grow with the model or with the number of ingredients. The compression that learning uses has no effect
+here. Buffers are mixed too, except for re-estimated running statistics: these are saved with the coefficients, so that the
+model can be baked again without the data.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_soup.errors import IngredientError, SoupError
+from ray_soup.io.check import check_finite, common_dtype
+from ray_soup.io.disk import reading_threads, write_at
+from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.progress import CountCallback, no_count
+from ray_soup.mixing.buffers import mixed_buffer
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.mixing.running_statistics import Statistics
+from ray_soup.mixing.shard_files import Dtypes, ShardWriter, plan_files
+
+RANGE = 1 << 20  # elements that a thread mixes at a time
+
+
+def mix_range(
+    ingredients: Sequence[Ingredient],
+    name: str,
+    factors: NDArray[np.float64],
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Compute elements start to stop of sum_k factors[k] theta_k for one tensor.
+
+    Args:
+        ingredients: K ingredients, bound to the model.
+        name: name of the tensor.
+        factors: float64 [K].
+        start: first element.
+        stop: end of the range (excluded).
+        dtype: dtype of the result.
+
+    Returns:
+        dtype [stop - start].
+
+    Raises IngredientError if the sum is not finite in this dtype.
+    """
+    from ray_soup.mixing.kernels import mix
+
+    wide = torch.float64 if torch.float64 in (dtype, common_dtype(ingredients, name)) else torch.float32
+    parts = [ingredient.read(name, start, stop).to(wide) for ingredient in ingredients]
+    addresses = np.array([part.data_ptr() for part in parts], dtype=np.uint64)
+    out = torch.empty(stop - start, dtype=wide)
+    finite = mix(addresses, parts[0][:0].numpy(), factors, out.numpy())
+    soup = out.to(dtype)
+    if not finite or (dtype != wide and not torch.isfinite(soup).all()):
+        check_finite(ingredients, name, start, parts)
+        raise IngredientError(
+            f"The soup's tensor {name} does not fit into {dtype}: its values are too large. Set out_dtype: float32."
+        )
+    return soup
+
+
+def soup_buffer(coefficients: Coefficients, used: Sequence[Ingredient], name: str) -> torch.Tensor:
+    """Return the soup's buffer `name`, flattened to one dimension.
+
+    This is the re-estimated running statistic if there is one, otherwise the mix of the ingredients `used`.
+    """
+    if name in coefficients.statistics:
+        return torch.from_numpy(coefficients.statistics[name]).reshape(-1)
+    return mixed_buffer(used, name, coefficients.buffers)
+
+
+def bake(
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    path: Path,
+    threads: int | None = None,
+    progress: CountCallback = no_count,
+    out_dtype: str = "keep",
+    shard_size: int | None = None,
+) -> Path:
+    """Write the soup as safetensors, with the tensor names, order and dtypes of the ingredients.
+
+    A tensor that the model ties to another is written once and named in the metadata. A partly written model is deleted if
+    anything fails.
+
+    Args:
+        coefficients: the coefficients of the soup.
+        ingredients: the K ingredients, bound to the model and checked against each other.
+        path: the file to write, such as model.safetensors. Shards are stored beside it as
+            model-00001-of-00003.safetensors, with the index model.safetensors.index.json.
+        threads: number of threads that read and mix; None: as many as CPUs and memory allow.
+        progress: called with the bytes read so far and in total.
+        out_dtype: dtype of the floats, or `keep`.
+        shard_size: maximum bytes of tensors per file; a larger tensor gets a file to itself. None: one file.
+
+    Returns:
+        The file to load the model from: `path`, or the index.
+
+    Raises SoupError if the files cannot be written, IngredientError if a value is not finite.
+    """
+    shapes = {name: info.shape for name, info in ingredients[0].tensors.items()}
+    dtypes = {name: written_dtype(ingredients, name, out_dtype) for name in shapes}
+    files = plan_files(shapes, dtypes, path, shard_size, coefficients.tied or {})
+    for ingredient in ingredients:
+        ingredient.check_copies()
+    try:
+        with ShardWriter(files) as writer:
+            _write_buffers(writer, coefficients, ingredients, dtypes)
+            _write_parameters(writer, coefficients, ingredients, dtypes, threads, progress)
+            writer.sync()
+        return files.write_index()
+    except BaseException as error:
+        files.remove()
+        if isinstance(error, OSError):
+            raise SoupError(
+                f"{path} could not be written ({error.strerror or error}); it takes {files.nbytes:,} bytes. Free some "
+                "space and rerun the same command."
+            ) from error
+        raise
+    finally:
+        for ingredient in ingredients:
+            ingredient.close()
+
+
+def _write_buffers(
+    writer: ShardWriter, coefficients: Coefficients, ingredients: Sequence[Ingredient], dtypes: Dtypes
+) -> None:
+    used = [ingredients[k] for k in coefficients.used()]
+    for name in ingredients[0].tensors:
+        if name not in coefficients.block_of:
+            writer.write(name, 0, soup_buffer(coefficients, used, name).to(dtypes[name]))
+
+
+def _write_parameters(
+    writer: ShardWriter,
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    dtypes: Dtypes,
+    threads: int | None,
+    progress: CountCallback,
+) -> None:
+    """Mix and write all parameters, range by range in the order of the first ingredient's files."""
+    tensors = ingredients[0].tensors
+    ranges = []
+    for name in sorted(coefficients.block_of, key=lambda n: (tensors[n].file, tensors[n].offset)):
+        size = math.prod(tensors[name].shape)
+        ranges += [(name, start, min(start + RANGE, size)) for start in range(0, size, RANGE)]
+    total = sum(i.tensors[name].nbytes for i in ingredients for name in coefficients.block_of)
+
+    def work(task: tuple[str, int, int]) -> int:
+        name, start, stop = task
+        writer.write(name, start, mix_range(ingredients, name, coefficients.of(name), start, stop, dtypes[name]))
+        return sum((stop - start) * i.tensors[name].dtype.itemsize for i in ingredients)
+
+    done = 0
+    with ThreadPoolExecutor(threads or reading_threads(8 * RANGE * len(ingredients))) as pool:
+        for nbytes in pool.map(work, ranges):
+            done += nbytes
+            progress(done, total)
+
+
+def overwrite_tensors(tensors: Statistics, path: Path) -> None:
+    """Overwrite tensors of the model at `path` with these arrays, of any shape, converted to the model's dtypes."""
+    model = open_ingredient(str(path))
+    for name, values in tensors.items():
+        info = model.tensors[name]
+        with open(model.files[info.file], "r+b") as file:
+            write_at(file, torch.from_numpy(values).reshape(-1).to(info.dtype).view(torch.uint8).numpy(), info.offset)
+            os.fsync(file.fileno())
+
+
+def written_dtype(ingredients: Sequence[Ingredient], name: str, out_dtype: str) -> torch.dtype:
+    """Return the dtype that a tensor is written in.
+
+    This is `out_dtype` for floats, unless that is `keep`, and otherwise the tensor's widest dtype among the ingredients.
+    """
+    dtype = common_dtype(ingredients, name)
+    if out_dtype == "keep" or not dtype.is_floating_point:
+        return dtype
+    chosen: torch.dtype = getattr(torch, out_dtype)
+    return chosen

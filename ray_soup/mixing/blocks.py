@@ -1,0 +1,187 @@
+"""Layout of the parameter vector, and its partition into blocks.
+
+The parameter vector holds all float parameters of a model, flattened in the model's own order, tied parameters once. A block
+is a contiguous run of parameter tensors that share one coefficient per ingredient.
+
+Shapes: N parameters, T parameter tensors, B blocks, K ingredients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_soup.errors import RecipeError
+from ray_soup.mixing.running_statistics import tracking_layers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameter vector of a model, tensor by tensor, and the model's buffers."""
+
+    names: tuple[str, ...]
+    """Names of the T parameter tensors, in the model's order."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Their shapes."""
+    buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the other tensors of the state dict, by name."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Maps other names of a tensor to its first name: names of tied tensors, and names that occur in files only."""
+    tracking: tuple[str, ...] = ()
+    """Names of the layers that track running statistics (BatchNorm and related layers)."""
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Number of elements of each tensor, int64 [T]."""
+        return np.array([int(np.prod(shape)) for shape in self.shapes], dtype=np.int64)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Start of each tensor in the parameter vector, and the end of the last one, int64 [T + 1]."""
+        return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+
+    @cached_property
+    def numel(self) -> int:
+        """N, the length of the parameter vector."""
+        return int(self.sizes.sum())
+
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the name, start and stop of each tensor in the parameter vector."""
+        return zip(self.names, self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that a checkpoint of the model holds: parameters, then buffers."""
+        return {**dict(zip(self.names, self.shapes, strict=True)), **self.buffers}
+
+
+def layout_of(model: torch.nn.Module) -> Layout:
+    """Return the layout of `model`.
+
+    Raises RecipeError if a parameter is not a float tensor.
+    """
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+            continue
+        if not parameter.dtype.is_floating_point:
+            raise RecipeError(
+                f"The model's parameter {name} is {parameter.dtype}; expected floats. Register it as a buffer instead."
+            )
+        first[id(parameter)] = name
+        names.append(name)
+        shapes.append(tuple(parameter.shape))
+    buffers = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor) and id(t) not in first}
+    names_in_files: dict[str, str] = getattr(model, "names_in_files", {})
+    return Layout(tuple(names), tuple(shapes), buffers, {**names_in_files, **tied}, tuple(tracking_layers(model)))
+
+
+def flatten(model: torch.nn.Module, vector: torch.Tensor, gradient: torch.Tensor | None, layout: Layout) -> None:
+    """Make the parameters of `model` views of a flat vector.
+
+    Nothing is copied: the model computes with whatever is written into the vector.
+
+    Args:
+        model: the model of `layout`.
+        vector: float [at least N].
+        gradient: float [at least N], the vector that the parameters' gradients become views of; None leaves them unchanged.
+        layout: the layout of the model.
+    """
+    parameters = dict(model.named_parameters())
+    for name, start, size in zip(layout.names, layout.offsets, layout.sizes, strict=False):
+        parameter = parameters[name]
+        parameter.data = vector[start : start + size].view(parameter.shape)
+        if gradient is not None:
+            parameter.grad = gradient[start : start + size].view(parameter.shape)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The blocks of a layout."""
+
+    names: tuple[str, ...]
+    """Name of each of the B blocks."""
+    block: NDArray[np.int64]
+    """Block of each parameter tensor, int64 [T]; -1 for a tensor without coefficients."""
+
+    @property
+    def count(self) -> int:
+        """B, the number of blocks."""
+        return len(self.names)
+
+    def sum_tensors(self, per_tensor: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum over the tensors of each block: float64 [K, T] to float64 [K, B]."""
+        starts = np.flatnonzero(np.diff(self.block, prepend=-1))
+        return np.add.reduceat(per_tensor, starts, axis=1)
+
+
+def partition(layout: Layout, blocks: str | int) -> Partition:
+    """Cut a layout into blocks.
+
+    Args:
+        layout: the layout of the model.
+        blocks: `tensor`, `layer` or `model`; or a minimum block size in parameters: consecutive tensors are grouped until
+            they reach this size, and a smaller remainder at the end joins the block before it.
+
+    Raises RecipeError if `blocks` is none of these.
+    """
+    if blocks == "model":
+        return Partition(("model",), np.zeros(len(layout.names), dtype=np.int64))
+    if blocks == "tensor":
+        return Partition(layout.names, np.arange(len(layout.names)))
+    if blocks == "layer":
+        starts, labels = _layers(layout)
+    elif isinstance(blocks, int) and blocks > 0:
+        starts = _starts_of_size(layout, blocks)
+        labels = [f"{layout.names[i]}..." for i in starts]
+    else:
+        raise RecipeError(
+            f"blocks: found {blocks!r}; expected tensor, layer, model, or a minimum block size of 1 or more. "
+            "Fix `blocks:` in the recipe."
+        )
+    block = np.zeros(len(layout.names), dtype=np.int64)
+    block[starts[1:]] = 1
+    return Partition(tuple(labels), np.cumsum(block))
+
+
+def _layers(layout: Layout) -> tuple[list[int], list[str]]:
+    """Return the first tensor and the label of each layer."""
+    keys = [_layer_of(name) for name in layout.names]
+    starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
+    labels = [keys[i] for i in starts]
+    if len(set(labels)) < len(labels):  # the tensors of a layer need not be adjacent in the model's order
+        labels = [f"{label}@{layout.names[i]}" for label, i in zip(labels, starts, strict=True)]
+    return starts, labels
+
+
+def _layer_of(name: str) -> str:
+    """Return the layer of a tensor: its name up to the last numeric part, otherwise the module that owns it.
+
+    For example `transformer.resblocks.3.mlp.c_fc.weight` belongs to `transformer.resblocks.3`.
+    """
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else ".".join(parts[:-1]) or name
+
+
+def _starts_of_size(layout: Layout, least: int) -> list[int]:
+    """Return the first tensor of each block of at least `least` parameters."""
+    starts, filled = [0], 0
+    for i, size in enumerate(layout.sizes):
+        if filled >= least:
+            starts.append(i)
+            filled = 0
+        filled += int(size)
+    if filled < least and len(starts) > 1:
+        starts.pop()
+    return starts

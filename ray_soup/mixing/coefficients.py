@@ -1,0 +1,211 @@
+"""Coefficients of a soup: parametrizations, saving and loading.
+
+    x[k, b] = y[k, b] / n[k, b]                      coordinates y are unit-scaled: one learning rate fits every block
+    c[k, b] = x[k, b] + (1 - sum_j x[j, b]) / K      each column sums to 1, any sign
+
+Learned soups (Wortsman et al. 2022) have c = softmax(y) over the ingredients, and a factor t on the logits. Since c sums to
+1, sum_k c_k theta_k = center + sum_k c_k d_k: combine and project stay the same with x = c, and the chain rule gives dL/dy.
+
+Shapes: K ingredients, m ingredients of the model batch, B blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ray_soup.errors import RecipeError
+from ray_soup.mixing.running_statistics import Statistics
+
+MEAN = -1  # block of a tensor that is the plain mean of all ingredients
+FORMAT = "ray_soup.coefficients/1"
+STATISTICS = "statistics/"
+
+
+def to_x(y: NDArray[np.float64], norms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute x = y / n, and 0 where a direction is zero: float64 [K, B] each."""
+    return np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
+
+
+def to_coefficients(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the coefficients of the ingredients from those of the directions: float64 [K, B] each."""
+    coefficients: NDArray[np.float64] = x + (1 - x.sum(axis=0, keepdims=True)) / len(x)
+    return coefficients
+
+
+class Parametrization(Protocol):
+    """The map from coordinates y to coefficients; y = 0 gives the uniform soup."""
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """Norms of the directions, float64 [m, B]."""
+
+    @property
+    def learns_factor(self) -> bool:
+        """Whether a factor on the logits is learned too."""
+
+    def x(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute the factors x of the directions from y: float64 [m, B] each."""
+
+    def gradient(self, y: NDArray[np.float64], by_x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute dL/dy from y and dL/dx: float64 [m, B] each."""
+
+    def coefficients(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute the coefficients of the ingredients from y: float64 [m, B] each."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The parametrization of MEHL soups: coordinates in units of the directions' norms."""
+
+    norms: NDArray[np.float64]
+    """float64 [m, B], norms of the directions."""
+    learns_factor: ClassVar[bool] = False
+
+    def x(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute x = y / n: float64 [m, B] each."""
+        return to_x(y, self.norms)
+
+    def gradient(self, y: NDArray[np.float64], by_x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute dL/dy = dL/dx / n: float64 [m, B] each."""
+        return to_x(by_x, self.norms)
+
+    def coefficients(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute the coefficients of the ingredients from y: float64 [m, B] each."""
+        return to_coefficients(to_x(y, self.norms))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The parametrization of learned soups (Wortsman et al. 2022): x = c = softmax(y) over all ingredients."""
+
+    norms: NDArray[np.float64]
+    """float64 [K, B], norms of the directions; only their shape is used."""
+    learns_factor: ClassVar[bool] = True
+
+    def x(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute softmax(y) over the ingredients: float64 [K, B] each."""
+        powers = np.exp(y - y.max(axis=0))
+        shares: NDArray[np.float64] = powers / powers.sum(axis=0)
+        return shares
+
+    def gradient(self, y: NDArray[np.float64], by_x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute dL/dy = c (dL/dc - sum_j c_j dL/dc_j): float64 [K, B] each."""
+        c = self.x(y)
+        by_y: NDArray[np.float64] = c * (by_x - (c * by_x).sum(axis=0))
+        return by_y
+
+    def coefficients(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute the coefficients of the ingredients from y: float64 [K, B] each."""
+        return self.x(y)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The coefficients of a soup: with the ingredients, all that is needed to bake it."""
+
+    values: NDArray[np.float64]
+    """float64 [K, B]; each column sums to 1."""
+    ingredients: tuple[str, ...]
+    """Names of the K ingredients."""
+    blocks: tuple[str, ...]
+    """Names of the B blocks."""
+    block_of: dict[str, int]
+    """Block of each parameter tensor, or MEAN."""
+    buffers: str = "average"
+    """How buffers are mixed: the `policy` of mixing.buffers."""
+    tied: dict[str, str] | None = None
+    """Maps other names of a tensor to its first name."""
+    factor: float = 1.0
+    """Factor on the logits, learned with the coefficients: the inverse of the temperature."""
+    factored: tuple[str, ...] = ()
+    """Tensors of the last layer, which `factor` is multiplied into; empty if the model has no such layer."""
+    statistics: Statistics = field(default_factory=dict)
+    """Re-estimated running statistics, by buffer name; without the data, they cannot be computed from the ingredients."""
+
+    def of(self, tensor: str) -> NDArray[np.float64]:
+        """Return the coefficients of a parameter tensor, float64 [K], times the factor if the tensor is in `factored`."""
+        block, count = self.block_of[tensor], len(self.values)
+        values = np.full(count, 1 / count) if block == MEAN else self.values[:, block]
+        return values * self.factor if tensor in self.factored else values
+
+    def used(self) -> list[int]:
+        """Return the indices of the ingredients that have a nonzero coefficient."""
+        return [int(k) for k in np.flatnonzero(self.values.any(axis=1))]
+
+    def shares(self) -> NDArray[np.float64]:
+        """Return each ingredient's mean coefficient over the blocks, float64 [K]."""
+        means: NDArray[np.float64] = self.values.mean(axis=1)
+        return means
+
+
+def save_coefficients(coefficients: Coefficients, path: Path) -> None:
+    """Save coefficients as a safetensors file.
+
+    The file has a tensor `coefficients` float64 [K, B], and a tensor `statistics/BUFFER` for each re-estimated running
+    statistic. The metadata contains the names as JSON.
+    """
+    c = coefficients
+    metadata = {
+        "format": FORMAT,
+        "ingredients": json.dumps(c.ingredients),
+        "blocks": json.dumps(c.blocks),
+        "block_of": json.dumps(c.block_of),
+        "buffers": c.buffers,
+        "tied": json.dumps(c.tied or {}),
+        "factor": json.dumps({"value": c.factor, "tensors": c.factored}),
+    }
+    arrays = {"coefficients": c.values, **{f"{STATISTICS}{name}": values for name, values in c.statistics.items()}}
+    save_file({name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}, path, metadata)
+
+
+def save_table(coefficients: Coefficients, path: Path) -> None:
+    """Save coefficients as a Parquet table for other tools, with one row per ingredient and block."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count, blocks = coefficients.values.shape
+    names = pa.DictionaryArray.from_arrays(np.repeat(np.arange(count, dtype=np.int32), blocks), coefficients.ingredients)
+    labels = pa.DictionaryArray.from_arrays(np.tile(np.arange(blocks, dtype=np.int32), count), coefficients.blocks)
+    columns = {"ingredient": names, "block": labels, "coefficient": coefficients.values.ravel()}
+    pq.write_table(pa.table(columns), path)
+
+
+def load_coefficients(path: Path) -> Coefficients:
+    """Load coefficients that `save_coefficients` wrote.
+
+    Raises RecipeError if the file is missing, damaged or in another format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise RecipeError(
+                    f"{path} has the format {metadata.get('format')!r}; expected {FORMAT!r}. Use a coefficients file "
+                    "that ray_soup wrote."
+                )
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
+        factor = json.loads(metadata.get("factor", '{"value": 1.0, "tensors": []}'))
+        return Coefficients(
+            arrays["coefficients"],
+            tuple(json.loads(metadata["ingredients"])),
+            tuple(json.loads(metadata["blocks"])),
+            json.loads(metadata["block_of"]),
+            metadata["buffers"],
+            json.loads(metadata["tied"]),
+            factor["value"],
+            tuple(factor["tensors"]),
+            {name.removeprefix(STATISTICS): v for name, v in arrays.items() if name.startswith(STATISTICS)},
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RecipeError(
+            f"{path} cannot be read as coefficients ({error}). Use a coefficients file that ray_soup wrote."
+        ) from error

@@ -1,0 +1,151 @@
+"""Center and compressed directions of a set of ingredients, memory-mapped.
+
+    center        theta_bar = mean of all ingredients
+    direction     d_k = theta_k - theta_bar,  stored as float32, bfloat16, or int8 with a scale per ingredient and chunk
+
+A store is cut into chunks within each tensor and records the norms of whole tensors, so that one store serves every
+partition into blocks. It is an entry of the node's cache, with a key made of the ingredients' paths, sizes and modification
+times.
+
+Shapes: K ingredients, N parameters, T parameter tensors, B blocks, P pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_soup.io.cache import InUse, cached, content_key, lookup
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.mixing.blocks import Layout, Partition
+from ray_soup.mixing.build_store import build_store
+from ray_soup.mixing.store_format import CENTER_FILE, CHUNK, DTYPES, FORMAT, ROWS_FILE, StoreRecord, first_chunks
+
+__all__ = ["CHUNK", "DTYPES", "DirectionStore", "has_store", "open_store"]
+
+
+@dataclass(frozen=True)
+class DirectionStore:
+    """An open store. Its large arrays are memory-mapped: nothing is read before it is used."""
+
+    hold: InUse | None
+    """Keeps the entry in the cache; None for a store in memory."""
+    layout: Layout
+    """Layout of the parameter vector."""
+    dtype: str
+    """float32, bfloat16 or int8."""
+    center: NDArray[np.float32]
+    """float32 [N], the mean of all ingredients."""
+    rows: NDArray[Any]
+    """float32, uint16 (bits of bfloat16) or int8 [K, N], the compressed directions."""
+    record: StoreRecord
+    """Scales, norms and digests."""
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """Factor of each direction's elements in each chunk, float32 [K, chunks]."""
+        return self.record.scales
+
+    @property
+    def squares(self) -> NDArray[np.float64]:
+        """Squared norms of the uncompressed directions, float64 [K, T]."""
+        return self.record.squares
+
+    @property
+    def variant(self) -> NDArray[np.bool_]:
+        """Whether a tensor differs between ingredients, bool [T]."""
+        return self.record.variant
+
+    @property
+    def sha256(self) -> tuple[str, ...]:
+        """SHA-256 of each ingredient, K hexadecimal digests."""
+        return self.record.sha256
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one direction, without the invariant tensors."""
+        return int(self.layout.sizes[self.variant].sum()) * self.rows.itemsize
+
+    def blocks(self, partition: Partition) -> tuple[Partition, NDArray[np.float64]]:
+        """Remove the invariant blocks from a partition.
+
+        Returns:
+            The partition without them (their tensors get block -1), and the norms of the directions, float64 [K, B].
+        """
+        kept = np.unique(partition.block[self.variant])
+        number = np.full(partition.count, -1, dtype=np.int64)
+        number[kept] = np.arange(len(kept))
+        names = tuple(partition.names[b] for b in kept)
+        squares = partition.sum_tensors(np.where(self.variant, self.squares, 0.0))[:, kept]
+        return Partition(names, number[partition.block]), np.sqrt(squares)
+
+    def pieces(self, partition: Partition, low: int, high: int) -> NDArray[np.int64]:
+        """List the pieces of parameters low to high that have directions, each within one block and one chunk.
+
+        Args:
+            partition: a partition without invariant blocks.
+            low: first parameter of the slice.
+            high: end of the slice (excluded).
+
+        Returns:
+            int64 [P, 4] of (start, stop, block, chunk), start and stop in the parameter vector.
+        """
+        pieces = []
+        for t, (start, stop, first) in enumerate(
+            zip(self.layout.offsets, self.layout.offsets[1:], first_chunks(self.layout), strict=False)
+        ):
+            if not self.variant[t] or partition.block[t] < 0:
+                continue
+            for c in range((stop - start + CHUNK - 1) // CHUNK):
+                s, e = max(start + c * CHUNK, low), min(start + (c + 1) * CHUNK, stop, high)
+                if s < e:
+                    pieces.append((s, e, partition.block[t], first + c))
+        return np.array(pieces, dtype=np.int64).reshape(-1, 4)
+
+
+def open_store(
+    ingredients: Sequence[Ingredient], layout: Layout, dtype: str, threads: int = 1
+) -> Generator[tuple[int, int], None, DirectionStore]:
+    """Open the store of these ingredients; build it first if this node's cache has none.
+
+    Yields (bytes done, bytes in total) while the store is built; the value of the generator is the DirectionStore.
+
+    Args:
+        ingredients: all ingredients, bound to the model.
+        layout: layout of the parameter vector.
+        dtype: float32, bfloat16 or int8.
+        threads: number of threads that read and compress.
+
+    Raises IngredientError for values that are not finite, SoupError if the disk is too small.
+    """
+    key = _key(ingredients, layout, dtype)
+    count = len(ingredients)
+    nbytes = layout.numel * (4 + count * np.dtype(DTYPES[dtype]).itemsize)
+    hold = yield from cached(
+        "directions", key, nbytes, lambda folder: build_store(folder, ingredients, layout, dtype, threads)
+    )
+    return DirectionStore(
+        hold,
+        layout,
+        dtype,
+        np.memmap(hold.path / CENTER_FILE, np.float32, "r", shape=(layout.numel,)),
+        np.memmap(hold.path / ROWS_FILE, DTYPES[dtype], "r", shape=(count, layout.numel)),
+        StoreRecord.load(hold.path),
+    )
+
+
+def has_store(ingredients: Sequence[Ingredient], layout: Layout, dtype: str) -> bool:
+    """Return whether this node's cache has the store of these ingredients."""
+    hold = lookup("directions", _key(ingredients, layout, dtype))
+    if hold is None:
+        return False
+    hold.close()
+    return True
+
+
+def _key(ingredients: Sequence[Ingredient], layout: Layout, dtype: str) -> str:
+    return content_key(FORMAT, CHUNK, dtype, [i.identity for i in ingredients], layout.names, layout.shapes)

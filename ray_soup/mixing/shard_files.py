@@ -1,0 +1,163 @@
+"""Plan and write the safetensors files of a model: headers, an index, and tensors range by range."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+import torch
+
+from ray_soup.io.disk import write_at
+from ray_soup.io.formats import DTYPE_NAMES
+
+Shapes = Mapping[str, tuple[int, ...]]
+Dtypes = Mapping[str, torch.dtype]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A safetensors file before its tensors are written."""
+
+    header: bytes
+    """All bytes before the first tensor."""
+    begins: dict[str, int]
+    """Byte at which each tensor begins."""
+    nbytes: int
+    """Size of the file in bytes."""
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The files of a model: one, or several shards with an index."""
+
+    path: Path
+    """The file of a model that is not sharded; shards are named after it."""
+    files: dict[Path, ShardFile]
+    """The files, in the order of the tensors."""
+    tensor_bytes: int
+    """Size of all tensors in bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files in bytes."""
+        return sum(file.nbytes for file in self.files.values())
+
+    def places(self) -> dict[str, tuple[Path, int]]:
+        """Return the file of each tensor, and the byte at which the tensor begins in it."""
+        return {name: (path, begin) for path, file in self.files.items() for name, begin in file.begins.items()}
+
+    def write_index(self) -> Path:
+        """Write the index if there are several files; return the file to load the model from."""
+        if self.path in self.files:
+            return self.path
+        index = self.path.with_name(f"{self.path.name}.index.json")
+        places = self.places()
+        weight_map = {name: places[name][0].name for name in sorted(places)}
+        index.write_text(json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}, indent=2))
+        return index
+
+    def remove(self) -> None:
+        """Delete the files, complete or not."""
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+
+def plan_files(shapes: Shapes, dtypes: Dtypes, path: Path, shard_size: int | None, tied: Mapping[str, str]) -> ShardFiles:
+    """Distribute the tensors of a model over files.
+
+    Args:
+        shapes: shape of each tensor, in the order to write them.
+        dtypes: dtype of each tensor.
+        path: the file of a model that is not sharded.
+        shard_size: maximum bytes of tensors per file; a larger tensor gets a file to itself. None: one file.
+        tied: maps other names of a tensor to its first name; written into the metadata of every file.
+    """
+    parts = _in_shards(shapes, dtypes, shard_size)
+    paths = [path]
+    if len(parts) > 1:
+        paths = [path.with_name(f"{path.stem}-{n + 1:05d}-of-{len(parts):05d}{path.suffix}") for n in range(len(parts))]
+    files = {
+        file: _shard_file({name: shapes[name] for name in names}, dtypes, tied)
+        for file, names in zip(paths, parts, strict=True)
+    }
+    return ShardFiles(path, files, sum(_nbytes(shapes[name], dtypes[name]) for name in shapes))
+
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _in_shards(shapes: Shapes, dtypes: Dtypes, shard_size: int | None) -> list[list[str]]:
+    """Return the names of the tensors of each file."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = _nbytes(shape, dtypes[name])
+        if shard_size is not None and parts[-1] and filled + nbytes > shard_size:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += nbytes
+    return parts
+
+
+def _shard_file(shapes: Shapes, dtypes: Dtypes, tied: Mapping[str, str]) -> ShardFile:
+    """Lay out a file, widest dtypes first so that all tensors are aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **tied}}
+    begins: dict[str, int] = {}
+    end = 0
+    for name in sorted(shapes, key=lambda n: -dtypes[n].itemsize):
+        begins[name] = end
+        end += _nbytes(shapes[name], dtypes[name])
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtypes[name]],
+            "shape": list(shapes[name]),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return ShardFile(header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end)
+
+
+class ShardWriter:
+    """Writes tensors into the files of a model, range by range, from any thread."""
+
+    def __init__(self, files: ShardFiles) -> None:
+        self._files = files
+        self._places = files.places()
+        self._streams: dict[Path, IO[bytes]] = {}
+        self._stack = ExitStack()
+        self._writing = Lock()  # one writer at a time: the kernel's own lock on a file makes waiting writers spin
+
+    def __enter__(self) -> ShardWriter:
+        """Create the files at their full size and write their headers."""
+        with ExitStack() as stack:
+            self._streams = {path: stack.enter_context(open(path, "wb")) for path in self._files.files}
+            for path, file in self._files.files.items():
+                self._streams[path].write(file.header)
+                self._streams[path].truncate(file.nbytes)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def write(self, name: str, start: int, part: torch.Tensor) -> None:
+        """Write `part` [n], in the dtype of the file, into the tensor `name` from element `start` on."""
+        path, begin = self._places[name]
+        with self._writing:
+            write_at(self._streams[path], part.view(torch.uint8).numpy(), begin + start * part.dtype.itemsize)
+
+    def sync(self) -> None:
+        """Make sure that all files are on the disk."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())

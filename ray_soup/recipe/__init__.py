@@ -1,0 +1,31 @@
+"""The recipe: the validated description of a run, and the table of methods. Imports ray_soup.errors only."""
+
+from ray_soup.recipe.load import as_recipe as as_recipe
+from ray_soup.recipe.load import dump_recipe as dump_recipe
+from ray_soup.recipe.load import for_method as for_method
+from ray_soup.recipe.load import load_recipe as load_recipe
+from ray_soup.recipe.load import make_recipe as make_recipe
+from ray_soup.recipe.load import parse_overrides as parse_overrides
+from ray_soup.recipe.load import with_changes as with_changes
+from ray_soup.recipe.methods import BASELINES as BASELINES
+from ray_soup.recipe.methods import BEST_SINGLE as BEST_SINGLE
+from ray_soup.recipe.methods import DEFAULT_METHOD as DEFAULT_METHOD
+from ray_soup.recipe.methods import LEARNED as LEARNED
+from ray_soup.recipe.methods import METHODS as METHODS
+from ray_soup.recipe.methods import RESERVED_NAMES as RESERVED_NAMES
+from ray_soup.recipe.methods import MethodInfo as MethodInfo
+from ray_soup.recipe.methods import method_info as method_info
+from ray_soup.recipe.paths import absolute as absolute
+from ray_soup.recipe.paths import absolute_paths as absolute_paths
+from ray_soup.recipe.paths import is_function as is_function
+from ray_soup.recipe.schema import DISTRIBUTIONS as DISTRIBUTIONS
+from ray_soup.recipe.schema import ActorsSection as ActorsSection
+from ray_soup.recipe.schema import Data as Data
+from ray_soup.recipe.schema import Directions as Directions
+from ray_soup.recipe.schema import Finetune as Finetune
+from ray_soup.recipe.schema import Greedy as Greedy
+from ray_soup.recipe.schema import Learn as Learn
+from ray_soup.recipe.schema import Recipe as Recipe
+from ray_soup.recipe.schema import Search as Search
+from ray_soup.recipe.schema import Section as Section
+from ray_soup.recipe.schema import Trunk as Trunk

@@ -1,0 +1,125 @@
+"""The table of methods: the name, kind, description and defaults of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray_soup.errors import RecipeError
+
+Kind = Literal["selection", "hyperplane", "softmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """One method. A new method is one entry of METHODS and one function in ray_soup.soups.make."""
+
+    name: str
+    kind: Kind
+    """selection: chooses ingredients and averages them; hyperplane: coefficients of any sign that sum to 1; softmax:
+    positive coefficients that sum to 1."""
+    description: str
+    """One sentence for help texts."""
+    blocks: str = "model"
+    """Default of the recipe key `blocks`."""
+    learn: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of the recipe section `learn` that differ from the section's own."""
+    needs_data: bool = True
+    """Whether the method needs data.fit."""
+    is_reference: bool = False
+    """Whether the method returns an ingredient and not a soup."""
+    is_baseline: bool = False
+    """Whether a comparison tests every soup against this method."""
+    on_subsets: tuple[str, ...] = ()
+    """The series of a comparison that include the method: "dropped" (without the best ingredients), "counted" (with fewer
+    ingredients)."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method learns coefficients by gradient descent."""
+        return self.kind != "selection"
+
+    @property
+    def uses_seed(self) -> bool:
+        """Whether the result depends on learn.seed by more than the split into fit and select."""
+        return self.learns
+
+    @property
+    def uses_model_batches(self) -> bool:
+        """Whether the method can move the coordinates of some ingredients while the others stay in place."""
+        return self.kind == "hyperplane"
+
+
+SOFTMAX_LEARN: Mapping[str, Any] = {"lr": 0.05, "batch_size": 256, "cosine_lr": False}
+"""Settings of Learned-Soup (Wortsman et al. 2022)."""
+
+METHODS: dict[str, MethodInfo] = {
+    method.name: method
+    for method in (
+        MethodInfo(
+            name="best_single",
+            kind="selection",
+            description="Take the ingredient that is most accurate on held-out data.",
+            is_reference=True,
+            is_baseline=True,
+            on_subsets=("dropped",),
+        ),
+        MethodInfo(
+            name="uniform",
+            kind="selection",
+            description="Average all ingredients.",
+            needs_data=False,
+            on_subsets=("dropped",),
+        ),
+        MethodInfo(
+            name="greedy",
+            kind="selection",
+            description="Average the ingredients that help, tried from the best down.",
+            is_baseline=True,
+            on_subsets=("dropped", "counted"),
+        ),
+        MethodInfo(
+            name="learned",
+            kind="softmax",
+            description="Learn one positive coefficient per ingredient (Learned-Soup).",
+            learn=SOFTMAX_LEARN,
+        ),
+        MethodInfo(
+            name="learned+",
+            kind="softmax",
+            description="Learn one positive coefficient per ingredient and tensor (Learned-Soup).",
+            blocks="tensor",
+            learn=SOFTMAX_LEARN,
+        ),
+        MethodInfo(
+            name="mehl",
+            kind="hyperplane",
+            description="Learn one coefficient of any sign per ingredient (MEHL-Soup).",
+        ),
+        MethodInfo(
+            name="mehl+",
+            kind="hyperplane",
+            description="Learn one coefficient of any sign per ingredient and tensor (MEHL-Soup).",
+            blocks="tensor",
+            on_subsets=("dropped", "counted"),
+        ),
+    )
+}
+"""Every method by its name, in the order in which tables list them."""
+
+LEARNED = tuple(name for name, method in METHODS.items() if method.learns)
+"""Names of the methods that learn."""
+BASELINES = tuple(name for name, method in METHODS.items() if method.is_baseline)
+"""Names of the methods that a comparison tests every soup against."""
+BEST_SINGLE = "best_single"
+DEFAULT_METHOD = "mehl+"
+RESERVED_NAMES = frozenset({*METHODS, "ensemble"})
+"""Names in results.jsonl that an ingredient must not have."""
+
+
+def method_info(name: str) -> MethodInfo:
+    """Look up a method by its name. Raises RecipeError if there is no such method."""
+    if name not in METHODS:
+        raise RecipeError(f"method: found {name!r}; expected one of {', '.join(METHODS)}. Choose one of these.")
+    return METHODS[name]

@@ -1,0 +1,223 @@
+"""Make every soup of the paper from the same ingredients, with references, in one table.
+
+Work that the methods share is done once: evaluations of ingredients, directions, decoded data. Test data is read once for
+each finished soup and used for reporting only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
+from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
+from ray_soup.soups.comparison import (
+    SEEDLESS,
+    CompareOptions,
+    Comparison,
+    SharedResults,
+    SoupEntry,
+    SoupResult,
+    diagnosis,
+    methods_on,
+    table_entries,
+    verdict,
+)
+from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
+from ray_soup.soups.greedy import ranking
+from ray_soup.soups.make import make
+from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.records import RunRecord, read_entry, write_entry
+from ray_soup.soups.report.page import Report, html
+from ray_soup.soups.report.tensorboard import scalars
+from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.write import (
+    bake_and_evaluate,
+    bake_model,
+    listed,
+    mesh_record,
+    remarks,
+    stale_statistics,
+    write_descriptions,
+)
+from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
+
+
+def compare(
+    recipe: Recipe,
+    out: str | Path,
+    options: CompareOptions = CompareOptions(),
+    progress: ProgressCallback = no_progress,
+) -> Soup:
+    """Make every soup; write the table, the report and the soup that is best on select to `out`.
+
+    Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
+    """
+    inputs = open_inputs(recipe, needs_fit=True)
+    options.check(len(inputs.ingredients))
+    with open_output(out, progress, recipe.ingredients) as output:
+        chosen = [options.seeds, list(options.drop_top), list(options.by_count)]
+        soup = output.begin(begun(recipe, inputs.ingredients, compare=chosen))
+        if soup is None:
+            with output.recording_failures():
+                soup = _compare(recipe, inputs, output, options, progress)
+    return soup.at(out)
+
+
+def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOptions, progress: ProgressCallback) -> Soup:
+    clock, staging = Clock(), output.staging()
+    with open_session(recipe, inputs, output, True, progress) as session:
+        session.open_store(inputs.everything, "tensor")
+        clock.lap("start and directions")
+        shared = _shared_results(session, output.state("soups"))
+        clock.lap("evaluating ingredients")
+        made = _make_all(session, output, shared, options)
+        clock.lap("soups")
+        sha256, mesh = session.facts.sha256, mesh_record(session)
+    own, first = made.own, made.first
+    label = min((name for name in own if name != BEST_SINGLE), key=lambda name: own[name].on("select", first).nll)
+    for name, result in own.items():
+        if result.coefficients is not None:
+            save_coefficients(result.coefficients, staging / f"{name}.{COEFFICIENTS}")
+    coefficients = own[label].coefficients
+    assert coefficients is not None
+    bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    clock.lap("mixing")
+    record = _record(recipe, inputs, made, label, sha256)
+    record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
+    (staging / "report.html").write_text(html(_report(recipe, inputs, made, label, record)))
+    write_descriptions(staging, recipe, coefficients, record["table"], record, recipe.model)
+    rows = made.rows(inputs.names)
+    output.publish(recipe, rows, record, staging)
+    return Soup(output.folder, rows, record, record["notes"])
+
+
+def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256: list[str]) -> RunRecord:
+    """Return run.json without the mesh and the times."""
+    first, own, table = made.first, made.own, made.table()
+    ours, single = own[label].on("select", first), own[BEST_SINGLE].on("select", first)
+    notes = [
+        verdict(label, ours, single),
+        *diagnosis(made.ensemble.on("select", first), single),
+        *dict.fromkeys(note for result in own.values() for note in result.notes),
+        *remarks(recipe, inputs, sha256),
+        *stale_statistics(recipe, inputs),
+    ]
+    return {
+        "method": label.partition("-m")[0],
+        "chosen": label,
+        "improvement": {"select_accuracy": ours.accuracy - single.accuracy, "select_nll": ours.nll - single.nll},
+        "seed": made.seeds[0],
+        "seeds": made.seeds,
+        "exit": 0,
+        "examples": {name: len(split) for name, split in first.items()},
+        "parameters": inputs.layout.numel,
+        "table": table,
+        "tests": made.tests(),
+        "eliminations": made.series("dropped", "dropped", made.dropped),
+        "counts": made.series("counted", "count", made.counted),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
+        "versions": versions(),
+        "ingredients": listed(inputs.ingredients, sha256),
+        "notes": notes,
+    }
+
+
+def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record: RunRecord) -> Report:
+    own, first = made.own, made.first
+    return Report(
+        f"{len(inputs.ingredients)} ingredients compared",
+        recipe,
+        record["table"],
+        record,
+        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in SEEDLESS},
+        {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
+        {name: own[name].on(judged(first)[0], first) for name in (BEST_SINGLE, label)},
+        made.similarity,
+    )
+
+
+def _make_all(session: Session, output: Output, shared: SharedResults, options: CompareOptions) -> Comparison:
+    learn, count = session.recipe.learn, len(session.inputs.ingredients)
+    model_batch = -(-count // 4) if learn.model_batch == "auto" else min(learn.model_batch, count)  # a quarter: the paper's
+    seeds = [learn.seed + n for n in range(options.seeds)]
+    ranked = ranking(dict(enumerate(session.individual())))
+    shuffled = np.random.default_rng([learn.seed, 4]).permutation(count).tolist()
+    dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
+    counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
+    entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed)]
+    for series, subsets in (("dropped", dropped), ("counted", counted)):
+        for subset in subsets.values():
+            entries += [SoupEntry(method, subset, learn.seed, len(subset)) for method in methods_on(series)]
+    entries = list(dict.fromkeys(replace(e, seed=learn.seed) if e.method in SEEDLESS else e for e in entries))
+    splits = {seed: session.cut(seed) for seed in seeds}
+    results: dict[SoupEntry, SoupResult] = {}
+    for number, entry in enumerate(entries):
+        prefix = f"{number + 1}/{len(entries)} "
+
+        def progress(what: str, done: int, total: int, prefix: str = prefix) -> None:
+            session.progress(prefix + what, done, total)
+
+        one = session.with_soup(
+            recipe=for_method(session.recipe, entry.method, seed=entry.seed),
+            subset=entry.subset,
+            splits=splits[entry.seed],
+            model_batch=entry.model_batch,
+            state_file=output.state("soups", f"{entry.file}.pt"),
+            after_epoch=scalars(output.folder / BOARD / entry.file),
+            progress=progress,
+        )
+        results[entry] = _result(one, output, output.state("soups", entry.file))
+    return Comparison(**vars(shared), seeds=seeds, model_batch=model_batch, dropped=dropped, counted=counted, splits=splits,
+                      results=results)  # fmt: skip
+
+
+def _shared_results(session: Session, folder: Path) -> SharedResults:
+    """Evaluate every ingredient and the ensemble on every source, unless an earlier attempt did so."""
+    folder.mkdir(exist_ok=True)
+    splits = [session.whole(source) for source in session.setup.sizes]
+    keys, file = session.keys(splits), folder / "ensemble.npz"
+    known = [[outcome for key in row if (outcome := recall(key)) is not None] for row in keys]
+    if file.exists() and all(len(row) == len(splits) for row in known):
+        ensemble, similarity = load_outcomes(file), np.load(folder / "cosines.npy")
+    else:
+        similarity = cosines(session.pool.gram())
+        np.save(folder / "cosines.npy", similarity)
+        paths = [ingredient.path for ingredient in session.inputs.ingredients]
+        known, together = ensemble_outcomes(
+            session.pool, paths, keys, splits, lambda done, total: session.progress("evaluating ingredients", done, total)
+        )
+        ensemble = {split.source: outcome for split, outcome in zip(splits, together, strict=True)}
+        save_outcomes(ensemble, file)
+    individual = [{s.source: o for s, o in zip(splits, row, strict=True)} for row in known]
+    session.facts.outcomes |= {s.source: [outcomes[s.source] for outcomes in individual] for s in splits}
+    joint = SoupResult(ensemble, {"ingredients_used": len(individual)})
+    return SharedResults([SoupResult(outcomes) for outcomes in individual], joint, similarity)
+
+
+def _result(session: Session, output: Output, file: Path) -> SoupResult:
+    """Return the result of the session's soup; make the soup unless the files named `file` exist."""
+    coefficients, outcomes, made_so = (file.with_name(f"{file.name}.{end}") for end in ("safetensors", "npz", "json"))
+    if not made_so.exists():
+        clock = Clock()
+        session.pool.reset_peak()
+        mixture = make(session)
+        mixture.figures |= {
+            "seconds": round(clock.lap("making"), 3),
+            "peak_memory_bytes": max(session.pool.peak_memory()),
+            "ingredients_used": len(mixture.coefficients.used()),
+        }
+        model, method = file.with_name("model.safetensors"), session.recipe.method
+        on = {s: session.whole(s) for s in session.setup.sizes} if method in SEEDLESS else reported(session.splits)
+        found = bake_and_evaluate(session, output, mixture, model, on, session.calibration(CALIBRATION))
+        save_outcomes(found, outcomes)
+        model.unlink()
+        save_coefficients(mixture.coefficients, coefficients)
+        write_entry({"figures": mixture.figures, "notes": mixture.notes}, made_so)
+    entry = read_entry(made_so)
+    figures: dict[str, Any] = entry["figures"]
+    return SoupResult(load_outcomes(outcomes), figures, load_coefficients(coefficients), entry["notes"])

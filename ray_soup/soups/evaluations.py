@@ -1,0 +1,125 @@
+"""Evaluate models on the actors, cache the outcomes of ingredients, and turn outcomes into figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ray_soup.actors.pool import ActorPool
+from ray_soup.io.cache import cached, content_key, lookup
+from ray_soup.io.progress import CountCallback, drain
+from ray_soup.task.data import Split
+from ray_soup.task.outcomes import (
+    Outcome,
+    best_log_factor,
+    calibration_error,
+    load_outcomes,
+    save_outcomes,
+    scaled_nll,
+    test_sets,
+)
+
+FORMAT = 1
+
+
+def evaluation_key(*parts: str) -> str:
+    """Return the cache key of one ingredient's evaluation on one split, from keys of model, parameters, data and device."""
+    return content_key("evaluation", FORMAT, *parts)
+
+
+def remember(key: str, outcome: Outcome) -> None:
+    """Keep an outcome in this node's cache."""
+
+    def make(folder: Path) -> Iterator[None]:
+        save_outcomes({"": outcome}, folder / "outcome.npz")
+        yield
+
+    drain(cached("evaluations", key, outcome.loss.nbytes * 3, make)).close()
+
+
+def recall(key: str) -> Outcome | None:
+    """Return the outcome kept under `key`, or None."""
+    hold = lookup("evaluations", key)
+    if hold is None:
+        return None
+    outcome = load_outcomes(hold.path / "outcome.npz")[""]
+    hold.close()
+    return outcome
+
+
+def individual_outcomes(
+    pool: ActorPool, paths: list[str], keys: list[list[str]], splits: list[Split], count: CountCallback
+) -> list[list[Outcome]]:
+    """Evaluate each checkpoint on each split, one checkpoint per actor at a time; those in the cache are skipped.
+
+    Args:
+        pool: the actors.
+        paths: the K checkpoints.
+        keys: their cache keys, [K][splits].
+        splits: the splits to evaluate on.
+        count: called with (checkpoints done, total).
+
+    Returns:
+        Outcomes [K][splits].
+    """
+    found = [[recall(key) for key in row] for row in keys]
+    missing = [k for k, row in enumerate(found) if any(outcome is None for outcome in row)]
+    count(0, len(missing))
+    for done, outcomes in enumerate(pool.evaluate_files([paths[k] for k in missing], splits)):
+        k = missing[done]
+        found[k] = list(outcomes)
+        for key, outcome in zip(keys[k], outcomes, strict=True):
+            remember(key, outcome)
+        count(done + 1, len(missing))
+    return [[outcome for outcome in row if outcome is not None] for row in found]
+
+
+def ensemble_outcomes(
+    pool: ActorPool, paths: list[str], keys: list[list[str]], splits: list[Split], count: CountCallback
+) -> tuple[list[list[Outcome]], list[Outcome]]:
+    """Evaluate each checkpoint and the mean of all their logits in one pass, the examples spread over the actors.
+
+    The arguments are those of `individual_outcomes`. Returns outcomes [K][splits], and those of the ensemble [splits].
+    """
+    individual: list[list[Outcome]] = []
+    for k in range(len(paths)):
+        outcomes = pool.evaluate_member(tuple(paths[: k + 1]), splits)
+        for key, outcome in zip(keys[k], outcomes, strict=True):
+            remember(key, outcome)
+        individual.append(outcomes)
+        count(k + 1, len(paths))
+    together = pool.evaluate_ensemble(tuple(paths), splits)
+    pool.forget()
+    return individual, together
+
+
+def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
+    """Return a model's figures on each split, by the keys of results.jsonl; the temperature is fitted on select."""
+    row: dict[str, float] = {}
+    select = outcomes.get("select")
+    factor = best_log_factor(select) if select is not None and select.factored is not None else None
+    for split, outcome in outcomes.items():
+        row |= {f"{split}_accuracy": outcome.accuracy, f"{split}_nll": outcome.nll}
+        if factor is not None and split != "select":
+            row[f"{split}_nll_scaled"] = scaled_nll(outcome, factor)
+        if outcome.scores is not None:
+            row[f"{split}_metric"] = float(outcome.scores.mean(dtype=np.float64))
+        row[f"{split}_ece"] = calibration_error(outcome)
+    if factor is not None:
+        row["temperature"] = float(np.exp(-factor))
+    return row
+
+
+def reported(splits: dict[str, Split]) -> dict[str, Split]:
+    """Return the splits that a finished soup is evaluated on: select and the test sets."""
+    return {name: splits[name] for name in ("select", *test_sets(splits)) if name in splits}
+
+
+def cosines(gram: np.ndarray) -> np.ndarray:
+    """Return the cosines of directions with the inner products `gram`, both float64 [K, K]; 0 for a zero direction."""
+    lengths = np.sqrt(np.diag(gram))
+    scale = np.outer(lengths, lengths)
+    found: np.ndarray = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
+    return found

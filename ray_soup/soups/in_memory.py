@@ -1,0 +1,200 @@
+"""Soups of state dicts in memory: no recipe, no Ray, no files left behind.
+
+The code is that of `ray-soup learn`, with one actor in this process and a temporary folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ray_soup.actors.in_process import InProcessPool
+from ray_soup.actors.messages import Mesh
+from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.cache import cache_at
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.blocks import Layout
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.recipe import DEFAULT_METHOD, Recipe, make_recipe, with_changes
+from ray_soup.soups.evaluations import figures_of, reported
+from ray_soup.soups.make import make
+from ray_soup.soups.output import MODEL, open_output
+from ray_soup.soups.session import CALIBRATION, Session, open_inputs, requested_model_batch
+from ray_soup.soups.write import bake_and_evaluate
+
+_MODEL: ContextVar[torch.nn.Module] = ContextVar("model")
+GIVEN = ("model", "ingredients", "data", "actors", "method")
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Batches of (images, labels), such as a DataLoader yields."""
+
+
+@dataclass(frozen=True)
+class MixedSoup:
+    """A soup in memory."""
+
+    coefficients: Coefficients
+    """The coefficients; the state dicts are named 0, 1, ..."""
+    figures: dict[str, float]
+    """Figures as in results.jsonl: select_accuracy, select_nll, and test_... if there is test data."""
+    record: dict[str, Any]
+    """Keys as in run.json: steps, image_passes, curve and others, depending on the method."""
+    notes: list[str]
+    """Notes for the user, one sentence or more each."""
+    tensors: dict[str, torch.Tensor]
+    """The soup's state dict."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the soup for `model.load_state_dict`, in the dtypes of the ingredients."""
+        return dict(self.tensors)
+
+
+def mix_state_dicts(
+    model: torch.nn.Module,
+    state_dicts: Sequence[Mapping[str, torch.Tensor]],
+    fit: Batches,
+    method: str = DEFAULT_METHOD,
+    *,
+    select: float | Batches = 0.2,
+    test: Batches | None = None,
+    progress: ProgressCallback = no_progress,
+    **changes: Any,
+) -> MixedSoup:
+    """Mix `state_dicts`, fine-tuned from one initialization of `model`, into the soup that is best on held-out data.
+
+    >>> import copy, torch, ray_soup
+    >>> _ = torch.manual_seed(0)
+    >>> images, means = torch.randn(600, 8), torch.randn(4, 8)
+    >>> labels = (images @ means.T + torch.randn(600, 4)).argmax(dim=1)
+    >>> model, state_dicts = torch.nn.Sequential(torch.nn.Linear(8, 4)), []
+    >>> for lr in (0.1, 0.3, 1.0):
+    ...     tuned = copy.deepcopy(model)
+    ...     for batch in torch.randperm(300).split(50):
+    ...         loss = torch.nn.functional.cross_entropy(tuned(images[batch]), labels[batch])
+    ...         loss.backward()
+    ...         _ = torch.optim.SGD(tuned.parameters(), lr).step()
+    ...     state_dicts.append(tuned.state_dict())
+    >>> held_out = torch.utils.data.TensorDataset(images[300:], labels[300:])
+    >>> soup = ray_soup.mix_state_dicts(model, state_dicts, torch.utils.data.DataLoader(held_out, 50))
+    >>> model.load_state_dict(soup.state_dict())
+    <All keys matched successfully>
+    >>> soup.coefficients.values.shape  # ingredients, blocks
+    (3, 2)
+
+    Args:
+        model: maps a batch of inputs [n, ...] to logits [n, classes]; it is not changed.
+        state_dicts: the ingredients.
+        fit: held-out batches that none of the state dicts was trained on; iterated once and kept as arrays.
+        method: as in a recipe.
+        select: batches that choices are made on, or a share of fit.
+        test: batches used for reporting only.
+        progress: called with what is being done, the units done so far, and the units in total.
+        **changes: other recipe keys, as in learn={"epochs": 3} or buffers="average".
+
+    Raises RecipeError for wrong data or keys, IngredientError for state dicts that do not fit together.
+    """
+    import ray_soup.mixing.kernels  # noqa: F401 - keeps the compiled loops in the user's cache, not in the temporary folder
+
+    _check_changes(changes)
+    with tempfile.TemporaryDirectory(prefix="ray_soup") as temporary, cache_at(Path(temporary) / "cache"), _given(model):
+        folder = Path(temporary)
+        data: dict[str, Any] = {"fit": _write_batches(fit, folder / "fit.npz"), "select": select}
+        if not isinstance(select, float):
+            data["select"] = _write_batches(select, folder / "select.npz")
+        if test is not None:
+            data["test"] = _write_batches(test, folder / "test.npz")
+        ingredients = [_write_state_dict(state, folder / f"{k}.safetensors") for k, state in enumerate(state_dicts)]
+        return _mix(with_changes(_recipe(method, model, data, ingredients), changes), folder, progress)
+
+
+def _check_changes(changes: Mapping[str, Any]) -> None:
+    wrong = sorted({key.partition(".")[0] for key in changes}.intersection(GIVEN))
+    if wrong:
+        raise RecipeError(
+            f"mix_state_dicts does not take the recipe key '{wrong[0]}': its own arguments set it. Remove the key."
+        )
+
+
+def _recipe(method: str, model: torch.nn.Module, data: dict[str, Any], ingredients: list[str]) -> Recipe:
+    gpus = int(any(p.is_cuda for p in model.parameters()))
+    return make_recipe(
+        {
+            "method": method,
+            "model": f"{__name__}:given_model",
+            "data": data,
+            "ingredients": ingredients,
+            "actors": {"replicas": 1, "shards": 1, "gpus": gpus},
+        }
+    )
+
+
+def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
+    inputs = open_inputs(recipe, needs_fit=True)
+    mesh, threads = Mesh(1, 1), torch.get_num_threads()
+    pool = InProcessPool(recipe, inputs.ingredients, mesh, threads)
+    model_batch = requested_model_batch(recipe, len(inputs.ingredients))
+    with open_output(folder / "out", progress) as output:
+        session = Session(
+            recipe, inputs, pool, pool.setup(progress), mesh, threads, model_batch, progress, subset=inputs.everything,
+            state_file=output.state("learn.pt"),
+        )  # fmt: skip
+        session = session.with_soup(splits=session.cut(recipe.learn.seed))
+        mixture = make(session)
+        calibration = session.calibration(CALIBRATION)
+        outcomes = bake_and_evaluate(session, output, mixture, folder / MODEL, reported(session.splits), calibration)
+    tensors = _read(folder / MODEL, inputs.layout)
+    return MixedSoup(mixture.coefficients, figures_of(outcomes), mixture.figures, mixture.notes, tensors)
+
+
+def _read(path: Path, layout: Layout) -> dict[str, torch.Tensor]:
+    found = load_file(path)
+    tensors = {name: found[name].view(shape) for name, shape in layout.state_shapes.items()}
+    return tensors | {name: tensors[first] for name, first in layout.tied.items()}
+
+
+def given_model() -> torch.nn.Module:
+    """Return a copy of the model that `mix_state_dicts` was called with."""
+    return copy.deepcopy(_MODEL.get())
+
+
+@contextmanager
+def _given(model: torch.nn.Module) -> Iterator[None]:
+    token = _MODEL.set(model)
+    try:
+        yield
+    finally:
+        _MODEL.reset(token)
+
+
+def _write_state_dict(state: Mapping[str, torch.Tensor], path: Path) -> str:
+    others = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    if others:
+        kind = type(state[others[0]]).__name__
+        raise IngredientError(f"State dict {path.stem}: {others[0]} is a {kind}; expected a tensor. Remove that entry.")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
+    return str(path)
+
+
+def _write_batches(batches: Iterable[Any], path: Path) -> str:
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            found = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise RecipeError(f"{path.stem}: a batch holds {found}; expected (images, labels). Yield two tensors or arrays.")
+        for part, to in zip(batch, (images, labels), strict=True):
+            tensor = torch.as_tensor(part).detach().cpu()
+            to.append((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+    if not images:
+        raise RecipeError(f"{path.stem}: there are no batches. A generator can be iterated only once: pass a new one.")
+    np.savez(path, images=np.concatenate(images), labels=np.concatenate(labels))
+    return str(path)

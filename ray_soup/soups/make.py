@@ -1,0 +1,159 @@
+"""The methods: one function `(session) -> Mixture` each.
+
+To add a method, write a function here, and add a row to MAKERS and one to METHODS in ray_soup/recipe/methods.py, with kind,
+description and defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ray_soup.mixing.blocks import Partition, partition
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.recipe import Recipe
+from ray_soup.soups.greedy import GreedySearch, greedy, ranking
+from ray_soup.soups.learn import learn, summary
+from ray_soup.soups.optimize import parametrization
+from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs, Session
+from ray_soup.soups.state import LearnState
+
+
+@dataclass
+class Mixture:
+    """The coefficients of a soup, and how they were found."""
+
+    coefficients: Coefficients
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Keys for run.json: steps, image_passes, curve and others."""
+    notes: list[str] = field(default_factory=list)
+    """Notes for the user, one sentence or more each."""
+
+
+def make(session: Session) -> Mixture:
+    """Make the soup that the session's recipe describes; a learning method resumes from `session.state_file`."""
+    return MAKERS[session.recipe.method](session)
+
+
+def uniform(session: Session) -> Mixture:
+    """Average all ingredients."""
+    return Mixture(_on_whole_model(session, mean_of(range(len(session.subset)), len(session.subset))))
+
+
+def best_single(session: Session) -> Mixture:
+    """Take the ingredient that is most accurate on fit and select together."""
+    figures, passes = _held_out_figures(session)
+    held_out = session.individual()
+    best = ranking({k: held_out[k] for k in session.subset})[0]
+    name = session.inputs.names[best]
+    figures |= {"best_single": name, "image_passes": passes}
+    values = mean_of([session.subset.index(best)], len(session.subset))
+    return Mixture(
+        _on_whole_model(session, values), figures, [f"Best single ingredient on fit and select together: {name}."]
+    )
+
+
+def greedy_soup(session: Session) -> Mixture:
+    """Average the ingredients that a greedy search keeps."""
+    figures, passes = _held_out_figures(session)
+    held_out = session.individual()
+    search = greedy(
+        session.pool,
+        {k: held_out[k] for k in session.subset},
+        session.held_out,
+        session.recipe.greedy.keep,
+        lambda done, total: session.progress("greedy", done, total),
+        session.calibration(CALIBRATION_WHILE_CHOOSING),
+    )
+    share = search.looked / max(1, search.candidates * len(held_out[0]))
+    figures |= {"image_passes": passes + search.looked, "greedy": _greedy_figures(session.inputs, search, share)}
+    note = (
+        f"Greedy kept {len(search.kept)} of {len(session.subset)} ingredients; it evaluated its candidates on {share:.0%} "
+        "of the held-out examples."
+    )
+    values = mean_of([session.subset.index(k) for k in search.kept], len(session.subset))
+    return Mixture(_on_whole_model(session, values), figures, [note])
+
+
+def learned(session: Session) -> Mixture:
+    """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
+    recipe, softmax = session.recipe, session.recipe.info.kind == "softmax"
+    store = session.open_store(session.subset, recipe.blocks)
+
+    def after_step(step: int, steps: int, state: LearnState) -> None:
+        session.progress(f"learning {recipe.method}", step, steps)
+
+    state = learn(
+        recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
+        session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING),
+    )  # fmt: skip
+    notes, options = [], {}
+    if not state.y.any():
+        notes.append(f"{recipe.method}: no point was better on select than the uniform soup, so this is the uniform soup.")
+    if softmax:
+        options = {"factor": state.factor.item(), "factored": store.output}
+        if not store.output:
+            notes.append(
+                f"{recipe.method}: no layer of the model scales its logits, so the learned factor {state.factor.item():.4f} "
+                "on the logits is stored with the coefficients, and the model's NLL is reported without it."
+            )
+    values = parametrization(softmax, store.norms).coefficients(state.y.numpy())
+    return Mixture(coefficients_of(session, values, store.partition, **options), summary(state), notes)
+
+
+MAKERS: dict[str, Callable[[Session], Mixture]] = {
+    "best_single": best_single,
+    "uniform": uniform,
+    "greedy": greedy_soup,
+    "learned": learned,
+    "learned+": learned,
+    "mehl": learned,
+    "mehl+": learned,
+}
+
+
+def mean_of(kept: Sequence[int], ingredients: int) -> np.ndarray:
+    """Return the coefficients, float64 [K, 1], of the plain mean of the ingredients `kept`."""
+    values = np.zeros((ingredients, 1))
+    values[list(kept)] = 1 / len(kept)
+    return values
+
+
+def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **options: Any) -> Coefficients:
+    """Attach the names of ingredients, blocks and tensors to the coefficients `values`, float64 [K, B]."""
+    layout = session.inputs.layout
+    block_of = dict(zip(layout.names, blocks.block.tolist(), strict=True))
+    names = tuple(session.inputs.names[k] for k in session.subset)
+    return Coefficients(values, names, blocks.names, block_of, buffer_policy(session.recipe), layout.tied, **options)
+
+
+def uniform_coefficients(recipe: Recipe, inputs: Inputs) -> Coefficients:
+    """Return the coefficients of the uniform soup, which needs no actors."""
+    layout = inputs.layout
+    values, whole = mean_of(inputs.everything, len(inputs.ingredients)), partition(layout, "model")
+    block_of = dict.fromkeys(layout.names, 0)
+    return Coefficients(values, inputs.names, whole.names, block_of, buffer_policy(recipe), layout.tied)
+
+
+def buffer_policy(recipe: Recipe) -> str:
+    """Return how buffers are mixed, apart from those that are re-estimated."""
+    return "first" if recipe.buffers == "first" else "average"
+
+
+def _on_whole_model(session: Session, values: np.ndarray) -> Coefficients:
+    return coefficients_of(session, values, partition(session.inputs.layout, "model"))
+
+
+def _held_out_figures(session: Session) -> tuple[dict[str, Any], int]:
+    """Return the ingredients' figures on the held-out set, for run.json, and the number of examples evaluated."""
+    outcomes, names = session.individual(), session.inputs.names
+    figures = {names[k]: {"accuracy": outcomes[k].accuracy, "nll": outcomes[k].nll} for k in session.subset}
+    return {"held_out": figures}, len(session.subset) * len(outcomes[0])
+
+
+def _greedy_figures(inputs: Inputs, search: GreedySearch, share: float) -> dict[str, Any]:
+    kept = [inputs.names[k] for k in search.kept]
+    return {"kept": kept, "candidates": search.candidates, "looked_share": share}

@@ -1,0 +1,79 @@
+"""The model card: the README.md of a soup, with front matter for the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.recipe import Recipe, dump_recipe
+from ray_soup.soups.report.tables import COST, Row, legend, markdown, quality, table
+
+HUB_LIBRARIES = ("open_clip", "timm", "transformers")
+"""Model libraries that the Hub knows under the same names as recipes; all others are `pytorch`."""
+
+
+def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:
+    """Return the model card of a soup as Markdown.
+
+    Args:
+        recipe: the recipe as run.
+        coefficients: the coefficients of the soup.
+        rows: the rows of the results table.
+        record: run.json.
+        load: the line of Python that loads the model from its folder.
+    """
+    used = len(coefficients.used())
+    factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
+    notes = "".join(f"\n\n{note}" for note in record["notes"])
+    return f"""{_front_matter(recipe)}
+# A model soup of {used} ingredients
+
+Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model `{recipe.model}`:
+each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoints, with weights that sum to 1.{factor}
+To load it from its folder:
+
+```python
+{load}
+```
+
+## Results
+
+{markdown(*table(rows, [*quality(rows), *COST]))}
+
+{legend(record) if record.get("examples") else ""}{notes}
+
+## Ingredients
+
+| ingredient | mean coefficient |
+| --- | ---: |
+{_shares(coefficients)}
+
+`coefficients.safetensors` holds the coefficients of all blocks ({len(coefficients.blocks)}). `ray-soup bake` rebuilds this
+model from them and the ingredients.
+
+## Intended use and limits
+
+Use this model in place of the best of its ingredients, for the task and the kind of data that it was learned and tested on;
+inference costs the same. It inherits the biases and licenses of its ingredients. On other data it may be worse than any of
+them: test it there first. A soup works only if all its ingredients were fine-tuned from one initialization.
+
+## Recipe
+
+```yaml
+{dump_recipe(recipe).strip()}
+```
+"""
+
+
+def _front_matter(recipe: Recipe) -> str:
+    library = recipe.model.partition(":")[0]
+    library = library if library in HUB_LIBRARIES else "pytorch"
+    base = f"base_model: {recipe.base_model}\n" if recipe.base_model else ""
+    return f"---\n{base}base_model_relation: merge\ntags: [merge, model-soup, ray-soup]\nlibrary_name: {library}\n---"
+
+
+def _shares(coefficients: Coefficients) -> str:
+    """Format one table row per ingredient, the largest mean coefficient first."""
+    order = sorted(zip(coefficients.shares(), coefficients.ingredients, strict=True), reverse=True)
+    return "\n".join(f"| {name} | {share:+.4f} |" for share, name in order)

@@ -1,0 +1,259 @@
+"""Figures of a report, each as an SVG: legible at the width of a phone and without color vision."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.recipe import BEST_SINGLE, METHODS
+from ray_soup.soups.report.statistics import accuracy_interval
+from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, Row
+from ray_soup.task.outcomes import Outcome, calibration_error, reliability
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+"""Colors that also differ in lightness; marker and line style differ too."""
+DIVERGING = "PuOr_r"
+WIDTH = 5.4
+"""Width of every figure in inches."""
+
+
+def drawn(height: float, draw: Callable[[Figure], None]) -> str:
+    """Return the SVG of a figure that `draw` fills.
+
+    Args:
+        height: height of the figure in inches.
+        draw: adds axes and their content to an empty figure.
+    """
+    with rc_context(
+        {
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "svg.fonttype": "none",
+            "svg.hashsalt": "ray_soup",
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],
+        }
+    ):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def panels(figure: Figure, labels: Sequence[str], columns: int = 2, **options: Any) -> list[Axes]:
+    """Add axes to a figure, row by row, one for each label, with the label as its title.
+
+    Args:
+        figure: the figure to add to.
+        labels: titles of the axes.
+        columns: axes in a row.
+        **options: passed on to `Figure.subplots`.
+    """
+    rows = -(-len(labels) // columns)
+    grid = figure.subplots(rows, min(columns, len(labels)), squeeze=False, **options).ravel()
+    for axes in grid[len(labels) :]:
+        axes.set_visible(False)
+    for axes, label in zip(grid, labels, strict=False):
+        axes.set_title(label)
+    return list(grid[: len(labels)])
+
+
+def is_reference(name: str) -> bool:
+    """Return whether a row of a table is a reference and not a soup: single ingredients and the ensemble."""
+    return name in (MEAN_SINGLE, ENSEMBLE) or (name in METHODS and METHODS[name].is_reference)
+
+
+def accuracy_by_method(rows: Sequence[Row], split: str, count: int) -> str:
+    """Draw the accuracy of each row with its 95 % interval, and the best single ingredient as a dotted line.
+
+    Args:
+        rows: rows of the results table; those without this split are skipped.
+        split: the split whose accuracy is drawn.
+        count: number of examples in it.
+    """
+    shown = [row for row in rows if f"{split}_accuracy" in row]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, row in enumerate(reversed(shown)):
+            accuracy = row[f"{split}_accuracy"]
+            low, high = accuracy_interval(round(accuracy * count), count)
+            soup = not is_reference(row["model_name"])
+            axes.plot([100 * low, 100 * high], [place, place], color=BLUE if soup else GREY, linewidth=2)
+            axes.plot([100 * accuracy], [place], "o" if soup else "D", color=BLUE if soup else GREY)
+            if row["model_name"] == BEST_SINGLE:
+                axes.axvline(100 * accuracy, color=GREY, linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(shown)), [row["model_name"] for row in reversed(shown)])
+        axes.set_xlabel(f"{split} accuracy, % ({count:,} examples)")
+
+    return drawn(0.8 + 0.3 * len(shown), draw)
+
+
+def heat_map(coefficients: Coefficients) -> str:
+    """Draw coefficients, float64 [K, B], as a heat map in the model's order; the middle of the color scale is 1/K."""
+    values = coefficients.values
+    count, blocks = values.shape
+    reach = max(float(np.abs(values - 1 / count).max()), 1e-6)
+    low, high = 1 / count - reach, 1 / count + reach
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        norm = TwoSlopeNorm(1 / count, low, high)
+        image = axes.imshow(values, aspect="auto", cmap=DIVERGING, norm=norm, interpolation="nearest")
+        bar = figure.colorbar(image, ax=axes, location="top", aspect=40, ticks=[low, 1 / count, high])
+        bar.ax.set_xticklabels([f"{low:.2f}", f"1/{count}", f"{high:.2f}"])
+        _label_ingredients(axes, coefficients.ingredients)
+        axes.set_xlabel(f"{blocks} blocks, from the input to the output" if blocks > 1 else "the whole model")
+        axes.set_xticks([0, blocks - 1] if blocks > 1 else [])
+        axes.spines[:].set_visible(False)
+
+    return drawn(1.5 + min(0.22 * count, 9), draw)
+
+
+def _label_ingredients(axes: Axes, names: Sequence[str]) -> None:
+    """Label the y axis with ingredients, at most 36 of them, evenly spaced."""
+    every = max(1, -(-len(names) // 36))
+    axes.set_yticks(range(0, len(names), every), [_short(name) for name in names[::every]], fontsize=8)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}"
+
+
+def distribution(coefficients: Mapping[str, Coefficients]) -> str:
+    """Draw a histogram of each soup's coefficients, titled with the share of negative ones."""
+
+    def draw(figure: Figure) -> None:
+        for axes, (label, c) in zip(panels(figure, list(coefficients)), coefficients.items(), strict=True):
+            values = c.values.ravel()
+            edges = np.histogram_bin_edges(values, bins=min(30, max(8, len(values) // 8)))
+            axes.hist(values, bins=edges.tolist(), color=BLUE)
+            for bar, edge in zip(axes.patches, edges, strict=False):
+                if edge < -1e-12:
+                    bar.set(facecolor=ORANGE, hatch="////", edgecolor="white", linewidth=0)
+            axes.axvline(1 / len(c.values), color="black", linewidth=1, linestyle=":")
+            axes.set_title(f"{label}: {np.mean(values < 0):.0%} negative")
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+
+    return drawn(0.4 + 1.6 * -(-len(coefficients) // 2), draw)
+
+
+def learning_curves(curves: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Draw NLL on fit and select by step for each soup, with a ring at the point that was kept.
+
+    Lines are interrupted where a model batch ends.
+    """
+
+    def draw(figure: Figure) -> None:
+        for axes, (_, curve) in zip(panels(figure, list(curves)), curves.items(), strict=True):
+            for key, color, style, name in (("fit_nll", ORANGE, "s--", "fit"), ("select_nll", BLUE, "o-", "select")):
+                for turn, points in itertools.groupby(curve, lambda p: p["turn"]):
+                    some = [p for p in points if key in p]
+                    xy = ([p["steps"] for p in some], [p[key] for p in some])
+                    axes.plot(*xy, style, color=color, markersize=4, label=name if not turn else None)
+            best = min(curve, key=lambda p: p["select_nll"])
+            axes.plot([best["steps"]], [best["select_nll"]], "o", markersize=11, fillstyle="none", color="black")
+            axes.set_xlabel("steps")
+            axes.set_ylabel("NLL")
+        figure.axes[0].legend(frameon=False, fontsize=8)
+
+    return drawn(0.4 + 2.1 * -(-len(curves) // 2), draw)
+
+
+def by_count(rows: Sequence[Row], split: str) -> str:
+    """Draw accuracy on a split against the number of ingredients, one line for each method."""
+    styles = itertools.cycle(((BLUE, "o-"), (ORANGE, "s--"), (GREY, "^:")))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for method in dict.fromkeys(row["model_name"] for row in rows):
+            points = sorted((r["count"], 100 * r[f"{split}_accuracy"]) for r in rows if r["model_name"] == method)
+            color, style = next(styles)
+            axes.plot(*zip(*points, strict=True), style, color=color, label=method)
+        axes.set_xticks(sorted({row["count"] for row in rows}))
+        axes.set_xlabel("ingredients")
+        axes.set_ylabel(f"{split} accuracy, %")
+        axes.legend(frameon=False)
+
+    return drawn(3.0, draw)
+
+
+def search_plane(trials: Sequence[Row]) -> str:
+    """Draw the trials of a search by learning rate and model batch; size and color show NLL on select."""
+    shown = [t for t in trials if t.get("select_nll") is not None]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        nll = np.array([t["select_nll"] for t in shown])
+        good = 1 - (nll - nll.min()) / max(float(np.ptp(nll)), 1e-12)
+        x, y = [t["learn.lr"] for t in shown], [t["learn.model_batch"] for t in shown]
+        axes.scatter(x, y, s=20 + 160 * good, c=good, cmap="cividis_r", vmin=-0.2, edgecolors="black", linewidths=0.5)
+        best = int(nll.argmin())
+        axes.plot([x[best]], [y[best]], "o", markersize=18, fillstyle="none", color="black")
+        axes.annotate(f"{nll.min():.4f}", (x[best], y[best]), xytext=(12, 8), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set_yticks(sorted(set(y)))
+        axes.margins(0.15)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("model batch")
+
+    return drawn(3.0, draw)
+
+
+def similarity(cosines: np.ndarray, names: Sequence[str], duplicates: Sequence[tuple[int, int]]) -> str:
+    """Draw the cosines of the ingredients' directions as a heat map.
+
+    Args:
+        cosines: float64 [K, K].
+        names: the K ingredients.
+        duplicates: pairs (j, k) to mark with a cross.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(cosines, aspect="auto", cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+        figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.8)
+        for pair in duplicates:
+            axes.plot(*zip(pair, pair[::-1], strict=True), "x", color="black", markersize=7, linestyle="none")
+        _label_ingredients(axes, names)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+
+    return drawn(4.2, draw)
+
+
+def reliability_diagram(outcomes: Mapping[str, Outcome]) -> str:
+    """Draw accuracy against confidence in bins, with the examples in each bin below, one column for each model.
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks".
+    """
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(2, len(outcomes), squeeze=False, sharex=True, height_ratios=[3, 1])
+        for (top, bottom), (label, outcome) in zip(grid.T, outcomes.items(), strict=True):
+            bins = reliability(outcome)
+            confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+            top.plot([0, 1], [0, 1], ":", color="black", linewidth=1)
+            top.plot(confidence, accuracy, "o-", color=BLUE, markersize=4)
+            top.set_title(f"{label}: ECE {calibration_error(outcome):.3f}")
+            bottom.bar(confidence, [b["count"] for b in bins], width=0.05, color=GREY)
+            bottom.set_yscale("log")
+            bottom.set_xlabel("confidence")
+        grid[0, 0].set_ylabel("accuracy")
+        grid[1, 0].set_ylabel("examples")
+
+    return drawn(3.4, draw)

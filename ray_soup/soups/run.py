@@ -1,0 +1,163 @@
+"""Make one soup, from the recipe to the output folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.recipe import Data, Recipe
+from ray_soup.soups.evaluations import cosines, figures_of, reported
+from ray_soup.soups.make import Mixture, make, uniform_coefficients
+from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.records import ResultRow, RunRecord
+from ray_soup.soups.report.page import Report, html
+from ray_soup.soups.report.tensorboard import scalars
+from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.write import (
+    bake_and_evaluate,
+    bake_model,
+    listed,
+    mesh_record,
+    remarks,
+    stale_statistics,
+    write_descriptions,
+)
+from ray_soup.task.outcomes import Outcome, judged
+
+
+def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, state: Path | None = None) -> Soup:
+    """Make the soup that `recipe` describes in the folder or URI `out`.
+
+    Resumes an interrupted run, or one whose learning state is the file `state`; returns a finished run without changes.
+
+    Raises SoupError.
+    """
+    inputs = open_inputs(recipe)
+    with open_output(out, progress, recipe.ingredients) as output:
+        soup = output.begin(begun(recipe, inputs.ingredients))
+        if soup is None:
+            with output.recording_failures():
+                if state is not None:
+                    shutil.copyfile(state, output.state("learn.pt"))
+                soup = make_soup_in(recipe, inputs, output, progress)
+    return soup.at(out)
+
+
+@dataclass
+class _Made:
+    """A soup whose model is in the staging folder, with its results."""
+
+    mixture: Mixture
+    row: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    sha256: list[str] = field(default_factory=list)
+    shown: dict[str, Outcome] = field(default_factory=dict)
+    """Outcomes for the reliability diagram, by method."""
+    similarity: np.ndarray | None = None
+    """Cosines of the directions, float64 [K, K]."""
+
+
+def make_soup_in(
+    recipe: Recipe, inputs: Inputs, output: Output, progress: ProgressCallback, more: dict[str, Any] | None = None
+) -> Soup:
+    """Make the soup in an output folder after `Output.begin`.
+
+    Args:
+        recipe: the recipe of the soup.
+        inputs: its ingredients.
+        output: the output folder.
+        progress: called with what is being done, the units done so far, and the units in total.
+        more: extra keys for run.json and the report.
+    """
+    clock, staging = Clock(), output.staging()
+    if recipe.data == Data():
+        made = _without_data(recipe, inputs, staging, progress)
+        clock.lap("mixing")
+    else:
+        with open_session(recipe, inputs, output, recipe.info.learns, progress) as session:
+            made = _with_actors(session, output, staging, clock)
+        clock.lap("stop")
+    sha256 = made.sha256 or hash_ingredients(inputs.ingredients, progress)
+    clock.lap("hashing")
+    coefficients = made.mixture.coefficients
+    used = len(coefficients.used())
+    notes = made.mixture.notes + remarks(recipe, inputs, sha256)
+    if used > 1:
+        notes += stale_statistics(recipe, inputs)
+    record: RunRecord = {
+        "method": recipe.method,
+        "seed": recipe.learn.seed,
+        "exit": 0,
+        "parameters": inputs.layout.numel,
+        "blocks": len(coefficients.blocks),
+        "wall_s": clock.total(),
+        "seconds": clock.laps,
+        "versions": versions(),
+        "ingredients": listed(inputs.ingredients, sha256),
+        "notes": notes,
+    }
+    record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
+    row = {"model_name": recipe.method, **made.row, "ingredients_used": used, "seconds": clock.total()}
+    write_descriptions(staging, recipe, coefficients, [row], record, recipe.model)
+    (staging / "report.html").write_text(html(_report(recipe, row, record, made)))
+    output.publish(recipe, [row], record, staging)
+    return Soup(output.folder, [row], record, notes)
+
+
+def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
+    """Make a uniform soup from a recipe without data: there are no actors, and nothing is evaluated."""
+    coefficients = uniform_coefficients(recipe, inputs)
+    bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    return _Made(Mixture(coefficients, notes=["The recipe has no data: this soup was not evaluated."]))
+
+
+def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:
+    """Make, bake and evaluate the soup."""
+    recipe, learning = session.recipe, session.recipe.info.learns
+    if learning:
+        session.open_store(session.subset, recipe.blocks)
+    clock.lap("start")
+    session = session.with_soup(
+        splits=session.cut(recipe.learn.seed),
+        state_file=output.state("learn.pt"),
+        after_epoch=scalars(output.folder / BOARD / recipe.method),
+    )
+    mixture = make(session)
+    clock.lap(recipe.method)
+    peak = max(session.pool.peak_memory())
+    similarity = cosines(session.pool.gram()) if learning else None
+    outcomes = bake_and_evaluate(
+        session, output, mixture, staging / MODEL, reported(session.splits), session.calibration(CALIBRATION),
+        recipe.shard_size,
+    )  # fmt: skip
+    clock.lap("mixing and evaluation")
+    figures = mixture.figures
+    if session.mesh.shards > 1 and learning:  # the shards of a replica gather parameters and scatter gradients
+        shards = session.mesh.shards
+        figures["wire_bytes_per_step"] += 8 * session.inputs.layout.numel * (shards - 1) // shards
+    record = {
+        "mesh": mesh_record(session),
+        "model_batch": session.model_batch if learning else None,
+        "examples": {name: len(split) for name, split in session.splits.items()},
+        "peak_memory_bytes": peak,
+        **figures,
+    }
+    costs = {"steps": figures.get("steps"), "image_passes": figures.get("image_passes"), "peak_memory_bytes": peak}
+    shown = {recipe.method: outcomes[judged(outcomes)[0]]} if outcomes else {}
+    return _Made(mixture, figures_of(outcomes) | costs, record, list(session.facts.sha256), shown, similarity)
+
+
+def _report(recipe: Recipe, row: ResultRow, record: RunRecord, made: _Made) -> Report:
+    coefficients: dict[str, Coefficients] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    if recipe.info.learns:
+        coefficients, curves = {recipe.method: made.mixture.coefficients}, {recipe.method: made.mixture.figures["curve"]}
+    title = f"{recipe.method} soup of {len(record['ingredients'])} ingredients"
+    return Report(title, recipe, [row], record, coefficients, curves, made.shown, made.similarity)

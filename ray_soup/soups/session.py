@@ -1,0 +1,262 @@
+"""The session of a run: its inputs, and actors that are set up to work on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_soup.actors.messages import Mesh, SetupInfo, StoreInfo
+from ray_soup.actors.on_ray import RayPool
+from ray_soup.actors.placement import actor_bytes, connect, has_room, memory_of_each, resolve_mesh
+from ray_soup.actors.pool import ActorPool
+from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.check import check_floats, check_together
+from ray_soup.io.find import open_ingredients
+from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.blocks import Layout
+from ray_soup.mixing.running_statistics import buffers_of
+from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
+from ray_soup.soups.evaluations import evaluation_key, individual_outcomes
+from ray_soup.soups.output import Output, versions
+from ray_soup.soups.records import read_resolved, write_resolved
+from ray_soup.soups.state import LearnState
+from ray_soup.task.data import Split, calibration_batches, cut_splits
+from ray_soup.task.models import describe
+from ray_soup.task.outcomes import Outcome, join_outcomes
+from ray_soup.task.sources import check_sources_exist
+
+CALIBRATION = 10_000  # maximum number of examples of fit for the running statistics of a finished soup
+CALIBRATION_WHILE_CHOOSING = 512  # the same while learning and for greedy candidates
+AfterEpoch = Callable[[int, int, LearnState], None]
+"""Called with (step, total steps, state) after every epoch."""
+
+
+def no_hook(step: int, steps: int, state: LearnState) -> None:
+    """Do nothing after an epoch."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The ingredients of a run, checked against each other and bound to the model's layout. Immutable."""
+
+    ingredients: tuple[Ingredient, ...]
+    layout: Layout
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the ingredients, in order."""
+        return tuple(ingredient.name for ingredient in self.ingredients)
+
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """The positions of all ingredients."""
+        return tuple(range(len(self.ingredients)))
+
+    @cached_property
+    def statistics_differ(self) -> bool:
+        """True if the ingredients have different running statistics; False if their BatchNorm layers were frozen."""
+        names = [n for n in buffers_of(self.layout.tracking) if n in self.layout.buffers and "num_batches" not in n]
+        first = self.ingredients[0]
+        return any(not torch.equal(i.read(name), first.read(name)) for name in names for i in self.ingredients[1:])
+
+    def recalibrates(self, recipe: Recipe) -> bool:
+        """Return whether the running statistics of soups are re-estimated on fit instead of averaged."""
+        if recipe.data.fit is None or recipe.buffers not in ("auto", "recalibrate"):
+            return False
+        return bool(self.layout.tracking) and (recipe.buffers == "recalibrate" or self.statistics_differ)
+
+
+def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
+    """Open the ingredients, check them, and bind them to the model; reads headers only.
+
+    Raises RecipeError if the recipe lacks data or ingredients, IngredientError if the ingredients do not fit together.
+    """
+    if recipe.data.fit is None and (needs_fit or recipe.info.needs_data):
+        raise RecipeError(
+            "The recipe has no data.fit, the held-out data to learn on. Add it, as in data: {fit: heldout.npz}."
+        )
+    if recipe.data.fit is None and recipe.buffers == "recalibrate":
+        raise RecipeError("buffers: recalibrate needs data.fit, held-out data to estimate running statistics on. Add it.")
+    check_sources_exist(recipe.data)
+    found = open_ingredients(recipe.ingredients, RESERVED_NAMES)
+    layout = describe(recipe.model)
+    ingredients = check_together(found, layout.state_shapes, layout.tied)
+    check_floats(ingredients, layout.names)
+    return Inputs(tuple(ingredients), layout)
+
+
+@dataclass
+class IngredientFacts:
+    """Facts about the ingredients that a run has computed so far; shared by all its soups."""
+
+    sha256: list[str] = field(default_factory=list)
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    """The outcome of each ingredient, by source of data."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """Actors that are set up for a run, and the soup to make with them. A method is a function `(session) -> Mixture`."""
+
+    recipe: Recipe
+    """The recipe of the soup to make."""
+    inputs: Inputs
+    pool: ActorPool
+    setup: SetupInfo
+    mesh: Mesh
+    cpus: float
+    model_batch: int
+    """Number of ingredients whose coordinates move at a time."""
+    progress: ProgressCallback = no_progress
+    facts: IngredientFacts = field(default_factory=IngredientFacts)
+    subset: tuple[int, ...] = ()
+    """The ingredients that may go into the soup, by position."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    state_file: Path = Path()
+    """Where a learning method keeps its state, and resumes from."""
+    after_epoch: AfterEpoch = no_hook
+
+    def with_soup(self, **changes: Any) -> Session:
+        """Return a session for another soup of the same run: recipe, subset, splits, model_batch, state_file, ..."""
+        return replace(self, **changes)
+
+    # Data
+
+    def whole(self, source: str) -> Split:
+        """Return all examples of a source as one split."""
+        return Split(source, np.arange(self.setup.sizes[source], dtype=np.int32))
+
+    @property
+    def held_out(self) -> list[Split]:
+        """Fit and select together."""
+        return [self.whole(source) for source in ("fit", "select") if source in self.setup.sizes]
+
+    def cut(self, seed: int) -> dict[str, Split]:
+        """Cut the sources into fit, select and the test sets."""
+        return cut_splits(self.recipe.data, self.setup.sizes, self.setup.fit_digests, seed)
+
+    def calibration(self, most: int) -> list[Split]:
+        """Return the batches of fit that running statistics are estimated on; none if they are averaged."""
+        if not self.inputs.recalibrates(self.recipe):
+            return []
+        learn = self.recipe.learn
+        return calibration_batches(self.splits["fit"], learn.batch_size, learn.seed, most)
+
+    # Ingredients
+
+    def open_store(self, subset: tuple[int, ...], blocks: str | int) -> StoreInfo:
+        """Have the actors open the directions of `subset`. Raises IngredientError if all ingredients are equal."""
+        info = self.pool.open_store(subset, blocks, self.progress)
+        if info.partition.count == 0:
+            raise IngredientError(f"All {len(subset)} ingredients have the same parameters. Use checkpoints that differ.")
+        if len(subset) == len(self.inputs.ingredients):
+            self.facts.sha256[:] = info.sha256
+        return info
+
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of each ingredient; the files are hashed unless an earlier read did so."""
+        if not self.facts.sha256:
+            self.facts.sha256[:] = hash_ingredients(self.inputs.ingredients, self.progress)
+        return self.facts.sha256
+
+    def keys(self, splits: list[Split]) -> list[list[str]]:
+        """Return the cache keys of the ingredients' evaluations on whole sources, [K][splits]."""
+        device = "cuda" if self.recipe.actors.gpus else "cpu"
+        setup, torch_version = self.setup, versions()["torch"]
+        known = [(setup.fingerprint, setup.contents[s.source], device, torch_version) for s in splits]
+        which = [digest + i.key for digest, i in zip(self.digests(), self.inputs.ingredients, strict=True)]
+        return [[evaluation_key(name, *parts) for parts in known] for name in which]
+
+    def individual(self) -> list[Outcome]:
+        """Return the outcome of each ingredient on the held-out set."""
+        splits, outcomes = self.held_out, self.facts.outcomes
+        if any(s.source not in outcomes for s in splits):
+            found = individual_outcomes(
+                self.pool,
+                [i.path for i in self.inputs.ingredients],
+                self.keys(splits),
+                splits,
+                lambda done, total: self.progress("evaluating ingredients", done, total),
+            )
+            outcomes |= {s.source: [row[n] for row in found] for n, s in enumerate(splits)}
+        return [join_outcomes(row) for row in zip(*(outcomes[s.source] for s in splits), strict=True)]
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe,
+    inputs: Inputs,
+    output: Output,
+    learning: bool,
+    progress: ProgressCallback,
+    resolved_file: Path | None = None,
+) -> Iterator[Session]:
+    """Connect to Ray, and set up actors on the mesh that this run was started with.
+
+    Args:
+        recipe: the recipe of the run.
+        inputs: its ingredients.
+        output: the output folder, whose state records the mesh.
+        learning: True if actors must also hold directions.
+        progress: called with what is being done, the units done so far, and the units in total.
+        resolved_file: where the mesh is recorded; None: in the state of `output`.
+    """
+    with connect():
+        file = output.state("resolved.json") if resolved_file is None else resolved_file
+        mesh, cpus, model_batch = _resolve(recipe, inputs, file, learning, progress)
+        pool = RayPool(recipe, inputs.ingredients, mesh, cpus)
+        try:
+            seen = (str(file),) if output.shared_files() else ()
+            setup = pool.setup(progress, seen)
+            yield Session(recipe, inputs, pool, setup, mesh, cpus, model_batch, progress, subset=inputs.everything)
+        finally:
+            pool.close()
+
+
+def _resolve(
+    recipe: Recipe, inputs: Inputs, file: Path, learning: bool, progress: ProgressCallback
+) -> tuple[Mesh, float, int]:
+    """Return mesh, CPUs per actor and model batch, with `auto` resolved as when this run was started.
+
+    If the cluster has shrunk, or the recipe now requests other actors, the mesh differs; the optimization does not.
+    """
+    requested, count, numel = recipe.actors.model_dump(), len(inputs.ingredients), inputs.layout.numel
+    kept = read_resolved(file)
+    if kept is not None and kept["actors"] == requested and has_room(recipe, Mesh(*kept["mesh"]), kept["cpus"]):
+        return Mesh(*kept["mesh"]), kept["cpus"], kept["model_batch"]
+    try:
+        mesh, cpus = resolve_mesh(recipe, numel, count if learning else 0, progress)
+    except RecipeError:
+        if kept is None:
+            raise
+        fewer = with_changes(recipe, {"actors.replicas": "auto", "actors.shards": "auto"})
+        mesh, cpus = resolve_mesh(fewer, numel, count if learning else 0)
+    model_batch = fitting_model_batch(recipe, numel, count, mesh) if kept is None else kept["model_batch"]
+    write_resolved(
+        {"mesh": [mesh.replicas, mesh.shards], "cpus": cpus, "model_batch": model_batch, "actors": requested}, file
+    )
+    return mesh, cpus, model_batch
+
+
+def fitting_model_batch(recipe: Recipe, parameters: int, count: int, mesh: Mesh) -> int:
+    """Return the model batch on this mesh; `auto`: all ingredients, or equal parts of them if memory does not hold all."""
+    requested, room = requested_model_batch(recipe, count), memory_of_each(mesh)
+    if recipe.learn.model_batch != "auto" or recipe.info.kind == "softmax":
+        return requested
+    parts = (-(-count // n) for n in range(1, count + 1))
+    return next((m for m in parts if actor_bytes(recipe, parameters, m, mesh.shards) <= room), 1)
+
+
+def requested_model_batch(recipe: Recipe, count: int) -> int:
+    """Return how many of `count` ingredients move at a time, apart from memory limits; a softmax needs all of them."""
+    requested = recipe.learn.model_batch
+    return count if requested == "auto" or recipe.info.kind == "softmax" else min(requested, count)

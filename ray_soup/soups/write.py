@@ -1,0 +1,149 @@
+"""Write a soup: the model first, then the files that describe it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray_soup.io.find import find_sweeps
+from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.progress import ProgressCallback
+from ray_soup.mixing.bake import bake, overwrite_tensors
+from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
+from ray_soup.recipe import Recipe
+from ray_soup.soups.make import Mixture
+from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Output
+from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
+from ray_soup.soups.report.card import model_card
+from ray_soup.soups.session import Inputs, Session
+from ray_soup.task.companions import loading_line, write_companions
+from ray_soup.task.data import Split
+from ray_soup.task.outcomes import Outcome
+
+
+def bake_and_evaluate(
+    session: Session,
+    output: Output,
+    mixture: Mixture,
+    path: Path,
+    splits: dict[str, Split],
+    calibration: list[Split],
+    shard_size: int | None = None,
+) -> dict[str, Outcome]:
+    """Write the soup's model to `path`, re-estimate its running statistics, and evaluate that file.
+
+    A soup of one ingredient keeps that ingredient's running statistics. Adds the statistics to `mixture.coefficients`.
+
+    Args:
+        session: the actors, and the subset of ingredients that the coefficients refer to.
+        output: the output folder, which contains `path`.
+        mixture: the coefficients.
+        path: the model file.
+        splits: the splits to evaluate on.
+        calibration: batches to estimate running statistics on; empty: the statistics are averaged.
+        shard_size: largest model file in bytes; None: one file.
+    """
+    inputs, pool, progress = session.inputs, session.pool, session.progress
+    chosen = [inputs.ingredients[k] for k in session.subset]
+    file = bake(
+        mixture.coefficients, chosen, path, None, lambda done, total: progress("mixing", done, total),
+        session.recipe.out_dtype, shard_size,
+    )  # fmt: skip
+    if calibration and len(mixture.coefficients.used()) > 1:
+        found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
+        found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
+        overwrite_tensors(found, file)
+        mixture.coefficients = replace(mixture.coefficients, statistics=found)
+        mixture.notes.append(
+            f"The running statistics of {len(inputs.layout.tracking)} BatchNorm layers were re-estimated on "
+            f"{sum(map(len, calibration)):,} examples of fit."
+        )
+    outcomes = pool.evaluate_file(output.visible_to_actors(file), list(splits.values()), progress)
+    return dict(zip(splits, outcomes, strict=True))
+
+
+def bake_model(
+    folder: Path,
+    recipe: Recipe,
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    progress: ProgressCallback,
+) -> None:
+    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests."""
+    bake(
+        coefficients, list(ingredients), folder / MODEL, None, lambda done, total: progress("mixing", done, total),
+        recipe.out_dtype, recipe.shard_size,
+    )  # fmt: skip
+
+
+def write_descriptions(
+    folder: Path,
+    recipe: Recipe,
+    coefficients: Coefficients,
+    rows: Sequence[ResultRow],
+    record: RunRecord,
+    model: str,
+) -> None:
+    """Write the files that describe the model in `folder`: coefficients, files that its library needs, and the model card.
+
+    Args:
+        folder: the folder, which already contains the model.
+        recipe: the recipe as run.
+        coefficients: the soup's coefficients.
+        rows: for the table of the model card.
+        record: run.json, for the model card.
+        model: where the files that the library needs come from, as in the recipe's `model`.
+    """
+    save_coefficients(coefficients, folder / COEFFICIENTS)
+    save_table(coefficients, folder / TABLE)
+    dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
+    write_companions(model, folder, dtypes.most_common(1)[0][0])
+    line = loading_line(model, [file.name for file in folder.iterdir()])
+    (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record, line))
+
+
+# What run.json says about the ingredients
+
+
+def listed(ingredients: Sequence[Ingredient], sha256: Sequence[str]) -> list[IngredientRecord]:
+    """Return the ingredients for run.json, with hyperparameters and metrics if they came from a sweep."""
+    records: list[IngredientRecord] = []
+    for ingredient, digest in zip(ingredients, sha256, strict=True):
+        record: IngredientRecord = {"name": ingredient.name, "path": ingredient.path, "sha256": digest}
+        if ingredient.trial:
+            record |= {"hyperparameters": ingredient.trial.config, "metrics": ingredient.trial.metrics}
+        records.append(record)
+    return records
+
+
+def remarks(recipe: Recipe, inputs: Inputs, sha256: Sequence[str]) -> list[str]:
+    """Return notes for the user about the ingredients: trials and tensors left out, and duplicates."""
+    notes = [note for sweep in find_sweeps(recipe.ingredients) if (note := sweep.note())]
+    tower = [name for name in inputs.ingredients[0].left_out if not name.endswith("position_ids")]
+    if tower:
+        notes.append(f"The text tower ({len(tower)} tensors, such as {tower[0]}) was left out: the model has none.")
+    first: dict[str, str] = {}
+    for ingredient, digest in zip(inputs.ingredients, sha256, strict=True):
+        if digest in first:
+            notes.append(f"{ingredient.name} and {first[digest]} are identical files: this model counts twice.")
+        first.setdefault(digest, ingredient.name)
+    return notes
+
+
+def stale_statistics(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Return a warning if running statistics that differ between ingredients are averaged."""
+    if inputs.recalibrates(recipe) or not inputs.statistics_differ:
+        return []
+    cure = "set buffers: recalibrate" if recipe.data.fit is not None else "add data.fit"
+    return [
+        f"This model has {len(inputs.layout.tracking)} BatchNorm layers, and the soup's running statistics are averages "
+        f"over the ingredients. They do not match its activations, so the soup may be much worse than it could be: {cure}."
+    ]
+
+
+def mesh_record(session: Session) -> dict[str, Any]:
+    """Return the mesh for run.json."""
+    return {"replicas": session.mesh.replicas, "shards": session.mesh.shards, "cpus": session.cpus}

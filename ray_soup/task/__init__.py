@@ -1,0 +1,1 @@
+"""The task of a soup: its model, data and loss, and the outcomes of evaluation. May import recipe, io and mixing."""

@@ -1,0 +1,65 @@
+"""The files that a library expects next to a soup's weights, and the line of Python that loads a soup."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.models import build
+from ray_soup.task.transformers_models import has_tokenizer, local_only
+
+LOADING_LINES = {
+    "open_clip": "open_clip.create_model({name!r}, pretrained={file!r})",
+    "timm": "timm.create_model({name!r}, num_classes={classes}, checkpoint_path={file!r})",
+    "torchvision": (
+        "(model := torchvision.models.get_model({name!r}, num_classes={classes})).load_state_dict("
+        "safetensors.torch.load_file({file!r}))"
+    ),
+}
+"""The line that loads one file of weights, for each library that has such a line."""
+
+
+def loading_line(spec: str, files: Iterable[str]) -> str:
+    """Return the line of Python that loads a soup of the model `spec`, run in the soup's folder.
+
+    The line uses the model's own library if that can load the soup, otherwise ray_soup. `files` are the names of the files
+    in the folder.
+    """
+    model = ModelSpec.parse(spec)
+    if model.library == "transformers":
+        with torch.device("meta"):
+            return f"transformers.{type(build(spec).model).__name__}.from_pretrained('.')"
+    sharded = any(file.endswith(".index.json") for file in files)
+    with_own_head = model.library == "open_clip" and "zeroshot" not in model.options
+    if sharded or with_own_head or model.library not in LOADING_LINES:
+        return f"ray_soup.load_model({spec!r}, '.')"
+    line = LOADING_LINES[model.library]
+    return line.format(name=model.name, classes=model.options.get("classes"), file="model.safetensors")
+
+
+def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
+    """Write the files that the model's library expects next to its weights.
+
+    For transformers: config.json, which states the `dtype` of the weights, and the files of the tokenizer or image
+    processor.
+    """
+    parsed = ModelSpec.parse(spec)
+    if parsed.library != "transformers":
+        return
+    transformers = parsed.import_library()
+    name, local = parsed.name, local_only(parsed.name)
+    with torch.device("meta"):
+        model: Any = build(spec).model
+    model.config.architectures, model.config.dtype = [type(model).__name__], dtype
+    model.config.save_pretrained(folder)
+    if model.main_input_name == "input_ids":
+        if has_tokenizer(name):
+            transformers.AutoTokenizer.from_pretrained(name, **local).save_pretrained(folder)
+    else:
+        with contextlib.suppress(OSError, ValueError):  # none was saved with the model
+            transformers.AutoImageProcessor.from_pretrained(name, **local).save_pretrained(folder)

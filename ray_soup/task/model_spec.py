@@ -1,0 +1,85 @@
+"""The recipe key `model`, parsed, and the checks that the builders of model libraries share."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ray_soup.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as a recipe names it: LIBRARY:NAME?OPTION=VALUE&OPTION=VALUE."""
+
+    text: str
+    """The whole value."""
+    library: str
+    """The part before the colon: a model library, or the module of a function."""
+    name: str
+    """The library's name for the architecture, or a folder."""
+    options: dict[str, str]
+    """The options after the question mark, by name."""
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """Split the value of the key `model` into its parts."""
+        library, _, rest = text.partition(":")
+        name, _, query = rest.partition("?")
+        return cls(text, library, name, dict(parse_qsl(query, keep_blank_values=True)))
+
+    def import_library(self) -> Any:
+        """Import the library. Raises RecipeError if it is not installed."""
+        try:
+            return importlib.import_module(self.library)
+        except ImportError as error:
+            raise RecipeError(
+                f"model: {self.text} needs the library {self.library}, which cannot be imported ({error}). "
+                f"Install it: pip install 'ray_soup[{self.library}]'"
+            ) from error
+
+    def check_options(self, known: Sequence[str], example: str) -> None:
+        """Check that all options are in `known`. Raises RecipeError; its message shows `example`."""
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            raise RecipeError(
+                f"model: {self.text!r} has the unknown option '{unknown[0]}'; known options: {', '.join(known)}. Write it "
+                f"as in {example}."
+            )
+
+    def count(self, option: str, example: str, default: int | None = None) -> int:
+        """Read an option that must be a positive integer. Raises RecipeError, also if it is missing without a default."""
+        value = self.options.get(option, "" if default is None else str(default))
+        if not re.fullmatch("[1-9][0-9]*", value):
+            raise RecipeError(
+                f"model: found {self.text!r}; expected a positive integer for the option '{option}'. Write it as in "
+                f"{example}."
+            )
+        return int(value)
+
+    def unknown_name(self, names: list[str]) -> RecipeError:
+        """Return the error for a name that is not among the library's `names`, with suggestions."""
+        near = difflib.get_close_matches(self.name, names, n=3)
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
+        else:
+            hint = f"choose one of its {len(names)} models, such as {', '.join(names[:3])}."
+        return RecipeError(f"model: {self.library} has no '{self.name}'; {hint}")
+
+
+@contextlib.contextmanager
+def no_weight_warnings() -> Iterator[None]:
+    """Silence warnings about missing pretrained weights, because the ingredients replace them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

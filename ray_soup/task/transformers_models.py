@@ -1,0 +1,140 @@
+"""Classifiers of the library transformers, with the preprocessing saved next to them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+
+from ray_soup.errors import RecipeError
+from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
+from ray_soup.task.preprocess import NamedPreprocess, Preprocess
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preprocess | None]:
+    """Build the classifier that a config.json describes, and load its image processor or tokenizer.
+
+    The model maps one tensor to logits [n, classes]: pixels float32 [n, C, H, W], or for texts int64 [n, 2, length], token
+    ids and attention mask. Raises RecipeError if the model does not exist or is not a classifier.
+    """
+    transformers = spec.import_library()
+    spec.check_options(("classes", "length"), "transformers:FOLDER?classes=10")
+    config = _load_config(transformers, spec)
+    if "classes" in spec.options:
+        config.num_labels = spec.count("classes", f"transformers:{spec.name}?classes=10")
+    task = _task_of(config, spec)
+    with no_weight_warnings():
+        model = getattr(transformers, f"AutoModel{task}").from_config(config, dtype=torch.float32)
+    model.names_in_files = _names_in_files(model)
+    model.register_forward_hook(lambda module, inputs, output: output.logits)
+    if task == "ForImageClassification":
+        model.register_forward_pre_hook(_image_inputs, with_kwargs=True)
+        return model, _image_processor(transformers, spec.name)
+    model.register_forward_pre_hook(_text_inputs, with_kwargs=True)
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    length = spec.count("length", f"transformers:{spec.name}?length=128", default=min(128, limit))
+    if length > limit:
+        raise RecipeError(
+            f"model: {spec.text}: length is {length}; the model takes at most {limit} tokens. Choose a smaller length."
+        )
+    return model, _tokenizer(transformers, spec.name, length)
+
+
+def local_only(name: str) -> dict[str, bool]:
+    """Return the arguments of `from_pretrained` that keep it off the network if `name` is a folder on this machine."""
+    return {"local_files_only": True} if os.path.exists(name) else {}
+
+
+def has_tokenizer(name: str) -> bool:
+    """Return whether a tokenizer can be loaded: always True for a name on the Hub.
+
+    The check is needed because transformers makes a tokenizer without a vocabulary for a folder that has none.
+    """
+    return not os.path.exists(name) or any(os.path.exists(os.path.join(name, file)) for file in TOKENIZER_FILES)
+
+
+def _image_inputs(model: Any, inputs: tuple[torch.Tensor], named: Any) -> tuple[tuple[()], dict[str, torch.Tensor]]:
+    return (), {model.main_input_name: inputs[0]}
+
+
+def _text_inputs(model: Any, inputs: tuple[torch.Tensor], named: Any) -> tuple[tuple[()], dict[str, torch.Tensor]]:
+    return (), {"input_ids": inputs[0][:, 0], "attention_mask": inputs[0][:, 1]}
+
+
+def _load_config(transformers: Any, spec: ModelSpec) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(spec.name, **local_only(spec.name))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"model: {spec.name} has no config.json that transformers can read ({error}). Use a folder that "
+            "`save_pretrained` wrote, or a model on the Hub."
+        ) from error
+
+
+def _task_of(config: Any, spec: ModelSpec) -> str:
+    """Return ForImageClassification or ForSequenceClassification.
+
+    The architectures in the config decide; if there are none, the tasks that the model type supports.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    tasks = {
+        "ForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        "ForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }
+    architectures = config.architectures or []
+    found = [task for task in tasks if any(a.endswith(task) for a in architectures)]
+    found = found or [task for task, mapping in tasks.items() if type(config) in mapping]
+    if len(found) != 1:
+        raise RecipeError(
+            f"model: {spec.text} is {', '.join(architectures) or config.model_type}; expected a model for image "
+            "classification or sequence classification. Choose another model."
+        )
+    return found[0]
+
+
+def _names_in_files(model: Any) -> dict[str, str]:
+    """Map the names that tensors have only in the files of transformers to their names in the model."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0, both names were the same
+        return {}
+    state = {name: torch.empty(0) for name in model.state_dict()}
+    own = {id(tensor): name for name, tensor in state.items()}
+    in_files = revert_weight_conversion(model, state)
+    return {n: own[id(t)] for n, t in in_files.items() if n not in state and id(t) in own}
+
+
+def _image_processor(transformers: Any, name: str) -> Preprocess | None:
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **local_only(name))
+    except (OSError, ValueError):  # none was saved with the model
+        return None
+    return NamedPreprocess(lambda image: processor(image, return_tensors="pt")["pixel_values"][0], repr(processor))
+
+
+def _tokenizer(transformers: Any, name: str, length: int) -> Preprocess | None:
+    """Return the function that maps a text to int64 [2, length], token ids and attention mask."""
+    if not has_tokenizer(name):
+        return None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local_only(name))
+    except (OSError, ValueError):
+        return None
+    if tokenizer.pad_token is None:
+        raise RecipeError(f"model: the tokenizer of {name} has no padding token. Set its pad_token and save it again.")
+
+    def tokens(text: str) -> torch.Tensor:
+        found = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return torch.stack([found["input_ids"][0], found["attention_mask"][0]])
+
+    tokens("")  # the first call sets padding and truncation permanently; afterwards threads may share the tokenizer
+    words = hashlib.sha256(f"{sorted(tokenizer.get_vocab().items())}".encode()).hexdigest()
+    return NamedPreprocess(tokens, f"{length} {words} {tokenizer!r}", takes="text")

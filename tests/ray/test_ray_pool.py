@@ -1,0 +1,88 @@
+"""What only a pool on Ray has: placement on the nodes of a cluster, and replicas of several shards."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from ray_soup.actors import placement
+from ray_soup.actors.messages import Mesh
+from ray_soup.actors.on_ray import RayPool
+from ray_soup.actors.placement import resolve_mesh
+from ray_soup.errors import RecipeError
+from ray_soup.io.progress import no_progress
+from ray_soup.recipe import make_recipe
+from ray_soup.soups.session import open_inputs
+from tests.conftest import values
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def test_a_mesh_that_the_cluster_cannot_place_is_refused(zoo: Path) -> None:
+    recipe = make_recipe(values(zoo, actors={"replicas": 50, "shards": 2, "cpus": 1}))
+    with pytest.raises(RecipeError, match="50 replicas x 2 shards with 1 CPUs and 0 GPUs each need 100 CPUs"):
+        resolve_mesh(recipe, 1000, 8)
+    recipe = make_recipe(values(zoo, actors={"gpus": 1}))
+    with pytest.raises(RecipeError, match="1 GPUs; the cluster has"):
+        resolve_mesh(recipe, 1000, 8)
+
+
+@pytest.mark.parametrize(
+    ("actors", "cluster", "expected"),
+    [
+        ({}, {"CPU": 1}, (1, 1, 1)),
+        ({}, {"CPU": 3}, (3, 1, 1)),
+        ({}, {"CPU": 8}, (4, 1, 2)),
+        ({"cpus": 4}, {"CPU": 8}, (2, 1, 4)),
+        ({"gpus": 1}, {"CPU": 8, "GPU": 2}, (2, 1, 1)),
+        ({}, {"CPU": 8, "memory": 4e9}, (1, 4, 2)),
+        ({"replicas": 2}, {"CPU": 8, "memory": 4e9}, (2, 2, 2)),
+        ({"replicas": 2, "shards": 2, "cpus": 1}, {"CPU": 8, "memory": 4e9}, (2, 2, 1)),
+    ],
+)
+def test_auto_fills_the_cluster_with_as_few_shards_as_fit_into_memory(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, actors: dict, cluster: dict, expected: tuple[int, int, float]
+) -> None:
+    """For 50 M parameters and 8 ingredients in int8."""
+    monkeypatch.setattr(placement, "_cluster_resources", lambda: {"memory": 1e12, **cluster})
+    mesh, cpus = resolve_mesh(make_recipe(values(zoo, actors=actors)), 50_000_000, 8)
+    assert (mesh.replicas, mesh.shards, cpus) == expected
+
+
+def test_a_file_that_a_node_does_not_see_is_named_with_the_node(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "zoo", tmp_path / "zoo")
+    recipe = make_recipe(values(zoo, ingredients=str(tmp_path / "zoo")))
+    pool = RayPool(recipe, open_inputs(recipe).ingredients, Mesh(1, 1), 1)
+    node = re.escape(socket.gethostname())
+    try:
+        (tmp_path / "zoo" / "model_3.safetensors").rename(tmp_path / "model_3")
+        with pytest.raises(RecipeError, match=rf"model_3\.safetensors does not exist on the node {node}"):
+            pool.setup(no_progress)
+        (tmp_path / "model_3").rename(tmp_path / "zoo" / "model_3.safetensors")
+        with pytest.raises(RecipeError, match=rf"/nothing does not exist on the node {node}.*a shared disk, or a URI"):
+            pool.setup(no_progress, (str(tmp_path / "nothing"),))
+    finally:
+        pool.close()
+
+
+def test_a_shard_that_dies_while_it_starts_is_re_created(zoo: Path) -> None:
+    import ray
+
+    recipe = make_recipe(values(zoo))
+    pool, killed = RayPool(recipe, open_inputs(recipe).ingredients, Mesh(1, 2), 1), list[str]()
+
+    def kill(what: str, done: int, total: int) -> None:
+        if not killed:
+            killed.append(what)
+            ray.kill(pool.handles[1])
+
+    try:
+        assert pool.setup(kill).sizes == {"fit": 597, "test": 600}
+        assert killed == ["starting actors"]
+        assert len(pool.open_store(tuple(range(8)), "tensor", no_progress).sha256) == 8
+    finally:
+        pool.close()

@@ -1,0 +1,123 @@
+"""A sweep is a zoo: an experiment that a plain Ray Tune script wrote, which knows nothing of ray_soup."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.find import find_sweeps, open_ingredients
+from ray_soup.mixing.coefficients import load_coefficients
+from ray_soup.recipe import make_recipe
+from ray_soup.soups.run import run
+from tests.conftest import ROOT, put, ray_soup, values
+from tests.tiny import Tiny
+
+
+def sweep(config: dict[str, Any]) -> None:
+    """Train for three epochs with a checkpoint each; seed 2 fails, and the accuracy of seed 3 falls."""
+    import tempfile
+
+    from ray import tune
+
+    from tests import tiny
+
+    images, labels = (torch.from_numpy(a[:600]) for a in tiny.digits())
+    torch.manual_seed(0)
+    model = Tiny()
+    for epoch in range(3):
+        if config["seed"] == 2 and epoch == 1:
+            raise RuntimeError("bad luck")
+        tiny.train(model, config["seed"] * 10 + epoch, config["lr"], 1, images, labels)
+        accuracy = 0.5 - epoch / 10 if config["seed"] == 3 else 0.5 + epoch / 10
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({"model": model.state_dict(), "epoch": epoch}, f"{folder}/model.pt")
+            torch.save({"step": 1}, f"{folder}/optimizer.pt")
+            tune.report({"accuracy": accuracy, "epoch": epoch}, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    from ray import tune
+
+    folder = tmp_path_factory.mktemp("sweep")
+    tune.Tuner(
+        sweep,
+        param_space={"lr": 3e-3, "seed": tune.grid_search([0, 1, 2, 3])},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(folder), name="experiment", verbose=0),
+    ).fit()
+    return folder / "experiment"
+
+
+def test_the_last_or_the_best_checkpoint_of_each_finished_trial_is_found(experiment: Path) -> None:
+    last = open_ingredients(str(experiment))
+    assert [i.trial.config["seed"] for i in last] == [0, 1, 3]
+    assert [i.trial.metrics["epoch"] for i in last] == [2, 2, 2]
+    assert len({i.name for i in last}) == 3
+    assert all(i.path.endswith("checkpoint_000002/model.pt") for i in last)
+    best = open_ingredients(f"{experiment}?metric=accuracy")
+    assert [i.trial.metrics["epoch"] for i in best] == [2, 2, 0]
+    worst = open_ingredients(f"{experiment}?metric=accuracy&mode=min")
+    assert [i.trial.metrics["accuracy"] for i in worst] == [0.5, 0.5, pytest.approx(0.3)]
+    assert [i.path for i in open_ingredients([f"{experiment}?metric=accuracy"])] == [i.path for i in best]
+    (sweep_found,) = find_sweeps(str(experiment))
+    assert sweep_found.note() == f"{experiment}: 3 trials used, left out: 1 failed."
+    with pytest.raises(
+        RecipeError, match="reported no 'loss'; it reported accuracy, epoch, time_total_s, training_iteration"
+    ):
+        open_ingredients(f"{experiment}?metric=loss")
+
+
+def test_a_damaged_experiment_is_named(experiment: Path, zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(experiment, tmp_path / "copy")
+    (first,) = list((tmp_path / "copy").glob("*_00000_*"))
+    (first / "checkpoint_000002" / "model.pt").rename(first / "checkpoint_000002" / "weights.pt")
+    with pytest.raises(IngredientError, match=r"cannot tell which file is the model\. Found optimizer\.pt, weights\.pt"):
+        open_ingredients(str(tmp_path / "copy"))
+    shutil.rmtree(first)
+    (left,) = find_sweeps(str(tmp_path / "copy"))
+    assert left.left_out == {"failed": 1, "without a checkpoint": 1}
+    (state,) = (tmp_path / "copy").glob("experiment_state-*.json")
+    state.write_text('{"trial_data": [')
+    with pytest.raises(IngredientError, match="looks like an experiment of Ray Tune or Train, but cannot be read"):
+        open_ingredients(str(tmp_path / "copy"))
+    with pytest.raises(RecipeError, match="no experiment of Ray Tune or Train"):
+        open_ingredients(f"{zoo / 'zoo'}?metric=accuracy")
+
+
+@pytest.mark.slow
+def test_a_sweep_becomes_a_soup(experiment: Path, zoo: Path, tmp_path: Path) -> None:
+    recipe = {**values(zoo), "ingredients": f"{experiment}?metric=accuracy", "learn": {"epochs": 1, "batch_size": 150}}
+    soup = run(make_recipe(recipe), tmp_path / "out")
+    assert [i["hyperparameters"]["seed"] for i in soup.record["ingredients"]] == [0, 1, 3]
+    assert [i["metrics"]["accuracy"] for i in soup.record["ingredients"]] == pytest.approx([0.7, 0.7, 0.5])
+    assert any("left out: 1 failed" in note for note in soup.notes)
+    by_path = [i.path for i in open_ingredients(f"{experiment}?metric=accuracy")]
+    same = run(make_recipe({**recipe, "ingredients": by_path}), tmp_path / "same")
+    assert same.rows[0]["test_nll"] == soup.rows[0]["test_nll"]
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_bucket_makes_the_same_soup(experiment: Path, zoo: Path, s3: str, tmp_path: Path) -> None:
+    put(experiment, f"{s3}/sweeps/experiment")
+    ours, theirs = (open_ingredients(f"{base}?metric=accuracy") for base in (experiment, f"{s3}/sweeps/experiment"))
+    assert [(i.name, i.trial.config, i.trial.metrics) for i in ours] == [
+        (i.name, i.trial.config, i.trial.metrics) for i in theirs
+    ]
+    assert [s.note() for s in find_sweeps(f"{s3}/sweeps")] == [f"{s3}/sweeps/experiment: 3 trials used, left out: 1 failed."]
+    for name, base in (("ours", str(experiment)), ("theirs", f"{s3}/sweeps/experiment")):
+        recipe = {**values(zoo), "ingredients": f"{base}?metric=accuracy", "learn": {"epochs": 1, "batch_size": 150}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        command = ray_soup("learn", str(tmp_path / f"{name}.yaml"), str(tmp_path / name))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, other = (load_coefficients(tmp_path / name / "coefficients.safetensors").values for name in ("ours", "theirs"))
+    np.testing.assert_array_equal(one, other)

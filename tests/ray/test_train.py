@@ -1,0 +1,117 @@
+"""The zoo that `finetune` makes on Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ray_soup.errors import RecipeError
+from ray_soup.recipe import Recipe, make_recipe
+from ray_soup.soups.run import run
+from ray_soup.tune.finetune import finetune
+from tests.conftest import ROOT, kill_tree, ray_soup, values
+from tests.ray.events import wait_for
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    data = {"train": str(folder / "train.npz"), "fit": str(folder / "heldout.npz")}
+    return make_recipe(values(folder, data=data, **changes))
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_fine_tuned_zoo_becomes_a_soup(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    init = str(zoo / "zoo" / "model_0.safetensors")
+    recipe = recipe_of(zoo, finetune={"trials": 3, "init": init, "epochs": 1, "randaugment": {"choice": [0, 5]}})
+    entries = finetune(recipe, tmp_path / "made")
+    assert [e["file"] for e in entries] == [f"model_{k:02d}.safetensors" for k in range(3)]
+    assert len({e["sha256"] for e in entries}) == 3
+    assert finetune(recipe, tmp_path / "made") == entries
+    assert sorted(f.name for f in (tmp_path / "made").iterdir()) == ["manifest.json", *(e["file"] for e in entries), "state"]
+    soup = run(make_recipe(values(zoo, ingredients=str(tmp_path / "made"))), tmp_path / "out")
+    assert [i["sha256"] for i in soup.record["ingredients"]] == [e["sha256"] for e in entries]
+    assert [i["hyperparameters"]["lr"] for i in soup.record["ingredients"]] == [e["lr"] for e in entries]
+    assert [i["metrics"]["accuracy"] for i in soup.record["ingredients"]] == [e["accuracy"] for e in entries]
+
+
+def test_the_manifest_keeps_its_format(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    init = str(zoo / "zoo" / "model_0.safetensors")
+    entries = finetune(recipe_of(zoo, finetune={"trials": 2, "init": init, "epochs": 1}), tmp_path / "made")
+    assert json.loads((tmp_path / "made" / "manifest.json").read_text()) == entries
+    drawn = ["lr", "wd", "epochs", "label_smoothing", "mixup", "shift", "randaugment", "seed"]
+    keys = ["file", *drawn, "train_loss", "accuracy", "sha256"]
+    assert [list(entry) for entry in entries] == [keys, keys]
+    assert json.loads((tmp_path / "made" / "state" / "failures.json").read_text()) == []
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    with pytest.raises(RecipeError, match="99 workers per model need 99 CPUs; the cluster has"):
+        finetune(recipe_of(zoo, finetune={"workers_per_model": 99}), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_train_the_same_model_as_one(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    init = str(zoo / "zoo" / "model_0.safetensors")
+    plain = {
+        "init": init,
+        "trials": 2,
+        "epochs": 1,
+        "lr": 1e-3,
+        "wd": 0.01,
+        "label_smoothing": 0,
+        "mixup": 0,
+        "randaugment": 0,
+    }
+    one = finetune(recipe_of(zoo, finetune=plain), tmp_path / "one")
+    two = finetune(recipe_of(zoo, finetune={**plain, "workers_per_model": 2}), tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        ours, theirs = load_file(tmp_path / "one" / a["file"]), load_file(tmp_path / "two" / b["file"])
+        for name in set(ours) - {"key.bias"}:  # it has no gradient, so Adam amplifies rounding errors
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-4)
+        assert a["accuracy"] == pytest.approx(b["accuracy"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_finetune_resumes_and_is_bit_identical(zoo: Path, tmp_path: Path) -> None:
+    recipe = {
+        **values(zoo),
+        "data": {"train": str(zoo / "train.npz")},
+        "finetune": {"trials": 3, "init": str(zoo / "zoo" / "model_0.safetensors"), "epochs": 25},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ray_soup("finetune", str(tmp_path / "r.yaml"), str(tmp_path / "killed"))
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    trials = tmp_path / "killed" / "state" / "trials"
+
+    def epochs() -> list[int]:
+        """Finished epochs of each unfinished training. A training that ends just now deletes its state."""
+        found = []
+        for file in trials.glob("*.state"):
+            try:
+                found.append(torch.load(file, weights_only=True)["epoch"])
+            except FileNotFoundError:
+                continue
+        return found
+
+    wait_for(lambda: any(0 < epoch < 15 for epoch in epochs()), process)
+    kill_tree(process)
+    assert any(epoch > 0 for epoch in epochs())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "killed" / "manifest.json").read_text())
+    whole = subprocess.run(ray_soup("finetune", str(tmp_path / "r.yaml"), str(tmp_path / "whole")), cwd=ROOT)
+    assert whole.returncode == 0
+    assert len(made) == 3
+    for entry in made:
+        assert same(tmp_path / "killed" / entry["file"], tmp_path / "whole" / entry["file"])

@@ -1,0 +1,49 @@
+"""The demo, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, ray_soup
+
+
+def call(*arguments: str) -> dict:
+    done = subprocess.run(ray_soup(*arguments, "--json"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    shown = call("demo", str(out))
+    table = {row["model_name"]: row for row in shown["run"]["table"]}
+    assert set(table) >= {
+        "mean single",
+        "best_single",
+        "ensemble",
+        "uniform",
+        "greedy",
+        "learned",
+        "learned+",
+        "mehl",
+        "mehl+",
+    }
+    assert len(list((out / "zoo").glob("*.safetensors"))) == 12
+    assert shown["run"]["mesh"]["shards"] == 2
+    for method in ("learned", "learned+", "mehl", "mehl+"):  # learning starts at the uniform soup
+        assert table[method]["select_nll"] <= table["uniform"]["select_nll"] * 1.005
+    greedy = next(note for note in shown["run"]["notes"] if note.startswith("Greedy"))
+    assert float(greedy.split("evaluated its candidates on ")[1].split("%")[0]) <= 60, greedy
+    assert (out / "soups" / "report.html").stat().st_size > 100_000
+    call("verify", str(out / "soups"))
+    plus = call("learn", str(out / "recipe.yaml"), str(tmp_path / "plus"))["results"][0]
+    assert plus["select_nll"] == table["mehl+"]["select_nll"]
+    wide = call("learn", str(out / "recipe.yaml"), str(tmp_path / "wide"), "directions.dtype=float32")["results"][0]
+    assert abs(wide["select_nll"] / plus["select_nll"] - 1) <= 0.005
+    assert call("demo", str(out))["run"] == shown["run"]

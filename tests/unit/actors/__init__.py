@@ -1,0 +1,1 @@
+"""Unit tests of ray_soup.actors, without Ray."""

@@ -1,0 +1,355 @@
+"""The output folder of a run: started, resumed, found complete, published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_soup.errors import IngredientError, RecipeError, SoupError
+from ray_soup.io import storage
+from ray_soup.io.find import open_ingredients
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.recipe import Recipe, make_recipe, with_changes
+from ray_soup.soups import records
+from ray_soup.soups.output import KEPT_STATE, Output, Soup, begun, open_output
+from tests.conftest import values
+
+ROWS = [{"model_name": "mehl+", "test_nll": 0.25, "steps": 3}]
+
+
+@pytest.fixture
+def recipe(zoo: Path, tmp_path: Path) -> Recipe:
+    """A recipe for two ingredients that a test may change."""
+    (tmp_path / "zoo").mkdir()
+    for k in range(2):
+        shutil.copy(zoo / "zoo" / f"model_{k}.safetensors", tmp_path / "zoo")
+    return make_recipe(values(zoo, ingredients=str(tmp_path / "zoo")))
+
+
+def ingredients_of(recipe: Recipe) -> list[Ingredient]:
+    return open_ingredients(recipe.ingredients)
+
+
+def begin(out: Path, recipe: Recipe, **options: Any) -> Soup | None:
+    with open_output(out) as output:
+        return output.begin(begun(recipe, ingredients_of(recipe), **options))
+
+
+def publish(output: Output, recipe: Recipe, **more: Any) -> dict[str, Any]:
+    """Publish a model of five bytes; returns run.json."""
+    staging = output.staging()
+    (staging / "model.safetensors").write_bytes(b"model")
+    record: Any = {"method": "mehl+", "exit": 0, "ingredients": [], "notes": ["a note"], **more}
+    output.publish(recipe, ROWS, record, staging)
+    return record
+
+
+def finish(out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    with open_output(out) as output:
+        assert output.begin(begun(recipe, ingredients_of(recipe), **options)) is None
+        return publish(output, recipe)
+
+
+def names(folder: Path) -> list[str]:
+    """The files in a folder, without the lock file: some versions of filelock remove it, others do not."""
+    return sorted(file.name for file in folder.iterdir() if file.name != "lock")
+
+
+# Starting, resuming and finding a finished run
+
+
+def test_a_run_is_begun_then_resumed_then_found_complete(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    assert begin(out, recipe) is None
+    assert names(out / "state") == ["begun.json"]
+    assert begin(out, recipe) is None
+    record = finish(out, recipe)
+    soup = begin(out, recipe)
+    assert soup is not None
+    assert (soup.out, soup.rows, soup.record, soup.notes) == (out, ROWS, record, ["a note"])
+    assert soup.was_complete
+
+
+def test_a_failed_run_is_resumed(tmp_path: Path, recipe: Recipe) -> None:
+    begin(tmp_path / "out", recipe)
+    (tmp_path / "out" / "run.json").write_text('{"exit": 130, "error": "KeyboardInterrupt"}')
+    assert begin(tmp_path / "out", recipe) is None
+
+
+def test_a_run_json_that_is_not_whole_is_resumed(tmp_path: Path, recipe: Recipe) -> None:
+    finish(tmp_path / "out", recipe)
+    (tmp_path / "out" / "run.json").write_text('{"exit": 0, ')
+    assert begin(tmp_path / "out", recipe) is None
+
+
+def test_another_recipe_is_refused_and_its_keys_are_named(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    begin(out, recipe)
+    other = with_changes(recipe, {"learn.lr": 0.5, "learn.epochs": 9})
+    message = (
+        rf"{out} belongs to another recipe: (learn\.epochs was 2 and is now 9; learn\.lr was \S+ and is now 0\.5|"
+        r"learn\.lr was \S+ and is now 0\.5; learn\.epochs was 2 and is now 9)\. Choose a new folder"
+    )
+    with pytest.raises(RecipeError, match=message):
+        begin(out, other)
+    assert begin(out, with_changes(recipe, {"actors.replicas": 2, "actors.cpus": 0.5})) is None  # actors may change
+
+
+def test_changed_ingredients_are_refused_and_named(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    begin(out, recipe)
+    os.utime(tmp_path / "zoo" / "model_1.safetensors", ns=(1, 1))
+    with pytest.raises(RecipeError, match=r"ingredients that have changed since: \S+/zoo/model_1\.safetensors\. Choose"):
+        begin(out, recipe)
+
+
+def test_other_options_are_refused_and_named(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    begin(out, recipe, compare=[1, [], []])
+    with pytest.raises(RecipeError, match=r"was started with compare \[1, \[\], \[\]\], but this command has \[2, \[\], "):
+        begin(out, recipe, compare=[2, [], []])
+    with pytest.raises(RecipeError, match=r"was started with compare \[1, \[\], \[\]\], but this command has None"):
+        begin(out, recipe)
+    with pytest.raises(RecipeError, match=r"was started with kind None, but this command has search"):
+        begin(out, recipe, compare=[1, [], []], kind="search")
+    assert begin(out, recipe, compare=[1, [], []]) is None
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in "edcba":
+        (out / name).write_text(name)
+    with pytest.raises(RecipeError, match=r"is not empty and was not written by ray_soup \(found a, b, c, d\)\. Choose"):
+        begin(out, recipe)
+    assert names(out) == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "its content: Input should be"),
+        ("{}", "no 'recipe'"),
+        ('{"recipe": "model: a"}', "no 'ingredients'"),
+        ('{"recipe": 3, "ingredients": []}', "recipe: Input should be a valid string"),
+        ('{"recipe": "model: a", "ingredients": {}}', "ingredients: Input should be a valid list"),
+        ('{"recipe": "- a", "ingredients": []}', "'list' object has no attribute 'items'"),
+        ('{"recipe": "a: [", "ingredients": []}', "while parsing"),
+    ],
+)
+def test_a_damaged_begun_json_is_refused(tmp_path: Path, recipe: Recipe, content: str, said: str) -> None:
+    file = tmp_path / "out" / "state" / "begun.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(RecipeError) as error:
+        begin(tmp_path / "out", recipe)
+    assert str(error.value).startswith(f"{file} is damaged ({said}")
+    assert str(error.value).endswith("). Choose a new folder, or empty this one.")
+    assert file.read_text() == content
+
+
+# Holding the folder
+
+
+def test_a_folder_that_another_run_uses_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    message = rf"Another run is using {out}\. Wait for it, or choose another folder\."
+    with open_output(out), pytest.raises(RecipeError, match=message), open_output(out):
+        pass
+    with open_output(out):
+        pass
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_that_begins_nothing_leaves_no_trace(tmp_path: Path, existed: bool) -> None:
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    with open_output(out) as output:
+        assert output.folder == out
+        assert (out / "state" / "lease").exists()
+    assert out.exists() == existed
+    assert not existed or names(out) == []
+
+
+def test_a_missing_out_and_one_among_the_ingredients_are_refused(tmp_path: Path, recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="OUT is empty; expected a folder"), open_output(""):
+        pass
+    out = tmp_path / "zoo" / "out"
+    with (
+        pytest.raises(RecipeError, match="is where the recipe looks for ingredients"),
+        open_output(out, ingredients=recipe.ingredients),
+    ):
+        pass
+    (tmp_path / "file").write_text("a file")
+    with (
+        pytest.raises(RecipeError, match=r"file/out cannot be created: Not a directory"),
+        open_output(tmp_path / "file/out"),
+    ):
+        pass
+    assert not out.exists()
+
+
+# Publishing
+
+
+def test_publishing_moves_all_files_into_place_and_run_json_last(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, moved = tmp_path / "out", list[str]()
+    replace = Path.replace
+
+    def recording(self: Path, target: Path) -> Path:
+        if Path(target).parent == out:
+            moved.append(self.name)
+        return replace(self, target)
+
+    with open_output(out) as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        output.state("soups").mkdir()
+        for name in ("resolved.json", "learn.pt", "soups/a.npz"):
+            output.state(name).write_text("{}")
+        monkeypatch.setattr(Path, "replace", recording)
+        record = publish(output, recipe)
+    assert sorted(moved) == ["model.safetensors", "recipe.yaml", "results.jsonl", "run.json"]
+    assert moved[-1] == "run.json"
+    assert names(out) == sorted([*moved, "state"])
+    assert {*names(out / "state")} == {*KEPT_STATE} - {"lease", "lock"}
+    files = {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in moved if n != "run.json"}
+    assert record["files"] == files == json.loads((out / "run.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_an_interrupted_publication_has_no_run_json_and_can_be_repeated(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """The process ends after each number of moves."""
+    out, moved = tmp_path / "out", list[str]()
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if Path(target).parent == out:
+            if len(moved) == moves:
+                raise KeyboardInterrupt
+            moved.append(self.name)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, open_output(out) as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        output.state("learn.pt").write_text("state")
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            publish(output, recipe)
+    assert len(moved) == moves
+    assert not (out / "run.json").exists()
+    assert (out / "state" / "learn.pt").read_text() == "state"
+    finish(out, recipe)
+    assert begin(out, recipe) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_output(tmp_path / "out") as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        monkeypatch.setattr("ray_soup.soups.output.write_results", full)
+        with pytest.raises(SoupError, match=rf"{tmp_path}/out could not be written \(No space left on device\)\. Free"):
+            publish(output, recipe)
+
+
+def test_a_run_whose_folder_was_taken_over_publishes_nothing(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    with open_output(out) as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        (out / "state" / "lease").write_text('{"host": "another-host", "pid": 1, "run": "theirs", "beat": 7}')
+        with pytest.raises(SoupError, match=r"process 1 on another-host took over"):
+            publish(output, recipe)
+    assert not (out / "run.json").exists()
+    assert not (out / "model.safetensors").exists()
+
+
+def test_staging_starts_empty(tmp_path: Path) -> None:
+    with open_output(tmp_path / "out") as output:
+        (output.staging() / "left").write_text("by an earlier start")
+        assert names(output.staging()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (SoupError("a loss"), 1, "a loss"),
+        (RecipeError("a recipe"), 2, "a recipe"),
+        (IngredientError("an ingredient"), 3, "an ingredient"),
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt"),
+        (ZeroDivisionError("division"), 1, "division"),
+    ],
+)
+def test_a_failure_is_recorded_with_its_exit_code(tmp_path: Path, error: BaseException, code: int, text: str) -> None:
+    with open_output(tmp_path / "out") as output:
+        (output.staging() / "model.safetensors").write_bytes(b"half a model")
+        with pytest.raises(type(error)), output.recording_failures():
+            raise error
+        assert not output.state("out").exists()
+    record = records.read_run_record(tmp_path / "out")
+    assert record is not None
+    assert {**record} == {
+        "exit": code,
+        "error": text,
+        "version": records.RUN_VERSION,
+        "results_version": records.RESULTS_VERSION,
+    }
+    with pytest.raises(RecipeError, match=rf"is not a finished soup: its run ended with exit code {code}\. Rerun"):
+        records.finished_record(tmp_path / "out")
+
+
+# Remote storage
+
+
+def test_a_uri_is_published_from_a_local_mirror(s3: str, tmp_path: Path, recipe: Recipe) -> None:
+    uri = f"{s3}/out"
+
+    def fail() -> None:
+        with open_output(uri) as output:
+            output.begin(begun(recipe, ingredients_of(recipe)))
+            raise RecipeError(f"{output.folder}/file is wrong")
+
+    with pytest.raises(RecipeError) as error:
+        fail()
+    assert str(error.value) == f"{uri}/file is wrong"
+    assert storage.exists(f"{uri}/state/begun.json")
+    with open_output(uri) as output:
+        assert output.begin(begun(recipe, ingredients_of(recipe))) is None
+        assert output.shared_files() == ()
+        assert output.uri_of("a", "b") == f"{uri}/a/b"
+        (output.folder / "part.safetensors").write_bytes(b"part")
+        (output.folder / "index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
+        seen = output.visible_to_actors(output.folder / "index.json")
+        assert seen == f"{uri}/state/evaluated/index.json"
+        assert storage.read_bytes(f"{uri}/state/evaluated/part.safetensors") == b"part"
+        (output.folder / "part.safetensors").unlink()
+        (output.folder / "index.json").unlink()
+        publish(output, recipe)
+        soup = Soup(output.folder, ROWS, {}).at(uri)
+    assert soup.out == uri
+    assert sorted(storage.walk(uri)) == [
+        "model.safetensors", "recipe.yaml", "results.jsonl", "run.json", "state/begun.json",
+    ]  # fmt: skip
+    with open_output(uri) as output:
+        assert output.begin(begun(recipe, ingredients_of(recipe))) is not None
+
+
+def test_a_local_folder_is_where_actors_see_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_output(out) as output:
+        assert output.uri_of("a", "b") == str(out / "a" / "b")
+        assert output.visible_to_actors(out / "a") == str(out / "a")
+        assert output.shared_files() == (str(out / "state" / "resolved.json"),)
+    assert Soup(out, [], {}).at("given/name").out == out

@@ -1,0 +1,131 @@
+"""What the command prints: progress, and the tables of a comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_soup.errors import RecipeError
+from ray_soup.soups.output import Soup
+from ray_soup.soups.report import terminal
+from ray_soup.soups.report.tables import MARK
+from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_row, print_soup, print_zoo
+
+
+def row(name: str, **figures: Any) -> dict[str, Any]:
+    return {"model_name": name, "select_accuracy": 0.5, "select_nll": 1.25, **figures}
+
+
+def comparison(*tests: str) -> Soup:
+    """Make up the record of a comparison with these test sets."""
+    figures = {f"{split}_{figure}": 0.75 for split in tests for figure in ("accuracy", "nll")}
+    rows = [row("best_single", **figures), row("mehl+", **figures, steps=12)]
+    paired = {"accuracy": 0.01, "accuracy_low": 0.0, "accuracy_high": 0.02, "mcnemar_p": 0.5}
+    paired |= {"nll": -0.1, "nll_low": -0.2, "nll_high": -0.05}
+    record: dict[str, Any] = {
+        "examples": dict.fromkeys(("fit", "select", *tests), 100),
+        "table": rows,
+        "tests": [
+            {"model_name": "mehl+", "against": against, "split": split, **paired}
+            for split in tests
+            for against in ("best_single", "greedy")
+        ],
+        "eliminations": [{"dropped": n, **r} for n in (0, 2) for r in rows],
+        "counts": [{"count": n, **r} for n in (4, 8) for r in rows],
+        "chosen": "mehl+",
+        "files": {"model.safetensors": "00"},
+    }
+    return Soup("out", rows, record, ["A note."])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replace the clock of the progress bar by the last element of a list."""
+    seconds = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: seconds[-1])
+    return seconds
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressBar() as progress:
+        for second in range(26):
+            clock.append(second)
+            progress("learning", second, 26)
+        clock.append(30)
+        progress("baking", 1, 2)
+        clock.append(36)
+        progress("baking", 2, 2)
+    assert capsys.readouterr().err.splitlines() == ["learning: 11 of 26 (11 s)", "learning: 22 of 26 (22 s)"]
+
+
+def test_on_a_terminal_progress_is_a_bar_for_each_kind_of_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with ProgressBar() as progress:
+        progress("learning", 1, 2)
+        progress("learning", 2, 2)
+        progress("baking", 1, 4)
+    shown = capsys.readouterr().err
+    for part in ("learning", "100 %", "baking", "25 %"):
+        assert part in shown
+
+
+def test_a_row_has_a_figure_per_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_row(row("mehl+", test_accuracy=0.9, steps=12))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["select", "%", "50.00"] in lines
+    assert ["test", "%", "90.00"] in lines
+    assert ["steps", "12"] in lines
+
+
+def test_a_finished_soup_is_not_said_to_have_run(capsys: pytest.CaptureFixture[str]) -> None:
+    soup = comparison("test")
+    soup.was_complete = True
+    print_soup(soup, as_json=True)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"out": "out", "results": soup.rows, "run": soup.record}
+    assert shown.err == "out is complete; nothing was run. To check it: ray-soup verify out\nA note.\n"
+
+
+@pytest.mark.parametrize("tests", [("test",), ("test_v1", "test_v2"), ()])
+def test_a_comparison_has_all_tables_in_80_columns(tests: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    print_comparison(comparison(*tests), as_json=False)
+    shown = capsys.readouterr()
+    names = [split.removeprefix("test_") for split in tests] or ["select"]
+    for name in names:
+        assert f"Accuracy on {name} in percent, without the N best ingredients:" in shown.out
+        assert f"Accuracy on {name} in percent, with N ingredients:" in shown.out
+        if tests:
+            for baseline in ("best_single", "greedy"):
+                assert f"Paired tests against {baseline} on {name}:" in shown.out
+    assert shown.out.endswith("Wrote out/report.html with tables and figures, and model.safetensors with the soup mehl+.\n")
+    assert all(len(line) <= 80 for line in shown.out.splitlines()[:-1])
+    assert "A note." in shown.err
+
+
+def test_markdown_goes_to_the_terminal_and_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{MARK}\nold\n{MARK}\nafter\n")
+    print_comparison(comparison("test"), as_json=False, markdown=True, into=str(file))
+    shown = capsys.readouterr().out
+    assert shown.startswith("| model |")
+    assert shown.strip() in file.read_text()
+    file.write_text("no marks")
+    with pytest.raises(RecipeError, match=r"README\.md has 0 lines"):
+        print_comparison(comparison("test"), as_json=False, into=str(file))
+
+
+def test_failed_trainings_are_counted_with_the_first_error(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = [{"file": "model_00.safetensors", "lr": 1e-4, "epochs": 3, "accuracy": 0.987}]
+    print_zoo(entries, [{"error": "NaN loss"}], "zoo")
+    assert capsys.readouterr().out.splitlines() == [
+        "model_00.safetensors  lr 1.0e-04  epochs 3  held-out accuracy 98.70%",
+        "1 more failed (zoo/state/failures.json). The first error: NaN loss",
+        "Wrote 1 checkpoints and manifest.json to zoo.",
+    ]

@@ -1,0 +1,139 @@
+"""Models that recipes name, as each library builds them."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_soup.errors import RecipeError
+from ray_soup.mixing.blocks import layout_of
+from ray_soup.recipe import load_recipe
+from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.models import build, describe, fingerprint
+from tests.unit.task.library_models import IMAGES, TEXTS, add_tiny_clip, bert, tokenizer, vit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> None:
+    add_tiny_clip(tmp_path_factory.mktemp("configs"))
+
+
+def test_a_model_spec_has_four_parts() -> None:
+    spec = ModelSpec.parse("open_clip:ViT-B-32?zeroshot=a b.txt&template=a photo of a {}.")
+    assert (spec.library, spec.name) == ("open_clip", "ViT-B-32")
+    assert spec.options == {"zeroshot": "a b.txt", "template": "a photo of a {}."}
+    assert ModelSpec.parse("timm:x?classes=").options == {"classes": ""}
+
+
+@pytest.mark.parametrize("spec", ["open_clip:tiny-clip?classes=3", "timm:test_vit?classes=3",
+                                  "torchvision:squeezenet1_1?classes=3", "torchvision:inception_v3?classes=3"])  # fmt: skip
+def test_a_description_is_the_layout_and_a_fingerprint_is_the_same_in_every_process(spec: str) -> None:
+    built = build(spec)
+    assert describe(spec) == layout_of(built.model)
+    assert " at 0x" not in repr(built.preprocess)
+    assert fingerprint(spec, built) == fingerprint(spec, build(spec))
+    image = Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8))
+    assert built.preprocess is not None
+    assert built.preprocess(image).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("timm:test_vitt?classes=3", "timm has no 'test_vitt'; did you mean test_vit"),
+        ("torchvision:resnet5?classes=3", "torchvision has no 'resnet5'; did you mean resnet50 or resnet"),
+        ("torchvision:fcn_resnet50?classes=3", "torchvision has no 'fcn_resnet50'"),
+        ("open_clip:ViT-B-23?classes=3", "open_clip has no 'ViT-B-23'; did you mean ViT-B-32"),
+        ("timm:qqqqqqqq?classes=3", "timm has no 'qqqqqqqq'; choose one of its [0-9]+ models, such as "),
+        ("open_clip:tiny-clip", "expected a positive integer for the option 'classes'. Write it as in open_clip:tiny-clip"),
+        ("timm:test_vit?classes=x", "expected a positive integer for the option 'classes'. Write it as in timm:test_vit"),
+        ("timm:test_vit?class=3", "has the unknown option 'class'; known options: classes"),
+        ("open_clip:tiny-clip?classes=3&normalize=1", "expected normalize=true or normalize=false"),
+        ("transformers:tests", "tests has no config.json that transformers can read"),
+        ("keras:x?classes=3", "expected open_clip:, timm: or torchvision:NAME"),
+        ("tests.tiny:digits", "tests.tiny:digits returned tuple; expected a model, or"),
+    ],
+)
+def test_an_unknown_model_or_option_is_refused(spec: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build(spec)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RecipeError, match=r"pip install 'ray_soup\[timm\]'"):
+        build("timm:test_vit?classes=3")
+
+
+def test_a_model_that_is_not_a_classifier_is_refused(tmp_path: Path) -> None:
+    from transformers import Wav2Vec2Config
+
+    Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="is Wav2Vec2ForCTC; expected a model for image classification"):
+        build(f"transformers:{tmp_path}")
+
+
+def test_a_folder_is_loaded_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was used"))
+    for model in (vit(), bert()):
+        model.save_pretrained(tmp_path / "m")
+        assert build(f"transformers:{tmp_path}/m").preprocess is None
+
+
+def test_a_zero_shot_model_takes_class_names_and_templates(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n\ncow\n")
+    spec = f"open_clip:tiny-clip?zeroshot={tmp_path}/classes.txt"
+    one, two = build(spec), build(f"{spec}&template=a {{}}.|the {{}}.")
+    with torch.inference_mode():
+        assert two.model.eval()(IMAGES).shape == (4, 3)
+    two.model.load_state_dict(one.model.state_dict())
+    assert fingerprint(spec, one) != fingerprint(spec, two)  # the prompts are part of the model
+    (tmp_path / "recipe.yaml").write_text("model: open_clip:tiny-clip?zeroshot=classes.txt\n")
+    assert load_recipe(tmp_path / "recipe.yaml").model == spec
+    for wrong, said in ((f"{spec}&template=a cat", "templates with {}"), (f"{spec}x", "cannot be read")):
+        with pytest.raises(RecipeError, match=said):
+            build(wrong)
+
+
+def test_an_image_classifier_of_transformers_takes_pixels_of_its_processor(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    vit().save_pretrained(tmp_path / "run_0")
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path / "run_0")
+    spec = f"transformers:{tmp_path}/run_0"
+    built = build(spec)
+    image = Image.fromarray(np.arange(30 * 20 * 3, dtype=np.uint8).reshape(30, 20, 3))
+    assert built.preprocess is not None
+    assert torch.equal(built.preprocess(image), processor(image, return_tensors="pt")["pixel_values"][0])
+    assert layout_of(built.model).state_shapes == layout_of(vit()).state_shapes
+    assert build(f"{spec}?classes=7").model(IMAGES).shape == (4, 7)
+    (tmp_path / "recipe.yaml").write_text("model: transformers:run_0\n")
+    assert load_recipe(tmp_path / "recipe.yaml").model == spec
+
+
+def test_a_text_classifier_of_transformers_takes_token_ids_and_a_mask(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    words = tokenizer(tmp_path)
+    words.save_pretrained(tmp_path)
+    spec = f"transformers:{tmp_path}"
+    built = build(spec)
+    assert built.preprocess is not None
+    batch = torch.stack([built.preprocess(text) for text in TEXTS])
+    assert (batch.shape, batch.dtype) == ((4, 2, 16), torch.int64)
+    inputs = words(TEXTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    assert torch.equal(batch, torch.stack([inputs["input_ids"], inputs["attention_mask"]], dim=1))
+    shorter = build(f"{spec}?length=5")
+    assert shorter.preprocess is not None
+    assert shorter.preprocess(TEXTS[0]).shape == (2, 5)
+    assert fingerprint(spec, built) == fingerprint(spec, build(spec)) != fingerprint(spec, shorter)
+    with pytest.raises(RecipeError, match="length is 99; the model takes at most 16 tokens"):
+        build(f"{spec}?length=99")

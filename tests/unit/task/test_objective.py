@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ray_soup.errors import RecipeError
+from ray_soup.recipe import Recipe, make_recipe
+from ray_soup.task.objective import loss_of, metric_of
+from tests.unit.task.objectives import focal, in_top_2
+
+CPU = torch.device("cpu")
+LOGITS = torch.randn(20, 10, generator=torch.Generator().manual_seed(3))
+LABELS = torch.arange(20) % 10
+
+
+def recipe_of(**changes: str) -> Recipe:
+    return make_recipe({"model": "tests.tiny:build", **{k: f"tests.unit.task.objectives:{v}" for k, v in changes.items()}})
+
+
+def test_the_default_loss_is_the_summed_cross_entropy_with_label_smoothing() -> None:
+    loss = loss_of(recipe_of(), 10, CPU)
+    expected = F.cross_entropy(LOGITS, LABELS, label_smoothing=0.2, reduction="sum")
+    assert torch.equal(loss(LOGITS, LABELS, 0.2), expected)
+
+
+@pytest.mark.parametrize("name", ["summed", "each"])
+def test_a_loss_may_return_the_losses_or_their_sum(name: str) -> None:
+    found = loss_of(recipe_of(loss=name), 10, CPU)(LOGITS, LABELS)
+    torch.testing.assert_close(found, F.cross_entropy(LOGITS, LABELS, reduction="sum"))
+    assert torch.equal(loss_of(recipe_of(loss="focal"), 10, CPU)(LOGITS, LABELS), focal(LOGITS, LABELS).sum())
+
+
+def test_a_metric_gives_one_float_score_per_example() -> None:
+    metric = metric_of(recipe_of(metric="in_top_2"), 10, CPU)
+    assert metric is not None
+    assert metric(LOGITS, LABELS).dtype == torch.float32
+    assert torch.equal(metric(LOGITS, LABELS), in_top_2(LOGITS, LABELS).float())
+    assert metric_of(recipe_of(), 10, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss": "mean"}, "of three examples is .* Return losses"),
+        ({"loss": "without_gradient"}, "has no gradient with respect to the logits"),
+        ({"loss": "broken"}, r"failed with synthetic logits \[3, 10\]"),
+        ({"loss": "none"}, "has no 'none'"),
+        ({"metric": "mean"}, r"returned \[\]; expected a score for each of 3 examples"),
+    ],
+)
+def test_an_unsound_loss_or_metric_is_refused(changes: dict[str, str], said: str) -> None:
+    recipe = recipe_of(**changes)
+    with pytest.raises(RecipeError, match=f"(?i){said}"):
+        metric_of(recipe, 10, CPU) if recipe.metric else loss_of(recipe, 10, CPU)
