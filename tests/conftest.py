@@ -56,6 +56,16 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def conv_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder like `zoo`, with four ingredients of a model that has BatchNorm layers."""
+    folder = tmp_path_factory.mktemp("conv")
+    (folder / "zoo").mkdir()
+    tiny.write_data(folder)
+    tiny.write_zoo(folder / "zoo", 4, tiny.build_conv)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Start a local Ray for all tests that need one in this process.
 

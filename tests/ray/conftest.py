@@ -8,18 +8,7 @@ import pytest
 
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.run import run
-from tests import tiny
 from tests.conftest import values
-
-
-@pytest.fixture(scope="session")
-def conv_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder like `zoo`, with four ingredients of a model that has BatchNorm layers."""
-    folder = tmp_path_factory.mktemp("conv")
-    (folder / "zoo").mkdir()
-    tiny.write_data(folder)
-    tiny.write_zoo(folder / "zoo", 4, tiny.build_conv)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,12 @@ def test_importing_the_package_loads_neither_torch_nor_ray() -> None:
 
 def test_functions_stay_functions_after_modules_of_the_same_name_are_imported() -> None:
     code = (
-        "import ray_soup.soups.learn, ray_soup.soups.compare, ray_soup.mixing.bake, ray_soup.recipe; "
-        "print(callable(ray_soup.learn), callable(ray_soup.compare), callable(ray_soup.bake), ray_soup.recipe.__name__)"
+        "import ray_soup.soups.learn, ray_soup.soups.compare, ray_soup.mixing.bake, ray_soup.tune.search; "
+        "from ray_soup import *; print(all(callable(getattr(ray_soup, name)) for name in ray_soup.__all__), "
+        "learn.__module__, ray_soup.recipe.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "True True True ray_soup.recipe\n"
+    assert done.stdout == "True ray_soup.api ray_soup.recipe\n"
 
 
 @pytest.fixture
