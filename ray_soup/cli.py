@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -252,7 +251,9 @@ def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -
     if as_json:
         print_json({"out": out, "ingredients": entries})
     else:
-        print_zoo(entries, json.loads((Path(out) / "state" / "failures.json").read_text()), out)
+        from ray_soup.tune.records import read_failures
+
+        print_zoo(entries, read_failures(Path(out) / "state" / "failures.json"), out)
 
 
 @main.command()

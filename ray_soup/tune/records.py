@@ -85,3 +85,8 @@ def read_manifest(file: Path) -> list[ManifestEntry]:
 def write_failures(failures: Sequence[FailedTraining], file: Path) -> None:
     """Write failures.json atomically."""
     write_text(file, json.dumps(failures, indent=1))
+
+
+def read_failures(file: Path) -> list[FailedTraining]:
+    """Read failures.json; an empty list if no training run failed and none was recorded."""
+    return cast(list[FailedTraining], json.loads(file.read_text())) if file.exists() else []
