@@ -168,8 +168,9 @@ def scalars_of(out: Path) -> int:
     return sum(file.stat().st_size for file in (out / "tensorboard").rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("before", "now"), [pytest.param((2, 1), (1, 1), marks=pytest.mark.slow), ((1, 1), (1, 2))])
+@pytest.mark.parametrize(("before", "now"), [((2, 1), (1, 1)), ((1, 1), (1, 2))])
 def test_a_stopped_run_can_be_resumed_with_other_actors(
     zoo: Path, tmp_path: Path, before: tuple[int, int], now: tuple[int, int]
 ) -> None:

@@ -30,6 +30,7 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_zoo_becomes_a_soup(zoo: Path, tmp_path: Path, cluster: None) -> None:
     init = str(zoo / "zoo" / "model_0.safetensors")
     recipe = recipe_of(zoo, finetune={"trials": 3, "init": init, "epochs": 1, "randaugment": {"choice": [0, 5]}})
