@@ -11,7 +11,6 @@ after each epoch, before select is evaluated, and stay fixed during an epoch's s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,17 +25,11 @@ from ray_soup.errors import SoupError
 from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization, without_noise
-from ray_soup.soups.state import LearnState, load_state, save_state
+from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state
 from ray_soup.task.data import Split, batch_positions
 
 SAVE_EVERY_S = 60.0
 TIMED_STEPS = 1000  # steps whose duration is kept
-StateCallback = Callable[[int, int, LearnState], None]
-"""Called with (step, total steps, state). With learn.patience the run may end earlier."""
-
-
-def ignore_state(step: int, steps: int, state: LearnState) -> None:
-    """Do nothing."""
 
 
 def model_batches(ingredients: int, size: int, seed: int, models_epochs: int) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ Version 1 is what ray_soup 0.1 wrote: the same keys without a `version`. Readers
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,18 @@ def _read(file: Path, adapter: TypeAdapter[Any], version: int, required: Sequenc
         raise RecipeError(_damaged(file, str(error))) from error
     if missing:
         raise RecipeError(_damaged(file, f"no {missing[0]!r}"))
-    if found.get("version", 1) > version:
-        raise RecipeError(
-            f"{file} has version {found['version']}; this ray_soup reads versions up to {version}. Upgrade ray_soup, or "
-            "choose a new folder."
-        )
+    check_version(found, version, file)
     return found
+
+
+def check_version(record: Mapping[str, Any], known: int, file: object) -> None:
+    """Check the version of a record, 1 if it has none. Raises RecipeError if a newer ray_soup wrote it."""
+    found = record.get("version", 1)
+    if found > known:
+        raise RecipeError(
+            f"{file} has version {found}; this ray_soup reads versions up to {known}. Upgrade ray_soup, or choose a new "
+            "folder."
+        )
 
 
 def _damaged(file: Path, reason: str) -> str:

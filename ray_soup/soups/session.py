@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
 from ray_soup.soups.evaluations import evaluation_key, individual_outcomes
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.records import read_resolved, write_resolved
-from ray_soup.soups.state import LearnState
+from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.task.data import Split, calibration_batches, cut_splits
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import Outcome, join_outcomes
@@ -36,12 +36,6 @@ from ray_soup.task.sources import check_sources_exist
 
 CALIBRATION = 10_000  # maximum number of examples of fit for the running statistics of a finished soup
 CALIBRATION_WHILE_CHOOSING = 512  # the same while learning and for greedy candidates
-AfterEpoch = Callable[[int, int, LearnState], None]
-"""Called with (step, total steps, state) after every epoch."""
-
-
-def no_hook(step: int, steps: int, state: LearnState) -> None:
-    """Do nothing after an epoch."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Session:
     splits: dict[str, Split] = field(default_factory=dict)
     state_file: Path = Path()
     """Where a learning method keeps its state, and resumes from."""
-    after_epoch: AfterEpoch = no_hook
+    after_epoch: StateCallback = ignore_state
 
     def with_soup(self, **changes: Any) -> Session:
         """Return a session for another soup of the same run: recipe, subset, splits, model_batch, state_file, ..."""

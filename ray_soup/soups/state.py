@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from ray_soup.errors import RecipeError
+from ray_soup.soups.records import check_version
 
 VERSION = 2  # 1: the same keys without `version`, written by ray_soup 0.1
 
@@ -62,6 +63,14 @@ class LearnState:
     """One entry per epoch: turn, epoch, fit_nll, select_nll, select_accuracy, steps, and lr, that of its last step."""
 
 
+StateCallback = Callable[[int, int, LearnState], None]
+"""Called with (step, total steps, state). With learn.patience the run may end earlier."""
+
+
+def ignore_state(step: int, steps: int, state: LearnState) -> None:
+    """Do nothing."""
+
+
 def save_state(state: LearnState, path: Path) -> None:
     """Write the state atomically."""
     temporary = path.with_suffix(".tmp")
@@ -75,10 +84,6 @@ def save_state(state: LearnState, path: Path) -> None:
 def load_state(file: Path | IO[bytes]) -> LearnState:
     """Read a state. Raises RecipeError if a newer version of ray_soup wrote it."""
     found = torch.load(file, weights_only=True)
-    version = found.pop("version", 1)
-    if version > VERSION:
-        raise RecipeError(
-            f"{getattr(file, 'name', file)} has version {version}; this ray_soup reads versions up to {VERSION}. Upgrade "
-            "ray_soup, or choose a new folder."
-        )
+    check_version(found, VERSION, getattr(file, "name", file))
+    found.pop("version", None)
     return LearnState(**found)

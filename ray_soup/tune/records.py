@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from typing_extensions import NotRequired, TypedDict
 
-from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_text
+from ray_soup.soups.records import check_version
 
 TRAINING_VERSION = 2
 """Version of a training run's state and of its record. Version 1, written by ray_soup 0.1, has no version key."""
@@ -57,19 +57,9 @@ def write_metrics(metrics: TrainingMetrics, file: Path) -> None:
 def read_metrics(file: Path) -> TrainingMetrics:
     """Read the record of a finished training run. Raises RecipeError if a newer ray_soup wrote it."""
     record = json.loads(file.read_text())
-    check_training_version(record, file)
+    check_version(record, TRAINING_VERSION, file)
     record.pop("version", None)
     return cast(TrainingMetrics, record)
-
-
-def check_training_version(record: Mapping[str, Any], file: Path) -> None:
-    """Check the version of a training run's state or record. Raises RecipeError if a newer ray_soup wrote it."""
-    found = record.get("version", 1)
-    if found > TRAINING_VERSION:
-        raise RecipeError(
-            f"{file} has version {found}; this ray_soup reads versions up to {TRAINING_VERSION}. Upgrade ray_soup, or "
-            "choose a new folder."
-        )
 
 
 def write_manifest(entries: Sequence[ManifestEntry], file: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from ray_soup.actors.precision import autocast, choose_precision, micro_batch_size
 from ray_soup.errors import SoupError
 from ray_soup.recipe import Recipe
+from ray_soup.soups.records import check_version
 from ray_soup.task.data import Examples, batch_positions, load_source
 from ray_soup.task.models import build, load_checkpoint
 from ray_soup.tune.augment import Augment, check_augmentation
@@ -28,7 +29,6 @@ from ray_soup.tune.records import (
     TRAINING_VERSION,
     Hyperparameters,
     TrainingMetrics,
-    check_training_version,
     read_metrics,
     write_metrics,
 )
@@ -69,7 +69,7 @@ class Training:
     def restore(self, file: Path, device: torch.device) -> None:
         """Continue from the state in `file`. Raises RecipeError if a newer ray_soup wrote it."""
         state = torch.load(file, map_location=device, weights_only=True)
-        check_training_version(state, file)
+        check_version(state, TRAINING_VERSION, file)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step, self.loss_sum = state["epoch"], state["step"], state["loss_sum"]
