@@ -10,17 +10,9 @@ from typing import Any
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
+from ray_soup.io.checkpoint_files import checkpoint_of, is_checkpoint, shards_of, split_key, stem, suffixes
 from ray_soup.io.formats import INDEX_SUFFIXES
-from ray_soup.io.ingredient import (
-    Ingredient,
-    checkpoint_of,
-    is_checkpoint,
-    open_ingredient,
-    shards_of,
-    split_key,
-    stem,
-    suffixes,
-)
+from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
 
 Spec = str | Sequence[str]

@@ -6,22 +6,19 @@ by range requests, and remote torch files from a copy in this node's cache.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
+from ray_soup.io.binding import Tensors, best_reading
+from ray_soup.io.checkpoint_files import checkpoint_of, shards_of, split_key, stem, suffixes
 from ray_soup.io.formats import (
     INDEX_SUFFIXES,
     SAFETENSORS_SUFFIX,
-    TORCH_SUFFIXES,
     TensorInfo,
     safetensors_header,
     torch_containers,
@@ -29,16 +26,6 @@ from ray_soup.io.formats import (
 from ray_soup.io.progress import drain
 from ray_soup.io.storage import LocalFile, RemoteFile
 from ray_soup.io.sweeps import Trial
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
-TEXT_TOWER = re.compile(  # tensors of a CLIP outside `visual.`, which no image classifier needs
-    r"(transformer|token_embedding|positional_embedding|ln_final|text_projection|text|logit_scale|logit_bias|attn_mask"
-    r"|input_resolution|context_length|vocab_size)(\.|$)"
-)
-COUNTED = re.compile(r"(.*\.)?embeddings\.position_ids$")  # 0, 1, 2, ...: a buffer that transformers no longer saves
-MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-
-Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -143,16 +130,7 @@ class Ingredient:
             expected: names of the model's tensors. A text tower is left out if the model has none.
             tied: maps the second name of a tied tensor to its first; a file may contain either name or both.
         """
-        names = set(expected)
-        image_only = any(n.startswith("visual.") for n in names) and not any(map(TEXT_TOWER.match, names))
-        best = _Reading({}, (), ())
-        best_score = (False, -1)
-        for tensors in self.containers.values():
-            for candidate in _candidates(tensors, names):
-                reading = _reading_of(candidate, names, tied, image_only)
-                score = (reading.tensors.keys() == names, len(reading.tensors.keys() & names))
-                if score > best_score:
-                    best, best_score = reading, score
+        best = best_reading(self.containers, set(expected), tied)
         return replace(self, tensors=best.tensors, copies=best.copies, left_out=best.left_out)
 
     def with_trial(self, trial: Trial | None) -> Ingredient:
@@ -169,56 +147,12 @@ class Ingredient:
                 )
 
 
-class _Reading(NamedTuple):
-    """One way to match the tensors of a container with the names of a model."""
-
-    tensors: dict[str, TensorInfo]
-    copies: tuple[tuple[str, str, TensorInfo], ...]
-    left_out: tuple[str, ...]
-
-
-def _reading_of(candidate: Tensors, expected: set[str], tied: Mapping[str, str], image_only: bool) -> _Reading:
-    named = dict(candidate)
-    copies = []
-    for alias, first in tied.items():
-        if alias in named:
-            info = named.pop(alias)
-            if named.setdefault(first, info) != info:
-                copies.append((first, alias, info))
-    left_out = [n for n in named if n not in expected and (COUNTED.match(n) or (image_only and TEXT_TOWER.match(n)))]
-    for name in left_out:
-        del named[name]
-    return _Reading(named, tuple(copies), tuple(left_out))
-
-
 def _tensor_of(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
     import warnings
 
     with warnings.catch_warnings():  # torch warns that the map is read-only; nothing here writes to it
         warnings.simplefilter("ignore")
         return torch.frombuffer(buffer, dtype=dtype)
-
-
-def _candidates(tensors: Tensors, expected: set[str]) -> Iterator[Tensors]:
-    """Yield the tensors of a file under each set of names that may be the model's."""
-    for named in _stripped(tensors):
-        yield named
-        if any(name.startswith("classification_head.") for name in named):  # the Model Soups code's names for CLIP and head
-            renamed = {re.sub("^classification_head", "head", n).removeprefix("model."): info for n, info in named.items()}
-            if "head.weight" in expected and len(renamed) == len(named):
-                yield renamed
-
-
-def _stripped(tensors: Tensors) -> Iterator[Tensors]:
-    """Yield the names unchanged, then without each prefix that all of them share, one prefix after another."""
-    yield tensors
-    names = tensors
-    while names:
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None)
-        if prefix is None:
-            return
-        names = {name.removeprefix(prefix): info for name, info in names.items()}
-        yield names
 
 
 def open_ingredient(path: str, name: str | None = None) -> Ingredient:
@@ -277,48 +211,3 @@ def _containers(file: str, files: list[str], sizes: list[int], key: str) -> dict
             tensors.update(torch_containers(part, number)[""])
     whole = file.endswith((SAFETENSORS_SUFFIX, *INDEX_SUFFIXES))
     return {"": tensors} if whole else torch_containers(file, 0, key)
-
-
-def split_key(spec: str) -> tuple[str, str]:
-    """Split `run.pth.tar?key=state_dict_ema` into path and key; without ?key= the key is empty."""
-    found = re.fullmatch(r"(.*)[?&]key=([\w.-]+)", spec)
-    return (found[1], found[2]) if found else (spec, "")
-
-
-def stem(path: str) -> str:
-    """Return the name of a checkpoint's file without its suffix."""
-    name = Path(path).name
-    bare = next((name.removesuffix(suffix) for suffix in (*INDEX_SUFFIXES, ".pth.tar") if name.endswith(suffix)), None)
-    return bare or name.rpartition(".")[0] or name
-
-
-def shards_of(index: str) -> list[str]:
-    """Return the files that an index of a checkpoint lists, sorted. Raises IngredientError if it is damaged."""
-    try:
-        weight_map = json.loads(storage.read_bytes(index))["weight_map"]
-        return [storage.join(os.path.dirname(index), shard) for shard in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IngredientError(
-            f"{index} is not an index of checkpoint files: it has no readable 'weight_map' ({error}). Copy it again."
-        ) from error
-
-
-def suffixes() -> str:
-    """Return the suffixes of checkpoint files, for messages."""
-    return ", ".join((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES))
-
-
-def is_checkpoint(path: str) -> bool:
-    """Return whether a file with this name counts as a checkpoint."""
-    return path.endswith((SAFETENSORS_SUFFIX, *INDEX_SUFFIXES, *TORCH_SUFFIXES))
-
-
-def checkpoint_of(path: str) -> str | None:
-    """Return the file of the checkpoint at `path`: the path itself, or the model in a folder; None if there is none."""
-    if is_checkpoint(path) and storage.isfile(path):
-        return path
-    names = storage.listdir(path) if storage.isdir(path) else []
-    for name in (*MODEL_FILES, "adapter_model.safetensors"):  # open_ingredient refuses an adapter with a message
-        if name in names:
-            return storage.join(path, name)
-    return None
