@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ray_soup.task.functions import installed_first
+
 if TYPE_CHECKING:
     from ray_soup.api import bake, compare, greedy, learn, search, uniform
     from ray_soup.errors import SoupError
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from ray_soup.soups.output import Soup
     from ray_soup.task.models import load_model
 
+installed_first()  # before torch and others are imported: in a worker process of Ray the current folder comes first
 __version__ = "0.2.0"
 __all__ = [
     "Coefficients", "MixedSoup", "Recipe", "Soup", "SoupError", "bake", "compare", "greedy", "learn", "load_coefficients",

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_soup import __version__
-from ray_soup.errors import RecipeError, SoupError
-from ray_soup.recipe import LEARNED, METHODS, RESERVED_NAMES, load_recipe
+from ray_soup.errors import RecipeError
+from ray_soup.exits import Shell, common_options, run_task
+from ray_soup.recipe import LEARNED, METHODS, RESERVED_NAMES, Recipe, load_recipe
 from ray_soup.soups.report.terminal import (
     ProgressBar,
+    echo,
     print_comparison,
     print_ingredients,
     print_json,
@@ -23,47 +22,21 @@ from ray_soup.soups.report.terminal import (
     print_soup,
     print_trials,
     print_zoo,
+    say,
 )
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from ray_soup.soups.output import Soup
 
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turn an error into a message and its exit code, without a traceback."""
-    try:
-        yield
-    except SoupError as error:
-        click.echo(f"ray-soup: {error}", err=True)
-        context = click.get_current_context(silent=True)
-        if context is not None and context.params.get("as_json"):
-            print_json({"error": str(error), "exit": error.exit_code})
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("ray-soup: interrupted. Rerun the same command to resume.", err=True)
-        sys.exit(130)
-    except SystemExit as error:
-        if error.code != signal.SIGTERM:  # Ray turns the signal into sys.exit(15)
-            raise
-        click.echo("ray-soup: terminated. Rerun the same command to resume.", err=True)
-        sys.exit(143)
-
-
-def _run(task: Callable[[ProgressBar], T]) -> T:
-    with _exit_codes(), ProgressBar() as progress:
-        progress("starting", 0, 1)  # importing Ray and torch takes seconds
-        return task(progress)
-
-
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object as the last line, even if the command fails."
+require_improvement_option = click.option(
+    "--require-improvement", is_flag=True, help="Exit with code 4 if the soup does not beat the best ingredient on select."
 )
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 recipe_argument = click.argument("recipe", type=click.Path())
 out_argument = click.argument("out", type=click.Path())
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Shell, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ray-soup")
 def main() -> None:
     """Mix the checkpoints of a sweep into one model, a model soup.
@@ -72,13 +45,14 @@ def main() -> None:
     key of the recipe, as in learn.lr=0.02. Rerun a command with the same OUT to resume it.
 
     Exit codes: 0 done; 1 failed while running; 2 wrong usage, recipe or data; 3 an ingredient is broken, or the ingredients
-    do not fit together; 4 no improvement although one was required; 130 interrupted; 143 terminated.
+    do not fit together; 4 no improvement although one was required; 129 terminal closed; 130 interrupted; 141 output closed;
+    143 terminated.
     """
 
 
 @main.command()
 @click.argument("out", default="ray-soup-demo", type=click.Path())
-@json_option
+@common_options
 def demo(out: str, as_json: bool) -> None:
     """Fine-tune 12 small models on digits and compare their soups.
 
@@ -90,17 +64,17 @@ def demo(out: str, as_json: bool) -> None:
 
         return run_demo(out, progress)
 
-    soup = _run(task)
+    soup = run_task(task)
     print_comparison(soup, as_json)
     if not as_json:
         folder = soup.out.parent
-        click.echo(f"Data, checkpoints and recipe are in {folder}. Try next: ray-soup learn {folder}/recipe.yaml my_soup")
+        echo(f"Data, checkpoints and recipe are in {folder}. Try next: ray-soup learn {folder}/recipe.yaml my_soup")
 
 
 @main.command()
 @click.argument("files", metavar="LIST", type=click.Path())
 @out_argument
-@json_option
+@common_options
 def fetch(files: str, out: str, as_json: bool) -> None:
     """Download the files of LIST into the folder OUT.
 
@@ -113,37 +87,58 @@ def fetch(files: str, out: str, as_json: bool) -> None:
 
         return run_fetch(files, out, progress)
 
-    found = [(file.name, file.stat().st_size) for file in _run(task)]
+    found = [(file.name, file.stat().st_size) for file in run_task(task)]
     if as_json:
         print_json({"out": out, "files": [{"file": name, "bytes": nbytes} for name, nbytes in found]})
     else:
-        click.echo(f"All {len(found)} files of the list are in {out}, {sum(nbytes for _, nbytes in found):,} bytes.")
+        echo(f"All {len(found)} files of the list are in {out}, {sum(nbytes for _, nbytes in found):,} bytes.")
 
 
 @main.command()
 @click.argument("ingredients", nargs=-1, required=True, type=click.Path())
 @click.option("--model", help="Check that the checkpoints match this model (same syntax as `model:` in a recipe).")
-@json_option
+@common_options
 def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Check that checkpoints fit together, and show their tensors.
 
     Shows names, shapes, dtypes and sizes. Reads headers only.
     """
-    with _exit_codes():
-        from ray_soup.io.check import check_floats, check_together, common_shapes
-        from ray_soup.io.find import open_ingredients
+    from ray_soup.io.check import check_floats, check_together, common_shapes, left_out_notes
+    from ray_soup.io.find import open_ingredients
 
-        found = open_ingredients(list(ingredients) if len(ingredients) > 1 else ingredients[0], RESERVED_NAMES)
-        names: Iterable[str]
-        if model:
-            from ray_soup.task.models import describe
+    found = open_ingredients(list(ingredients) if len(ingredients) > 1 else ingredients[0], RESERVED_NAMES)
+    names: Iterable[str]
+    if model:
+        from ray_soup.task.models import describe
 
-            layout = describe(model)
-            bound, names = check_together(found, layout.state_shapes, layout.tied), layout.state_shapes
-            check_floats(bound, layout.names)
-        else:
-            bound, (names, _) = check_together(found), common_shapes(found)
-        print_ingredients(bound, list(names), as_json)
+        layout = describe(model)
+        bound = check_together(found, layout.state_shapes, layout.known_names, layout.in_files.unsaved)
+        names = layout.state_shapes
+        check_floats(bound, layout.names)
+    else:
+        bound, (names, _) = check_together(found), common_shapes(found)
+    print_ingredients(bound, list(names), as_json)
+    for note in left_out_notes(bound):
+        say(note)
+
+
+def _comparable(recipe: Recipe, required: bool) -> Recipe:
+    """Return the recipe. Raises RecipeError if an improvement is required and there is nothing to measure it with."""
+    if required and (recipe.data.fit is None or recipe.baseline == "none"):
+        lacks = "no data.fit, held-out data to compare on" if recipe.data.fit is None else "baseline: none"
+        raise RecipeError(
+            f"--require-improvement compares the soup with the best ingredient on select, but the recipe has {lacks}. "
+            "Change the recipe, or omit the option."
+        )
+    return recipe
+
+
+def _check_improvement(required: bool, soup: Soup) -> None:
+    """End with exit code 4 if an improvement is required and the soup is not better than the best ingredient on select."""
+    change = (soup.record.get("improvement") or {}).get("select_nll")
+    if required and (change is None or not change < 0):
+        say("ray-soup: the soup does not have a lower NLL on select than the best single ingredient. Use that one.")
+        click.get_current_context().exit(4)
 
 
 def _soup_command(name: str, method: str | None, text: str) -> None:
@@ -152,12 +147,14 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
     @recipe_argument
     @out_argument
     @overrides_argument
-    @json_option
-    def command(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool, **options: str | None) -> None:
+    @common_options
+    def command(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+        required = options.get("require_improvement", False)
+
         def task(progress: ProgressBar) -> Any:
             from ray_soup.soups.run import run
 
-            loaded = load_recipe(recipe, overrides, method or options.get("method"))
+            loaded = _comparable(load_recipe(recipe, overrides, method or options.get("method")), required)
             if method is None and not loaded.info.learns:
                 raise RecipeError(
                     f"`ray-soup learn` supports the methods {', '.join(LEARNED)}; the recipe has {loaded.method}. Run "
@@ -165,8 +162,12 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
                 )
             return run(loaded, out, progress)
 
-        print_soup(_run(task), as_json)
+        soup = run_task(task)
+        print_soup(soup, as_json)
+        _check_improvement(required, soup)
 
+    if method is None or not METHODS[method].is_reference:
+        command = require_improvement_option(command)
     if method is None:
         command = click.option("--method", type=click.Choice(LEARNED), help="Default: the method in the recipe.")(command)
     main.command(name, help=text)(command)
@@ -192,10 +193,10 @@ def _integers(context: click.Context, option: click.Parameter, value: str) -> tu
 @click.option("--seeds", default=1, show_default=True, help="Repeat with N seeds; show means and standard deviations.")
 @click.option("--drop-top", default="", callback=_integers, metavar="N,...", help="Repeat without the N best ingredients.")
 @click.option("--by-count", default="", callback=_integers, metavar="N,...", help="Repeat with only N ingredients.")
-@click.option("--require-improvement", is_flag=True, help="Exit with code 4 if no soup beats the best ingredient on select.")
+@require_improvement_option
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--into", type=click.Path(), help="Write the tables into a file, between two lines <!-- ray-soup compare -->.")
-@json_option
+@common_options
 def compare(
     recipe: str,
     out: str,
@@ -219,23 +220,21 @@ def compare(
         from ray_soup.soups.compare import compare as run_compare
         from ray_soup.soups.comparison import CompareOptions
 
-        return run_compare(load_recipe(recipe, overrides), out, CompareOptions(seeds, drop_top, by_count), progress)
+        loaded = _comparable(load_recipe(recipe, overrides), require_improvement)
+        return run_compare(loaded, out, CompareOptions(seeds, drop_top, by_count), progress)
 
-    soup = _run(task)
+    soup = run_task(task)
     if soup.was_complete:
-        click.echo(f"{soup.out} is complete; nothing was run.", err=True)
-    with _exit_codes():
-        print_comparison(soup, as_json, markdown, into)
-    if require_improvement and soup.record["improvement"]["select_nll"] >= 0:
-        click.echo("ray-soup: no soup has a lower NLL on select than the best single ingredient. Use that one.", err=True)
-        sys.exit(4)
+        say(f"{soup.out} is complete; nothing was run.")
+    print_comparison(soup, as_json, markdown, into)
+    _check_improvement(require_improvement, soup)
 
 
 @main.command()
 @recipe_argument
 @out_argument
 @overrides_argument
-@json_option
+@common_options
 def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Fine-tune checkpoints by random search (Ray Tune).
 
@@ -247,7 +246,7 @@ def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -
 
         return run_finetune(load_recipe(recipe, overrides), out, progress)
 
-    entries = _run(task)
+    entries = run_task(task)
     if as_json:
         print_json({"out": out, "ingredients": entries})
     else:
@@ -260,8 +259,9 @@ def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -
 @recipe_argument
 @out_argument
 @overrides_argument
-@json_option
-def search(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@require_improvement_option
+@common_options
+def search(recipe: str, out: str, overrides: tuple[str, ...], require_improvement: bool, as_json: bool) -> None:
     """Search over recipe keys with Ray Tune.
 
     Varies learn.lr and learn.model_batch, or the keys in the section `search`, and writes the best soup to OUT.
@@ -270,18 +270,19 @@ def search(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> 
     def task(progress: ProgressBar) -> Any:
         from ray_soup.tune.search import search as run_search
 
-        return run_search(load_recipe(recipe, overrides), out, progress)
+        return run_search(_comparable(load_recipe(recipe, overrides), require_improvement), out, progress)
 
-    soup = _run(task)
+    soup = run_task(task)
     if not as_json:
         print_trials(soup.record["search"])
     print_soup(soup, as_json)
+    _check_improvement(require_improvement, soup)
 
 
 @main.command()
 @recipe_argument
 @overrides_argument
-@json_option
+@common_options
 def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Estimate the memory, traffic and time of `learn`.
 
@@ -295,12 +296,12 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         found = run_plan(load_recipe(recipe, overrides), progress)
         return found, lines(found)
 
-    found, lines = _run(task)
+    found, lines = run_task(task)
     if as_json:
         print_json(found)
         return
     for name, text in lines:
-        click.echo(f"{name:<15} {text}")
+        echo(f"{name:<15} {text}")
 
 
 @main.command()
@@ -308,7 +309,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("model", type=click.Path())
 @overrides_argument
 @click.option("--split", default="test", show_default=True, help="fit, select, test, or test_NAME.")
-@json_option
+@common_options
 def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as_json: bool) -> None:
     """Evaluate a checkpoint or a soup on a split of the data.
 
@@ -320,14 +321,14 @@ def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as
 
         return run_evaluate(load_recipe(recipe, overrides), model, split, progress)
 
-    row = _run(task)
+    row = run_task(task)
     print_json(row) if as_json else print_row(row)
 
 
 @main.command()
 @out_argument
 @click.argument("newout", type=click.Path())
-@json_option
+@common_options
 def bake(out: str, newout: str, as_json: bool) -> None:
     """Rebuild the soup in OUT and write it to NEWOUT.
 
@@ -339,7 +340,7 @@ def bake(out: str, newout: str, as_json: bool) -> None:
 
         return bake_copy(out, newout, progress)
 
-    print_soup(_run(task), as_json)
+    print_soup(run_task(task), as_json)
 
 
 @main.command()
@@ -355,12 +356,12 @@ def completion(shell: str) -> None:
 
     found = get_completion_class(shell)
     assert found is not None
-    click.echo(found(main, {}, "ray-soup", "_RAY_SOUP_COMPLETE").source())
+    echo(found(main, {}, "ray-soup", "_RAY_SOUP_COMPLETE").source())
 
 
 @main.command()
 @out_argument
-@json_option
+@common_options
 def verify(out: str, as_json: bool) -> None:
     """Check a finished soup.
 
@@ -373,12 +374,12 @@ def verify(out: str, as_json: bool) -> None:
 
         return run_verify(out, progress)
 
-    checked = _run(task)
+    checked = run_task(task)
     if as_json:
         print_json({"out": out, "verified": checked})
         return
     for line in checked:
-        click.echo(f"ok: {line}")
+        echo(f"ok: {line}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def evaluate_checkpoint(
         factored: as in `outcome_of`.
         totals: if given, the logits are added to these tensors, one float32 [n, classes] per split.
     """
-    models.load_checkpoint(replica.model, path)
+    models.load_checkpoint(replica.model, path, replica.recipe.ignore)
     outcomes, done, count = [], 0, sum(map(len, splits))
     for number, split in enumerate(splits):
         parts: list[Outcome] = []

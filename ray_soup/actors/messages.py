@@ -63,6 +63,8 @@ class SetupInfo:
     equal parameters mean the same model."""
     node: str
     """The host that the actor runs on."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the data, and what was assumed about its labels."""
 
 
 @dataclass(frozen=True)

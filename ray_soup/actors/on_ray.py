@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_soup.actors import placement
 from ray_soup.actors.group import GroupLost
@@ -12,20 +13,37 @@ from ray_soup.actors.messages import Mesh
 from ray_soup.actors.pool import MeshPool
 from ray_soup.actors.recovery import RESUME, Loss
 from ray_soup.actors.shard import Shard
-from ray_soup.errors import SoupError
+from ray_soup.errors import SoupError, first_line
+from ray_soup.io.environment import deadline_s
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.recipe import Recipe
+from ray_soup.task import identity
 from ray_soup.task.functions import look_in
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayActorError, RayTaskError
 
 
 class RemoteShard(Shard):
-    """A shard in an actor's process; the recipe's functions are also looked up in `folder`, the driver's current folder."""
+    """A shard in an actor's process, which belongs to the run `run`, as the driver does.
+
+    The recipe's functions are also looked up in `folder`, the driver's current folder.
+    """
 
     def __init__(
-        self, recipe: Recipe, ingredients: Sequence[Ingredient], mesh: Mesh, rank: int, threads: int, *, folder: str
+        self,
+        recipe: Recipe,
+        ingredients: Sequence[Ingredient],
+        mesh: Mesh,
+        rank: int,
+        threads: int,
+        *,
+        folder: str,
+        run: str,
     ) -> None:
         look_in(folder)
+        identity.in_run(run)
         super().__init__(recipe, ingredients, mesh, rank, threads)
 
     def serve_group(self) -> tuple[str, int]:
@@ -75,7 +93,7 @@ class RayPool(MeshPool):
             elif ray.util.get_current_placement_group() is None:  # a trial's actors go into its own placement group
                 options["scheduling_strategy"] = "SPREAD"
             self.handles[rank] = remote.options(**options).remote(
-                self._recipe, self._ingredients, self.mesh, rank, threads, folder=folder
+                self._recipe, self._ingredients, self.mesh, rank, threads, folder=folder, run=identity.RUN
             )
 
     def _kill(self, rank: int) -> None:
@@ -86,18 +104,25 @@ class RayPool(MeshPool):
 
     def _check_room(self, ranks: list[int], progress: ProgressCallback) -> None:
         placement.wait_for_nodes(
-            lambda: placement.missing_bundles(self._recipe, self.mesh, self._cpus),
+            lambda: [] if self._has_reserved() else placement.missing_bundles(self._recipe, len(ranks), self._cpus),
             lambda: (
-                f"Lost {self._described(ranks)}, and the cluster has no room left for the mesh. {RESUME} with fewer actors, "
-                "or set actors.wait_s to wait for nodes to come back."
+                f"{self._described(ranks)}: the cluster has no room for them; {self._room()} {RESUME} when there is room, "
+                "with fewer actors, or with actors.wait_s to wait for nodes and for other programs to end."
             ),
-            self._recipe.actors.wait_s,
+            max(self._recipe.actors.wait_s, placement.SETTLE_S),
             progress,
             SoupError,
         )
 
+    def _has_reserved(self) -> bool:
+        """Return whether the resources of the actors are reserved by a placement group, so that nobody else takes them."""
+        import ray
+
+        return self.mesh.shards > 1 or ray.util.get_current_placement_group() is not None
+
     def _room(self) -> str:
-        return f"The cluster's free resources are {placement.free_resources()}."
+        free = placement.free_resources()
+        return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs of the cluster are free."
 
     def _collect(
         self, calls: dict[int, Any], answers: dict[int, Any], progress: ProgressCallback | None = None
@@ -108,12 +133,13 @@ class RayPool(MeshPool):
         rank_of = {call: rank for rank, call in calls.items()}
         waiting: list[Any] = list(rank_of)
         lost: set[int] = set()
-        no_answer = f"no answer within {placement.DEADLINE_S:.0f} s"
+        deadline = deadline_s()
+        no_answer = f"no answer within {deadline:g} s"
         ready: list[Any]
         reason = ""
         while waiting:
             count = len(waiting) if progress is None else 1
-            ready, waiting = ray.wait(waiting, num_returns=count, timeout=placement.DEADLINE_S)
+            ready, waiting = ray.wait(waiting, num_returns=count, timeout=deadline)
             if not ready or (waiting and progress is None):
                 lost |= {rank_of[call] for call in waiting}
                 waiting, reason = [], no_answer
@@ -122,13 +148,15 @@ class RayPool(MeshPool):
                 try:
                     value: Any = ray.get(call if progress is None else next(call))
                 except RayActorError as error:
+                    if error.actor_init_failed:
+                        raise SoupError(f"An actor failed while it was created: {_cause_in(str(error))}.") from error
                     lost.add(rank)
-                    reason = _first_line(error)
+                    reason = _death(error)
                 except RayTaskError as error:
                     if not isinstance(error.cause, GroupLost):
-                        raise error.cause from error
+                        raise _original(error) from error
                     lost.add(rank)
-                    reason = reason or _first_line(error.cause)
+                    reason = reason or first_line(error.cause)
                 else:
                     if progress is not None and isinstance(value, tuple):
                         progress(*value)
@@ -138,5 +166,29 @@ class RayPool(MeshPool):
         return Loss(frozenset(lost), reason, silent=reason == no_answer) if lost else None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _original(error: RayTaskError) -> BaseException:
+    """Return what an actor's code raised; a SoupError that names it if Ray could not send it."""
+    cause: BaseException = error.cause
+    if type(cause).__module__.startswith("ray."):
+        return SoupError(f"An actor failed: {_cause_in(error.traceback_str)}.")
+    return cause
+
+
+def _cause_in(text: str) -> str:
+    """Return the last line of a remote traceback that is not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else "no reason was given"
+
+
+def _death(error: RayActorError) -> str:
+    """Say how an actor's process ended, in one line."""
+    text = str(error)
+    unknown = "Some common causes" in text or "potential root causes" in text
+    if not unknown and re.search(r"out of memory|OOM|memory pressure|low on memory", text, re.IGNORECASE):
+        return "Ray ended its process because the node ran out of memory; use fewer actors or a smaller learn.micro_batch"
+    if unknown or "connection error code 2" in text:
+        return (
+            "its process ended unexpectedly: most often the kernel kills it for lack of memory (see dmesg), or a library "
+            "crashes in it"
+        )
+    return first_line(error)

@@ -1,12 +1,9 @@
-"""Placement of actors: the connection to Ray, the mesh that fits the cluster, and waiting for nodes."""
+"""Placement of actors: the mesh that fits what is free on the cluster, and waiting for nodes and for other runs."""
 
 from __future__ import annotations
 
-import logging
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import RecipeError, SoupError
@@ -14,65 +11,60 @@ from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.recipe import Recipe
 
-DEADLINE_S = float(os.environ.get("RAY_SOUP_DEADLINE_S", "600"))  # of one answer, or one heartbeat of a stream
+SETTLE_S = 5.0  # until the CPUs and GPUs of actors that have just ended count as free
 PROCESS_BYTES = 1_200_000_000  # of an actor's process, without the model's parameters
 
 
-@contextmanager
-def connect() -> Iterator[None]:
-    """Connect to Ray for as long as the context lasts.
-
-    Uses the Ray session that is already open, or the cluster at RAY_ADDRESS; otherwise starts Ray locally, without a
-    dashboard.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    else:
-        ray.init(
-            num_cpus=max(2, len(os.sched_getaffinity(0))),  # a mesh of two shards runs on one core too
-            include_dashboard=False,
-            object_store_memory=100_000_000,  # nothing large goes through it
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def resolve_mesh(
-    recipe: Recipe, parameters: int, ingredients: int, progress: ProgressCallback = no_progress
+    recipe: Recipe, parameters: int, ingredients: int, progress: ProgressCallback = no_progress, now: bool = False
 ) -> tuple[Mesh, float]:
     """Resolve the recipe's `auto` on this cluster: return the mesh and the CPUs per actor.
 
     `auto` is one actor per GPU, or per two cores (per core if there are fewer than four), and as few shards as fit into
     memory. Waits for nodes up to `actors.wait_s` seconds; then raises RecipeError if the cluster cannot place the mesh.
+
+    Args:
+        recipe: the recipe.
+        parameters: elements of the parameter vector.
+        ingredients: how many directions an actor holds.
+        progress: called with the seconds waited.
+        now: count what is free now; otherwise everything counts, as for trials of Ray Tune, which wait for each other.
     """
     found: list[tuple[Mesh, float]] = []
+    settle(now)
 
     def missing() -> list[dict[str, float]]:
-        found[:] = [_mesh_now(recipe, parameters, ingredients)]
-        return missing_bundles(recipe, *found[0])
+        have = free_resources() if now else _cluster_resources()
+        found[:] = [_mesh_now(recipe, parameters, ingredients, have)]
+        mesh, cpus = found[0]
+        return [] if _fits(mesh.size, cpus, recipe.actors.gpus, have) else _bundles(recipe, mesh.size, cpus)
 
     def complaint() -> str:
-        have, (mesh, cpus), gpus = _cluster_resources(), found[0], recipe.actors.gpus
-        return (
+        have, free, (mesh, cpus), gpus = _cluster_resources(), free_resources(), found[0], recipe.actors.gpus
+        needs = (
             f"actors: {mesh.replicas} replicas x {mesh.shards} shards with {cpus:g} CPUs and {gpus:g} GPUs each need "
             f"{mesh.size * cpus:g} CPUs and {mesh.size * gpus:g} GPUs; the cluster has {have.get('CPU', 0):g} and "
-            f"{have.get('GPU', 0):g}. Request fewer resources (actors.gpus=0 runs on CPUs), or set actors.wait_s to wait "
-            "for nodes that are still starting."
+            f"{have.get('GPU', 0):g}"
+        )
+        if now and _fits(mesh.size, cpus, gpus, have):
+            return f"{needs}, but {_held_by_others(have, free)}"
+        return (
+            f"{needs}. Request fewer resources (actors.gpus=0 runs on CPUs), or set actors.wait_s to wait for nodes that "
+            "are still starting."
         )
 
     wait_for_nodes(missing, complaint, recipe.actors.wait_s, progress)
     return found[0]
+
+
+def _held_by_others(have: dict[str, float], free: dict[str, float]) -> str:
+    """Describe how much of the cluster is free, and what to do about it."""
+    return (
+        f"only {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free: other programs on the cluster hold the "
+        f"other {have.get('CPU', 0) - free.get('CPU', 0):g} CPUs and {have.get('GPU', 0) - free.get('GPU', 0):g} GPUs (`ray "
+        "list actors` names them). Rerun when they have ended, set actors.wait_s to wait for them, or request fewer "
+        "resources in `actors:`."
+    )
 
 
 def wait_for_nodes(
@@ -106,9 +98,8 @@ def wait_for_nodes(
         request_resources(bundles=[])  # from now on, the actors keep the nodes
 
 
-def _mesh_now(recipe: Recipe, parameters: int, ingredients: int) -> tuple[Mesh, float]:
-    """Return the mesh and the CPUs per actor for the cluster in its current state."""
-    have = _cluster_resources()
+def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str, float]) -> tuple[Mesh, float]:
+    """Return the mesh and the CPUs per actor for a cluster with the resources `have`."""
     cores, gpus, memory = int(have.get("CPU", 0)), have.get("GPU", 0.0), have.get("memory", 0.0)
     wanted = recipe.actors
     cpus = wanted.cpus if wanted.cpus != "auto" else 1 if cores < 4 or wanted.gpus else 2
@@ -141,26 +132,50 @@ def memory_of_each(mesh: Mesh) -> float:
 
 
 def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:
-    """Return whether the cluster is large enough for this mesh."""
-    have = _cluster_resources()
-    return mesh.size * cpus <= have.get("CPU", 0) and mesh.size * recipe.actors.gpus <= have.get("GPU", 0)
+    """Return whether this mesh can be placed now."""
+    settle(True)
+    return _fits(mesh.size, cpus, recipe.actors.gpus, free_resources())
 
 
-def missing_bundles(recipe: Recipe, mesh: Mesh, cpus: float) -> list[dict[str, float]]:
-    """Return the bundles of all actors of this mesh if the cluster is too small for it, otherwise none."""
-    return [] if has_room(recipe, mesh, cpus) else [{"CPU": cpus, "GPU": recipe.actors.gpus}] * mesh.size
+def missing_bundles(recipe: Recipe, actors: int, cpus: float) -> list[dict[str, float]]:
+    """Return the bundles of this many actors if the cluster has no room for them now, otherwise none."""
+    return [] if _fits(actors, cpus, recipe.actors.gpus, free_resources()) else _bundles(recipe, actors, cpus)
+
+
+def _fits(actors: int, cpus: float, gpus: float, have: dict[str, float]) -> bool:
+    return actors * cpus <= have.get("CPU", 0) + 1e-6 and actors * gpus <= have.get("GPU", 0) + 1e-6
+
+
+def _bundles(recipe: Recipe, actors: int, cpus: float) -> list[dict[str, float]]:
+    return [{"CPU": cpus, "GPU": recipe.actors.gpus}] * actors
+
+
+def settle(now: bool = True) -> None:
+    """Wait up to SETTLE_S seconds, until everything is free: actors that have just ended may still count."""
+    until = time.monotonic() + SETTLE_S
+    while now and time.monotonic() < until:
+        have, free = _cluster_resources(), free_resources()
+        if all(free.get(name, 0) >= have.get(name, 0) for name in ("CPU", "GPU")):
+            return
+        time.sleep(0.2)
 
 
 def free_resources() -> dict[str, float]:
-    """Return the CPUs and GPUs of the cluster that are not in use."""
+    """Return the CPUs, GPUs and memory that are free; within a placement group, those of the cluster.
+
+    The actors of a placement group use what it has reserved, which does not count as free.
+    """
     import ray
 
+    have = _cluster_resources()
+    if ray.util.get_current_placement_group() is not None:
+        return have
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return {name: amount for name, amount in free.items() if name in ("CPU", "GPU")}
+    return {name: free.get(name, 0.0) if name != "memory" else amount for name, amount in have.items()}
 
 
 def _cluster_resources() -> dict[str, float]:
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources
+    return {name: amount for name, amount in resources.items() if name in ("CPU", "GPU", "memory")}

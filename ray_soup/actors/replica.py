@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ from ray_soup.actors.messages import Heartbeat
 from ray_soup.actors.precision import micro_batch_size
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import content_key
+from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import labelled
 from ray_soup.mixing import running_statistics
 from ray_soup.mixing.blocks import Layout, flatten, layout_of
+from ray_soup.mixing.buffers import differing_layers
 from ray_soup.mixing.running_statistics import Statistics, Sums
+from ray_soup.mixing.spectral import update_singular_vectors
 from ray_soup.recipe import Recipe
 from ray_soup.task import models
-from ray_soup.task.data import Examples, Split, load_sources
+from ray_soup.task.data import Examples, Split, check_model_names, load_sources
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.objective import loss_of, metric_of
@@ -37,12 +41,19 @@ class Replica:
     """
 
     def __init__(
-        self, recipe: Recipe, built: BuiltModel, layout: Layout, examples: dict[str, Examples], device: torch.device
+        self,
+        recipe: Recipe,
+        built: BuiltModel,
+        layout: Layout,
+        examples: dict[str, Examples],
+        device: torch.device,
+        ingredients: Sequence[Ingredient] = (),
     ) -> None:
         self.recipe, self.built, self.layout, self.examples, self.device = recipe, built, layout, examples, device
+        self.ingredients = ingredients
         self.model = built.model
         self.theta = self.gradient = torch.empty(0)
-        self.classes = self._checked_classes()
+        self.classes = check_examples(recipe, self.model, examples, device)
         self.loss = loss_of(recipe, self.classes, device)
         self.metric = metric_of(recipe, self.classes, device)
         self.micro_batch = micro_batch_size(recipe, self.layout.numel)
@@ -50,37 +61,14 @@ class Replica:
         self._buffers: dict[str, torch.Tensor] = {}
         self._prefetch = ThreadPoolExecutor(1)
 
-    def _checked_classes(self) -> int:
-        if not self.examples:
-            raise RecipeError("The recipe has no data. Add `data:` with fit and test.")
-        classes = 0
-        for examples in self.examples.values():
-            images, _ = examples.batch(np.zeros(1, np.int64), self.device)
-            classes = self._classes(images, examples.spec)
-            examples.check_labels(classes)
-        return classes
+    def fingerprint(self, outside: list[str] | None = None) -> str:
+        """Hash the model's structure and the source files of its function and of the metric.
 
-    def _classes(self, images: torch.Tensor, spec: str) -> int:
-        try:
-            with torch.inference_mode():
-                logits = self.model(images)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise RecipeError(
-                f"The model {self.recipe.model} cannot process the examples of {spec}, {images.dtype} "
-                f"{list(images.shape[1:])} each: {str(error).partition(chr(10))[0]}. Change `model:` or the data."
-            ) from error
-        if logits.ndim != 2 or len(logits) != 1:
-            raise RecipeError(
-                f"The model {self.recipe.model} returned {list(logits.shape)} for one example of {spec}, {images.dtype} "
-                f"{list(images.shape[1:])}; expected logits [1, classes]. Change what the model returns."
-            )
-        return int(logits.shape[1])
-
-    def fingerprint(self) -> str:
-        """Hash the model's structure and the source files of its function and of the metric."""
-        found = models.fingerprint(self.recipe.model, self.built)
+        `outside` receives the names of what cannot be identified.
+        """
+        found = models.fingerprint(self.recipe.model, self.built, outside)
         if self.recipe.metric is not None:
-            found += content_key(preprocess_identity(import_function(self.recipe.metric)))
+            found += content_key(preprocess_identity(import_function(self.recipe.metric), outside))
         return found
 
     # Vectors
@@ -106,6 +94,7 @@ class Replica:
     def set_parameters(self, vector: np.ndarray) -> None:
         """Copy a parameter vector, float32 [N], into the model."""
         self.theta[: self.layout.numel] = tensor_of(vector)
+        self.update_computed_buffers()
 
     def output_layer(self) -> tuple[str, ...]:
         """Find the parameters that double the logits when they are doubled; empty if there are none.
@@ -154,6 +143,17 @@ class Replica:
         for name, buffer in buffers.items():
             state[name].copy_(buffer.view(state[name].shape))
 
+    def update_computed_buffers(self) -> None:
+        """Recompute the buffers that are functions of the parameters, after the parameters were changed."""
+        update_singular_vectors(self.model, self.layout.spectral)
+
+    @cached_property
+    def recalibrated(self) -> tuple[str, ...]:
+        """The layers whose running statistics are re-estimated: those that differ between ingredients, or all."""
+        if self.recipe.buffers == "recalibrate" or not self.ingredients:
+            return self.layout.tracking
+        return differing_layers(self.ingredients, self.layout.tracking, self.layout.buffers)
+
     def sum_statistics(self, batches: Sequence[Split]) -> Generator[Heartbeat, None, Sums]:
         """Sum the running statistics of the model over `batches`, in float64.
 
@@ -163,7 +163,11 @@ class Replica:
         def images_of(split: Split) -> torch.Tensor:
             return self.examples[split.source].batch(split.rows, self.device)[0]
 
-        return (yield from labelled("recalibrating", running_statistics.summed(self.model, batches, images_of)))
+        return (
+            yield from labelled(
+                "recalibrating", running_statistics.summed(self.model, batches, images_of, self.recalibrated)
+            )
+        )
 
     # Examples
 
@@ -185,7 +189,25 @@ class Replica:
             yield Split(split.source, split.rows[first : first + size])
 
 
-def load_replica(recipe: Recipe, device: torch.device) -> Generator[Heartbeat, None, Replica]:
+def check_examples(recipe: Recipe, model: torch.nn.Module, examples: Mapping[str, Examples], device: torch.device) -> int:
+    """Check that a model in eval mode can process the first example of each source, and that its labels are classes.
+
+    Returns the number of classes. Raises RecipeError.
+    """
+    if not examples:
+        raise RecipeError("The recipe has no data. Add `data:` with fit and test.")
+    classes = 0
+    for some in examples.values():
+        images, _ = some.batch(np.zeros(1, np.int64), device)
+        classes = int(models.logits_of(model, images, recipe.model, some.spec).shape[1])
+        some.check_labels(classes)
+        check_model_names(some, getattr(getattr(model, "config", None), "id2label", None))
+    return classes
+
+
+def load_replica(
+    recipe: Recipe, device: torch.device, ingredients: Sequence[Ingredient] = ()
+) -> Generator[Heartbeat, None, Replica]:
     """Build the model and decode the data. The value of the generator is the Replica.
 
     Raises RecipeError if model and data do not fit together.
@@ -193,8 +215,12 @@ def load_replica(recipe: Recipe, device: torch.device) -> Generator[Heartbeat, N
     built = models.build(recipe.model)
     built.model.to(device).eval()
     layout = layout_of(built.model)
-    examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess))
-    return Replica(recipe, built, layout, examples, device)
+
+    def check(first: dict[str, Examples]) -> None:
+        check_examples(recipe, built.model, first, device)
+
+    examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess, check))
+    return Replica(recipe, built, layout, examples, device, ingredients)
 
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:

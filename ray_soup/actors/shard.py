@@ -36,6 +36,7 @@ from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
 from ray_soup.task import models
 from ray_soup.task.data import Split, check_leaks
+from ray_soup.task.identity import notes_on
 from ray_soup.task.outcomes import Outcome, Score
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Shard:
         actor also if two splits share examples.
         """
         self._check_paths(seen)
-        self.replica = yield from load_replica(self.recipe, self.device)
+        self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
             leaks = check_leaks(self.recipe.data, self.replica.built.preprocess)
@@ -72,13 +73,16 @@ class Shard:
         self.replica.allocate(self.group.padded)
         self.candidates = CandidateMixer(self.replica, self.ingredients)
         self.ensemble = Ensemble(self.replica)
-        examples = self.replica.examples
+        examples, outside = self.replica.examples, list[str]()
+        fingerprint = self.replica.fingerprint(outside)
+        notes = [*(note for e in examples.values() for note in e.notes), *notes_on(outside)]
         yield SetupInfo(
             {name: len(e) for name, e in examples.items()},
             found.get("fit"),
             {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in examples.items() if found},
-            self.replica.fingerprint(),
+            fingerprint,
             socket.gethostname(),
+            tuple(dict.fromkeys(notes)),
         )
 
     def _check_paths(self, seen: tuple[str, ...]) -> None:
@@ -116,7 +120,7 @@ class Shard:
             work = directions.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
             self.store: directions.DirectionStore = yield from labelled("reading ingredients", work)
             self.replica.set_mixed_buffers(
-                {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.buffers}
+                {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.mixed_buffers}
             )
             self._opened = subset
             self.replica.hold_gradients(self.store.variant)
@@ -182,6 +186,7 @@ class Shard:
     def _combine(self, x: np.ndarray) -> None:
         self.plane.combine(self.replica.theta[self.group.low : self.group.high], self.base, x)
         self.group.gather(self.replica.theta)
+        self.replica.update_computed_buffers()
 
     def step(self, x: np.ndarray, factor: float, batch: Split) -> Partial:
         """Combine, run forward and backward passes on this actor's part of the batch, and project.
@@ -226,7 +231,7 @@ class Shard:
 
     def sum_statistics_of_file(self, path: str, batches: list[Split]) -> Stream[Sums]:
         """Sum the running statistics of the checkpoint at `path` over `batches`."""
-        models.load_checkpoint(self.replica.model, path)
+        models.load_checkpoint(self.replica.model, path, self.replica.recipe.ignore)
         yield from self._sum_statistics(batches)
 
     def _sum_statistics(self, batches: list[Split]) -> Stream[Sums]:

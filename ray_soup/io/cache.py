@@ -11,12 +11,14 @@ replaced.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -27,6 +29,7 @@ from typing import IO, Any, TypeVar
 from filelock import FileLock, Timeout
 
 from ray_soup.errors import SoupError
+from ray_soup.io import environment
 from ray_soup.io.disk import write_text
 
 T = TypeVar("T")
@@ -62,7 +65,8 @@ class InUse:
     def close(self) -> None:
         """Allow the folder to be evicted."""
         if self._hold is not None:
-            self._hold.close()
+            with suppress(OSError):  # nothing was written to it, and the lock ends in any case
+                self._hold.close()
             self._hold = None
 
 
@@ -78,8 +82,8 @@ def cache_at(folder: Path) -> Iterator[None]:
 
 def cache_folder() -> Path:
     """Return the absolute path of the cache folder."""
-    default = os.environ.get("RAY_SOUP_CACHE") or Path.home() / ".cache" / "ray_soup"
-    return Path(_FOLDER.get() or default).absolute()
+    folder = _FOLDER.get()
+    return environment.cache_folder() if folder is None else folder.absolute()
 
 
 def content_key(*parts: Any) -> str:
@@ -99,35 +103,63 @@ def cached(kind: str, key: str, nbytes: int, make: Callable[[Path], Iterator[T]]
         nbytes: size of the entry in bytes; other entries are evicted to make room for it.
         make: fills the folder.
 
-    Raises SoupError if the disk has no room for `nbytes` or cannot be written.
+    Raises SoupError if the disk has no room for `nbytes` or cannot be written, or if the cache is deleted meanwhile.
     """
     root = cache_folder() / kind
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(root)
-    with FileLock(root / f"{key}.lock"):
+    with _locked(root, key):
         hold = lookup(kind, key)
         if hold is None:
-            target = _vacant(root, key)
-            _make_room(nbytes, root)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=root))
+            with _write_errors(root):
+                target = _vacant(root, key)
+                _make_room(nbytes, root)
+                temporary = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=root))
             try:
-                with _write_errors(temporary):
+                with _write_errors(root):
                     yield from make(temporary)
                     write_text(temporary / "entry.json", json.dumps(asdict(CacheEntry(VERSION, kind, key))))
                     hold = InUse(temporary)  # before it can be seen, and evicted, by other processes
-                    temporary.rename(target)
-                hold.path = target
+                    hold.path = _move(temporary, target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return hold
 
 
+@contextmanager
+def _locked(root: Path, key: str) -> Iterator[None]:
+    """Hold the lock of a key; if another process deletes the cache at this moment, create it once more."""
+    lock = FileLock(root / f"{key}.lock")
+    for attempt in range(2):
+        with _write_errors(root, final=attempt == 1):
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(root)
+            lock.acquire()
+            break
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the lock ends in any case
+            lock.release()
+
+
+def _move(temporary: Path, target: Path) -> Path:
+    """Move a finished entry into place; keep an entry that appeared there, if somebody deleted the lock meanwhile."""
+    try:
+        return temporary.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise SoupError(
+                f"{target}: another process made this entry of the cache at the same time, because the cache was deleted "
+                "while it was in use. Rerun the same command."
+            ) from error
+        raise
+
+
 def lookup(kind: str, key: str) -> InUse | None:
-    """Return a finished cache entry, or None if it does not exist."""
-    entry = CacheEntry(VERSION, kind, key)
-    for folder in _places(cache_folder() / kind, key):
+    """Return a finished cache entry, or None if it does not exist. Raises SoupError if the cache cannot be written."""
+    entry, root = CacheEntry(VERSION, kind, key), cache_folder() / kind
+    for folder in _places(root, key):
         if _read_entry(folder) == entry:
-            with suppress(OSError):
+            with _write_errors(root, final=False):
                 hold = InUse(folder)
                 if _read_entry(folder) == entry:  # check again: another process may have begun to evict it
                     return hold
@@ -138,8 +170,8 @@ def lookup(kind: str, key: str) -> InUse | None:
 def _read_entry(folder: Path) -> CacheEntry | None:
     """Read the record of an entry; return None if it is missing or unreadable."""
     try:
-        return CacheEntry(**json.loads((folder / "entry.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        return CacheEntry(**json.loads((folder / "entry.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -151,6 +183,8 @@ def _places(root: Path, key: str) -> tuple[Path, Path]:
 def _vacant(root: Path, key: str) -> Path:
     """Return a free path for a new entry, after removing an outdated or damaged one that no process uses."""
     for place in _places(root, key):
+        if place.is_symlink() or place.is_file():
+            place.unlink()
         if not place.exists() or _evict(place):
             return place
     raise SoupError(
@@ -160,19 +194,28 @@ def _vacant(root: Path, key: str) -> Path:
 
 
 @contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
+def _write_errors(root: Path, final: bool = True) -> Iterator[None]:
+    """Turn errors of the cache's own files into a SoupError; unless `final`, let a folder that was deleted pass."""
     try:
         yield
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
+        elsewhere = getattr(error, "filename", None)
+        if elsewhere is not None and not os.fsdecode(elsewhere).startswith(str(root)) and root.is_dir():
+            raise  # of a file that was read for the entry
+        if isinstance(error, FileNotFoundError) and not final:
+            return
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileNotFoundError):
+            reason = "it was deleted while it was in use"
         raise SoupError(
-            f"The cache folder {folder.parent} cannot be written: {error.strerror or error}. Free some disk space, or set "
-            "RAY_SOUP_CACHE to a folder on another disk."
+            f"The cache folder {root} cannot be written: {reason}. Free some disk space, or set RAY_SOUP_CACHE to a "
+            "folder on another disk; then rerun the same command."
         ) from error
 
 
 def _size(folder: Path) -> int:
     """Return the bytes that a folder takes on the disk (holes in files take none)."""
-    return sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
+    return sum(f.lstat().st_blocks * 512 for f in folder.rglob("*"))
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -181,29 +224,30 @@ def _remove_leftovers(root: Path) -> None:
         try:
             with FileLock(root / f"{folder.name.split('.tmp-')[0]}.lock", timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
-        except Timeout:
+        except (Timeout, OSError):
             pass
 
 
 def _make_room(nbytes: int, root: Path) -> None:
-    entries = []
+    entries, now = [], time.time()
     for folder in cache_folder().glob("*/*/"):
         if ".tmp-" in folder.name:  # being made
             continue
         try:
-            entries.append(((folder / "in_use").stat().st_mtime, _size(folder), folder))
+            used = min((folder / "in_use").stat().st_mtime, now)  # a clock may have been ahead
+            entries.append((used, _size(folder), folder))
         except OSError:  # not an entry, or just evicted by another process
             continue
     taken = sum(size for _, size, _ in entries)
     free = shutil.disk_usage(root).free
-    limit_gb = os.environ.get("RAY_SOUP_CACHE_GB")
-    limit = float(limit_gb) * 1e9 if limit_gb else (free + taken) / 2
+    limit = environment.cache_bytes() or (free + taken) / 2
     for _, size, folder in sorted(entries):
         if taken + nbytes <= limit:
             break
-        if _evict(folder):
-            taken -= size
-            free += size
+        with suppress(OSError):  # it stays
+            if _evict(folder):
+                taken -= size
+                free += size
     if nbytes > free:
         raise SoupError(
             f"The cache at {root} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free. Set "
@@ -212,10 +256,14 @@ def _make_room(nbytes: int, root: Path) -> None:
 
 
 def _evict(folder: Path) -> bool:
-    """Remove a cache folder unless a process uses it; return whether it was removed."""
-    with suppress(OSError), open(folder / "in_use", "ab") as hold:
-        fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "entry.json").unlink(missing_ok=True)  # first: if this process is killed now, the rest counts as missing
-        shutil.rmtree(folder, ignore_errors=True)
-        return True
-    return False
+    """Remove a cache folder unless a process uses it; return whether it was removed. Raises OSError if this fails."""
+    try:
+        with open(folder / "in_use", "ab") as hold:
+            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / "entry.json").unlink(missing_ok=True)  # first: if this process is killed now, it counts as missing
+            shutil.rmtree(folder)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # another process has removed it
+        pass
+    return True

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.binding import Ignored, Tensors, without_shared_prefix
 from ray_soup.io.formats import FLOATS
 from ray_soup.io.ingredient import Ingredient
 
 Shapes = Mapping[str, tuple[int, ...]]
+CANDIDATES = 8  # different sets of shapes that are compared to find the common one
 
 
 def check_together(
     ingredients: Sequence[Ingredient],
     shapes: Shapes | None = None,
     tied: Mapping[str, str] | None = None,
+    ignore: Ignored = (),
+    strict: bool = True,
 ) -> list[Ingredient]:
     """Bind all ingredients to a model and compare their names, shapes and dtypes with it.
 
@@ -26,6 +31,8 @@ def check_together(
         ingredients: the opened ingredients.
         shapes: shapes of the model's tensors, by name; default: the result of `common_shapes`.
         tied: maps the second name of a tied tensor to its first.
+        ignore: tensors to leave out if the model does not have them: glob patterns of names, or expressions.
+        strict: False leaves out all tensors that are not in `shapes`, as for a finished soup, whose run checked them.
 
     Returns the bound ingredients, in order. Raises IngredientError, which lists the differences file by file, and
     RecipeError for fewer than two ingredients.
@@ -38,51 +45,121 @@ def check_together(
     whose = "the model"
     if shapes is None:
         shapes, whose = common_shapes(ingredients)
-    floats = {name: _mostly_floats(ingredients, name) for name in shapes}
-    bound = [ingredient.bind(shapes, tied or {}) for ingredient in ingredients]
-    faults = []
-    for ingredient in bound:
-        lines = _differences(ingredient, shapes, whose, floats)
-        if lines:
-            more = [f"and {len(lines) - 6} more"] if len(lines) > 6 else []
-            faults.append(f"{ingredient.path} does not fit:\n" + "\n".join(f"    {line}" for line in lines[:6] + more))
+    bound = [ingredient.bind(shapes, tied or {}, ignore) for ingredient in ingredients]
+    if not strict:
+        bound = [replace(i, tensors={n: info for n, info in i.tensors.items() if n in shapes}) for i in bound]
+    _check_distinct(bound)
+    floats = _mostly_floats(bound)
+    faults = [fault for i in bound if (fault := _fault(i, shapes, whose, floats))]
     if faults:
         more_files = f"\n  and {len(faults) - 5} more files" if len(faults) > 5 else ""
         raise IngredientError(
             f"{len(faults)} of {len(ingredients)} ingredients do not fit together with {whose}:\n  "
             + "\n  ".join(faults[:5])
             + more_files
-            + "\nExclude these files, or set `model:` to the model that they belong to."
+            + "\nExclude these files, list tensors that the model does not have under `ignore:`, or set `model:` to the "
+            "model that they belong to."
         )
     return bound
 
 
+def _check_distinct(bound: Sequence[Ingredient]) -> None:
+    """Check that no two ingredients use the same tensors of one file. Raises IngredientError."""
+    by_files: dict[tuple[str, ...], list[Ingredient]] = {}
+    for ingredient in bound:
+        for other in by_files.setdefault(ingredient.files, []):
+            if other.tensors == ingredient.tensors:
+                raise IngredientError(
+                    f"{ingredient.path} and {other.path} are the same tensors, which would count twice. Exclude one."
+                )
+        by_files[ingredient.files].append(ingredient)
+
+
+def check_fits(ingredient: Ingredient, shapes: Shapes, tied: Mapping[str, str], ignore: Ignored = ()) -> Ingredient:
+    """Bind one checkpoint to a model, with arguments as in `check_together`.
+
+    Raises IngredientError, which lists the differences.
+    """
+    bound = ingredient.bind(shapes, tied, ignore)
+    lines = _differences(bound, shapes, "the model", {})
+    if lines:
+        raise IngredientError(
+            f"{bound.path} does not fit the model:{_shortened(lines)}\nUse a checkpoint of this model, or list tensors that "
+            "the model does not have under `ignore:`."
+        )
+    return bound
+
+
+def left_out_notes(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Return notes about tensors of bound ingredients that were left out, and about which of several models was used."""
+    said: dict[str, list[str]] = {}
+    for ingredient in ingredients:
+        for remark in ingredient.remarks:
+            said.setdefault(remark, []).append(ingredient.path)
+    return [
+        remark if remark[0].isupper() else f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {remark}"
+        for remark, paths in said.items()
+    ]
+
+
 def common_shapes(ingredients: Sequence[Ingredient]) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Return the most common shapes, by name, and the path of the first ingredient that has them."""
-    votes = Counter(_signature(i) for i in ingredients)
-    reference = next(i for i in ingredients if _signature(i) == votes.most_common(1)[0][0])
-    return {name: info.shape for name, info in reference.tensors.items()}, reference.path
+    """Return the shapes that most ingredients fit, by name, and the path of the first ingredient that has them.
+
+    If the names differ, prefixes that all names of a file share are removed first.
+    """
+    shared: list[Tensors] = [ingredient.tensors for ingredient in ingredients]
+    if len({_signature(tensors) for tensors in shared}) > 1:
+        shared = [without_shared_prefix(tensors) for tensors in shared]
+    signatures = [_signature(tensors) for tensors in shared]
+    candidates = [signatures.index(signature) for signature, _ in Counter(signatures).most_common(CANDIDATES)]
+    reference = (
+        max(candidates, key=lambda n: _how_many_fit(ingredients, shared[n])) if len(candidates) > 1 else candidates[0]
+    )
+    return {name: info.shape for name, info in shared[reference].items()}, ingredients[reference].path
 
 
-def _signature(ingredient: Ingredient) -> tuple[Any, ...]:
-    return tuple(sorted((n, i.shape, i.dtype in FLOATS) for n, i in ingredient.tensors.items()))
+def _how_many_fit(ingredients: Sequence[Ingredient], tensors: Tensors) -> int:
+    """Count the ingredients that have tensors of these names and shapes, and no others."""
+    shapes = {name: info.shape for name, info in tensors.items()}
+    bound = (ingredient.bind(shapes, {}) for ingredient in ingredients)
+    return sum(not i.unclear and {name: info.shape for name, info in i.tensors.items()} == shapes for i in bound)
 
 
-def _mostly_floats(ingredients: Sequence[Ingredient], name: str) -> bool:
-    """Return whether most of the ingredients that have the tensor `name` store it as floats."""
-    votes = Counter(i.tensors[name].dtype in FLOATS for i in ingredients if name in i.tensors)
-    return votes.most_common(1)[0][0] if votes else True
+def _signature(tensors: Tensors) -> tuple[Any, ...]:
+    return tuple(sorted((n, i.shape, i.dtype in FLOATS) for n, i in tensors.items()))
+
+
+def _mostly_floats(ingredients: Sequence[Ingredient]) -> dict[str, bool]:
+    """Return, for each tensor, whether most of the ingredients that have it store it as floats."""
+    votes: dict[str, Counter[bool]] = {}
+    for ingredient in ingredients:
+        for name, info in ingredient.tensors.items():
+            votes.setdefault(name, Counter())[info.dtype in FLOATS] += 1
+    return {name: counts.most_common(1)[0][0] for name, counts in votes.items()}
+
+
+def _fault(ingredient: Ingredient, shapes: Shapes, whose: str, floats: Mapping[str, bool]) -> str:
+    """Describe what does not fit in a bound ingredient, on several lines; empty if it fits."""
+    lines = _differences(ingredient, shapes, whose, floats)
+    return f"{ingredient.path} does not fit:{_shortened(lines)}" if lines else ""
+
+
+def _shortened(lines: list[str]) -> str:
+    more = [f"and {len(lines) - 6} more"] if len(lines) > 6 else []
+    return "".join(f"\n    {line}" for line in lines[:6] + more)
 
 
 def _differences(ingredient: Ingredient, shapes: Shapes, whose: str, floats: Mapping[str, bool]) -> list[str]:
     """List what does not fit in a bound ingredient, one line per difference."""
     tensors = ingredient.tensors
+    if ingredient.unclear:
+        return [ingredient.unclear]
     lines = [f"missing: {name} {list(shapes[name])}" for name in shapes if name not in tensors]
     lines += [f"not in {whose}: {name} {tensors[name]}" for name in tensors if name not in shapes]
     for name, info in tensors.items():
         if name in shapes and info.shape != shapes[name]:
             lines.append(f"shape: {name} is {list(info.shape)}, in {whose} {list(shapes[name])}")
-        elif name in shapes and (info.dtype in FLOATS) != floats[name]:
+        elif name in shapes and name in floats and (info.dtype in FLOATS) != floats[name]:
             expected = "floats" if floats[name] else "integers"
             lines.append(f"dtype: {name} is {info}, the other ingredients have {expected}")
     return lines

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
 from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+from ray_soup.io.json_files import read_json, special_kind
 
 MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+INDEX = ".index.json"
+RANK_FILES = {  # parts of a checkpoint that each process of a job wrote by itself, and the command that joins them
+    re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt"): (
+        "FSDP", "python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir MERGED",
+    ),
+    re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt"): (
+        "DeepSpeed ZeRO", "python -m deepspeed.utils.zero_to_fp32 PARENT MERGED",
+    ),
+}  # fmt: skip
 
 
 def split_key(spec: str) -> tuple[str, str]:
     """Split `run.pth.tar?key=state_dict_ema` into path and key; without ?key= the key is empty."""
-    found = re.fullmatch(r"(.*)[?&]key=([\w.-]+)", spec)
+    found = re.fullmatch(r"(.*)[?&]key=([\w.-]+)", spec, re.DOTALL)
     return (found[1], found[2]) if found else (spec, "")
 
 
@@ -27,15 +38,49 @@ def stem(path: str) -> str:
     return bare or name.rpartition(".")[0] or name
 
 
-def shards_of(index: str) -> list[str]:
-    """Return the files that an index of a checkpoint lists, sorted. Raises IngredientError if it is damaged."""
+def index_map(index: str) -> dict[str, str]:
+    """Return the path of the shard that contains each tensor, by the tensor's name, as an index lists them.
+
+    Raises IngredientError, with the index and the entry, if the index is damaged, names a file outside its own folder, or
+    names a file that is missing. A shard may be a link, as in the cache of the Hugging Face Hub.
+    """
+    folder = os.path.dirname(index)
+    named = _weight_map(index)
+    for shard in sorted(set(named.values())):
+        path = storage.join(folder, shard)
+        if not storage.isfile(path):
+            entry = next(name for name, file in named.items() if file == shard)
+            kind = special_kind(path) or "missing"
+            raise IngredientError(
+                f"{path} is {kind}, but {index} lists it for {entry!r} and {sum(f == shard for f in named.values()) - 1} "
+                "other tensors. Copy it to that place."
+            )
+    return {name: storage.join(folder, shard) for name, shard in named.items()}
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    """Return the name of the shard that contains each tensor. Raises IngredientError."""
+    suffixes_ = (SAFETENSORS_SUFFIX,) if index.endswith(INDEX_SUFFIXES[0]) else TORCH_SUFFIXES
     try:
-        weight_map = json.loads(storage.read_bytes(index))["weight_map"]
-        return [storage.join(os.path.dirname(index), shard) for shard in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IngredientError(
-            f"{index} is not an index of checkpoint files: it has no readable 'weight_map' ({error}). Copy it again."
-        ) from error
+        found = read_json(index)
+        named = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(named, dict) or not named:
+            what = f"the keys {sorted(found)[:5]}" if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise ValueError(f"found {what}; expected the names of tensors and of their files under 'weight_map'")
+        for name, shard in named.items():
+            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\x00-\x1f]+", shard) or not shard.endswith(suffixes_):
+                raise ValueError(
+                    f"it maps {name!r} to {str(shard)[:200]!r}; expected the name of a file ending in "
+                    f"{' or '.join(suffixes_)} in the same folder"
+                )
+        return named
+    except (ValueError, OSError) as error:
+        raise IngredientError(f"{index} is not an index of checkpoint files: {error}. Copy it again.") from error
+
+
+def shards_of(index: str) -> list[str]:
+    """Return the files that an index of a checkpoint lists, sorted. Raises IngredientError as `index_map` does."""
+    return sorted(set(index_map(index).values()))
 
 
 def suffixes() -> str:
@@ -49,11 +94,80 @@ def is_checkpoint(path: str) -> bool:
 
 
 def checkpoint_of(path: str) -> str | None:
-    """Return the file of the checkpoint at `path`: the path itself, or the model in a folder; None if there is none."""
+    """Return the file of the checkpoint at `path`: the path itself, or the model in a folder; None if there is none.
+
+    At most an index is opened. Raises IngredientError for a FIFO, socket or device with the name of a checkpoint, for a
+    broken link, for a folder with two models of which one is out of date, and for the parts of a distributed checkpoint.
+    """
     if is_checkpoint(path) and storage.isfile(path):
+        refuse_part(path)
         return path
     names = storage.listdir(path) if storage.isdir(path) else []
+    refuse_distributed(path, names)
     for name in (*MODEL_FILES, "adapter_model.safetensors"):  # open_ingredient refuses an adapter with a message
         if name in names:
-            return storage.join(path, name)
+            file = storage.join(path, name)
+            if file.endswith(INDEX_SUFFIXES) and name.removesuffix(INDEX) in names and not index_in_use(file, names):
+                continue
+            refuse_special(file)
+            return file
+    if is_checkpoint(path):
+        refuse_special(path)
     return None
+
+
+def index_in_use(index: str, names: Collection[str]) -> bool:
+    """Return whether the whole file next to an index is the one to ignore: False if no shard of the index exists any more.
+
+    Saving a model whole where it was saved in shards leaves the old index behind.
+
+    Args:
+        index: path of the index.
+        names: the files in its folder, among them the whole file `index` without `.index.json`.
+
+    Raises IngredientError if both are complete or nearly so, since one of them is out of date.
+    """
+    shards = set(_weight_map(index).values())
+    whole = os.path.basename(index).removesuffix(INDEX)
+    if whole in shards:
+        return True
+    there = sorted(shards & set(names))
+    if not there:
+        return False
+    raise IngredientError(
+        f"{os.path.dirname(index)} contains two models: {whole}, and {len(there)} of the {len(shards)} files that "
+        f"{os.path.basename(index)} lists, such as {there[0]}. One of them is probably out of date (transformers loads "
+        f"{whole}). Remove the one that you do not want."
+    )
+
+
+def refuse_special(path: str) -> None:
+    """Check that a path is a regular file or a link to one, without opening it. Raises IngredientError."""
+    kind = special_kind(path)
+    if kind is not None and kind != "missing":
+        raise IngredientError(
+            f"{path} is {kind}; expected a checkpoint, a file ending in {suffixes()}. Remove it, or use a glob that leaves "
+            "it out."
+        )
+
+
+def refuse_distributed(folder: str, names: Collection[str]) -> None:
+    """Check that a folder with the files `names` is not a distributed checkpoint of torch. Raises IngredientError."""
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        command = ("python", "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", folder, f"{folder}.pt")
+        raise IngredientError(
+            f"{folder} is a distributed checkpoint of torch (.metadata and .distcp files), in which each process wrote a "
+            f"part; expected one file. Convert it: {shlex.join(command)}"
+        )
+
+
+def refuse_part(path: str) -> None:
+    """Check that a file is not the part that one process of a distributed job wrote. Raises IngredientError."""
+    for pattern, (what, command) in RANK_FILES.items():
+        if pattern.fullmatch(os.path.basename(path)):
+            folder = os.path.dirname(os.path.abspath(path))
+            paths = {"FOLDER": folder, "PARENT": os.path.dirname(folder), "MERGED": f"{folder}-merged"}
+            raise IngredientError(
+                f"{path} is the part of a checkpoint that one process of {what} wrote; expected the whole model. Join the "
+                f"parts: {shlex.join(paths.get(word, word) for word in command.split())}"
+            )

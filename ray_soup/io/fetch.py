@@ -6,9 +6,11 @@ A file is called NAME.part until its size and, if the list has one, its SHA-256 
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import shutil
 import threading
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from http.client import HTTPResponse
@@ -18,17 +20,20 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
-import yaml
 from filelock import FileLock, Timeout
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.recipe.plain import shown
+from ray_soup.recipe.yaml_reader import parse_yaml, read_text
 
 AT_ONCE = 3  # downloads
 PAUSES_S = (1, 2, 4, 8, 16)  # between attempts that received nothing
 TIMEOUT_S = 60  # without a byte
 CHUNK = 1 << 18  # bytes
+MOST_FILES = 10_000
+LOCK = ".fetch.lock"
 LISTS = {  # Wortsman et al. 2022: CLIP ViT-B/32, fine-tuned on ImageNet
     "model-soups": [f"https://github.com/mlfoundations/model-soups/releases/download/v0.0.2/model_{i}.pt" for i in range(72)]
 }
@@ -62,26 +67,31 @@ def read_list(spec: str) -> list[Item]:
     """
     if spec in LISTS:
         return [Item(url) for url in LISTS[spec]]
-    try:
-        text = Path(spec).read_text()
-        entries: Any = yaml.safe_load(text) if spec.endswith((".yaml", ".yml")) else _lines(text)
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{spec} does not exist; expected a file, or a built-in list: {', '.join(LISTS)}. Check the path."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"The list {spec} cannot be read: {error}. Fix the file.") from error
+    what = f"The list {spec}"
+    if not os.path.lexists(spec):
+        raise RecipeError(f"{spec} does not exist; expected a file, or a built-in list: {', '.join(LISTS)}. Check the path.")
+    text = read_text(spec, what)
+    is_yaml = spec.endswith((".yaml", ".yml"))
+    entries: Any = parse_yaml(text, what, lambda keys: keys != ("size",)) if is_yaml else _lines(text)
     if not isinstance(entries, list) or not entries:
-        raise RecipeError(f"The list {spec} has no entries; {EXPECTED}. Add at least one.")
+        raise RecipeError(f"{what} has no entries; {EXPECTED}. Add at least one.")
+    if len(entries) > MOST_FILES:
+        raise RecipeError(f"{what} has {len(entries):,} entries; expected at most {MOST_FILES:,}. Split it.")
     items = [_item(spec, entry) for entry in entries]
-    names = [item.name for item in items]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    _check_names(what, [item.name for item in items])
+    return items
+
+
+def _check_names(what: str, names: list[str]) -> None:
+    """Check that no download would overwrite another or its partial file. Raises RecipeError."""
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice:
         raise RecipeError(
-            f"The list {spec} has two files called {twice}, and one would overwrite the other. Fetch them into different "
-            "folders."
+            f"{what} has two files called {twice}, and one would overwrite the other. Fetch them into different folders."
         )
-    return items
+    parts = {f"{name}.part" for name in names}.intersection(names)
+    if parts:
+        raise RecipeError(f"{what} has the file {min(parts)}, the name of a partial download. Fetch it into another folder.")
 
 
 def _lines(text: str) -> list[str]:
@@ -89,27 +99,47 @@ def _lines(text: str) -> list[str]:
 
 
 def _item(spec: str, entry: Any) -> Item:
+    """Return the file of an entry. Raises RecipeError if the entry is wrong."""
+    values: dict[str, Any] = {}
     if isinstance(entry, str):
-        url, *rest = entry.split()
-        sizes = [part for part in rest if part.isdigit() and len(part) < 64]
+        url, *rest = entry.split() or [""]
+        sizes = [part for part in rest if re.fullmatch("[0-9]{1,18}", part)]
         digests = [part for part in rest if part not in sizes]
-        entry = {"url": url, "more": sizes[1:] + digests[1:]}
-        entry |= {"size": int(sizes[0])} if sizes else {}
-        entry |= {"sha256": digests[0]} if digests else {}
-    values = {key: value for key, value in entry.items() if value not in (None, [])} if isinstance(entry, dict) else {}
-    url, size, sha256 = str(values.get("url", "")), values.get("size"), str(values.get("sha256", "")).lower()
-    item = Item(url, size, sha256 or None)
+        values = {"url": url, "more": sizes[1:] + digests[1:]}
+        values |= {"size": int(sizes[0])} if sizes else {}
+        values |= {"sha256": digests[0]} if digests else {}
+    elif isinstance(entry, dict):
+        values = entry
+    values = {key: value for key, value in values.items() if value not in (None, [])}
+    url, size, sha256 = values.get("url", ""), values.get("size"), values.get("sha256", "")
     if (
         set(values) - {"url", "size", "sha256"}
-        or not re.match(r"https?://[^/]+/", url)
-        or item.name in ("", ".", "..")
-        or not (size is None or (isinstance(size, int) and size > 0))
-        or not re.fullmatch(r"([0-9a-f]{64})?", sha256)
+        or not (isinstance(url, str) and _is_url(url))
+        or not (size is None or (type(size) is int and 0 < size < 1 << 60))
+        or not (isinstance(sha256, str) and re.fullmatch(r"([0-9a-fA-F]{64})?", sha256))
     ):
         raise RecipeError(
-            f"The list {spec} has the entry {entry!r}; {EXPECTED}. Write it as in https://host/model_0.pt 350000000."
+            f"The list {spec} has the entry {shown(entry)}; {EXPECTED}. Write it as in https://host/model_0.pt 350000000."
         )
-    return item
+    return Item(url, size, sha256.lower() or None)
+
+
+def _is_url(url: str) -> bool:
+    """Return whether this is an http(s) URL of printable ASCII, without credentials, whose last part is a file name."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises ValueError if it is not one
+    except ValueError:
+        return False
+    name = Item(url).name
+    return (
+        re.fullmatch(r"https?://[^/]+/[!-~]*", url) is not None
+        and bool(parts.hostname)
+        and "@" not in parts.netloc
+        and name not in ("", ".", "..", LOCK)
+        and len(name.encode(errors="replace")) <= 240
+        and re.search(r"[\x00-\x1f\x7f-\x9f]", name) is None
+    )
 
 
 class Download:
@@ -127,6 +157,9 @@ class Download:
 
     def run(self) -> None:
         """Download the file, or verify it if it exists. Raises SoupError."""
+        for file in (self.target, self.part):
+            if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+                raise SoupError(f"{file} is not a regular file. Remove it, or fetch into another folder.")
         if self.target.exists():
             self._check(self.target, "Remove it, or fetch into another folder.", keep=True)
             self.done = self.total = self.target.stat().st_size
@@ -182,6 +215,11 @@ class Download:
                             f"{self.part} could not be written ({error.strerror}). Free some disk space and rerun."
                         ) from error
                     self.done += len(data)
+                    if self.total is not None and self.done > self.total:
+                        raise SoupError(
+                            f"{self.item.url} sends more than the {self.total:,} bytes expected. Fix the size or the "
+                            "address in the list."
+                        )
         if self.total is not None and self.done < self.total and not self._stop.is_set():
             raise ConnectionError(f"the connection ended after {self.done:,} of {self.total:,} bytes")
 
@@ -208,7 +246,7 @@ class Download:
         resumes = response.status == 206 and found is not None and int(found[1]) == self.done
         self.done = self.done if resumes else 0
         length = found[2] if resumes and found else response.headers.get("Content-Length")
-        total = int(length) if length else None
+        total = int(length) if length and re.fullmatch("[0-9]{1,18}", length) else None
         if total is not None and self.total not in (None, total):
             self.part.unlink(missing_ok=True)
             raise SoupError(
@@ -248,7 +286,7 @@ def fetch(spec: str, out: str | Path, progress: ProgressCallback = no_progress) 
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".fetch.lock", timeout=0)
+        lock = FileLock(folder / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
         raise RecipeError(f"Another fetch is using {out}. Wait for it, or choose another folder.") from None
@@ -267,7 +305,7 @@ def fetch(spec: str, out: str | Path, progress: ProgressCallback = no_progress) 
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         lock.release()
-        (folder / ".fetch.lock").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
     _raise_failures(running, out)
     return [download.target for download in downloads]
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Collection, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from glob import has_magic
 from typing import Any
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
-from ray_soup.io.checkpoint_files import checkpoint_of, is_checkpoint, shards_of, split_key, stem, suffixes
+from ray_soup.io.checkpoint_files import (
+    INDEX,
+    checkpoint_of,
+    index_in_use,
+    is_checkpoint,
+    refuse_distributed,
+    refuse_special,
+    shards_of,
+    split_key,
+    stem,
+    suffixes,
+)
 from ray_soup.io.formats import INDEX_SUFFIXES
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
@@ -32,11 +46,9 @@ def open_ingredients(spec: Spec | None, reserved: Collection[str] = ()) -> list[
         raise RecipeError("The recipe names no ingredients. Add the key `ingredients:` with a glob, a list or a folder.")
     found = _find(spec)
     paths, trials = [path for path, _ in found], [trial for _, trial in found]
-    odd = next((path for path in paths if path != path.encode(errors="replace").decode()), None)
-    if odd is not None:
-        raise IngredientError(f"{odd!a}: this name is not UTF-8 and cannot be written into reports. Rename the file.")
+    _check_names(paths)
     names = [t.name for t in trials if t is not None]
-    if len(set(names)) < len(paths):
+    if len(set(names)) < len(paths) or set(names) & set(reserved):
         names = _unique_names(paths, reserved)
     opened = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
     _check_distinct(opened)
@@ -64,7 +76,7 @@ def find_sweeps(spec: Spec | None) -> list[Sweep]:
     if spec is None or not isinstance(spec, str):
         return [sweep for one in spec or () for sweep in find_sweeps(one)]
     pattern, metric, mode = split_metric(split_key(spec)[0])
-    folders = [pattern] if storage.isdir(pattern) else sorted(storage.glob(pattern), key=_natural)
+    folders = [pattern] if storage.isdir(pattern) else sorted(_glob(pattern), key=_natural)
     experiments = [f for f in folders if is_experiment(f)]
     if not experiments and len(folders) == 1 and storage.isdir(folders[0]):
         children = sorted((storage.join(folders[0], child) for child in storage.listdir(folders[0])), key=_natural)
@@ -79,21 +91,58 @@ def find_sweeps(spec: Spec | None) -> list[Sweep]:
 
 
 def check_apart(spec: Spec | None, out: str) -> None:
-    """Check that `spec` would not match a soup in the folder `out`. Raises RecipeError if it would."""
+    """Check that `spec` would not match a soup in the folder `out`, also by way of links. Raises RecipeError if it would."""
     if spec is None or not isinstance(spec, str):
         for one in spec or ():
             check_apart(one, out)
         return
-    pattern, folder = (
-        s.rstrip("/") if storage.is_remote(s) else os.path.abspath(s) for s in (split_metric(split_key(spec)[0])[0], out)
-    )
-    inside = storage.isdir(pattern) and folder.rpartition("/")[0] == pattern
-    found = has_magic(pattern) and any(storage.matches(p, pattern) for p in (folder, f"{folder}/model.safetensors"))
-    if inside or found:
+    pattern = split_metric(split_key(spec)[0])[0]
+    if storage.is_remote(pattern) != storage.is_remote(out):
+        return
+    if storage.is_remote(out):
+        pattern, folder = pattern.rstrip("/"), out.rstrip("/")
+        inside = folder.rpartition("/")[0] == pattern and storage.isdir(pattern)
+        found = inside or folder == pattern or _would_match(pattern, folder)
+    else:
+        pattern, folder = os.path.abspath(os.path.expanduser(pattern)), os.path.realpath(out)
+        found = False
+        if not has_magic(pattern) or os.path.lexists(pattern):
+            named = os.path.realpath(pattern)
+            found = named == folder or (os.path.dirname(named) == folder and os.path.basename(named).startswith("model"))
+            pattern = os.path.join(glob.escape(pattern), "*")
+        found = found or any(
+            _would_match(pattern, path) for path in (os.path.abspath(out), folder, *_aliases(pattern, folder))
+        )
+    if found:
         raise RecipeError(
             f"OUT {out} is where the recipe looks for ingredients ({spec}): the next run would use the soup as one. "
             "Choose another folder."
         )
+
+
+def _would_match(pattern: str, folder: str) -> bool:
+    """Return whether a pattern matches a folder, or the model of a soup in it."""
+    return any(storage.matches(path, pattern) for path in (folder, f"{folder}/model.safetensors"))
+
+
+def _aliases(pattern: str, folder: str) -> Iterator[str]:
+    """Yield the paths below the fixed part of a pattern that lead to `folder`, a real path, by way of links."""
+    parts = pattern.split("/")
+    for end in range(2, len(parts) + 1):
+        start = "/".join(parts[:end])
+        for path in _glob(start) if has_magic(start) else [start]:
+            real = os.path.realpath(path)
+            if real != path and (folder == real or folder.startswith(f"{real.rstrip('/')}/")):
+                yield path + folder[len(real.rstrip("/")) :]
+
+
+def _check_names(paths: list[str]) -> None:
+    """Check that paths can be written into reports and shown in a terminal. Raises IngredientError."""
+    for path in paths:
+        if path != path.encode(errors="replace").decode():
+            raise IngredientError(f"{path!a}: this name is not UTF-8 and cannot be written into reports. Rename the file.")
+        if any(unicodedata.category(character) == "Cc" for character in path):
+            raise IngredientError(f"{path!a}: this name contains a control character. Rename the file.")
 
 
 def _find(spec: Spec) -> list[tuple[str, Trial | None]]:
@@ -108,28 +157,34 @@ def _find(spec: Spec) -> list[tuple[str, Trial | None]]:
         return [(path, None) for path in _find_files(spec)]
     if not any(sweep.trials for sweep in sweeps):
         notes = " ".join(sweep.note() or "" for sweep in sweeps)
-        raise RecipeError(f"ingredients: no finished trial with a checkpoint in {spec}. {notes} Finish the sweep first.")
+        raise RecipeError(
+            f"ingredients: no finished trial with a checkpoint in {spec}. {notes} Finish the sweep first, or fix ?metric=."
+        )
     return [(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
 
 
 def _find_files(spec: str) -> list[str]:
     """Return the checkpoints that a glob, a folder or a file names."""
     if has_magic(spec) and not storage.exists(spec):
-        found = sorted(storage.glob(spec), key=_natural)
-        paths = [p for p in _without_shards(_check_links(found)) if checkpoint_of(p)]
+        paths = _checkpoints_among(_glob(spec))
     elif storage.isdir(spec):
-        children = sorted((storage.join(spec, child) for child in storage.listdir(spec)), key=_natural)
-        paths = _without_shards([c for c in _check_links(children) if checkpoint_of(c)])
+        names = storage.listdir(spec)
+        refuse_distributed(spec, names)
+        paths = _checkpoints_among([storage.join(spec, name) for name in names])
     elif storage.exists(spec):
         paths = [spec] if checkpoint_of(spec) else []
     else:
+        if not storage.is_remote(spec) and os.path.lexists(spec):
+            refuse_special(spec)
         raise RecipeError(
             f"ingredients: {spec} does not exist; expected a glob, a list or a folder of checkpoints. Check the path."
         )
     if not paths:
         folder = spec if storage.isdir(spec) else os.path.dirname(spec)
         there = "nothing that matches" if has_magic(folder) else "no such folder"
-        if storage.isdir(folder):
+        if storage.isfile(spec):
+            there = "a file of another kind"
+        elif storage.isdir(folder):
             there = ", ".join(storage.listdir(folder)[:5]) or "an empty folder"
         raise RecipeError(
             f"ingredients: no checkpoints at {spec}; found {there}; expected files ending in {suffixes()}. Check the path."
@@ -137,20 +192,53 @@ def _find_files(spec: str) -> list[str]:
     return paths
 
 
-def _without_shards(files: list[str]) -> list[str]:
-    """Leave out the shards of the indexes among `files`."""
-    shards = {shard for index in files if index.endswith(INDEX_SUFFIXES) for shard in shards_of(index)}
-    return [f for f in files if f not in shards]
+def _glob(pattern: str) -> list[str]:
+    """Return the paths that match a pattern, in no particular order. Raises IngredientError if `**` would go in circles."""
+    if "**" in pattern and not storage.is_remote(pattern):
+        _refuse_circles(os.path.expanduser(pattern[: pattern.index("**")].rpartition("/")[0]) or ".")
+    return storage.glob(pattern)
 
 
-def _check_links(paths: list[str]) -> list[str]:
-    """Return `paths`. Raises IngredientError for a broken link that has the name of a checkpoint."""
-    for path in paths:
-        if not storage.is_remote(path) and is_checkpoint(path) and os.path.islink(path) and not os.path.exists(path):
-            raise IngredientError(
-                f"{path} is a link to {os.readlink(path)}, which does not exist. Restore that file, or remove the link."
-            )
-    return paths
+def _refuse_circles(pattern: str) -> None:
+    """Check that no link below the folders that match `pattern` leads to a folder that contains it. Raises IngredientError.
+
+    Two such links would give 2^40 paths.
+    """
+    above: list[str] = []  # the real paths of the folders on the way to the current one
+    done: set[str] = set()
+    stack = [(folder, 0) for folder in glob.glob(pattern)]
+    while stack:
+        folder, depth = stack.pop()
+        del above[depth:]
+        real = os.path.realpath(folder)
+        if real in above:
+            raise IngredientError(f"{folder} is a link to {real}, a folder that contains it. Remove it, or use no `**`.")
+        if real in done or not os.access(folder, os.R_OK | os.X_OK):
+            continue
+        done.add(real)
+        above.append(real)
+        with os.scandir(folder) as entries:
+            # entry.is_dir() would raise an error for a link to itself
+            stack += [(entry.path, depth + 1) for entry in entries if os.path.isdir(entry)]
+
+
+def _checkpoints_among(paths: list[str]) -> list[str]:
+    """Return the checkpoints among `paths`, in natural order, without the shards and the old indexes among them.
+
+    Raises IngredientError for what has the name of a checkpoint and is none, such as a FIFO or a broken link.
+    """
+    found = sorted(paths, key=_natural)
+    names: dict[str, list[str]] = {}
+    for path in found:
+        names.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+    left_out: set[str] = set()
+    for index in (path for path in found if path.endswith(INDEX_SUFFIXES)):
+        beside = names[os.path.dirname(index)]
+        if os.path.basename(index).removesuffix(INDEX) in beside and not index_in_use(index, beside):
+            left_out.add(index)
+        else:
+            left_out.update(shards_of(index))
+    return [path for path in found if path not in left_out and checkpoint_of(path)]
 
 
 def _model_of(trial: Trial) -> str:
@@ -170,26 +258,30 @@ def _model_of(trial: Trial) -> str:
 
 
 def _check_distinct(ingredients: list[Ingredient]) -> None:
-    """Check that no two ingredients are the same file. Raises IngredientError."""
-    paths = [ingredient.path for ingredient in ingredients]
+    """Check that no two ingredients are the same files. Raises IngredientError."""
     seen: dict[Any, str] = {}
     for ingredient in ingredients:
-        file = ingredient.files[0]
-        found = None if storage.is_remote(file) else os.stat(file)
-        other = seen.setdefault(((found.st_dev, found.st_ino) if found else file, ingredient.key), ingredient.path)
-        if other != ingredient.path or paths.count(ingredient.path) > 1:
+        found = [None if storage.is_remote(file) else os.stat(file) for file in ingredient.files]
+        files = tuple((s.st_dev, s.st_ino) if s else file for s, file in zip(found, ingredient.files, strict=True))
+        other = seen.get((files, ingredient.key))
+        if other is not None:
             raise IngredientError(f"{ingredient.path} and {other} are the same file, which would count twice. Exclude one.")
+        seen[files, ingredient.key] = ingredient.path
 
 
 def _unique_names(paths: list[str], reserved: Collection[str]) -> list[str]:
-    """Return file names without suffix if unique and not reserved, otherwise paths relative to the common folder."""
+    """Return file names without suffix if unique and not reserved, otherwise paths, relative to the common folder if any."""
     bare = [split_key(path)[0].rstrip("/") for path in paths]
     stems = [stem(path) if is_checkpoint(path) else os.path.basename(path) for path in bare]
     if len(set(stems)) == len(stems) and not set(stems) & set(reserved):
         return stems
-    root = os.path.commonpath([os.path.dirname(p) for p in paths]) if len(paths) > 1 else os.path.dirname(paths[0])
-    return [os.path.relpath(p, root) for p in paths]
+    with suppress(ValueError):  # there is no common folder of a URI and a local path
+        root = os.path.commonpath([os.path.dirname(p) for p in paths])
+        relative = [os.path.relpath(p, root) for p in paths]
+        if not set(relative) & set(reserved):
+            return relative
+    return paths
 
 
 def _natural(path: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class StreamingHash:
-    """SHA-256 of a file whose ranges arrive in the order of the file; gaps between them are read from the file.
+    """SHA-256 of a file that is read meanwhile.
+
+    Ranges arrive in the order of the file (`update`), and gaps between them are read from the file; or the hash itself reads
+    on from where it is (`advance`).
 
     `in_order` becomes False once a range arrives too late. The hash is then useless: hash the file separately.
     """
@@ -37,6 +40,10 @@ class StreamingHash:
         self._feed(offset)
         self._sha.update(data)
         self._position += data.nbytes
+
+    def advance(self, nbytes: int) -> None:
+        """Hash the next `nbytes` bytes of the file, or what is left of it."""
+        self._feed(min(self._size, self._position + nbytes))
 
     def _feed(self, stop: int) -> None:
         while self._position < stop:
@@ -66,7 +73,10 @@ def combined_sha256(digests: Sequence[str]) -> str:
 
 
 def hash_ingredients(ingredients: Sequence[Ingredient], progress: ProgressCallback = no_progress) -> list[str]:
-    """Return the SHA-256 of each ingredient. Reads all files; progress is in bytes."""
+    """Return the SHA-256 of each ingredient. Reads all files; progress is in bytes.
+
+    Raises IngredientError if a file has changed since its ingredient was opened.
+    """
     total = sum(i.nbytes for i in ingredients)
     done = 0
 
@@ -76,4 +86,7 @@ def hash_ingredients(ingredients: Sequence[Ingredient], progress: ProgressCallba
         progress("hashing", min(done, total), total)
 
     with ThreadPoolExecutor(reading_threads()) as pool:
-        return list(pool.map(lambda i: combined_sha256([sha256_file(f, count) for f in i.files]), ingredients))
+        digests = list(pool.map(lambda i: combined_sha256([sha256_file(f, count) for f in i.files]), ingredients))
+    for ingredient in ingredients:
+        ingredient.check_unchanged()
+    return digests

@@ -1,39 +1,37 @@
-"""One ingredient: a checkpoint opened by its headers, then read tensor by tensor.
+"""One ingredient: a checkpoint that is described without its data, then read tensor by tensor.
 
-In every format a tensor is a range of bytes in a file: local files are read through a memory map, remote safetensors files
-by range requests, and remote torch files from a copy in this node's cache.
+Local files are read through a memory map, remote safetensors files by range requests, and remote torch files from a copy in
+this node's cache. A file that changes while it is in use is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
-from ray_soup.io.binding import Tensors, best_reading
-from ray_soup.io.checkpoint_files import checkpoint_of, shards_of, split_key, stem, suffixes
-from ray_soup.io.formats import (
-    INDEX_SUFFIXES,
-    SAFETENSORS_SUFFIX,
-    TensorInfo,
-    safetensors_header,
-    torch_containers,
-)
+from ray_soup.io.binding import Ignored, Tensors, best_reading
+from ray_soup.io.checkpoint_files import checkpoint_of, index_map, split_key, stem, suffixes
+from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TensorInfo
+from ray_soup.io.mapped import Version, release_pages, version_of
 from ray_soup.io.progress import drain
-from ray_soup.io.storage import LocalFile, RemoteFile
+from ray_soup.io.storage import LocalFile, RemoteFile, Stat
 from ray_soup.io.sweeps import Trial
+from ray_soup.io.tensor_files import Described, TensorFile, open_tensors
 
 
 @dataclass(frozen=True)
 class Ingredient:
     """One fine-tuned checkpoint: its name, its files, and the place of each tensor of its state dict.
 
-    An ingredient is opened from headers alone. At first `tensors` is its first container; `bind` returns the ingredient with
-    the names of a model. It can be pickled: the process that unpickles it opens the files again.
+    An ingredient is opened without reading its tensors. At first `tensors` is its first container; `bind` returns the
+    ingredient with the names of a model. It can be pickled: the process that unpickles it opens the files again.
     """
 
     name: str
@@ -56,13 +54,28 @@ class Ingredient:
     """The container that the recipe names, as in `?key=state_dict_ema`."""
     left_out: tuple[str, ...] = ()
     """Tensors that the model does not have and does not need, such as the text tower of a CLIP."""
+    remarks: tuple[str, ...] = ()
+    """What a user should know about the tensors in use, such as which of several models was taken."""
+    unclear: str = ""
+    """Why the tensors in use are ambiguous; empty if they are not."""
+    aliases: tuple[str, ...] = ()
+    """The other names of tied or renamed tensors that the checkpoint uses."""
+    chosen: str = ""
+    """The prefix of the tensors in use if `ignore` decided; otherwise empty."""
     trial: Trial | None = None
     """The trial of a sweep that the checkpoint comes from."""
-    _sources: dict[int, LocalFile | RemoteFile] = field(default_factory=dict, repr=False, compare=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Plain values stored beside the tensors: the metadata of a safetensors file, and what stands at the top level of a
+    torch file, such as `epoch` or `args` (as a dictionary). What is too long or not plain is missing."""
+    _sources: dict[int, TensorFile] = field(default_factory=dict, repr=False, compare=False)
     """The files opened so far, shared with the ingredients derived from this one."""
+    _seen: dict[int, Version] = field(default_factory=dict, repr=False, compare=False)
+    """The versions of the local files that this process has opened, shared in the same way."""
+    _opening: dict[int, Lock] = field(default_factory=dict, repr=False, compare=False)
+    """Held while a file is opened, so that threads that read one ingredient do not each open it; shared in the same way."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sources": {}}
+        return {**self.__dict__, "_sources": {}, "_seen": {}, "_opening": {}}
 
     @property
     def nbytes(self) -> int:
@@ -71,24 +84,80 @@ class Ingredient:
 
     @property
     def identity(self) -> list[Any]:
-        """JSON value that identifies the content without reading it: path, size and version of each file, and the key."""
-        files = [[f, s, v] for f, s, v in zip(self.files, self.sizes, self.versions, strict=True)]
-        return [*files, self.key] if self.key else files
+        """JSON value that identifies the content without reading it: path, size and version of each file, and the key.
 
-    def source(self, file: int) -> LocalFile | RemoteFile:
-        """Return file number `file`, opened on first use. Raises IngredientError if its size has changed."""
+        If `ignore` decided which tensors are in use, their prefix follows the key.
+        """
+        files = [[f, s, v] for f, s, v in zip(self.files, self.sizes, self.versions, strict=True)]
+        return [*files, self.within] if self.within else files
+
+    def identity_here(self) -> list[Any]:
+        """Return `identity` and the last change of each local file in ns, which nobody can set: for keys of a cache.
+
+        Raises IngredientError if a file has changed since the ingredient was opened.
+        """
+        local = [number for number, file in enumerate(self.files) if not storage.is_remote(file)]
+        for file in local:
+            self._check_version(file)
+        return [self.identity, [self._seen[file].changed for file in local]]
+
+    @property
+    def within(self) -> str:
+        """Which of several models in the same files this is: the key, and the prefix if `ignore` decided; often empty."""
+        return f"{self.key} {self.chosen}" if self.chosen else self.key
+
+    def source(self, file: int) -> TensorFile:
+        """Return file number `file`, opened on first use. Raises IngredientError if it has changed."""
         if file not in self._sources:
-            path = self.files[file]
-            size = storage.stat(path).size
-            if size != self.sizes[file]:
-                raise IngredientError(
-                    f"{path} changed while it was in use: it has {size:,} bytes; expected {self.sizes[file]:,}. "
-                    "Rerun the command."
-                )
-            if not path.endswith(SAFETENSORS_SUFFIX):
-                path = drain(storage.local_copy(path))
-            self._sources[file] = storage.open_file(path, self.sizes[file])
+            with self._opening.setdefault(file, Lock()):
+                if file not in self._sources:
+                    self._check_version(file)
+                    source = open_tensors(self.files[file], self.sizes[file], self.key)
+                    if source.version is not None:
+                        self._compare(file, source.version)
+                    self._sources[file] = source
         return self._sources[file]
+
+    def _check_version(self, file: int) -> None:
+        """Check that a file is still the one that was described. Raises IngredientError."""
+        path = self.files[file]
+        try:
+            self._compare(file, storage.stat(path) if storage.is_remote(path) else version_of(path))
+        except FileNotFoundError as error:
+            raise IngredientError(f"{path} was removed while it was in use. Restore it, then rerun the command.") from error
+
+    def _compare(self, file: int, found: Stat | Version) -> None:
+        path, size, version = self.files[file], self.sizes[file], self.versions[file]
+        modified = found.version if isinstance(found, Stat) else found.modified
+        if found.size != size:
+            what = f"it has {found.size:,} bytes; expected {size:,}"
+        elif modified != version:
+            what = f"it was modified at {modified / 1e9:.6f} s; expected {version / 1e9:.6f} s"
+        elif isinstance(found, Version) and not self._seen.setdefault(file, found).same(found, file in self._sources):
+            what = "it was replaced by another file of the same size and time"
+        else:
+            if isinstance(found, Version):
+                self._seen[file] = found
+            return
+        raise IngredientError(f"{path} changed while it was in use: {what}. Rerun the command.")
+
+    def raw(self, file: int) -> LocalFile | RemoteFile:
+        """Open the bytes of file number `file`; for a remote torch file, of its copy in the cache.
+
+        Raises IngredientError if the file has changed.
+        """
+        self._check_version(file)
+        path = self.files[file]
+        local = path if path.endswith(SAFETENSORS_SUFFIX) else drain(storage.local_copy(path))
+        return storage.open_file(local, self.sizes[file])
+
+    def check_unchanged(self) -> None:
+        """Check that no file has changed since the ingredient was opened; to be called after the last read.
+
+        Raises IngredientError for the first file that has.
+        """
+        for file in range(len(self.files)):
+            self._check_version(file)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -96,42 +165,36 @@ class Ingredient:
 
     def drop_pages(self) -> None:
         """Release the memory pages read so far from this process."""
-        for source in self._sources.values():
-            source.drop_pages()
+        drop_pages([self])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read elements `start` to `stop` of the flattened tensor `name`.
+        """Read elements `start` to `stop` of the tensor `name`, counted row by row.
 
-        Returns values [stop - start] in the tensor's own dtype: a read-only view of the file if the layout allows it.
+        Returns values [stop - start] in the tensor's own dtype, contiguous: where the layout allows it, a view of the file
+        that must not be written to. Raises IngredientError if the file has changed since the ingredient was opened.
         """
         return self._read(self.tensors[name], start, stop)
 
     def _read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stop = info.numel if stop is None else stop
+        if start < 0 or stop > info.numel:
+            raise ValueError(f"{self.path}: elements {start} to {stop} of {info}")
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
-        if info.stride is None:
-            buffer = self.source(info.file).read(
-                info.offset + start * info.dtype.itemsize, (stop - start) * info.dtype.itemsize
-            )
-            return _tensor_of(buffer, info.dtype)
-        extent = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))
-        buffer = self.source(info.file).read(info.offset, extent * info.dtype.itemsize)
-        whole = torch.as_strided(_tensor_of(buffer, info.dtype), info.shape, info.stride)
-        return whole.reshape(-1)[start:stop]
+        return self.source(info.file).read(info, start, stop)
 
-    def bind(self, expected: Iterable[str], tied: Mapping[str, str]) -> Ingredient:
+    def bind(self, expected: Iterable[str], tied: Mapping[str, str], ignore: Ignored = ()) -> Ingredient:
         """Return this ingredient with the container and prefix whose names are those of a model.
 
-        The result fits if and only if `set(tensors) == set(expected)`. If nothing fits, its `tensors` are the nearest match,
-        so that the caller can list the differences.
+        The result fits if and only if `set(tensors) == set(expected)` and it is not `unclear`. If nothing fits, its
+        `tensors` are the nearest match, so that the caller can list the differences.
 
         Args:
             expected: names of the model's tensors. A text tower is left out if the model has none.
             tied: maps the second name of a tied tensor to its first; a file may contain either name or both.
+            ignore: tensors to leave out if the model does not have them.
         """
-        best = best_reading(self.containers, set(expected), tied)
-        return replace(self, tensors=best.tensors, copies=best.copies, left_out=best.left_out)
+        return replace(self, **best_reading(self.containers, set(expected), tied, ignore)._asdict())
 
     def with_trial(self, trial: Trial | None) -> Ingredient:
         """Return this ingredient with `trial`, the trial of a sweep that it comes from."""
@@ -147,16 +210,20 @@ class Ingredient:
                 )
 
 
-def _tensor_of(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    import warnings
+def check_unchanged(ingredients: Sequence[Ingredient]) -> None:
+    """Check that no file of these ingredients has changed, as `Ingredient.check_unchanged` does."""
+    remote = any(storage.is_remote(file) for ingredient in ingredients for file in ingredient.files)
+    with ThreadPoolExecutor(16 if remote else 1) as pool:  # a file in remote storage takes a request
+        list(pool.map(Ingredient.check_unchanged, ingredients))
 
-    with warnings.catch_warnings():  # torch warns that the map is read-only; nothing here writes to it
-        warnings.simplefilter("ignore")
-        return torch.frombuffer(buffer, dtype=dtype)
+
+def drop_pages(ingredients: Sequence[Ingredient]) -> None:
+    """Release the memory pages of these ingredients' files from this process (they stay in the system's page cache)."""
+    release_pages([a for i in ingredients for source in i._sources.values() for a in source.addresses()])
 
 
 def open_ingredient(path: str, name: str | None = None) -> Ingredient:
-    """Open a checkpoint by its headers.
+    """Open a checkpoint without reading its tensors.
 
     Args:
         path: a file, an index (`*.index.json`), or a folder with one model; append `?key=NAME` to select a container.
@@ -170,14 +237,12 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
         raise RecipeError(
             f"{path} is not a checkpoint: expected a file ending in {suffixes()}, or a folder with one. Check the path."
         )
-    files = [file]
-    if file.endswith(INDEX_SUFFIXES):
-        files = shards_of(file)
-        for shard in files:
-            if not storage.isfile(shard):
-                raise IngredientError(f"{shard} is missing, but {file} lists it. Copy it to that place.")
+    shard_of = index_map(file) if file.endswith(INDEX_SUFFIXES) else {}
+    files = sorted(set(shard_of.values())) or [file]
     stats = [storage.stat(f) for f in files]
-    containers = _containers(file, files, [s.size for s in stats], key)
+    opened = [open_tensors(f, s.size, key) for f, s in zip(files, stats, strict=True)]
+    described = [source.describe(number) for number, source in enumerate(opened)]
+    containers = _joined(file, files, described, shard_of, key) if shard_of else described[0]
     if key and key not in containers:
         known = ", ".join(filter(None, containers)) or "none: its tensors are at the top level"
         raise IngredientError(f"{path} has no tensors under the key '{key}'; its keys: {known}. Fix ?key= in the recipe.")
@@ -196,18 +261,31 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
         containers={key: tensors} if key else containers,
         tensors=tensors,
         key=key,
+        metadata={k: v for source in reversed(opened) for k, v in source.metadata.items()},
+        _seen={number: source.version for number, source in enumerate(opened) if source.version is not None},
     )
 
 
-def _containers(file: str, files: list[str], sizes: list[int], key: str) -> dict[str, dict[str, TensorInfo]]:
-    """Read the headers of the state dicts in a checkpoint; `files` are its shards, or `file` alone."""
-    tensors: dict[str, TensorInfo] = {}
-    for number, (part, size) in enumerate(zip(files, sizes, strict=True)):
-        if size == 0:
-            raise IngredientError(f"{part} is empty (0 bytes). Copy it again.")
-        if part.endswith(SAFETENSORS_SUFFIX):
-            tensors.update(safetensors_header(part, number, size))
-        elif file.endswith(INDEX_SUFFIXES):
-            tensors.update(torch_containers(part, number)[""])
-    whole = file.endswith((SAFETENSORS_SUFFIX, *INDEX_SUFFIXES))
-    return {"": tensors} if whole else torch_containers(file, 0, key)
+def _joined(index: str, files: list[str], described: list[Described], shard_of: Mapping[str, str], key: str) -> Described:
+    """Return the tensors of a checkpoint in shards: each one from the shard that the index names.
+
+    A tensor of that name in another shard is ignored. Raises IngredientError if a shard lacks a tensor that the index
+    names in it, or has one that the index does not name.
+    """
+    joined: dict[str, TensorInfo] = {}
+    for shard, containers in zip(files, described, strict=True):
+        expected = [name for name, where in shard_of.items() if where == shard]
+        if key and key not in containers:
+            return containers
+        container = key or max(containers, key=lambda c: sum(name in containers[c] for name in expected))
+        tensors = containers.get(container, {})
+        missing = [name for name in expected if name not in tensors]
+        unknown = [name for name in tensors if name not in shard_of]
+        for names, what, where in ((missing, "lacks", "names it there"), (unknown, "has", "does not name it")):
+            if names:
+                raise IngredientError(
+                    f"{shard} {what} the tensor {names[0]} ({len(names)} such tensors), but {index} {where}: the files "
+                    "belong to different checkpoints. Copy all of them again."
+                )
+        joined |= {name: tensors[name] for name in expected}
+    return {key: joined}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -10,12 +9,14 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
+from ray_soup.io.disk import json_text, json_value, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 
 BEAT_S = 5
@@ -24,6 +25,8 @@ LEASE_S = 30
 """Seconds without a heartbeat after which a run is presumed dead and may be taken over."""
 LEASE_FILE = "state/lease"
 """Path of the lease below the output folder."""
+DAMAGED: dict[str, Any] = {"host": "an unknown machine", "pid": 0, "run": "", "beat": 0}
+"""Stands for a lease whose content cannot be read."""
 
 
 def _no_beat() -> None: ...
@@ -33,7 +36,8 @@ class Lease:
     """A file that marks a run as active, rewritten by a heartbeat every BEAT_S seconds.
 
     A lease that has not changed for LEASE_S seconds belongs to a run that is presumed dead, and may be taken over. The
-    random run id in the file is a fencing token: `check` detects that another run has taken over.
+    random run id in the file is a fencing token: `check` detects that another run has taken over. A damaged lease may be
+    that of an active run, which rewrites it with its next heartbeat.
 
     Args:
         file: path or URI, OUT/state/lease. The owner of a local file also holds a file lock, which ends with its process.
@@ -73,7 +77,7 @@ class Lease:
         """Stop the heartbeat and release the lease."""
         self._stop.set()
         self._thread.join()
-        with suppress(SoupError):
+        with suppress(SoupError, OSError):  # a lease that is left behind counts as that of a dead run
             if self._other() is None:
                 storage.remove(self._file)
 
@@ -87,20 +91,30 @@ class Lease:
             )
 
     def _other(self) -> dict[str, Any] | None:
-        """Return the lease if it belongs to another run."""
+        """Return the lease if it belongs to another run; a damaged one may be this run's own."""
         found = self._read()
-        return found if found is not None and found["run"] != self._mine["run"] else None
+        return None if found is None or found["run"] in ("", self._mine["run"]) else found
 
     def _read(self) -> dict[str, Any] | None:
+        """Return the lease; None if there is none, DAMAGED if the file holds anything else. Raises SoupError."""
         try:
-            found = json.loads(storage.read_bytes(self._file))
-            return found if {"host", "pid", "run"} <= set(found) else None
-        except (FileNotFoundError, ValueError, TypeError):
+            if not storage.is_remote(self._file) and os.path.exists(self._file) and not os.path.isfile(self._file):
+                raise OSError("it is not a file")
+            found = json_value(storage.read_bytes(self._file))
+        except FileNotFoundError:
             return None
+        except ValueError:
+            return DAMAGED
+        except OSError as error:
+            raise SoupError(f"{self._file} cannot be read ({error.strerror or error}). Remove it, and rerun.") from error
+        types = {"host": str, "pid": int, "run": str, "beat": int}
+        whole = isinstance(found, dict) and all(type(found.get(key)) is kind for key, kind in types.items())
+        return found if whole and 0 < found["pid"] < 1 << 31 else DAMAGED
 
     def _write(self) -> None:
         self._mine["beat"] += 1
-        storage.write_bytes(json.dumps(self._mine).encode(), self._file)
+        with writing(Path(self._file)):
+            storage.write_bytes(json_text(self._mine).encode(), self._file)
 
     def _is_dead(self, other: dict[str, Any]) -> bool:
         """Return whether its process ran on this machine and has ended; for a local file, this run's file lock proves it."""
@@ -115,9 +129,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with suppress(
-                SoupError, OSError
-            ):  # the storage may recover by the next heartbeat; the final upload must succeed
+            with suppress(SoupError, OSError):  # the disk may recover by the next heartbeat; the final upload must succeed
                 if self._other() is not None:  # this process was suspended, and presumed dead
                     return
                 self._write()

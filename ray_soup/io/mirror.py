@@ -7,8 +7,10 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.cache import cache_folder, content_key
+from ray_soup.io.disk import writing
 from ray_soup.io.lease import LEASE_FILE
 from ray_soup.io.progress import ProgressCallback, no_progress
 
@@ -25,17 +27,27 @@ class Mirror:
         self._pushing = threading.Lock()
 
     def fetch(self) -> None:
-        """Replace the local copy by a new download; models become empty files."""
+        """Replace the local copy by a new download; models become empty files.
+
+        Raises SoupError if the copy cannot be written, RecipeError if a name would lead out of it.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
-        (self.folder / "state").mkdir(parents=True)
+        with writing(self.folder):
+            (self.folder / "state").mkdir(parents=True)
         for name, found in storage.walk(self.uri).items():
             if name == LEASE_FILE:
                 continue
-            target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if any(part in ("", ".", "..") for part in name.split("/")):
+                raise RecipeError(
+                    f"{self.uri} has an object named {name!r}, which is no path of a file. Choose another OUT."
+                )
             is_model = name.endswith(".safetensors") and found.size > SMALL
-            target.write_bytes(b"" if is_model else storage.read_bytes(storage.join(self.uri, name)))
-            self._known[name] = self._state(target)
+            data = b"" if is_model else storage.read_bytes(storage.join(self.uri, name))
+            target = self.folder / name
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+                self._known[name] = self._state(target)
 
     @staticmethod
     def _state(file: Path) -> tuple[int, int]:

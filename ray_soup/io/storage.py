@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob as local_glob
-import mmap
 import os
 import posixpath
 import re
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.io import disk
 from ray_soup.io.cache import InUse, cached, content_key
+from ray_soup.io.mapped import guard, opened, release_pages
 from ray_soup.io.redact import check_uri
 
 T = TypeVar("T")
@@ -208,20 +209,31 @@ def read_bytes(path: str) -> bytes:
 
 
 class LocalFile:
-    """A local file, memory-mapped."""
+    """A local file, memory-mapped without a file descriptor, so that thousands can be open."""
 
     def __init__(self, path: str) -> None:
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
+        import torch  # its map needs no file descriptor, unlike Python's
+
+        guard()
+        self.path = path
+        with opened(path) as (link, _, self.version):
+            data = torch.UntypedStorage.from_file(link, False, self.version.size)
+        self._data = torch.empty(0, dtype=torch.uint8).set_(data)  # type: ignore[arg-type] # it returns an UntypedStorage
+        self._view: memoryview = self._data.numpy().data
 
     def read(self, offset: int, nbytes: int) -> memoryview:
-        """Return a view, not a copy, of `nbytes` bytes at `offset`."""
-        return self._view[offset : offset + nbytes]
+        """Return a view, not a copy, of `nbytes` bytes at `offset`. Raises SoupError if the file has become shorter."""
+        part = self._view[offset : offset + nbytes]
+        if len(part) != nbytes:
+            raise SoupError(
+                f"{self.path} changed while it was in use: it has {len(self._view):,} bytes; expected {offset + nbytes:,}. "
+                "Rerun the command."
+            )
+        return part
 
     def drop_pages(self) -> None:
         """Release the pages read so far from this process (they stay in the system's page cache)."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        release_pages([self._data.data_ptr()])
 
 
 class RemoteFile:
@@ -314,6 +326,10 @@ def local_copy(path: str) -> Generator[tuple[int, int], None, str]:
 
 def write_bytes(data: bytes, target: str) -> None:
     """Write a small file atomically."""
+    if not is_remote(target):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        disk.write_bytes(Path(target), data)
+        return
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "data"
         source.write_bytes(data)
@@ -324,8 +340,8 @@ def upload(source: Path, target: str) -> None:
     """Copy a local file to a path or URI, atomically: a reader sees the whole file or none."""
     if not is_remote(target):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, f"{target}.tmp")
-        os.replace(f"{target}.tmp", target)
+        with open(source, "rb") as file, disk.replacing(Path(target)) as copy:
+            shutil.copyfileobj(file, copy, PART)
         return
     system, path = _filesystem(target)
 

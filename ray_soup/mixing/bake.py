@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from ray_soup.errors import IngredientError, SoupError
 from ray_soup.io.check import check_finite, common_dtype
 from ray_soup.io.disk import reading_threads, write_at
-from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.formats import safetensors_header
+from ray_soup.io.ingredient import Ingredient, check_unchanged, open_ingredient
 from ray_soup.io.progress import CountCallback, no_count
 from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.mixing.coefficients import Coefficients
@@ -60,9 +61,8 @@ def mix_range(
 
     wide = torch.float64 if torch.float64 in (dtype, common_dtype(ingredients, name)) else torch.float32
     parts = [ingredient.read(name, start, stop).to(wide) for ingredient in ingredients]
-    addresses = np.array([part.data_ptr() for part in parts], dtype=np.uint64)
     out = torch.empty(stop - start, dtype=wide)
-    finite = mix(addresses, parts[0][:0].numpy(), factors, out.numpy())
+    finite = mix([part.numpy() for part in parts], factors, out.numpy())
     soup = out.to(dtype)
     if not finite or (dtype != wide and not torch.isfinite(soup).all()):
         check_finite(ingredients, name, start, parts)
@@ -109,7 +109,7 @@ def bake(
     Returns:
         The file to load the model from: `path`, or the index.
 
-    Raises SoupError if the files cannot be written, IngredientError if a value is not finite.
+    Raises SoupError if the files cannot be written, IngredientError if a value is not finite or an ingredient has changed.
     """
     shapes = {name: info.shape for name, info in ingredients[0].tensors.items()}
     dtypes = {name: written_dtype(ingredients, name, out_dtype) for name in shapes}
@@ -121,6 +121,7 @@ def bake(
             _write_buffers(writer, coefficients, ingredients, dtypes)
             _write_parameters(writer, coefficients, ingredients, dtypes, threads, progress)
             writer.sync()
+        check_unchanged(ingredients)
         return files.write_index()
     except BaseException as error:
         files.remove()
@@ -155,7 +156,7 @@ def _write_parameters(
     """Mix and write all parameters, range by range in the order of the first ingredient's files."""
     tensors = ingredients[0].tensors
     ranges = []
-    for name in sorted(coefficients.block_of, key=lambda n: (tensors[n].file, tensors[n].offset)):
+    for name in sorted(coefficients.block_of, key=lambda n: (tensors[n].file, tensors[n].place)):
         size = math.prod(tensors[name].shape)
         ranges += [(name, start, min(start + RANGE, size)) for start in range(0, size, RANGE)]
     total = sum(i.tensors[name].nbytes for i in ingredients for name in coefficients.block_of)
@@ -175,11 +176,16 @@ def _write_parameters(
 def overwrite_tensors(tensors: Statistics, path: Path) -> None:
     """Overwrite tensors of the model at `path` with these arrays, of any shape, converted to the model's dtypes."""
     model = open_ingredient(str(path))
-    for name, values in tensors.items():
-        info = model.tensors[name]
-        with open(model.files[info.file], "r+b") as file:
-            write_at(file, torch.from_numpy(values).reshape(-1).to(info.dtype).view(torch.uint8).numpy(), info.offset)
-            os.fsync(file.fileno())
+    for number, file in enumerate(model.files):
+        places, _ = safetensors_header(file, number, model.sizes[number])
+        with open(file, "r+b") as stream:
+            for name in places.keys() & tensors.keys():
+                info = places[name]
+                values = torch.from_numpy(tensors[name]).reshape(-1).to(info.dtype)
+                if values.numel() != info.numel:
+                    raise ValueError(f"{file}: {name} is {info}; given {tensors[name].shape}")
+                write_at(stream, values.view(torch.uint8).numpy(), info.place)
+            os.fsync(stream.fileno())
 
 
 def written_dtype(ingredients: Sequence[Ingredient], name: str, out_dtype: str) -> torch.dtype:

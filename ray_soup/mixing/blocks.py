@@ -8,8 +8,8 @@ Shapes: N parameters, T parameter tensors, B blocks, K ingredients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from ray_soup.errors import RecipeError
-from ray_soup.mixing.running_statistics import tracking_layers
+from ray_soup.mixing.file_names import FileNames, file_names
+from ray_soup.mixing.running_statistics import buffers_of, tracking_layers
+from ray_soup.mixing.spectral import SpectralNorm, spectral_norms
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,34 @@ class Layout:
     """Maps other names of a tensor to its first name: names of tied tensors, and names that occur in files only."""
     tracking: tuple[str, ...] = ()
     """Names of the layers that track running statistics (BatchNorm and related layers)."""
+    spectral: tuple[SpectralNorm, ...] = ()
+    """The weights under spectral normalization, whose buffers are functions of the weights."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """The class of the module that owns each buffer, by the buffer's name."""
+    in_files: FileNames = field(default_factory=FileNames)
+    """Names that occur in checkpoints only."""
+
+    @property
+    def known_names(self) -> dict[str, str]:
+        """Maps every other name of a tensor, in the model or in a file, to its first name."""
+        return {**self.in_files.old, **self.tied}
+
+    def with_names(self, names: Collection[str]) -> Layout:
+        """Return this layout with those old names of tensors among `tied` that are in `names`."""
+        used = {name: first for name, first in self.in_files.old.items() if name in names}
+        return replace(self, tied={**used, **self.tied}) if used else self
+
+    @cached_property
+    def mixed_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that are taken from the ingredients and not computed from the weights."""
+        computed = {name for norm in self.spectral for name in (norm.u, norm.v)}
+        return tuple(name for name in self.buffers if name not in computed)
+
+    @cached_property
+    def other_buffers(self) -> tuple[str, ...]:
+        """Names of the mixed buffers that are not running statistics of a known layer."""
+        known = set(buffers_of(self.tracking))
+        return tuple(name for name in self.mixed_buffers if name not in known)
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
@@ -83,7 +113,14 @@ def layout_of(model: torch.nn.Module) -> Layout:
         shapes.append(tuple(parameter.shape))
     buffers = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor) and id(t) not in first}
     names_in_files: dict[str, str] = getattr(model, "names_in_files", {})
-    return Layout(tuple(names), tuple(shapes), buffers, {**names_in_files, **tied}, tuple(tracking_layers(model)))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {
+        name: type(modules[name.rpartition(".")[0]]).__name__ for name in buffers if name.rpartition(".")[0] in modules
+    }
+    return Layout(
+        tuple(names), tuple(shapes), buffers, {**names_in_files, **tied}, tuple(tracking_layers(model)),
+        spectral_norms(model), owners, file_names(model),
+    )  # fmt: skip
 
 
 def flatten(model: torch.nn.Module, vector: torch.Tensor, gradient: torch.Tensor | None, layout: Layout) -> None:

@@ -1,13 +1,22 @@
-"""Buffers of a soup: averaged over ingredients, or copied from the first one."""
+"""Buffers of a soup: which can be averaged over ingredients, which are copied, and which are neither.
+
+A mean is right for a buffer that is the same in all ingredients, and usable for the running statistics of a known layer. The
+singular vectors of spectral normalization are recomputed (mixing.spectral). Nobody can say what the mean of any other
+buffer is: an EMA's counter, a quantizer's range, a codebook. Such a buffer is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from ray_soup.errors import IngredientError
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.mixing.running_statistics import KEYS, buffers_of
+
+COUNTER = KEYS[2]
+"""Name of the buffer in which a layer counts batches; copied from the first ingredient."""
 
 
 def mixed_buffer(ingredients: Sequence[Ingredient], name: str, policy: str) -> torch.Tensor:
@@ -22,7 +31,7 @@ def mixed_buffer(ingredients: Sequence[Ingredient], name: str, policy: str) -> t
     Raises IngredientError if an integer buffer differs between ingredients and must be averaged.
     """
     first = ingredients[0].read(name)
-    if policy == "first" or name.endswith("num_batches_tracked"):
+    if policy == "first" or name.endswith(COUNTER):
         return first.clone()
     if first.dtype.is_floating_point:
         total = torch.zeros(first.shape, dtype=torch.float64)
@@ -31,8 +40,78 @@ def mixed_buffer(ingredients: Sequence[Ingredient], name: str, policy: str) -> t
         return total / len(ingredients)
     for ingredient in ingredients[1:]:
         if not torch.equal(ingredient.read(name), first):
-            raise IngredientError(
-                f"{ingredient.path}: the integer buffer {name} differs from that of {ingredients[0].path}; integers "
-                "cannot be averaged. Set buffers: first to take it from the first ingredient."
-            )
+            raise _integers_differ(ingredient, ingredients[0], name)
     return first.clone()
+
+
+def check_buffers(ingredients: Sequence[Ingredient], names: Sequence[str], owners: Mapping[str, str], policy: str) -> None:
+    """Check that the buffers `names`, which are no running statistics, can be mixed.
+
+    Args:
+        ingredients: all ingredients.
+        names: names of the buffers.
+        owners: the class of the module that owns a buffer, by the buffer's name.
+        policy: the recipe's `buffers`. `auto` requires equal buffers; `average` and `recalibrate` require equal integers;
+            `first` requires nothing.
+
+    Raises IngredientError for the first buffer that differs between ingredients.
+    """
+    names = [name for name in names if not name.endswith(COUNTER)]
+    if policy == "first" or not names:
+        return
+    first = ingredients[0]
+    kept = {name: first.read(name).clone() for name in names}
+    first.close()
+    for ingredient in ingredients[1:]:
+        for name, expected in kept.items():
+            floats = expected.dtype.is_floating_point
+            if (policy == "auto" or not floats) and not _agree(ingredient.read(name), expected):
+                raise (
+                    _floats_differ(ingredient, first, name, owners) if floats else _integers_differ(ingredient, first, name)
+                )
+        ingredient.close()
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two buffers are equal, NaN included, in the narrower of their dtypes."""
+    dtype = min(one.dtype, other.dtype, key=lambda d: d.itemsize)
+    one, other = one.to(dtype), other.to(dtype)
+    return torch.equal(one, other) or torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _floats_differ(ingredient: Ingredient, first: Ingredient, name: str, owners: Mapping[str, str]) -> IngredientError:
+    owner = f" of a {owners[name]}" if name in owners else ""
+    return IngredientError(
+        f"{ingredient.path}: the buffer {name}{owner} differs from that of {first.path}, and it is not a running statistic "
+        "of a known normalization layer: its mean may be meaningless. If it is meaningful, set buffers: average; to take "
+        "the buffers of the first ingredient, set buffers: first."
+    )
+
+
+def _integers_differ(ingredient: Ingredient, first: Ingredient, name: str) -> IngredientError:
+    return IngredientError(
+        f"{ingredient.path}: the integer buffer {name} differs from that of {first.path}; integers cannot be averaged. Set "
+        "buffers: first to take it from the first ingredient."
+    )
+
+
+def differing_layers(
+    ingredients: Sequence[Ingredient], tracking: Sequence[str], buffers: Collection[str]
+) -> tuple[str, ...]:
+    """Return the layers whose running statistics differ between ingredients; the other layers were frozen.
+
+    Args:
+        ingredients: all ingredients.
+        tracking: names of the layers that track running statistics.
+        buffers: names of the buffers that the ingredients have.
+    """
+    statistics = {
+        layer: [name for name in buffers_of([layer]) if name in buffers and not name.endswith(COUNTER)] for layer in tracking
+    }
+    first = {name: ingredients[0].read(name).clone() for names in statistics.values() for name in names}
+    found: set[str] = set()
+    for ingredient in ingredients[1:]:
+        for layer, names in statistics.items():
+            if layer not in found and not all(torch.equal(ingredient.read(name), first[name]) for name in names):
+                found.add(layer)
+    return tuple(layer for layer in tracking if layer in found)

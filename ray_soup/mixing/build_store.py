@@ -1,7 +1,7 @@
 """Build a direction store in one read of every ingredient.
 
-All ingredients are read range by range, so that memory does not grow with their number. A range is hashed while it is in the
-processor's cache, and written while the next range is read.
+All ingredients are read range by range, so that memory does not grow with their number. Files are hashed during the same
+read, and a range is written while the next one is read.
 
 Shapes: K ingredients, N parameters, n elements of a range, C chunks.
 """
@@ -22,7 +22,7 @@ from ray_soup.errors import IngredientError
 from ray_soup.io.check import check_finite, common_dtype
 from ray_soup.io.disk import write_at
 from ray_soup.io.hashing import StreamingHash, combined_sha256, sha256_file
-from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.ingredient import Ingredient, check_unchanged, drop_pages
 from ray_soup.mixing.blocks import Layout
 from ray_soup.mixing.store_format import CENTER_FILE, CHUNK, DTYPES, ROWS_FILE, StoreRecord, first_chunks
 
@@ -35,7 +35,8 @@ def build_store(
 ) -> Iterator[tuple[int, int]]:
     """Build the store of these ingredients in an empty folder, on `threads` threads.
 
-    Yields (bytes done, bytes in total). Raises IngredientError for values that are not finite.
+    Yields (bytes done, bytes in total). Raises IngredientError for values that are not finite, and for files that
+    changed meanwhile.
     """
     count = len(ingredients)
     chunks = first_chunks(layout)
@@ -68,13 +69,16 @@ def build_store(
             done += sum(p.numel() * i.tensors[name].dtype.itemsize for p, i in zip(parts, ingredients, strict=True))
             if done - dropped > DROP_BYTES:
                 dropped = done
-                for ingredient in ingredients:
-                    ingredient.drop_pages()
+                drop_pages(ingredients)
+                for reader in readers:
+                    reader.drop_pages()
             yield done, total
         digests = tuple(pool.map(_HashingReader.digest, readers))
         writer.finish()
     for ingredient in ingredients:
         ingredient.check_copies()
+    check_unchanged(ingredients)
+    for ingredient in ingredients:
         ingredient.close()
     tolerance = np.array([_rounding(ingredients, name) for name in layout.names])
     variant = (squares[:-1] > tolerance**2 * squares[-1]).any(axis=0)
@@ -88,7 +92,7 @@ def _ranges(ingredients: Sequence[Ingredient], layout: Layout) -> Iterator[tuple
 
     def place(tensor: int) -> tuple[int, int]:
         info = ingredients[0].tensors[layout.names[tensor]]
-        return info.file, info.offset
+        return info.file, info.place
 
     for tensor in sorted(range(len(layout.names)), key=place):
         size = int(layout.sizes[tensor])
@@ -118,12 +122,13 @@ def _compress(
     """
     from ray_soup.mixing.kernels import center_and_directions  # numba is slow to import, and few processes build a store
 
+    arrays = [part.numpy() for part in parts]
+
     def work(low: int, high: int) -> tuple[bool, NDArray[np.float64]]:
-        addresses = np.array([p.data_ptr() + low * p.itemsize for p in parts], dtype=np.uint64)
         span = slice(low // CHUNK, (high + CHUNK - 1) // CHUNK)
         square = np.zeros(len(parts) + 1)
         finite = center_and_directions(
-            addresses, parts[0][:0].numpy(), CHUNK, center[low:high], rows[:, low:high], scales[:, span], square
+            [array[low:high] for array in arrays], CHUNK, center[low:high], rows[:, low:high], scales[:, span], square
         )
         return finite, square
 
@@ -146,16 +151,23 @@ class _HashingReader:
 
     def __init__(self, ingredient: Ingredient) -> None:
         self._ingredient = ingredient
-        self._hashes = [StreamingHash(ingredient.source(f), size) for f, size in enumerate(ingredient.sizes)]
+        self._files = [ingredient.raw(f) for f in range(len(ingredient.files))]
+        self._hashes = [StreamingHash(file, size) for file, size in zip(self._files, ingredient.sizes, strict=True)]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read elements start to stop of the tensor `name`, in its own dtype [stop - start]."""
         info = self._ingredient.tensors[name]
         part = self._ingredient.read(name, start, stop)
-        if info.stride is None:
-            offset = info.offset + start * info.dtype.itemsize
-            self._hashes[info.file].update(offset, part.view(torch.uint8).numpy().data)
+        if info.offset is None:  # hash as many bytes of the file as were read, nearby
+            self._hashes[info.file].advance(part.nbytes)
+        else:  # hash what was read, while it is in the processor's cache
+            self._hashes[info.file].update(info.offset + start * info.dtype.itemsize, part.view(torch.uint8).numpy().data)
         return part
+
+    def drop_pages(self) -> None:
+        """Release the memory pages hashed so far from this process."""
+        for file in self._files:
+            file.drop_pages()
 
     def digest(self) -> str:
         """Return the SHA-256 of the ingredient. A file that was not read in order is read again."""

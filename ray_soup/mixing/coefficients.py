@@ -12,19 +12,25 @@ Shapes: K ingredients, m ingredients of the model batch, B blocks.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.disk import json_value, write_bytes
 from ray_soup.mixing.running_statistics import Statistics
 
+SUM_TOLERANCE = 1e-12
+"""How far the sum of a column of coefficients may be from 1."""
 MEAN = -1  # block of a tensor that is the plain mean of all ingredients
 FORMAT = "ray_soup.coefficients/1"
 STATISTICS = "statistics/"
@@ -151,7 +157,7 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Save coefficients as a safetensors file.
 
     The file has a tensor `coefficients` float64 [K, B], and a tensor `statistics/BUFFER` for each re-estimated running
-    statistic. The metadata contains the names as JSON.
+    statistic. The metadata contains the names as JSON. Raises SoupError if the file cannot be written.
     """
     c = coefficients
     metadata = {
@@ -164,11 +170,15 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
         "factor": json.dumps({"value": c.factor, "tensors": c.factored}),
     }
     arrays = {"coefficients": c.values, **{f"{STATISTICS}{name}": values for name, values in c.statistics.items()}}
-    save_file({name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}, path, metadata)
+    tensors = {name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}
+    write_bytes(path, save(tensors, metadata))
 
 
 def save_table(coefficients: Coefficients, path: Path) -> None:
-    """Save coefficients as a Parquet table for other tools, with one row per ingredient and block."""
+    """Save coefficients as a Parquet table for other tools, with one row per ingredient and block.
+
+    Raises SoupError if the file cannot be written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,36 +186,103 @@ def save_table(coefficients: Coefficients, path: Path) -> None:
     names = pa.DictionaryArray.from_arrays(np.repeat(np.arange(count, dtype=np.int32), blocks), coefficients.ingredients)
     labels = pa.DictionaryArray.from_arrays(np.tile(np.arange(blocks, dtype=np.int32), count), coefficients.blocks)
     columns = {"ingredient": names, "block": labels, "coefficient": coefficients.values.ravel()}
-    pq.write_table(pa.table(columns), path)
+    stream = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), stream)
+    write_bytes(path, stream.getvalue().to_pybytes())
+
+
+class _Factor(BaseModel):
+    """The factor on the logits in the metadata of a coefficients file."""
+
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    tensors: tuple[str, ...] = ()
+
+
+class _Metadata(BaseModel):
+    """The metadata of a coefficients file, parsed."""
+
+    ingredients: Annotated[tuple[str, ...], Field(min_length=1)]
+    blocks: tuple[str, ...]
+    block_of: dict[str, int]
+    buffers: Literal["average", "first"]
+    tied: dict[str, str]
+    factor: _Factor = _Factor()
 
 
 def load_coefficients(path: Path) -> Coefficients:
-    """Load coefficients that `save_coefficients` wrote.
+    """Load coefficients that `save_coefficients` wrote, and check that they describe a soup.
 
-    Raises RecipeError if the file is missing, damaged or in another format.
+    Raises RecipeError if the file is missing, damaged or in another format, if the array does not have the rows and columns
+    that the metadata names, or if a column does not sum to 1.
     """
     try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
         with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            found: dict[str, str] = file.metadata() or {}
+            if found.get("format") != FORMAT:
                 raise RecipeError(
-                    f"{path} has the format {metadata.get('format')!r}; expected {FORMAT!r}. Use a coefficients file "
+                    f"{path} has the format {found.get('format')!r}; expected {FORMAT!r}. Use a coefficients file "
                     "that ray_soup wrote."
                 )
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
-        factor = json.loads(metadata.get("factor", '{"value": 1.0, "tensors": []}'))
+        known = {key: value if key == "buffers" else json_value(value) for key, value in found.items() if key != "format"}
+        metadata = _Metadata.model_validate(known)
+        values = arrays.pop("coefficients", None)
+        fault = "no tensor 'coefficients'" if values is None else _fault(values, metadata, arrays)
+        if values is None or fault is not None:
+            raise ValueError(fault)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error)
+    else:
+        statistics = {name.removeprefix(STATISTICS): array for name, array in arrays.items()}
         return Coefficients(
-            arrays["coefficients"],
-            tuple(json.loads(metadata["ingredients"])),
-            tuple(json.loads(metadata["blocks"])),
-            json.loads(metadata["block_of"]),
-            metadata["buffers"],
-            json.loads(metadata["tied"]),
-            factor["value"],
-            tuple(factor["tensors"]),
-            {name.removeprefix(STATISTICS): v for name, v in arrays.items() if name.startswith(STATISTICS)},
-        )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RecipeError(
-            f"{path} cannot be read as coefficients ({error}). Use a coefficients file that ray_soup wrote."
-        ) from error
+            values, metadata.ingredients, metadata.blocks, metadata.block_of, metadata.buffers, metadata.tied,
+            metadata.factor.value, metadata.factor.tensors, statistics,
+        )  # fmt: skip
+    raise RecipeError(f"{path} cannot be read as coefficients ({reason}). Use a coefficients file that ray_soup wrote.")
+
+
+def _fault(values: NDArray[Any], metadata: _Metadata, others: dict[str, NDArray[Any]]) -> str | None:
+    """Say what is wrong with the array of a coefficients file; None if nothing is."""
+    ingredients, blocks, block_of = metadata.ingredients, metadata.blocks, metadata.block_of
+    shape = (len(ingredients), len(blocks))
+    if values.dtype != np.float64 or values.shape != shape:
+        return f"found {values.dtype} {list(values.shape)}; expected float64 {list(shape)} for its ingredients and blocks"
+    if len(set(ingredients)) < len(ingredients):
+        return "an ingredient is named twice"
+    if not np.isfinite(values).all():
+        return "a coefficient is not finite"
+    off, size = np.abs(values.sum(axis=0) - 1), np.abs(values).sum(axis=0)
+    if (off > SUM_TOLERANCE * np.maximum(size, 1)).any():  # large terms of both signs cancel only up to their own rounding
+        return f"the coefficients of a block sum to 1 only within {off.max():.1e}; expected {SUM_TOLERANCE:.0e}"
+    wrong = next((tensor for tensor, block in block_of.items() if not MEAN <= block < len(blocks)), None)
+    if wrong is not None:
+        return f"the tensor {wrong} is in block {block_of[wrong]} of {len(blocks)}"
+    wrong = next((tensor for tensor in metadata.factor.tensors if tensor not in block_of), None)
+    if wrong is not None:
+        return f"the factor is for a tensor {wrong}, which is in no block"
+    wrong = next((n for n, array in others.items() if not n.startswith(STATISTICS) or not np.isfinite(array).all()), None)
+    return None if wrong is None else f"the tensor {wrong!r} is no running statistic, or is not finite"
+
+
+def check_covers(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Check that coefficients are for a model with tensors of these shapes: each has a block, or is a buffer.
+
+    Args:
+        coefficients: read from `path`.
+        shapes: shapes of the model's tensors.
+        path: for the message.
+
+    Raises RecipeError.
+    """
+    block_of, statistics = coefficients.block_of, coefficients.statistics
+    fault = next((f"a tensor {name}, which the model does not have" for name in block_of if name not in shapes), None)
+    for name, values in statistics.items():
+        if name not in shapes or name in block_of or values.size != math.prod(shapes[name]):
+            fault = fault or f"running statistics {name} {list(values.shape)}, which do not fit the model"
+    if fault is not None:
+        raise RecipeError(f"{path} is for another model: it has {fault}. Restore the file of the same run.")

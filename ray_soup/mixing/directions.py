@@ -4,8 +4,8 @@
     direction     d_k = theta_k - theta_bar,  stored as float32, bfloat16, or int8 with a scale per ingredient and chunk
 
 A store is cut into chunks within each tensor and records the norms of whole tensors, so that one store serves every
-partition into blocks. It is an entry of the node's cache, with a key made of the ingredients' paths, sizes and modification
-times.
+partition into blocks. It is an entry of the node's cache, with a key made of the ingredients' paths, sizes and times of
+modification and change.
 
 Shapes: K ingredients, N parameters, T parameter tensors, B blocks, P pieces.
 """
@@ -148,4 +148,4 @@ def has_store(ingredients: Sequence[Ingredient], layout: Layout, dtype: str) -> 
 
 
 def _key(ingredients: Sequence[Ingredient], layout: Layout, dtype: str) -> str:
-    return content_key(FORMAT, CHUNK, dtype, [i.identity for i in ingredients], layout.names, layout.shapes)
+    return content_key(FORMAT, CHUNK, dtype, [i.identity_here() for i in ingredients], layout.names, layout.shapes)

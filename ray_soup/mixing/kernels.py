@@ -9,7 +9,7 @@ Shapes: K ingredients, m ingredients of the model batch, B blocks, C chunks, P p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from ray_soup.io.cache import cache_folder
@@ -93,19 +93,40 @@ def _add_scaled(total: NDArray[np.float64], factor: float, row: NDArray[Any]) ->
         total[i] += factor * row[i]
 
 
-@jit
-def mix(addresses: NDArray[np.uint64], like: NDArray[Any], factors: NDArray[np.float64], out: NDArray[Any]) -> bool:
-    """Compute out[i] = sum_k factors[k] * row_k[i], accumulated in float64 in the order of k.
+def addresses(rows: Sequence[NDArray[Any]], size: int) -> NDArray[np.uint64]:
+    """Return the memory address of each row, uint64 [K], for loops that read `size` elements of one dtype from it.
+
+    Compiled loops check nothing, so this is the only place where an address is taken. The rows have to outlive its use.
+
+    Raises ValueError for a row that is not [size], contiguous and aligned, or whose dtype is not that of the first.
+    """
+    for k, row in enumerate(rows):
+        if row.shape != (size,) or row.dtype != rows[0].dtype or not (row.flags.c_contiguous and row.flags.aligned):
+            raise ValueError(
+                f"row {k} is {row.dtype} {list(row.shape)} with the strides {row.strides}; expected {rows[0].dtype} "
+                f"[{size}], contiguous and aligned"
+            )
+    return np.array([row.ctypes.data for row in rows], dtype=np.uint64)
+
+
+def mix(rows: Sequence[NDArray[Any]], factors: NDArray[np.float64], out: NDArray[Any]) -> bool:
+    """Compute out[i] = sum_k factors[k] * rows[k][i], accumulated in float64 in the order of k.
 
     Args:
-        addresses: uint64 [K], the memory address of each row of n elements.
-        like: array of the rows' dtype, of any length.
+        rows: K arrays float32 or float64 [n].
         factors: float64 [K].
         out: float32 or float64 [n], overwritten.
 
     Returns:
         False if a sum is not finite.
     """
+    if factors.shape != (len(rows),):
+        raise ValueError(f"{len(rows)} rows, but factors {list(factors.shape)}")
+    return bool(_mix(addresses(rows, len(out)), rows[0][:0], factors, out))
+
+
+@jit
+def _mix(addresses: NDArray[np.uint64], like: NDArray[Any], factors: NDArray[np.float64], out: NDArray[Any]) -> bool:
     total = np.empty(SPAN, np.float64)
     not_finite = 0.0
     for start in range(0, out.size, SPAN):
@@ -175,10 +196,8 @@ def _store_as(direction: Any, largest: Any, out: Any) -> Callable[..., Any]:
     return store
 
 
-@jit
 def center_and_directions(
-    addresses: NDArray[np.uint64],
-    like: NDArray[Any],
+    parts: Sequence[NDArray[Any]],
     chunk: int,
     center: NDArray[np.float32],
     rows: NDArray[Any],
@@ -188,8 +207,7 @@ def center_and_directions(
     """Compute the center and the directions of a range of the parameter vector, chunk by chunk.
 
     Args:
-        addresses: uint64 [K], the memory address of each ingredient's n elements.
-        like: array of the ingredients' dtype, of any length.
+        parts: K arrays float32 or float64 [n], the range of each ingredient.
         chunk: number of elements of a chunk.
         center: float32 [n], overwritten.
         rows: int8, uint16 (bits of bfloat16) or float32 [K, n], overwritten.
@@ -199,6 +217,20 @@ def center_and_directions(
     Returns:
         False if the mean is not finite.
     """
+    found = addresses(parts, len(center))
+    return bool(_center_and_directions(found, parts[0][:0], chunk, center, rows, scales, squares))
+
+
+@jit
+def _center_and_directions(
+    addresses: NDArray[np.uint64],
+    like: NDArray[Any],
+    chunk: int,
+    center: NDArray[np.float32],
+    rows: NDArray[Any],
+    scales: NDArray[np.float32],
+    squares: NDArray[np.float64],
+) -> bool:
     ingredients = addresses.size
     mean = np.empty(chunk, np.float64)
     direction = np.empty(chunk, np.float32)

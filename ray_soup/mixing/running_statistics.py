@@ -9,7 +9,7 @@ batches add up: actors share the batches, and the result does not depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,21 +47,25 @@ def buffers_of(layers: Iterable[str]) -> list[str]:
 
 
 def summed(
-    model: torch.nn.Module, batches: Sequence[B], images_of: Callable[[B], torch.Tensor]
+    model: torch.nn.Module,
+    batches: Sequence[B],
+    images_of: Callable[[B], torch.Tensor],
+    chosen: Collection[str] | None = None,
 ) -> Generator[tuple[int, int], None, Sums]:
     """Sum each batch's statistics over the batches.
 
-    Yields (batches done, batches in total); the value of the generator is the sums. Meanwhile only the tracking layers are
+    Yields (batches done, batches in total); the value of the generator is the sums. Meanwhile only the chosen layers are
     in training mode. Their buffers contain meaningless values afterwards.
 
     Args:
         model: the model, in eval mode.
         batches: the batches.
         images_of: returns the model's input for a batch, [n, ...].
+        chosen: names of the layers to estimate, of those that track running statistics; None: all of them.
 
     Raises RecipeError if a layer sees a single value per channel.
     """
-    layers = tracking_layers(model)
+    layers = {name: layer for name, layer in tracking_layers(model).items() if chosen is None or name in chosen}
     sums: dict[str, Any] = dict.fromkeys(buffers_of(layers), 0.0)
     before = {id(layer): (layer, type(layer), layer.training, layer.momentum) for layer in layers.values()}
     for layer, kind, _, _ in before.values():

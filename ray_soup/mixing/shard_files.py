@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -14,7 +14,7 @@ from typing import IO
 
 import torch
 
-from ray_soup.io.disk import write_at
+from ray_soup.io.disk import write_at, write_bytes
 from ray_soup.io.formats import DTYPE_NAMES
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -60,13 +60,15 @@ class ShardFiles:
         index = self.path.with_name(f"{self.path.name}.index.json")
         places = self.places()
         weight_map = {name: places[name][0].name for name in sorted(places)}
-        index.write_text(json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}, indent=2))
+        text = json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}, indent=2)
+        write_bytes(index, text.encode())
         return index
 
     def remove(self) -> None:
-        """Delete the files, complete or not."""
-        for path in self.files:
-            path.unlink(missing_ok=True)
+        """Delete the files, complete or not, and the index."""
+        for path in (*self.files, self.path.with_name(f"{self.path.name}.index.json")):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def plan_files(shapes: Shapes, dtypes: Dtypes, path: Path, shard_size: int | None, tied: Mapping[str, str]) -> ShardFiles:
@@ -140,8 +142,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         """Create the files at their full size and write their headers."""
         with ExitStack() as stack:
-            self._streams = {path: stack.enter_context(open(path, "wb")) for path in self._files.files}
             for path, file in self._files.files.items():
+                path.unlink(missing_ok=True)  # it may be a link
+                self._streams[path] = stack.enter_context(open(path, "xb"))
                 self._streams[path].write(file.header)
                 self._streams[path].truncate(file.nbytes)
             self._stack = stack.pop_all()

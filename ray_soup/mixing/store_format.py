@@ -40,13 +40,13 @@ class StoreRecord:
     def save(self, folder: Path) -> None:
         """Write the record into the folder of a store."""
         np.savez(folder / ARRAYS_FILE, scales=self.scales, squares=self.squares, variant=self.variant)
-        (folder / DIGESTS_FILE).write_text(json.dumps(self.sha256))
+        (folder / DIGESTS_FILE).write_text(json.dumps(self.sha256), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> StoreRecord:
         """Read the record from the folder of a store."""
         arrays = np.load(folder / ARRAYS_FILE)
-        digests: list[str] = json.loads((folder / DIGESTS_FILE).read_text())
+        digests: list[str] = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
         return cls(arrays["scales"], arrays["squares"], arrays["variant"], tuple(digests))
 
 

@@ -1,5 +1,7 @@
 """The recipe: the validated description of a run, and the table of methods. Imports ray_soup.errors only."""
 
+from ray_soup.recipe.distributions import DISTRIBUTIONS as DISTRIBUTIONS
+from ray_soup.recipe.fields import Section as Section
 from ray_soup.recipe.load import as_recipe as as_recipe
 from ray_soup.recipe.load import dump_recipe as dump_recipe
 from ray_soup.recipe.load import for_method as for_method
@@ -18,14 +20,12 @@ from ray_soup.recipe.methods import method_info as method_info
 from ray_soup.recipe.paths import absolute as absolute
 from ray_soup.recipe.paths import absolute_paths as absolute_paths
 from ray_soup.recipe.paths import is_function as is_function
-from ray_soup.recipe.schema import DISTRIBUTIONS as DISTRIBUTIONS
 from ray_soup.recipe.schema import ActorsSection as ActorsSection
 from ray_soup.recipe.schema import Data as Data
 from ray_soup.recipe.schema import Directions as Directions
-from ray_soup.recipe.schema import Finetune as Finetune
 from ray_soup.recipe.schema import Greedy as Greedy
 from ray_soup.recipe.schema import Learn as Learn
 from ray_soup.recipe.schema import Recipe as Recipe
-from ray_soup.recipe.schema import Search as Search
-from ray_soup.recipe.schema import Section as Section
-from ray_soup.recipe.schema import Trunk as Trunk
+from ray_soup.recipe.tuning import Finetune as Finetune
+from ray_soup.recipe.tuning import Search as Search
+from ray_soup.recipe.tuning import Trunk as Trunk

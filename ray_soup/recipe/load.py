@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ray_soup.errors import RecipeError
-from ray_soup.recipe.methods import method_info
+from ray_soup.recipe.explain import Fault, below, faults_of, is_section, takes_text_only
+from ray_soup.recipe.methods import BEST_SINGLE, method_info
 from ray_soup.recipe.paths import absolute_paths
+from ray_soup.recipe.plain import plain, shown
 from ray_soup.recipe.schema import Recipe
+from ray_soup.recipe.yaml_reader import MOST_DEPTH, NULLS, check_characters, parse_yaml, read_text, resolve
 
 _FOR_EVERY_KIND = ("epochs", "micro_batch", "seed", "patience", "label_smoothing")
+_SINCE_0_2 = {"ignore": [], "baseline": BEST_SINGLE}
+"""Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
+_is_text = takes_text_only(Recipe)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
@@ -27,22 +31,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | N
     Raises RecipeError if the file cannot be read or a key is wrong.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} is not valid YAML. Fix this error: {error}") from error
+    source = f"The recipe {path}"
+    values = parse_yaml(read_text(path, source), source, _is_text)
     if not isinstance(values, dict):
-        found = {list: "is a list", str: "is plain text", type(None): "is empty"}.get(type(values), f"is {values!r}")
-        raise RecipeError(f"The recipe {path} {found}; expected keys such as 'model:', 'ingredients:', 'data:'. Add them.")
-    values = absolute_paths(values, path.absolute().parent)
-    changes, source = parse_overrides(overrides), f"The recipe {path}"
-    recipe = make_recipe(_merge(values, changes), source)
+        found = {list: "is a list", str: "is plain text", type(None): "is empty"}.get(type(values), f"is {shown(values)}")
+        raise RecipeError(f"{source} {found}; expected keys such as 'model:', 'ingredients:', 'data:'. Add them.")
+    values = _resolved(values, path.absolute().parent, source)
+    changes = parse_overrides(overrides)
+    recipe = _make(_merge(values, changes, source), source, overrides)
     if method is None or method == recipe.method:
         return recipe
     other = for_method(make_recipe(values, source), method).model_dump()
-    return make_recipe(_merge(other, {**changes, "method": method}), source)
+    return _make(_merge(other, {**changes, "method": method}, source), source, overrides)
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -53,68 +53,123 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return make_recipe(absolute_paths(dict(recipe), Path.cwd()))
+        return make_recipe(_resolved(plain(recipe), Path.cwd(), "The recipe"))
+    if not isinstance(recipe, (str, Path)):
+        raise RecipeError(f"Found {shown(recipe)} as a recipe; expected a Recipe, its keys, or the path of a YAML file.")
     return load_recipe(recipe)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML text; loading the text gives an equal recipe."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    values = recipe.model_dump(mode="json")
+    values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
     return text
 
 
-def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `parse_yaml` would not read as this text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if resolve(text) is text else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe:
     """Validate the keys of a recipe.
 
     Raises RecipeError with one line for each invalid key and, for an unknown key, the most similar known key. `source` names
     the recipe in the message.
     """
+    return _make(plain(values, what=source), source)
+
+
+def _make(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Validate keys; a fault of a key that an override sets is that override's."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines: dict[str, list[str]] = {}
-        for fault in error.errors():  # a value that fits no member of a union has one error for each member
-            start, message = _explain(fault)
-            known = lines.setdefault(start, [])
-            known.append(message[:1].lower() + message[1:] if known else message)
-        faults = "\n".join(f"  {start}{'; or '.join(messages)}" for start, messages in lines.items())
-        raise RecipeError(f"{source} is not valid:\n{faults}") from None
+        by_source: dict[str, list[Fault]] = {}
+        for fault in faults_of(error, Recipe):
+            typed = next((one for one in reversed(overrides) if _concerns(one.partition("=")[0], fault.key)), None)
+            by_source.setdefault(source if typed is None else _named(typed), []).append(fault)
+        lines = (f"{name} is not valid:\n" + "\n".join(f"  {f}" for f in faults) for name, faults in by_source.items())
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _concerns(changed: str, key: str) -> bool:
+    """Return whether a fault of `key` may come from a change of the key `changed`."""
+    return f"{key}.".startswith((f"{changed}.", f"{changed}[")) or (key != "" and changed.startswith(f"{key}."))
+
+
+def _named(override: str) -> str:
+    return f"The override {repr(override[:80])[1:-1]}{'...' if len(override) > 80 else ''}"
+
+
+def _resolved(values: dict[str, Any], folder: Path, source: str) -> dict[str, Any]:
+    """Resolve the paths among keys against a folder. Raises RecipeError, which names the source."""
+    try:
+        return absolute_paths(values, folder)
+    except RecipeError as error:
+        raise RecipeError(f"{source} is not valid:\n  {error}") from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Parse `["learn.lr=0.02"]` into `{"learn": {"lr": 0.02}}`.
 
-    Paths are relative to the current folder. Raises RecipeError for text that is not key=value.
+    Paths are relative to the current folder; unquoted paths and names stay unchanged, anything else is YAML. Raises
+    RecipeError for text that is not key=value.
     """
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
+        name = _named(override)
         if not equals or not key:
-            raise RecipeError(f"Found '{override}' where an override was expected. Write key=value, as in learn.lr=0.02.")
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f"The value of the override '{override}' is not valid YAML. Quote it, or fix this error: {error}"
-            ) from error
-        if isinstance(value, str):  # YAML reads 1e-3 as text
-            with suppress(ValueError):
-                value = float(value)
-        values = _merge(values, _nested(key, value))
-    return absolute_paths(values, Path.cwd())
+            raise RecipeError(f"Found {shown(override)} where an override was expected. Write key=value: learn.lr=0.02.")
+        if key.count(".") > MOST_DEPTH or len(text) > 1_000_000:
+            raise RecipeError(f"{name} is too long. Shorten it, or write it into the recipe.")
+        check_characters(key, name)
+        value = _value(text, name, tuple(key.split(".")))
+        if value is None and _is_text(tuple(key.split("."))) and text and Path(text).exists():
+            raise RecipeError(f"{name} means no value, but {text} exists here. Write {key}=./{text} for the file or folder.")
+        values = _merge(values, _resolved(_nested(key, value, name), Path.cwd(), name), name)
+    return values
 
 
-def with_changes(recipe: Recipe, config: dict[str, Any]) -> Recipe:
+def _value(text: str, name: str, keys: tuple[str, ...]) -> Any:
+    """Return the value of an override: unquoted text of a text key unchanged, anything else as YAML.
+
+    The signs of YAML are characters of paths: in `ingredients=/data/run #2/*.pt` they begin no comment.
+    """
+    text = text.strip(" ")
+    structured = text[:1] in ("'", '"') or (text[:1] + text[-1:]) in ("[]", "{}")
+    if not _is_text(keys) or structured or text in NULLS:
+        return parse_yaml(text, name, _is_text, keys)
+    check_characters(text, name)
+    return text
+
+
+def with_changes(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     """Return the recipe with some keys changed, as in {"learn.lr": 0.1, "blocks": "layer"}.
 
     A changed `method` converts the recipe as `for_method` does before the other changes apply. Raises RecipeError.
     """
-    values = (for_method(recipe, config["method"]) if "method" in config else recipe).model_dump()
+    source = f"The recipe with {shown(config)}"
+    given: dict[str, Any] = plain(config, what=source)
+    values = (for_method(recipe, given["method"]) if "method" in given else recipe).model_dump()
     changes: dict[str, Any] = {}
-    for key, value in config.items():
-        changes = _merge(changes, _nested(key, value))
+    for key, value in given.items():
+        if key.count(".") > MOST_DEPTH:
+            raise RecipeError(f"{source} has a key of more than {MOST_DEPTH} parts. Shorten it.")
+        changes = _merge(changes, _nested(key, value, source), source)
     changes.pop("method", None)
-    return make_recipe(_merge(values, absolute_paths(changes, Path.cwd())), f"the recipe with {config}")
+    return _make(_merge(values, _resolved(changes, Path.cwd(), source), source), source)
 
 
 def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
@@ -122,7 +177,7 @@ def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
 
     Settings that suit one method carry over only where they make sense: `blocks` only if the method stays the same, and
     learning rate, schedule and batch size unless exactly one of the two methods is a softmax method. Otherwise the defaults
-    of the new method apply. `learn` contains keys of the section `learn` that override everything else.
+    of the new method apply. `learn` contains keys of the section `learn` that override everything else. Raises RecipeError.
     """
     values = recipe.model_dump(exclude={"method", "learn", "blocks"})
     kept = recipe.learn.model_dump()
@@ -130,22 +185,24 @@ def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
         kept = {key: kept[key] for key in _FOR_EVERY_KIND}
     if method == recipe.method:
         values["blocks"] = recipe.blocks
-    return Recipe.model_validate({**values, "method": method, "learn": {**kept, **learn}})
+    return make_recipe({**values, "method": method, "learn": {**kept, **learn}}, f"The recipe for {method}")
 
 
 class _Whole(dict[str, Any]):
     """A mapping that replaces the old value instead of being merged into it."""
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
+def _nested(key: str, value: Any, source: str) -> dict[str, Any]:
     """Turn `learn.lr`, 0.02 into `{"learn": {"lr": 0.02}}`.
 
     The keys of a section are later merged into the section. Any other mapping, such as `{uniform: [0, 1]}`, replaces the
-    old value.
+    old value. Raises RecipeError if a whole section is null, which would drop its keys.
     """
     section: Any = Recipe
     for part in key.split("."):
-        section = _below(section, part)
+        section = below(section, part)
+    if value is None and is_section(section):
+        raise RecipeError(f"{source}: {key} is null; expected keys below it: {', '.join(section.model_fields)}. Add one.")
     value = _whole(section, value)
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -153,58 +210,26 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _below(section: Any, key: str) -> Any:
-    """Look up the type of a section's key; None if `section` is not a section or has no such key."""
-    return section.model_fields[key].annotation if _is_section(section) and key in section.model_fields else None
-
-
 def _whole(section: Any, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    if _is_section(section):
-        return {key: _whole(_below(section, key), inner) for key, inner in value.items()}
+    if is_section(section):
+        return {key: _whole(below(section, key), inner) for key, inner in value.items()}
     return _Whole(value)
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _merge(into: dict[str, Any], new: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """Return `into` with the keys of `new`. Raises RecipeError for keys below a value that has none."""
     merged = type(into)(into)
     for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and not isinstance(value, _Whole)
-        merged[key] = _merge(merged[key], value) if both else value
+        old, name = merged.get(key), f"{prefix}{key}"
+        if old is None or not isinstance(value, dict) or isinstance(value, _Whole):
+            merged[key] = value
+        elif isinstance(old, dict):
+            merged[key] = _merge(old, value, source, f"{name}.")
+        else:
+            raise RecipeError(
+                f"{source}: {name} is {shown(old)}, so a change of {name}.{next(iter(value), '')} does not fit. "
+                f"Change {name} as a whole."
+            )
     return merged
-
-
-def _explain(fault: Any) -> tuple[str, str]:
-    """Describe one error of pydantic: the key with the value found there, and what was expected."""
-    section: Any = Recipe
-    where: list[str] = []
-    for part in fault["loc"]:  # the location continues into the branches of a union: stop at the last field
-        if not _is_section(section):
-            break
-        where.append(str(part))
-        section = _below(section, part)
-    key = ".".join(where)
-    if fault["type"] == "extra_forbidden":
-        return f"{key}: ", _explain_unknown(where)
-    if fault["type"] == "missing":
-        return f"{key}: ", "missing; add this key."
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "model_type" and isinstance(section, type) and issubclass(section, BaseModel):
-        message = f"Expected keys below it: {', '.join(section.model_fields)}."
-    found = repr(fault["input"])
-    found = found if len(found) <= 80 else f"{found[:80]}..."
-    return (f"{key}: found {found}. " if key else ""), message
-
-
-def _explain_unknown(where: list[str]) -> str:
-    parent: Any = Recipe
-    for part in where[:-1]:
-        parent = _below(parent, part)
-    near = difflib.get_close_matches(where[-1], list(parent.model_fields), n=1)
-    prefix = ".".join([*where[:-1], ""])
-    hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys here: {', '.join(parent.model_fields)}."
-    return f"unknown key; {hint}"

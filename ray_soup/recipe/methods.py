@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_soup.errors import RecipeError
+from ray_soup.recipe.plain import shown
 
 Kind = Literal["selection", "hyperplane", "softmax"]
 
@@ -120,6 +121,6 @@ RESERVED_NAMES = frozenset({*METHODS, "ensemble"})
 
 def method_info(name: str) -> MethodInfo:
     """Look up a method by its name. Raises RecipeError if there is no such method."""
-    if name not in METHODS:
-        raise RecipeError(f"method: found {name!r}; expected one of {', '.join(METHODS)}. Choose one of these.")
+    if not isinstance(name, str) or name not in METHODS:
+        raise RecipeError(f"method: found {shown(name)}; expected one of {', '.join(METHODS)}. Choose one of these.")
     return METHODS[name]

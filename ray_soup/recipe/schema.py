@@ -1,28 +1,36 @@
-"""The keys of a recipe: types, defaults and checks. Unknown keys are an error."""
+"""The keys of a recipe: types, bounds, defaults and checks. Unknown keys are an error."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from ray_soup.recipe.methods import DEFAULT_METHOD, METHODS, MethodInfo
-from ray_soup.recipe.paths import is_function
+from ray_soup.recipe.distributions import fault_of, points
+from ray_soup.recipe.explain import Fault, FaultsError, below, is_section, unknown_key
+from ray_soup.recipe.fields import (
+    MOST_ACTORS,
+    MOST_TRIALS,
+    ActorCount,
+    Auto,
+    Epochs,
+    Examples,
+    Function,
+    Line,
+    PathText,
+    Section,
+    Seed,
+    line,
+    refusal,
+    share,
+)
+from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
+from ray_soup.recipe.plain import shown
+from ray_soup.recipe.tuning import Finetune, Search
 
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
-
-DISTRIBUTIONS = ("loguniform", "uniform", "randint", "choice", "grid")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
-
-
-class Section(BaseModel):
-    """A frozen group of keys. The string under a key is its description."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class Data(Section):
@@ -32,13 +40,13 @@ class Data(Section):
     `module:function`. No ingredient may have been trained on fit, select or test.
     """
 
-    train: str | None = None
+    train: PathText | None = None
     """Training data for `finetune`."""
-    fit: str | None = None
+    fit: PathText | None = None
     """Held-out data that the coefficients are learned on."""
-    select: float | str = 0.2
+    select: float | PathText = 0.2
     """Held-out data for choices, such as when to stop: a source, or the share of fit that is set aside for this."""
-    test: str | dict[str, str] | None = None
+    test: PathText | dict[str, PathText] | None = None
     """Data used for reporting only: one source, or several with names, as in {v2: v2.parquet, sketch: sketch.parquet}.
     Each named source has its own figures, such as test_v2_accuracy."""
 
@@ -56,16 +64,17 @@ class Data(Section):
     @field_validator("test")
     @classmethod
     def _check_test_names(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
-        wrong = [name for name in value if not re.fullmatch(r"\w+", name)] if isinstance(value, dict) else []
+        wrong = [name for name in value if not re.fullmatch(r"\w{1,100}", name)] if isinstance(value, dict) else []
         if wrong or value == {}:
-            found = f", not {', '.join(map(repr, wrong))}" if wrong else ""
+            found = f", not {', '.join(map(shown, wrong[:3]))}" if wrong else ""
             raise ValueError(f"Expected one or more names of letters, digits and underscores{found}.")
         return value
 
-    @field_validator("select")
+    @field_validator("select", mode="before")
     @classmethod
-    def _check_share(cls, value: float | str) -> float | str:
-        if isinstance(value, float) and not 0 < value < 1:
+    def _check_share(cls, value: Any) -> Any:
+        is_share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+        if not is_share and not isinstance(value, str):
             raise ValueError("Expected a share between 0 and 1, or a file.")
         return value
 
@@ -75,7 +84,7 @@ class Learn(Section):
 
     lr: float = Field(default=0.01, gt=0)
     """Learning rate of the unit-scaled coordinates."""
-    wd: float = Field(default=0.0, ge=0)
+    wd: float = Field(default=0.0, ge=0, le=1e6)
     """Weight decay. It pulls the soup toward the uniform soup."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer of the coordinates."""
@@ -83,39 +92,55 @@ class Learn(Section):
     """Warm up linearly, then decay to zero along a cosine, over the steps of one model batch. false: a constant rate."""
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps that warm up."""
-    clip: float | None = Field(default=None, gt=0)
+    clip: Annotated[float, Field(gt=0)] | None = None
     """Maximum norm of the gradient with respect to the coordinates; null: no clipping."""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: Examples = 128
     """Examples per step, summed over all actors."""
-    micro_batch: Count | Auto = "auto"
+    micro_batch: Examples | Auto = "auto"
     """Examples per forward pass of one actor."""
-    epochs: int = Field(default=5, ge=1)
+    epochs: Epochs = 5
     """Passes over fit for each model batch."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: Epochs | None = None
     """End a model batch after this many epochs without a lower loss on select; null: never end early."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy on fit (Szegedy et al. 2016). The loss on select is not smoothed."""
-    model_batch: Count | Auto = "auto"
+    model_batch: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
     """Number of ingredients whose coordinates move at a time; auto: as many as fit into memory."""
-    models_epochs: int = Field(default=1, ge=1)
+    models_epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over all ingredients, one model batch after another."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the split into fit and select, of the order of batches and of the order of ingredients."""
 
 
 class ActorsSection(Section):
     """The Ray actors that evaluate and learn."""
 
-    replicas: Count | Auto = "auto"
+    replicas: ActorCount | Auto = "auto"
     """Number of models that process parts of every batch in parallel."""
-    shards: Count | Auto = "auto"
+    shards: ActorCount | Auto = "auto"
     """Number of actors that together hold one replica."""
-    cpus: Annotated[float, Field(ge=0)] | Auto = "auto"
+    cpus: Annotated[float, Field(ge=0, le=4096), AfterValidator(share)] | Auto = "auto"
     """CPUs per actor; also its number of threads."""
-    gpus: float = Field(default=0, ge=0)
-    """GPUs per actor."""
-    wait_s: float = Field(default=0, ge=0)
-    """Seconds to wait for nodes to join, on a cluster that is starting or scales on demand."""
+    gpus: Annotated[float, AfterValidator(share)] = Field(default=0, ge=0, le=128)
+    """GPUs per actor: a share of one, or a whole number."""
+    wait_s: float = Field(default=0, ge=0, le=604_800)
+    """Seconds to wait for nodes to join, on a cluster that is starting or scales on demand; at most a week."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _check_gpus(cls, value: float) -> float:
+        if value > 1 and not float(value).is_integer():
+            raise ValueError("Expected a whole number, or a share between 0 and 1. Round it.")
+        return value
+
+    @model_validator(mode="after")
+    def _check_actors(self) -> ActorsSection:
+        asked = math.prod(n for n in (self.replicas, self.shards) if n != "auto")
+        if asked > MOST_ACTORS:
+            raise ValueError(
+                f"{self.replicas} replicas x {self.shards} shards are {asked:,} actors. Expected at most {MOST_ACTORS:,}."
+            )
+        return self
 
 
 class Directions(Section):
@@ -123,112 +148,6 @@ class Directions(Section):
 
     dtype: Literal["float32", "bfloat16", "int8"] = "int8"
     """Precision of the stored directions while learning. The soup itself is computed from the original files."""
-
-
-class Trunk(Section):
-    """Hyperparameters of the model that all trials of `finetune` start from, if neither init nor pretrained is given."""
-
-    lr: float = Field(default=3e-3, gt=0)
-    """Learning rate."""
-    wd: float = Field(default=0.05, ge=0)
-    """Weight decay."""
-    epochs: int = Field(default=25, ge=1)
-    """Passes over data.train."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Label smoothing."""
-    mixup: float = Field(default=0.0, ge=0)
-    """Alpha of mixup's Beta distribution; 0: no mixup."""
-    shift: int = Field(default=1, ge=0)
-    """Largest random translation in pixels."""
-    randaugment: int = Field(default=0, ge=0, le=30)
-    """Magnitude of RandAugment; 0: none."""
-
-
-class Finetune(Section):
-    """Random search for a zoo of ingredients.
-
-    A hyperparameter is a number or a distribution: {loguniform: [low, high]}, {uniform: [low, high]},
-    {randint: [low, high]} (high is excluded) or {choice: [...]}.
-    """
-
-    trials: int = Field(default=12, ge=1)
-    """Number of models to train."""
-    init: str | None = None
-    """Checkpoint that every trial starts from."""
-    pretrained: str | None = None
-    """Checkpoint without the model's last linear layer, or `open_clip:TAG`. The layer is first fitted to the features (a
-    linear probe), and every trial starts from the result. Without init and pretrained, a model is trained from scratch."""
-    class_names: str | None = None
-    """File with one class name per line. `pretrained` must then be a CLIP, whose text tower makes the last layer, and no
-    linear probe is fitted."""
-    templates: list[str] = ["a photo of a {}."]
-    """Prompts for class_names. The text features of all prompts are averaged."""
-    probe_wd: float = Field(default=1e-4, ge=0)
-    """L2 penalty of the linear probe."""
-    trunk: Trunk = Trunk()
-    """Hyperparameters of the model that is trained from scratch."""
-    lr: Any = {"loguniform": [1e-6, 1e-4]}
-    """Learning rate."""
-    wd: Any = {"loguniform": [1e-4, 0.63]}
-    """Weight decay."""
-    epochs: Any = {"randint": [4, 17]}
-    """Passes over data.train."""
-    label_smoothing: Any = {"choice": [0.0, 0.1]}
-    """Label smoothing."""
-    mixup: Any = {"choice": [0.0, 0.2]}
-    """Alpha of mixup's Beta distribution; 0: no mixup."""
-    shift: Any = 0
-    """Largest random translation in pixels."""
-    randaugment: Any = {"randint": [0, 21]}
-    """Magnitude of RandAugment, 0 to 30; 0: none."""
-    workers_per_model: int = Field(default=1, ge=1)
-    """Number of workers that train one model together with Ray Train, each on its part of every batch."""
-    batch_size: int = Field(default=64, ge=1)
-    """Examples per step, summed over the workers."""
-    seed: int = Field(default=1, ge=0)
-    """Seed of the hyperparameters and of every training run."""
-
-
-class Search(Section):
-    """Settings of `search`: which recipe keys vary, and how.
-
-    Recipe keys such as learn.lr, learn.model_batch or blocks each have a distribution as in `finetune`, or {grid: [...]}.
-    Default: learn.lr and learn.model_batch.
-    """
-
-    trials: int = Field(default=16, ge=1)
-    """Number of trials. The first is the unchanged recipe. With a grid, all of its points are tried instead."""
-    metric: Literal["select_nll", "select_accuracy"] = "select_nll"
-    """Figure by which the best trial is chosen."""
-    algorithm: Literal["random", "optuna"] = "random"
-    """Algorithm that proposes the values of the next trial."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """asha stops trials that fall behind, but never the first one."""
-    loggers: list[Literal["wandb", "mlflow"]] = []
-    """Loggers that Ray Tune reports to, in addition to TensorBoard files. Projects, servers and keys come from the
-    environment variables of these tools."""
-    time_budget_s: float | None = Field(default=None, gt=0)
-    """Seconds after which the search ends with the best trial so far; null: no limit."""
-    space: dict[str, Any] = {}
-    """Recipe keys and their distributions. They may also be written directly in this section."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _move_keys_into_space(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        own = {key: value for key, value in values.items() if key in cls.model_fields}
-        space = dict(own.get("space") or {})
-        for key, value in values.items():
-            if key in own:
-                continue
-            if isinstance(value, dict) and not (len(value) == 1 and next(iter(value)) in DISTRIBUTIONS):
-                space |= {f"{key}.{name}": inner for name, inner in value.items()}
-            elif "." in key or isinstance(value, dict):
-                space[key] = value
-            else:
-                own[key] = value  # refused later as an unknown key
-        return {**own, "space": space}
 
 
 class Greedy(Section):
@@ -243,33 +162,39 @@ class Recipe(Section):
 
     method: str = DEFAULT_METHOD
     """best_single, uniform, greedy, learned, learned+, mehl or mehl+."""
-    ingredients: str | list[str] | None = None
+    ingredients: PathText | Annotated[list[PathText], Field(min_length=1)] | None = None
     """Checkpoints that started from one initialization: a glob, a list, a folder, a URI, or the folder of a Ray Tune or
     Ray Train experiment."""
-    model: str
+    ignore: list[Line] = Field(default=[], max_length=1000)
+    """Tensors of the checkpoints to leave out, as glob patterns of names; for tensors that the model does not have."""
+    model: Line
     """`open_clip:NAME?classes=N` (with `&normalize=true`: features of unit length) or
     `open_clip:NAME?zeroshot=FILE&template=a photo of a {}.`, `timm:NAME?classes=N`, `torchvision:NAME?classes=N`,
     `transformers:FOLDER` (`?classes=N&length=128`), or `package.module:function` that returns the model."""
-    base_model: str | None = None
+    base_model: Annotated[str, Field(max_length=200), AfterValidator(line)] | None = None
     """Name on the Hugging Face Hub of the model that the ingredients were fine-tuned from, for the model card."""
     data: Data = Data()
-    blocks: Literal["tensor", "layer", "model"] | int = "model"
+    blocks: Literal["tensor", "layer", "model"] | Annotated[int, Field(ge=1, le=10**15)] = "model"
     """Which parameters share a coefficient: those of a tensor, of a layer, of the model, or of consecutive tensors until
     a block has at least this many parameters. Default: tensor for the methods with a "+", model for the others."""
     buffers: Literal["auto", "recalibrate", "average", "first"] = "auto"
     """Buffers of the soup. average: the mean of floating-point buffers over the ingredients in use; integer buffers must
     agree. first: the buffers of the first ingredient. recalibrate: average, but the running statistics of BatchNorm layers
-    are re-estimated on fit. auto: recalibrate if the ingredients' running statistics differ and data.fit is given, else
-    average."""
+    are re-estimated on fit. auto: recalibrate the layers whose running statistics differ between ingredients if
+    data.fit is given, else average them; other floating-point buffers that differ are refused. The buffers of spectral
+    normalization are always recomputed from the weights."""
     greedy: Greedy = Greedy()
     learn: Learn = Learn()
-    loss: str | None = None
+    loss: Function | None = None
     """`package.module:function` (logits float32 [n, classes], labels int64 [n]) -> losses [n] or their sum. It replaces
     the cross-entropy that the coefficients minimize on fit and that decides on select when to stop. Reports still
     show the NLL."""
-    metric: str | None = None
+    metric: Function | None = None
     """`package.module:function` (logits, labels) -> scores [n], higher is better. Its mean is reported as `metric` next to
     the accuracy and does not influence any choice."""
+    baseline: Literal["best_single", "none"] = "best_single"
+    """The ingredient that a soup is compared with on select. none: skip it; evaluating every ingredient on select takes
+    time."""
     actors: ActorsSection = ActorsSection()
     directions: Directions = Directions()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -293,7 +218,7 @@ class Recipe(Section):
     def _apply_method_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        values = {key: value for key, value in values.items() if not (key == "learn" and value is None)}
+        values = {key: value for key, value in values.items() if value is not None or not is_section(below(cls, key))}
         method = values.get("method", DEFAULT_METHOD)
         if not isinstance(method, str) or method not in METHODS:
             return values
@@ -314,25 +239,68 @@ class Recipe(Section):
             return None
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        text = str(value).lower() if isinstance(value, (str, int)) else ""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", text)
+        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+        text = value.lower() if isinstance(value, str) and len(value) < 50 else str(value) if whole else ""
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmg]?)b?", text)
         nbytes = float(found[1]) * _UNITS[found[2]] if found else 0
-        if nbytes < 1:
+        if not 1 <= nbytes < 2**63:
             raise ValueError("Expected a size of 1 byte or more, as in 5GB.")
         return int(nbytes)
-
-    @field_validator("loss", "metric")
-    @classmethod
-    def _check_function(cls, value: str | None) -> str | None:
-        if value is not None and not is_function(value):
-            raise ValueError("Expected package.module:function.")
-        return value
 
     @model_validator(mode="after")
     def _check_smoothing(self) -> Recipe:
         if self.loss is not None and self.learn.label_smoothing:
-            raise ValueError(
-                f"learn.label_smoothing: found {self.learn.label_smoothing} together with loss: {self.loss}. "
-                "Label smoothing applies to cross-entropy only: remove this key, or smooth the labels in your loss."
+            message = (
+                f"found {self.learn.label_smoothing} together with loss: {self.loss}. Label smoothing applies to "
+                "cross-entropy only: remove this key, or smooth the labels in your loss."
             )
+            raise FaultsError([Fault("learn.label_smoothing", message)])
         return self
+
+    @model_validator(mode="after")
+    def _check_space(self) -> Recipe:
+        space = self.search.space
+        if len(space) > 100:
+            raise FaultsError([Fault("search", f"found {len(space):,} keys. Expected at most 100.")])
+        faults = [
+            Fault(f"search.{key}", fault) for key, value in space.items() if (fault := self._fault_in_space(key, value))
+        ]
+        if not faults and points(space) > MOST_TRIALS:
+            faults = [
+                Fault(
+                    "search", f"the grid has {points(space):,} points, one trial for each. Expected at most {MOST_TRIALS:,}."
+                )
+            ]
+        if faults:
+            raise FaultsError(faults)
+        return self
+
+    def _fault_in_space(self, key: str, value: Any) -> str | None:
+        """Return what is wrong with a key of search.space."""
+        parts = key.split(".")
+        kind: Any = Recipe
+        for part in parts:
+            kind = below(kind, part)
+        if kind is None and len(parts) < 10:
+            near = unknown_key(Recipe, parts)
+            return f"the recipe has no key {shown(key)}. {near[0].upper()}{near[1:]} Write a key with its section: learn.lr."
+        if kind is None or is_section(kind) or parts[0] in FIXED_IN_SEARCH:
+            return f"a search cannot vary this key. Expected a key of {', '.join(SEARCHED)}."
+        if key == "learn.seed" and not isinstance(self.data.select, str):
+            return "each seed cuts its own select data from fit, so trials cannot be compared. Remove this key."
+
+        def refuse(one: Any) -> str | None:
+            if key == "method":
+                return None if one in LEARNED else f"one of {', '.join(LEARNED)}"
+            nested = one
+            for part in reversed(parts):
+                nested = {part: nested}
+            return refusal(Recipe, {"model": self.model, **nested}, key)
+
+        fault = fault_of(value, refuse)
+        return f"found {shown(value)}. {fault}" if fault else None
+
+
+FIXED_IN_SEARCH = ("ingredients", "ignore", "model", "base_model", "data", "metric", "baseline", "finetune", "search")
+"""Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
+SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ray_soup.io.disk import read_array, write_array, write_bytes
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
+from ray_soup.soups.baseline import improvement, significance
 from ray_soup.soups.comparison import (
     SEEDLESS,
     CompareOptions,
@@ -77,7 +79,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         clock.lap("evaluating ingredients")
         made = _make_all(session, output, shared, options)
         clock.lap("soups")
-        sha256, mesh = session.facts.sha256, mesh_record(session)
+        sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
     own, first = made.own, made.first
     label = min((name for name in own if name != BEST_SINGLE), key=lambda name: own[name].on("select", first).nll)
     for name, result in own.items():
@@ -88,8 +90,9 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
     clock.lap("mixing")
     record = _record(recipe, inputs, made, label, sha256)
+    record["notes"] += about_data
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
-    (staging / "report.html").write_text(html(_report(recipe, inputs, made, label, record)))
+    write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
     write_descriptions(staging, recipe, coefficients, record["table"], record, recipe.model)
     rows = made.rows(inputs.names)
     output.publish(recipe, rows, record, staging)
@@ -100,8 +103,10 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
     """Return run.json without the mesh and the times."""
     first, own, table = made.first, made.own, made.table()
     ours, single = own[label].on("select", first), own[BEST_SINGLE].on("select", first)
+    change = improvement(ours, single)
     notes = [
         verdict(label, ours, single),
+        *significance(change),
         *diagnosis(made.ensemble.on("select", first), single),
         *dict.fromkeys(note for result in own.values() for note in result.notes),
         *remarks(recipe, inputs, sha256),
@@ -110,7 +115,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
     return {
         "method": label.partition("-m")[0],
         "chosen": label,
-        "improvement": {"select_accuracy": ours.accuracy - single.accuracy, "select_nll": ours.nll - single.nll},
+        "improvement": change,
         "seed": made.seeds[0],
         "seeds": made.seeds,
         "exit": 0,
@@ -182,11 +187,11 @@ def _shared_results(session: Session, folder: Path) -> SharedResults:
     splits = [session.whole(source) for source in session.setup.sizes]
     keys, file = session.keys(splits), folder / "ensemble.npz"
     known = [[outcome for key in row if (outcome := recall(key)) is not None] for row in keys]
-    if file.exists() and all(len(row) == len(splits) for row in known):
-        ensemble, similarity = load_outcomes(file), np.load(folder / "cosines.npy")
+    if file.exists() and (folder / "cosines.npy").exists() and all(len(row) == len(splits) for row in known):
+        ensemble, similarity = load_outcomes(file), read_array(folder / "cosines.npy")
     else:
         similarity = cosines(session.pool.gram())
-        np.save(folder / "cosines.npy", similarity)
+        write_array(folder / "cosines.npy", similarity)
         paths = [ingredient.path for ingredient in session.inputs.ingredients]
         known, together = ensemble_outcomes(
             session.pool, paths, keys, splits, lambda done, total: session.progress("evaluating ingredients", done, total)

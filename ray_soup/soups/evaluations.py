@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ray_soup.actors.pool import ActorPool
+from ray_soup.errors import SoupError
 from ray_soup.io.cache import cached, content_key, lookup
 from ray_soup.io.progress import CountCallback, drain
 from ray_soup.task.data import Split
@@ -44,9 +45,12 @@ def recall(key: str) -> Outcome | None:
     hold = lookup("evaluations", key)
     if hold is None:
         return None
-    outcome = load_outcomes(hold.path / "outcome.npz")[""]
-    hold.close()
-    return outcome
+    try:
+        return load_outcomes(hold.path / "outcome.npz").get("")
+    except SoupError:  # a damaged entry counts as missing
+        return None
+    finally:
+        hold.close()
 
 
 def individual_outcomes(

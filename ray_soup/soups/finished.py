@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,33 @@ import torch
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.on_ray import RayPool
-from ray_soup.actors.placement import connect, resolve_mesh
+from ray_soup.actors.placement import resolve_mesh
+from ray_soup.actors.ray_session import connect
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.check import check_together
-from ray_soup.io.hashing import hash_ingredients, sha256_file
+from ray_soup.io.checkpoint_files import is_checkpoint, shards_of, split_key
+from ray_soup.io.disk import write_bytes
+from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.bake import mix_range, soup_buffer
-from ray_soup.mixing.coefficients import Coefficients, load_coefficients
+from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coefficients
+from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.evaluations import figures_of
-from ray_soup.soups.output import COEFFICIENTS, Soup, begun, open_output
-from ray_soup.soups.records import RunRecord, finished_record, read_results, write_begun
+from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
+from ray_soup.soups.place import check_new, local_folder
+from ray_soup.soups.proof import compare_sample
+from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results
 from ray_soup.soups.write import bake_model, write_descriptions
 from ray_soup.task.data import cut_splits
+from ray_soup.task.evidence import check_evidence
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import test_sets
+
+DESCRIPTIONS = ("recipe.yaml", "results.jsonl", "report.html", "README.md", COEFFICIENTS, TABLE)
+"""The files that a finished soup has beside its model."""
 
 
 def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback = no_progress) -> dict[str, Any]:
@@ -35,12 +47,24 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
 
     Returns a row as in results.jsonl, with `examples`, and with `temperature` if the recipe has select data to fit it on.
 
-    Raises RecipeError if the recipe has no such split.
+    Raises RecipeError if the recipe has no such split, SoupError if a soup's folder is not as it was written.
     """
-    open_ingredient(model)
+    named, (path, key) = model, split_key(model)
+    if not storage.is_remote(path):
+        path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders
+        model = f"{path}?key={key}" if key else path
+    record = None
+    if not storage.is_remote(path) and os.path.lexists(os.path.join(path, "run.json")):
+        record = finished_record(Path(path))
+        _check_present(Path(path), record)
+    opened = open_ingredient(model)
+    if record is not None:
+        index = [f"{MODEL}.index.json"] if len(opened.files) > 1 else []
+        check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
     layout = describe(recipe.model)
+    check_evidence(recipe, [opened], layout)
     with connect():
-        mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress)
+        mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress, now=True)
         pool = RayPool(recipe, [], Mesh(mesh.size, 1), cpus)
         try:
             setup = pool.setup(progress)
@@ -58,7 +82,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     kept = {key: value for key, value in figures_of(outcomes).items() if key.startswith(prefixes) or key == "temperature"}
     counts = [len(splits[s]) for s in chosen]
     examples = counts[0] if len(counts) == 1 else dict(zip(chosen, counts, strict=True))
-    return {"model_name": model, **kept, "examples": examples}
+    return {"model_name": named, **kept, "examples": examples}
 
 
 def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
@@ -68,20 +92,25 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
     empty.
     """
     source = _local_folder(out, progress)
+    check_new(new_out, source)
     recipe, record, coefficients, ingredients = _open_finished(source)
+    rows = read_results(source)
     with open_output(new_out, progress) as output:
-        if any(f.name != "state" for f in output.folder.iterdir()):
-            raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
-        _check_digests(record, ingredients, hash_ingredients(ingredients, progress))
-        staging = output.staging()
-        bake_model(staging, recipe, coefficients, ingredients, progress)
-        rows = read_results(source)
-        write_begun(begun(recipe, ingredients), output.state("begun.json"))
-        beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else recipe.model
-        write_descriptions(staging, recipe, coefficients, rows, record, beside)
-        shutil.copyfile(source / "report.html", staging / "report.html")
-        output.publish(recipe, rows, record, staging)
-        soup = Soup(output.folder, rows, record)
+        try:
+            _check_digests(source, record, ingredients, hash_ingredients(ingredients, progress))
+            soup = output.begin(begun(recipe, ingredients))
+            if soup is not None:
+                raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
+            staging = output.staging()
+            bake_model(staging, recipe, coefficients, ingredients, progress)
+            beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else recipe.model
+            write_descriptions(staging, recipe, coefficients, rows, record, beside)
+            write_bytes(staging / "report.html", (source / "report.html").read_bytes())
+            output.publish(recipe, rows, record, staging)
+            soup = Soup(output.folder, rows, record)
+        except BaseException:
+            output.discard()
+            raise
     return soup.at(new_out)
 
 
@@ -92,28 +121,47 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     """
     out = _local_folder(out, progress)
     record = finished_record(out)
-    for name, digest in record["files"].items():
-        found = sha256_file(str(out / name)) if (out / name).exists() else "missing"
-        if found != digest:
-            raise SoupError(
-                f"{out / name} was changed: its SHA-256 is {found[:16]}, but run.json has {digest[:16]}. Restore the file, "
-                "or rerun the command in a new folder."
-            )
+    _check_listed(out, record)
+    check_files(out, record, error=SoupError)
     _, _, coefficients, ingredients = _open_finished(out)
-    off = float(np.abs(coefficients.values.sum(axis=0) - 1).max())
-    if off > 1e-12:
-        raise SoupError(
-            f"{out / COEFFICIENTS}: the coefficients of a block sum to 1 only within {off:.1e}; expected 1e-12. Rerun the "
-            "command in a new folder."
-        )
-    _check_digests(record, ingredients, hash_ingredients(ingredients, progress))
+    off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
+    _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
     total = _compare_tensors(out, coefficients, ingredients, progress)
+    sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
+    proof = f"{sampled} sampled tensors equal those computed from the ingredients as their own libraries load them"
+    if sampled is None:
+        proof = "no tensors were sampled for their own libraries, because the ingredients are in remote storage"
     return [
         f"{len(record['files'])} files have the digests in run.json",
         f"{coefficients.values.shape[1]} columns sum to 1 within {off:.0e}",
         f"{len(ingredients)} ingredients have the digests in run.json",
         f"{total} tensors are bit-identical to those computed from coefficients and ingredients",
+        proof,
     ]
+
+
+def _check_present(out: Path, record: RunRecord) -> None:
+    """Check that the files that run.json lists exist. Raises RecipeError."""
+    missing = next((name for name in record["files"] if not (out / name).is_file()), None)
+    if missing is not None:
+        raise RecipeError(
+            f"{out / missing} is missing, but run.json lists it. Restore it, or rerun the command that creates it."
+        )
+
+
+def _check_listed(out: Path, record: RunRecord) -> None:
+    """Check that run.json lists every file of a finished soup, and no other model is in the folder. Raises RecipeError."""
+    listed = record["files"]
+    index = f"{MODEL}.index.json"
+    expected = [*DESCRIPTIONS, index if index in listed or (out / index).exists() else MODEL]
+    if expected[-1] == index:
+        expected += [os.path.basename(shard) for shard in shards_of(str(out / index))]
+    missing = next((name for name in expected if name not in listed), None)
+    if missing is not None:
+        raise not_listed(out, missing)
+    stranger = next((f for f in sorted(out.iterdir()) if is_checkpoint(f.name) and f.name not in listed), None)
+    if stranger is not None:
+        raise RecipeError(f"{stranger} is not among the files in run.json. Remove it, or move it elsewhere.")
 
 
 def _compare_tensors(
@@ -140,20 +188,49 @@ def _compare_tensors(
 def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ingredient]]:
     """Open the recipe, run.json, coefficients and ingredients of a finished soup."""
     record = finished_record(out)
+    check_files(out, record, DESCRIPTIONS)
     recipe = load_recipe(out / "recipe.yaml")
     coefficients = load_coefficients(out / COEFFICIENTS)
-    ingredients = [open_ingredient(i["path"], i["name"]) for i in record["ingredients"]]
+    try:
+        ingredients = [open_ingredient(i["path"], i["name"]) for i in record["ingredients"]]
+    except SoupError as error:
+        raise type(error)(f"{error} {out / 'run.json'} lists it as an ingredient.") from error
     if tuple(i.name for i in ingredients) != coefficients.ingredients:
         raise RecipeError(
             f"{out}: run.json and {COEFFICIENTS} name different ingredients. Restore both files from the same run."
         )
+    _check_present(out, record)
     names = open_ingredient(str(out)).tensors
     shapes = {name: info.shape for name, info in names.items()}
-    return recipe, record, coefficients, check_together(ingredients, shapes, coefficients.tied)
+    check_covers(coefficients, shapes, out / COEFFICIENTS)
+    _check_buffers(recipe, coefficients, shapes, out)
+    return recipe, record, coefficients, check_together(ingredients, shapes, coefficients.tied, recipe.ignore, strict=False)
+
+
+def _check_buffers(recipe: Recipe, coefficients: Coefficients, names: Iterable[str], out: Path) -> None:
+    """Check that what the coefficients take for buffers are no parameters of the model. Raises RecipeError."""
+    known = coefficients.block_of.keys() | coefficients.statistics.keys()
+    buffers = [name for name in names if name not in known and not name.endswith(KEYS)]
+    parameters: Iterable[str] = ()
+    if buffers:
+        with suppress(RecipeError):  # the model's library may be missing where a soup is only rebuilt
+            parameters = describe(recipe.model).names
+    wrong = next((name for name in buffers if name in set(parameters)), None)
+    if wrong is not None:
+        raise RecipeError(
+            f"{out / COEFFICIENTS} is for another model: it has no coefficients for the parameter {wrong}. Restore the file "
+            "of the same run."
+        )
 
 
 def _local_folder(out: str | Path, progress: ProgressCallback) -> Path:
     """Return the local folder of a finished soup; a remote one is copied into the cache. Raises RecipeError."""
+    if not storage.is_remote(str(out)):
+        folder = local_folder(out)
+        if not folder.is_dir():
+            there = "is not a folder" if os.path.lexists(folder) else "does not exist"
+            raise RecipeError(f"{out} {there}; expected the folder or URI of a finished soup. Check it.")
+        return folder
     work = storage.local_copy(str(out))
     try:
         while True:
@@ -164,10 +241,10 @@ def _local_folder(out: str | Path, progress: ProgressCallback) -> Path:
         raise RecipeError(f"{out} does not exist; expected the folder or URI of a finished soup. Check it.") from None
 
 
-def _check_digests(record: RunRecord, ingredients: list[Ingredient], sha256: list[str]) -> None:
+def _check_digests(out: Path, record: RunRecord, ingredients: list[Ingredient], sha256: list[str]) -> None:
     for known, ingredient, digest in zip(record["ingredients"], ingredients, sha256, strict=True):
         if known["sha256"] != digest:
             raise IngredientError(
                 f"{ingredient.path} has changed since the soup was made: its SHA-256 is {digest[:16]}..., and was "
-                f"{known['sha256'][:16]}.... Restore the original file."
+                f"{known['sha256'][:16]}... by {out / 'run.json'}. Restore the original file."
             )

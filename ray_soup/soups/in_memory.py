@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Layout
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import DEFAULT_METHOD, Recipe, make_recipe, with_changes
+from ray_soup.soups.baseline import compare_with_best_single, warn_if_worse
 from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.make import make
 from ray_soup.soups.output import MODEL, open_output
@@ -52,6 +53,9 @@ class MixedSoup:
     """Notes for the user, one sentence or more each."""
     tensors: dict[str, torch.Tensor]
     """The soup's state dict."""
+    best_single: dict[str, Any] = field(default_factory=dict)
+    """Figures of the best single state dict on select, for comparison: `ingredient`, its position as text, and the keys of
+    `figures`. Empty with baseline="none"."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the soup for `model.load_state_dict`, in the dtypes of the ingredients."""
@@ -76,9 +80,9 @@ def mix_state_dicts(
     >>> images, means = torch.randn(600, 8), torch.randn(4, 8)
     >>> labels = (images @ means.T + torch.randn(600, 4)).argmax(dim=1)
     >>> model, state_dicts = torch.nn.Sequential(torch.nn.Linear(8, 4)), []
-    >>> for lr in (0.1, 0.3, 1.0):
+    >>> for lr in (0.5, 1.0, 2.0):
     ...     tuned = copy.deepcopy(model)
-    ...     for batch in torch.randperm(300).split(50):
+    ...     for batch in torch.randperm(300).split(10):
     ...         loss = torch.nn.functional.cross_entropy(tuned(images[batch]), labels[batch])
     ...         loss.backward()
     ...         _ = torch.optim.SGD(tuned.parameters(), lr).step()
@@ -99,6 +103,8 @@ def mix_state_dicts(
         test: batches used for reporting only.
         progress: called with what is being done, the units done so far, and the units in total.
         **changes: other recipe keys, as in learn={"epochs": 3} or buffers="average".
+
+    Warns if the soup has a higher NLL on select than the best single state dict.
 
     Raises RecipeError for wrong data or keys, IngredientError for state dicts that do not fit together.
     """
@@ -151,8 +157,14 @@ def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
         mixture = make(session)
         calibration = session.calibration(CALIBRATION)
         outcomes = bake_and_evaluate(session, output, mixture, folder / MODEL, reported(session.splits), calibration)
+        baseline = compare_with_best_single(session, outcomes)
     tensors = _read(folder / MODEL, inputs.layout)
-    return MixedSoup(mixture.coefficients, figures_of(outcomes), mixture.figures, mixture.notes, tensors)
+    if baseline:
+        mixture.figures |= baseline.record
+        mixture.notes += baseline.notes
+        warn_if_worse(baseline)
+    row = baseline.row if baseline else {}
+    return MixedSoup(mixture.coefficients, figures_of(outcomes), mixture.figures, mixture.notes, tensors, row)
 
 
 def _read(path: Path, layout: Layout) -> dict[str, torch.Tensor]:
@@ -162,8 +174,14 @@ def _read(path: Path, layout: Layout) -> dict[str, torch.Tensor]:
 
 
 def given_model() -> torch.nn.Module:
-    """Return a copy of the model that `mix_state_dicts` was called with."""
-    return copy.deepcopy(_MODEL.get())
+    """Return a copy of the model that `mix_state_dicts` was called with. Raises RecipeError if it cannot be copied."""
+    model = _MODEL.get()
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, copy.Error) as error:  # as after a forward pass under an old-style spectral_norm
+        raise RecipeError(
+            f"model: {type(model).__name__} cannot be copied ({str(error).partition(chr(10))[0]}). Pass a newly built model."
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,8 @@ after each epoch, before select is evaluated, and stay fixed during an epoch's s
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,11 +23,12 @@ import torch
 
 from ray_soup.actors.messages import Partial
 from ray_soup.actors.pool import StepPool
-from ray_soup.errors import SoupError
+from ray_soup.errors import SoupError, Stopped
+from ray_soup.io.signals import uninterrupted
 from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization, without_noise
-from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state
+from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
 from ray_soup.task.data import Split, batch_positions
 
 SAVE_EVERY_S = 60.0
@@ -79,10 +82,12 @@ def learn(
             for step in range(state.step, run.steps_per_epoch):
                 begun = time.perf_counter()
                 x, batch = run.x(), Split(run.fit.source, run.fit.rows[batches[step]])
-                partials = pool.step(x, state.factor.item(), batch)
-                run.move(optimizer, partials, len(batch), epoch * run.steps_per_epoch + step)
-                state.step = step + 1
-                _count(state, partials, len(batch), x, time.perf_counter() - begun)
+                with run.saving_after(KeyboardInterrupt, optimizer):
+                    partials = pool.step(x, state.factor.item(), batch)
+                with run.saving_after(Stopped, optimizer), uninterrupted():
+                    run.move(optimizer, partials, len(batch), epoch * run.steps_per_epoch + step)
+                    state.step = step + 1
+                    _count(state, partials, len(batch), x, time.perf_counter() - begun)
                 after_step(state.steps, run.total_steps, state)
                 run.save_if_due(optimizer)
             run.end_epoch(optimizer, epoch)
@@ -124,9 +129,9 @@ class _Learning:
         options, (ingredients, blocks) = recipe.learn, norms.shape
         turns = model_batches(ingredients, model_batch, options.seed, options.models_epochs)
         if state_file.exists():
-            state = load_state(state_file)
+            state = load_state(state_file, task_of(recipe), norms.shape)
         else:
-            state = LearnState(torch.zeros(ingredients, blocks, dtype=torch.float64))
+            state = LearnState(torch.zeros(ingredients, blocks, dtype=torch.float64), task=task_of(recipe))
         now = time.monotonic()
         per_epoch = -(-len(splits["fit"]) // options.batch_size)
         run = cls(
@@ -219,6 +224,15 @@ class _Learning:
             found = self.pool.recalibrate(self.x(), self.calibration)
             self.state.statistics = {name: torch.from_numpy(values) for name, values in found.items()}
             self.state.image_passes += sum(map(len, self.calibration))
+
+    @contextmanager
+    def saving_after(self, kind: type[BaseException], optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Save if an exception of this kind, between two steps, ends the context."""
+        try:
+            yield
+        except kind:
+            self.save(optimizer)
+            raise
 
     def save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
         if time.monotonic() - self.saved > SAVE_EVERY_S:

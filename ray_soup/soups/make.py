@@ -6,14 +6,19 @@ description and defaults.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ray_soup.mixing.blocks import Partition, partition
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.mixing.bake import mix_range, written_dtype
+from ray_soup.mixing.blocks import Layout, Partition, partition
 from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.mixing.running_statistics import Statistics
+from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import Recipe
 from ray_soup.soups.greedy import GreedySearch, greedy, ranking
 from ray_soup.soups.learn import learn, summary
@@ -91,6 +96,9 @@ def learned(session: Session) -> Mixture:
         session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING),
     )  # fmt: skip
     notes, options = [], {}
+    asked, count = recipe.learn.model_batch, len(session.subset)
+    if not softmax and asked != "auto" and asked > count:
+        notes.append(f"learn.model_batch is {asked:,}, and there are {count} ingredients: all of them moved at a time.")
     if not state.y.any():
         notes.append(f"{recipe.method}: no point was better on select than the uniform soup, so this is the uniform soup.")
     if softmax:
@@ -127,7 +135,8 @@ def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **o
     layout = session.inputs.layout
     block_of = dict(zip(layout.names, blocks.block.tolist(), strict=True))
     names = tuple(session.inputs.names[k] for k in session.subset)
-    return Coefficients(values, names, blocks.names, block_of, buffer_policy(session.recipe), layout.tied, **options)
+    made = Coefficients(values, names, blocks.names, block_of, buffer_policy(session.recipe), layout.tied, **options)
+    return with_computed_buffers(made, [session.inputs.ingredients[k] for k in session.subset], layout, session.recipe)
 
 
 def uniform_coefficients(recipe: Recipe, inputs: Inputs) -> Coefficients:
@@ -135,7 +144,34 @@ def uniform_coefficients(recipe: Recipe, inputs: Inputs) -> Coefficients:
     layout = inputs.layout
     values, whole = mean_of(inputs.everything, len(inputs.ingredients)), partition(layout, "model")
     block_of = dict.fromkeys(layout.names, 0)
-    return Coefficients(values, inputs.names, whole.names, block_of, buffer_policy(recipe), layout.tied)
+    made = Coefficients(values, inputs.names, whole.names, block_of, buffer_policy(recipe), layout.tied)
+    return with_computed_buffers(made, inputs.ingredients, layout, recipe)
+
+
+def with_computed_buffers(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], layout: Layout, recipe: Recipe
+) -> Coefficients:
+    """Add the buffers that are functions of the soup's weights: the singular vectors of spectral normalization.
+
+    A soup of one ingredient keeps that ingredient's buffers.
+
+    Args:
+        coefficients: the coefficients of the soup.
+        ingredients: its K ingredients.
+        layout: the layout of the model.
+        recipe: the recipe, for the dtype of the soup.
+    """
+    if len(coefficients.used()) < 2:
+        return coefficients
+    found: Statistics = {}
+    shapes = layout.state_shapes
+    for norm in layout.spectral:
+        name = layout.tied.get(norm.weight, norm.weight)
+        dtype = written_dtype(ingredients, name, recipe.out_dtype)
+        weight = mix_range(ingredients, name, coefficients.of(name), 0, math.prod(shapes[name]), dtype)
+        vectors = singular_vectors(weight.view(shapes[name]), norm.dim)
+        found |= {key: vector.astype(np.float32) for key, vector in zip((norm.u, norm.v), vectors, strict=True)}
+    return replace(coefficients, statistics=coefficients.statistics | found)
 
 
 def buffer_policy(recipe: Recipe) -> str:

@@ -7,10 +7,10 @@ mirror that is uploaded while it runs.
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 import shutil
-import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,23 +19,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from ray_soup import __version__
-from ray_soup.errors import RecipeError, SoupError
+from ray_soup.errors import RecipeError, SoupError, Stopped, explain
 from ray_soup.io import storage
+from ray_soup.io.cache import content_key
+from ray_soup.io.disk import read_json, write_bytes, writing
 from ray_soup.io.find import check_apart
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lease import Lease
 from ray_soup.io.mirror import Mirror
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.io.redact import check_uri
+from ray_soup.io.redact import check_uri, redact_uris
+from ray_soup.io.signals import last_words, uninterrupted
 from ray_soup.recipe import Recipe, dump_recipe
+from ray_soup.soups.identity import check_same
+from ray_soup.soups.place import HELD, check_own, check_place, local_folder
 from ray_soup.soups.records import (
     BegunRecord,
     ResultRow,
     RunRecord,
+    check_files,
+    finished_record,
     read_begun,
     read_results,
     read_run_record,
@@ -43,11 +51,11 @@ from ray_soup.soups.records import (
     write_results,
     write_run_record,
 )
-from ray_soup.task.functions import MOVED
 
 MODEL, COEFFICIENTS, TABLE = "model.safetensors", "coefficients.safetensors", "coefficients.parquet"
 BOARD = "tensorboard"
-KEPT_STATE = ("begun.json", "resolved.json", "lock", "lease")  # of a finished run; the rest of state/ is removed
+KEPT_STATE = ("begun.json", "resolved.json", *HELD)  # of a finished run; the rest of state/ is removed
+STARTED = ("begun.json", "resolved.json")  # what a run writes into state/ before it has learned anything
 
 
 @dataclass
@@ -76,6 +84,12 @@ class Output:
     lease: Lease
     mirror: Mirror | None = None
     """None for a local OUT."""
+    before: dict[str, bytes] = field(default_factory=dict)
+    """The files of state/ when this run began: the content of those in STARTED, size and time of the others."""
+    moved: list[Path] = field(default_factory=list)
+    """The files that `publish` has moved into OUT."""
+    finished: bool = False
+    """True once run.json says that the run has finished."""
 
     # Places
 
@@ -87,12 +101,18 @@ class Output:
         """Return a path or URI below OUT, which every node sees if it sees OUT."""
         return storage.join(str(self.folder) if self.mirror is None else self.mirror.uri, *names)
 
+    def token(self) -> str:
+        """Return a text that only this run has, and has again when it is resumed."""
+        begun = self.state("begun.json")
+        place = str(self.folder.resolve()) if self.mirror is None else self.mirror.uri
+        return content_key("run", place, begun.stat().st_mtime_ns if begun.exists() else time.time_ns())
+
     def visible_to_actors(self, file: Path) -> str:
         """Return a path or URI where actors on any node find `file`; a file of a mirror is uploaded first."""
         if self.mirror is None:
             return str(file)
         uri = self.uri_of("state", "evaluated")
-        parts = set(json.loads(file.read_text())["weight_map"].values()) if file.suffix == ".json" else set()
+        parts = set(read_json(file)["weight_map"].values()) if file.suffix == ".json" else set()
         for name in (*parts, file.name):
             storage.upload(file.with_name(name), storage.join(uri, name))
         return storage.join(uri, file.name)
@@ -108,39 +128,107 @@ class Output:
 
         Returns None if there is work to do. Raises RecipeError if the folder belongs to something else.
         """
+        check_own(self.folder, zoo="kind" in now)
         file = self.state("begun.json")
-        if not file.exists():
-            foreign = sorted(f.name for f in self.folder.iterdir() if f.name != "state")
-            if foreign:
-                raise RecipeError(
-                    f"{self.folder} is not empty and was not written by ray_soup (found {', '.join(foreign[:4])}). Choose a "
-                    "new folder."
-                )
+        self.before = self._contents()
+        if file.name not in self.before:
             write_begun(now, file)
             return None
-        _check_same(self.folder, read_begun(file), now)
+        check_same(self.folder, read_begun(file), now)
         record = read_run_record(self.folder)
-        if record is None or record.get("exit") != 0:
+        if record is None or record["exit"] != 0:
             return None
+        self.finished = True
+        record = finished_record(self.folder)
+        if self.mirror is None:  # which has no models
+            check_files(self.folder, record)
         return Soup(self.folder, read_results(self.folder), record, record.get("notes", []), was_complete=True)
 
     @contextmanager
     def recording_failures(self) -> Iterator[None]:
-        """Write how the run ended into run.json if it fails inside this context."""
+        """If the run fails inside this context, write how it ended into run.json.
+
+        A run that was refused before it learned anything leaves the folder as it was, and a finished one stays finished.
+        """
+        try:
+            with last_words(self._record_stop):
+                yield
+        except BaseException as error:
+            text, code = explain(error)
+            with suppress(OSError, SoupError):
+                self._clear(self.state("out"))
+                if not self.finished and not (code in (2, 3) and self._undo()):
+                    write_run_record({"exit": code, "error": text}, self.folder / "run.json")
+            raise
+
+    @contextmanager
+    def discarding_refused(self) -> Iterator[None]:
+        """If the run is refused inside this context before it has learned anything, leave the folder as it was."""
         try:
             yield
         except BaseException as error:
-            code = exit_code_of(error)
-            shutil.rmtree(self.state("out"), ignore_errors=True)
-            with suppress(OSError):
-                write_run_record({"exit": code, "error": f"{error}" or type(error).__name__}, self.folder / "run.json")
+            if explain(error)[1] in (2, 3):
+                with suppress(OSError, SoupError):
+                    self._undo()
             raise
 
+    def _record_stop(self) -> None:
+        """Write into run.json that a signal ended this run."""
+        if not self.finished:
+            text, code = explain(Stopped())
+            write_run_record({"exit": code, "error": text}, self.folder / "run.json")
+
+    def _contents(self) -> dict[str, bytes]:
+        """Return the files of state/ that a run keeps there, with what tells whether they changed."""
+        found = {}
+        for file in self.state().rglob("*"):
+            name = str(file.relative_to(self.state()))
+            if not name.startswith("out/") and name not in HELD and not name.endswith(".tmp"):
+                with suppress(FileNotFoundError):  # removed just now
+                    seen = file.stat()
+                    if stat.S_ISREG(seen.st_mode):
+                        known = file.name in STARTED
+                        found[name] = file.read_bytes() if known else f"{seen.st_size} {seen.st_mtime_ns}".encode()
+        return found
+
+    def _undo(self) -> bool:
+        """Restore the folder as it was before `begin`, unless the run has learned something; return whether it did."""
+        now = self._contents()
+        changed = {name for name in (*now, *self.before) if now.get(name) != self.before.get(name)}
+        if any(Path(name).name not in STARTED for name in changed):
+            return False
+        for name in changed:
+            if name in self.before:
+                write_bytes(self.state(name), self.before[name])
+            else:
+                self.state(name).unlink(missing_ok=True)
+        for folder in sorted(self.state().rglob("*"), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        return True
+
+    def discard(self) -> None:
+        """Remove everything that this run has written, unless it has finished; what cannot be removed can be resumed."""
+        started = [name for name in ("out", *reversed(STARTED)) if name not in self.before]  # begun.json last
+        if not self.finished:
+            with suppress(OSError):
+                for path in (*self.moved, *map(self.state, started)):
+                    self._clear(path)
+
+    @staticmethod
+    def _clear(path: Path) -> None:
+        """Remove a file, a link or a folder, if it exists."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
     def staging(self) -> Path:
-        """Create an empty folder to finish files in, before `publish`."""
+        """Create an empty folder to finish files in, before `publish`. Raises SoupError if it cannot be written."""
         folder = self.state("out")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with writing(folder):
+            self._clear(folder)
+            folder.mkdir()
         return folder
 
     def publish(self, recipe: Recipe, rows: Sequence[ResultRow], record: RunRecord, staging: Path) -> None:
@@ -149,81 +237,34 @@ class Output:
         Raises SoupError if another run took over the folder, or if it cannot be written.
         """
         self.lease.check()
-        try:
-            (staging / "recipe.yaml").write_text(dump_recipe(recipe))
+        with writing(self.folder):
+            write_bytes(staging / "recipe.yaml", redact_uris(dump_recipe(recipe)).encode(errors="backslashreplace"))
             write_results(rows, staging / "results.jsonl")
             record["files"] = {f.name: sha256_file(str(f)) for f in sorted(staging.iterdir())}
             write_run_record(record, staging / "run.json")
-            for file in sorted(staging.iterdir(), key=lambda f: f.name == "run.json"):
-                file.replace(self.folder / file.name)
+            with uninterrupted():
+                for file in sorted(staging.iterdir(), key=lambda f: f.name == "run.json"):
+                    self.moved.append(file.replace(self.folder / file.name))
+                self.finished = True
+        with suppress(OSError):  # the soup is finished, whatever is left
             staging.rmdir()
             for left in self.state().iterdir():
                 if left.name not in KEPT_STATE:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-        except OSError as error:
-            raise SoupError(
-                f"{self.folder} could not be written ({error.strerror}). Free some disk space, then rerun the same command."
-            ) from error
-
-
-def exit_code_of(error: BaseException) -> int:
-    """Return the exit code of `ray-soup` for the exception that ended a run."""
-    if isinstance(error, SoupError):
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 143 if isinstance(error, SystemExit) and error.code == signal.SIGTERM else 1  # Ray turns SIGTERM into exit(15)
+                    self._clear(left)
 
 
 def begun(recipe: Recipe, ingredients: Sequence[Ingredient], **options: Any) -> BegunRecord:
     """Return the record of a started folder: the recipe, identities of the ingredients, and options of the command."""
-    record: BegunRecord = {"recipe": dump_recipe(recipe), "ingredients": [i.identity for i in ingredients]}
+    record: BegunRecord = {"recipe": redact_uris(dump_recipe(recipe)), "ingredients": [i.identity for i in ingredients]}
     return {**record, **options}  # type: ignore[typeddict-item]
 
 
-def _check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
-    """Check that the folder was started with the same recipe, ingredients and options. Raises RecipeError."""
-    difference = _difference(out, before["recipe"], now["recipe"])
-    if difference:
-        raise RecipeError(f"{out} belongs to another recipe: {difference}. Choose a new folder, or use the old recipe.")
-    if before["ingredients"] != now["ingredients"]:
-        old, new = (
-            {file[0]: file for one in d["ingredients"] for file in one if isinstance(file, list) and file}
-            for d in (before, now)
-        )
-        which = [path for path in {**old, **new} if old.get(path) != new.get(path)]
-        raise RecipeError(
-            f"{out} was started with ingredients that have changed since: {', '.join(which[:3])}. Choose a new folder that "
-            "is not inside the ingredients' folder."
-        )
-    old_options, new_options = dict(before), dict(now)
-    for key in [*old_options, *new_options]:
-        if key not in ("recipe", "version") and old_options.get(key) != new_options.get(key):
-            raise RecipeError(
-                f"{out} was started with {key} {old_options.get(key)}, but this command has {new_options.get(key)}. Choose "
-                "a new folder, or use the old options."
-            )
-
-
-def _difference(out: Path, old: str, new: str) -> str:
-    """Describe what differs between two recipes, apart from `actors`, which may change; empty if nothing does."""
-    import yaml
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        lines: dict[str, Any] = {}
-        for key, value in values.items():
-            lines.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return lines
-
-    try:
-        a, b = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
-    except (yaml.YAMLError, AttributeError) as error:
-        file = out / "state" / "begun.json"
-        raise RecipeError(f"{file} is damaged ({error}). Choose a new folder, or empty this one.") from error
-    for values in (a, b):  # a function that moved since version 0.1 is still the same model
-        values["model"] = MOVED.get(values.get("model", ""), values.get("model"))
-    changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and not key.startswith("actors.")]
-    return "; ".join(f"{key} was {a.get(key)} and is now {b.get(key)}" for key in changed[:3])
+def begun_zoo(recipe: Recipe) -> BegunRecord:
+    """Return the record of a started folder of fine-tuned checkpoints: the parts of the recipe that `finetune` uses."""
+    values = yaml.safe_load(redact_uris(dump_recipe(recipe)))
+    used = {key: values[key] for key in ("model", "finetune", "precision", "ignore") if key in values}
+    used["data"] = {key: values["data"][key] for key in ("train", "fit")}
+    return {"recipe": yaml.safe_dump(used, sort_keys=False), "ingredients": [], "kind": "finetune"}
 
 
 @contextmanager
@@ -236,14 +277,15 @@ def open_output(
 
     Raises RecipeError if another run holds `out`, or if `out` is where the recipe looks for `ingredients`.
     """
-    if not str(out):
-        raise RecipeError("OUT is empty; expected a folder, or a URI such as s3://bucket/folder.")
-    check_apart(ingredients, str(out))
     if storage.is_remote(str(out)):
+        check_apart(ingredients, str(out))
         with _open_remote(str(out).rstrip("/"), progress) as output:
             yield output
     else:
-        with _open_local(Path(out).absolute(), progress) as output:
+        folder = local_folder(out)
+        check_apart(ingredients, str(folder))
+        check_place(folder)
+        with _open_local(folder, progress) as output:
             yield output
 
 
@@ -256,11 +298,14 @@ def _open_remote(uri: str, progress: ProgressCallback) -> Iterator[Output]:
         try:
             yield Output(mirror.folder, lease, mirror)
         except BaseException as error:
-            with suppress(SoupError):
+            with suppress(SoupError, OSError):
                 lease.check()
                 mirror.push()
             if isinstance(error, SoupError):
-                raise type(error)(str(error).replace(str(mirror.folder), uri)) from error
+                text = str(error).replace(str(mirror.folder), uri)
+                if isinstance(error.__cause__, OSError) and text != str(error):  # the disk here may be full
+                    text += f" (The local copy of {uri} is {mirror.folder}.)"
+                raise type(error)(text) from error
             raise
         lease.check()
         mirror.push(progress=progress)
@@ -271,26 +316,35 @@ def _open_remote(uri: str, progress: ProgressCallback) -> Iterator[Output]:
 @contextmanager
 def _open_local(out: Path, progress: ProgressCallback) -> Iterator[Output]:
     """Hold a local folder by a file lock, which ends with its process, and a lease for machines that share the disk."""
-    state = out / "state"
+    state, lock_file = out / "state", out / "state" / "lock"
+    new = [path for path in (lock_file, state, out, *out.parents) if not os.path.lexists(path)]
+    lock = FileLock(lock_file)
     try:
-        existed = out.exists()
         state.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"The output folder {out} cannot be created: {error.strerror}. Choose another.") from error
-    lock = FileLock(state / "lock")
-    try:
         lock.acquire(timeout=0)
     except Timeout:
         raise RecipeError(f"Another run is using {out}. Wait for it, or choose another folder.") from None
+    except (OSError, NotImplementedError) as error:
+        _remove_new(new)
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"The output folder {out} cannot be created: {reason}. Choose another.") from error
     try:
         with Lease(str(state / "lease"), progress) as lease:
             yield Output(out, lease)
     finally:
-        if not any(f.name != "lock" for f in state.iterdir()):  # the run left nothing: leave no trace
-            shutil.rmtree(state)
-            if not existed and not any(out.iterdir()):
-                out.rmdir()
-        lock.release()
+        _remove_new(new)  # a run that left nothing leaves no trace
+        with suppress(OSError):  # the lock ends in any case
+            lock.release()
+
+
+def _remove_new(paths: Sequence[Path]) -> None:
+    """Remove the lock file, if it is new, and the new folders that are empty again, from the inside out."""
+    with suppress(OSError):
+        for path in paths:
+            if path.name == "lock":
+                path.unlink(missing_ok=True)  # while the lock is held: another process notices that the file is gone
+            elif os.path.lexists(path):
+                path.rmdir()
 
 
 def versions() -> dict[str, str]:

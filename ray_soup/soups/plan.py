@@ -14,7 +14,8 @@ import numpy as np
 
 from ray_soup.actors.messages import Mesh, StepTimings
 from ray_soup.actors.on_ray import RayPool
-from ray_soup.actors.placement import actor_bytes, connect, resolve_mesh
+from ray_soup.actors.placement import actor_bytes, resolve_mesh
+from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import partition
@@ -116,6 +117,7 @@ def _figures(
         "bytes_read": sum(i.nbytes for i in inputs.ingredients),
         "steps": turns * options.epochs * per_epoch,
         "image_passes": turns * options.epochs * sizes["fit"],
+        "baseline_image_passes": _baseline_passes(recipe, count, sizes),
         "step_s": full,
         "step_parts_s": {"combine": combine, "passes": full - combine - project - CALL_S * mesh.size, "project": project},
         "traffic_bytes_per_step_and_actor": int(12 * model_batch * blocks + 4 * options.batch_size // mesh.size + vector),
@@ -134,7 +136,7 @@ def _seconds(
     last = fit - (per_epoch - 1) * options.batch_size
     epoch_s = (per_epoch - 1) * costs.step_s(options.batch_size) + costs.step_s(last) + costs.evaluation_s(select)
     learning = turns * options.epochs * epoch_s + costs.evaluation_s(select)
-    recalibrates = inputs.recalibrates(recipe)
+    recalibrates = bool(inputs.recalibrated(recipe))
     if recalibrates:  # at the start of every turn and after every epoch
         learning += turns * (options.epochs + 1) * costs.evaluation_s(min(fit, CALIBRATION_WHILE_CHOOSING))
     read = sum(i.nbytes for i in inputs.ingredients)
@@ -143,7 +145,16 @@ def _seconds(
         store = read * max(1.5 * timings.hash_s / max(1, int(cpus)), timings.read_s)
     evaluated = select + sum(sizes[name] for name in test_sets(sizes)) + (min(fit, CALIBRATION) if recalibrates else 0)
     final = costs.evaluation_s(evaluated) + read * max(0.1 * timings.hash_s, timings.read_s)
-    return {"start": START_S, "store": store, "learning": learning, "mixing and evaluation": final}
+    seconds = {"start": START_S, "store": store, "learning": learning, "mixing and evaluation": final}
+    passes = _baseline_passes(recipe, len(inputs.ingredients), sizes)
+    return seconds | ({"best single ingredient": costs.evaluation_s(passes) + read * timings.read_s} if passes else {})
+
+
+def _baseline_passes(recipe: Recipe, count: int, sizes: dict[str, int]) -> int:
+    """Count the forward passes for the best single ingredient: of all on select, then of the best on what is reported."""
+    if recipe.baseline == "none":
+        return 0
+    return (count + 1) * sizes["select"] + sum(sizes[name] for name in test_sets(sizes))
 
 
 def lines(found: dict[str, Any]) -> list[list[str]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import Data, Recipe
+from ray_soup.recipe import BEST_SINGLE, Data, Recipe
+from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
 from ray_soup.soups.make import Mixture, make, uniform_coefficients
 from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
@@ -56,6 +58,7 @@ class _Made:
 
     mixture: Mixture
     row: dict[str, Any] = field(default_factory=dict)
+    baseline: Baseline | None = None
     record: dict[str, Any] = field(default_factory=dict)
     sha256: list[str] = field(default_factory=list)
     shown: dict[str, Outcome] = field(default_factory=dict)
@@ -104,18 +107,21 @@ def make_soup_in(
         "notes": notes,
     }
     record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
-    row = {"model_name": recipe.method, **made.row, "ingredients_used": used, "seconds": clock.total()}
-    write_descriptions(staging, recipe, coefficients, [row], record, recipe.model)
-    (staging / "report.html").write_text(html(_report(recipe, row, record, made)))
-    output.publish(recipe, [row], record, staging)
-    return Soup(output.folder, [row], record, notes)
+    rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, "ingredients_used": used, "seconds": clock.total()}]
+    if made.baseline:
+        rows.append(made.baseline.row)
+    write_descriptions(staging, recipe, coefficients, rows, record, recipe.model)
+    write_bytes(staging / "report.html", html(_report(recipe, rows, record, made)).encode())
+    output.publish(recipe, rows, record, staging)
+    return Soup(output.folder, rows, record, notes)
 
 
 def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
     """Make a uniform soup from a recipe without data: there are no actors, and nothing is evaluated."""
     coefficients = uniform_coefficients(recipe, inputs)
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
-    return _Made(Mixture(coefficients, notes=["The recipe has no data: this soup was not evaluated."]))
+    note = f"The recipe has no data: this soup was not evaluated. {NOTHING_TO_COMPARE_WITH}"
+    return _Made(Mixture(coefficients, notes=[note]))
 
 
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:
@@ -130,6 +136,7 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
         after_epoch=scalars(output.folder / BOARD / recipe.method),
     )
     mixture = make(session)
+    mixture.notes += session.setup.notes
     clock.lap(recipe.method)
     peak = max(session.pool.peak_memory())
     similarity = cosines(session.pool.gram()) if learning else None
@@ -138,6 +145,12 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
         recipe.shard_size,
     )  # fmt: skip
     clock.lap("mixing and evaluation")
+    baseline = compare_with_best_single(session, outcomes)
+    clock.lap("best single ingredient")
+    if baseline:
+        mixture.notes += baseline.notes
+    elif "select" not in outcomes:
+        mixture.notes.append(f"The recipe has no data.fit. {NOTHING_TO_COMPARE_WITH}")
     figures = mixture.figures
     if session.mesh.shards > 1 and learning:  # the shards of a replica gather parameters and scatter gradients
         shards = session.mesh.shards
@@ -148,16 +161,19 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
         "examples": {name: len(split) for name, split in session.splits.items()},
         "peak_memory_bytes": peak,
         **figures,
+        **(baseline.record if baseline else {}),
     }
     costs = {"steps": figures.get("steps"), "image_passes": figures.get("image_passes"), "peak_memory_bytes": peak}
-    shown = {recipe.method: outcomes[judged(outcomes)[0]]} if outcomes else {}
-    return _Made(mixture, figures_of(outcomes) | costs, record, list(session.facts.sha256), shown, similarity)
+    models = {BEST_SINGLE: baseline.outcomes} if baseline else {}
+    shown = {name: found[judged(found)[0]] for name, found in {**models, recipe.method: outcomes}.items() if found}
+    row = figures_of(outcomes) | costs
+    return _Made(mixture, row, baseline, record, list(session.facts.sha256), shown, similarity)
 
 
-def _report(recipe: Recipe, row: ResultRow, record: RunRecord, made: _Made) -> Report:
+def _report(recipe: Recipe, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
     coefficients: dict[str, Coefficients] = {}
     curves: dict[str, list[dict[str, float]]] = {}
     if recipe.info.learns:
         coefficients, curves = {recipe.method: made.mixture.coefficients}, {recipe.method: made.mixture.figures["curve"]}
     title = f"{recipe.method} soup of {len(record['ingredients'])} ingredients"
-    return Report(title, recipe, [row], record, coefficients, curves, made.shown, made.similarity)
+    return Report(title, recipe, rows, record, coefficients, curves, made.shown, made.similarity)

@@ -10,29 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ray_soup.actors.messages import Mesh, SetupInfo, StoreInfo
 from ray_soup.actors.on_ray import RayPool
-from ray_soup.actors.placement import actor_bytes, connect, has_room, memory_of_each, resolve_mesh
+from ray_soup.actors.placement import actor_bytes, has_room, memory_of_each, resolve_mesh
 from ray_soup.actors.pool import ActorPool
+from ray_soup.actors.ray_session import connect
 from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.binding import Ignored
+from ray_soup.io.cache import content_key
 from ray_soup.io.check import check_floats, check_together
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Layout
-from ray_soup.mixing.running_statistics import buffers_of
+from ray_soup.mixing.buffers import check_buffers, differing_layers
 from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
-from ray_soup.soups.evaluations import evaluation_key, individual_outcomes
+from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, recall
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.records import read_resolved, write_resolved
 from ray_soup.soups.state import StateCallback, ignore_state
+from ray_soup.task import identity
 from ray_soup.task.data import Split, calibration_batches, cut_splits
+from ray_soup.task.evidence import check_evidence
 from ray_soup.task.models import describe
+from ray_soup.task.objective import check_functions
 from ray_soup.task.outcomes import Outcome, join_outcomes
-from ray_soup.task.sources import check_sources_exist
+from ray_soup.task.sources import check_sources
 
 CALIBRATION = 10_000  # maximum number of examples of fit for the running statistics of a finished soup
 CALIBRATION_WHILE_CHOOSING = 512  # the same while learning and for greedy candidates
@@ -44,6 +49,8 @@ class Inputs:
 
     ingredients: tuple[Ingredient, ...]
     layout: Layout
+    notes: tuple[str, ...] = ()
+    """Notes for the user about how the ingredients were trained."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,21 +63,19 @@ class Inputs:
         return tuple(range(len(self.ingredients)))
 
     @cached_property
-    def statistics_differ(self) -> bool:
-        """True if the ingredients have different running statistics; False if their BatchNorm layers were frozen."""
-        names = [n for n in buffers_of(self.layout.tracking) if n in self.layout.buffers and "num_batches" not in n]
-        first = self.ingredients[0]
-        return any(not torch.equal(i.read(name), first.read(name)) for name in names for i in self.ingredients[1:])
+    def differing_layers(self) -> tuple[str, ...]:
+        """The layers whose running statistics differ between ingredients; the other BatchNorm layers were frozen."""
+        return differing_layers(self.ingredients, self.layout.tracking, self.layout.buffers)
 
-    def recalibrates(self, recipe: Recipe) -> bool:
-        """Return whether the running statistics of soups are re-estimated on fit instead of averaged."""
+    def recalibrated(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the layers whose running statistics are re-estimated on fit for every soup instead of averaged."""
         if recipe.data.fit is None or recipe.buffers not in ("auto", "recalibrate"):
-            return False
-        return bool(self.layout.tracking) and (recipe.buffers == "recalibrate" or self.statistics_differ)
+            return ()
+        return self.layout.tracking if recipe.buffers == "recalibrate" else self.differing_layers
 
 
 def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
-    """Open the ingredients, check them, and bind them to the model; reads headers only.
+    """Open the ingredients, check them, and bind them to the model; reads headers and buffers only.
 
     Raises RecipeError if the recipe lacks data or ingredients, IngredientError if the ingredients do not fit together.
     """
@@ -80,12 +85,18 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
         )
     if recipe.data.fit is None and recipe.buffers == "recalibrate":
         raise RecipeError("buffers: recalibrate needs data.fit, held-out data to estimate running statistics on. Add it.")
-    check_sources_exist(recipe.data)
+    check_sources(recipe.data)
+    check_functions(recipe)
     found = open_ingredients(recipe.ingredients, RESERVED_NAMES)
     layout = describe(recipe.model)
-    ingredients = check_together(found, layout.state_shapes, layout.tied)
+    notes = check_evidence(recipe, found, layout)
+    ignore: Ignored = (*recipe.ignore, *layout.in_files.unsaved)
+    ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore)
+    layout = layout.with_names({alias for ingredient in ingredients for alias in ingredient.aliases})
     check_floats(ingredients, layout.names)
-    return Inputs(tuple(ingredients), layout)
+    if needs_fit or not recipe.info.is_reference:
+        check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
+    return Inputs(tuple(ingredients), layout, tuple(notes))
 
 
 @dataclass
@@ -129,6 +140,10 @@ class Session:
         """Return all examples of a source as one split."""
         return Split(source, np.arange(self.setup.sizes[source], dtype=np.int32))
 
+    def is_whole(self, split: Split) -> bool:
+        """Return whether a split has all examples of its source, in order."""
+        return np.array_equal(split.rows, np.arange(self.setup.sizes[split.source]))
+
     @property
     def held_out(self) -> list[Split]:
         """Fit and select together."""
@@ -140,7 +155,7 @@ class Session:
 
     def calibration(self, most: int) -> list[Split]:
         """Return the batches of fit that running statistics are estimated on; none if they are averaged."""
-        if not self.inputs.recalibrates(self.recipe):
+        if not self.inputs.recalibrated(self.recipe):
             return []
         learn = self.recipe.learn
         return calibration_batches(self.splits["fit"], learn.batch_size, learn.seed, most)
@@ -163,26 +178,41 @@ class Session:
         return self.facts.sha256
 
     def keys(self, splits: list[Split]) -> list[list[str]]:
-        """Return the cache keys of the ingredients' evaluations on whole sources, [K][splits]."""
+        """Return the cache keys of the ingredients' evaluations on splits, [K][splits]."""
         device = "cuda" if self.recipe.actors.gpus else "cpu"
         setup, torch_version = self.setup, versions()["torch"]
-        known = [(setup.fingerprint, setup.contents[s.source], device, torch_version) for s in splits]
-        which = [digest + i.key for digest, i in zip(self.digests(), self.inputs.ingredients, strict=True)]
+        contents = [setup.contents[s.source] for s in splits]
+        for n, split in enumerate(splits):
+            if not self.is_whole(split):
+                contents[n] = content_key(contents[n], split.rows.tolist())
+        known = [(setup.fingerprint, content, device, torch_version) for content in contents]
+        which = [digest + i.within for digest, i in zip(self.digests(), self.inputs.ingredients, strict=True)]
         return [[evaluation_key(name, *parts) for parts in known] for name in which]
 
     def individual(self) -> list[Outcome]:
         """Return the outcome of each ingredient on the held-out set."""
         splits, outcomes = self.held_out, self.facts.outcomes
         if any(s.source not in outcomes for s in splits):
-            found = individual_outcomes(
-                self.pool,
-                [i.path for i in self.inputs.ingredients],
-                self.keys(splits),
-                splits,
-                lambda done, total: self.progress("evaluating ingredients", done, total),
-            )
+            found = self._evaluated(splits)
             outcomes |= {s.source: [row[n] for row in found] for n, s in enumerate(splits)}
         return [join_outcomes(row) for row in zip(*(outcomes[s.source] for s in splits), strict=True)]
+
+    def on(self, split: Split) -> list[Outcome]:
+        """Return the outcome of each ingredient on a split, selected from those on its whole source if these are known."""
+        whole = self.facts.outcomes.get(split.source)
+        if whole is None and not self.is_whole(split):
+            kept = [recall(key) for (key,) in self.keys([self.whole(split.source)])]
+            whole = [outcome for outcome in kept if outcome is not None]
+        if whole is not None and len(whole) == len(self.inputs.ingredients):
+            return [outcome.at(split.rows) for outcome in whole]
+        return [outcome for (outcome,) in self._evaluated([split])]
+
+    def _evaluated(self, splits: list[Split]) -> list[list[Outcome]]:
+        """Return the outcomes of the ingredients on splits, [K][splits], from the cache where it has them."""
+        return individual_outcomes(
+            self.pool, [i.path for i in self.inputs.ingredients], self.keys(splits), splits,
+            lambda done, total: self.progress("evaluating ingredients", done, total),
+        )  # fmt: skip
 
 
 @contextmanager
@@ -204,6 +234,7 @@ def open_session(
         progress: called with what is being done, the units done so far, and the units in total.
         resolved_file: where the mesh is recorded; None: in the state of `output`.
     """
+    identity.in_run(output.token())
     with connect():
         file = output.state("resolved.json") if resolved_file is None else resolved_file
         mesh, cpus, model_batch = _resolve(recipe, inputs, file, learning, progress)
@@ -228,12 +259,12 @@ def _resolve(
     if kept is not None and kept["actors"] == requested and has_room(recipe, Mesh(*kept["mesh"]), kept["cpus"]):
         return Mesh(*kept["mesh"]), kept["cpus"], kept["model_batch"]
     try:
-        mesh, cpus = resolve_mesh(recipe, numel, count if learning else 0, progress)
+        mesh, cpus = resolve_mesh(recipe, numel, count if learning else 0, progress, now=True)
     except RecipeError:
         if kept is None:
             raise
         fewer = with_changes(recipe, {"actors.replicas": "auto", "actors.shards": "auto"})
-        mesh, cpus = resolve_mesh(fewer, numel, count if learning else 0)
+        mesh, cpus = resolve_mesh(fewer, numel, count if learning else 0, now=True)
     model_batch = fitting_model_batch(recipe, numel, count, mesh) if kept is None else kept["model_batch"]
     write_resolved(
         {"mesh": [mesh.replicas, mesh.shards], "cpus": cpus, "model_batch": model_batch, "actors": requested}, file

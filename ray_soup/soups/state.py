@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from ray_soup.soups.records import check_version
+from ray_soup.errors import SoupError
+from ray_soup.io.disk import write_bytes
+from ray_soup.recipe import Recipe
+from ray_soup.soups.records import check_version, damaged
 
 VERSION = 2  # 1: the same keys without `version`, written by ray_soup 0.1
 
@@ -59,6 +66,8 @@ class LearnState:
     """Bytes to and from one actor in a step."""
     seconds: float = 0.0
     """Time spent learning, over all starts."""
+    task: str = ""
+    """Identifies what is learned, as from `task_of`; empty in states of earlier versions."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """One entry per epoch: turn, epoch, fit_nll, select_nll, select_accuracy, steps, and lr, that of its last step."""
 
@@ -71,19 +80,103 @@ def ignore_state(step: int, steps: int, state: LearnState) -> None:
     """Do nothing."""
 
 
+def task_of(recipe: Recipe) -> str:
+    """Return the digest of everything in a recipe that determines what is learned, apart from defaults."""
+    kept = {"model", "ingredients", "data", "method", "blocks", "learn", "buffers", "directions"}
+    values = recipe.model_dump(mode="json", include=kept, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def save_state(state: LearnState, path: Path) -> None:
-    """Write the state atomically."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"version": VERSION, **{f: getattr(state, f) for f in state.__dataclass_fields__}}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write the state atomically. Raises SoupError if it cannot be written."""
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, **{f: getattr(state, f) for f in state.__dataclass_fields__}}, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
-def load_state(file: Path | IO[bytes]) -> LearnState:
-    """Read a state. Raises RecipeError if a newer version of ray_soup wrote it."""
-    found = torch.load(file, weights_only=True)
-    check_version(found, VERSION, getattr(file, "name", file))
+def load_state(file: Path | IO[bytes], task: str = "", shape: tuple[int, ...] | None = None) -> LearnState:
+    """Read a state.
+
+    Args:
+        file: written by `save_state`.
+        task: what is to be learned, as from `task_of`; empty: anything.
+        shape: shape [K, B] of the coordinates; None: any.
+
+    Raises RecipeError if the file is damaged, belongs to another task, or was written by a newer version of ray_soup.
+    """
+    name = getattr(file, "name", "the state") if not isinstance(file, Path) else file
+    remedy = f"Remove {name} to learn this soup from the start."
+    try:
+        check_archive(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"found a {type(found).__name__}; expected the state of a soup")
+    except SoupError:
+        raise
+    except Exception as error:  # torch raises errors of many kinds for damaged files
+        raise damaged(name, f"{error}".partition("\n")[0], remedy) from error
+    check_version(found, VERSION, name)
     found.pop("version", None)
-    return LearnState(**found)
+    fault = next(_faults(found, shape), None)
+    if fault is not None:
+        raise damaged(name, fault, remedy)
+    state = LearnState(**found)
+    if task and state.task and state.task != task:
+        raise damaged(name, "it belongs to another recipe", remedy)
+    return state
+
+
+def check_archive(file: Path | IO[bytes]) -> None:
+    """Check the checksums in a torch file, which `torch.load` ignores. Raises ValueError, or zipfile.BadZipFile."""
+    with zipfile.ZipFile(file) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise ValueError(f"the checksum of {wrong} does not match")
+    if not isinstance(file, Path):
+        file.seek(0)
+
+
+def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator[str]:
+    """Yield what is wrong with the fields of a state."""
+    fields = LearnState.__dataclass_fields__
+    if set(found) - set(fields) or set(fields) - set(found) - {"task"}:
+        yield f"its keys are {', '.join(sorted(map(str, found)))[:200]}; expected {', '.join(sorted(fields))}"
+        return
+    wrong = next((f for f in _COUNTS if type(found[f]) is not int or found[f] < 0), None)
+    wrong = wrong or next((f for f in _NUMBERS if type(found[f]) is not float or math.isnan(found[f])), None)
+    if wrong is not None:
+        yield f"{wrong} is {found[wrong]!r}"
+    for name, dimensions in (("y", 2), ("moving", 2), ("best", 2), ("factor", 0)):
+        tensor = found[name]
+        if tensor is None and name in ("moving", "best"):
+            continue
+        whole = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and tensor.dim() == dimensions
+        if not whole or not torch.isfinite(tensor).all():
+            yield f"{name} is no float64 tensor of {dimensions} dimensions with finite values"
+            return
+    y, moving, best = found["y"], found["moving"], found["best"]
+    if shape is not None and tuple(y.shape) != tuple(shape):
+        yield f"y is {list(y.shape)}; expected {list(shape)} for these ingredients and blocks"
+    for tensor in (moving, best):
+        if tensor is not None and (moving is None or tensor.shape != moving.shape or tensor.shape[1] != y.shape[1]):
+            yield "moving and best do not fit y"
+    if shape is not None and moving is not None and best is None:
+        yield "best is missing"
+    if not isinstance(found["precision"], str) or not isinstance(found.get("task", ""), str):
+        yield "precision or task is no text"
+    statistics = found["statistics"]
+    if statistics is not None and not (
+        isinstance(statistics, dict) and all(isinstance(tensor, torch.Tensor) for tensor in statistics.values())
+    ):
+        yield "statistics are no tensors"
+    if not isinstance(found["optimizer"], (dict, type(None))):
+        yield "optimizer is no state"
+    for name, kind in (("step_ms", float), ("overhead_ms", float), ("curve", dict)):
+        if not isinstance(found[name], list) or not all(isinstance(one, kind) for one in found[name]):
+            yield f"{name} is no list of {kind.__name__}"
+
+
+_COUNTS = ("turn", "epoch", "step", "fit_count", "steps", "image_passes", "wire_bytes")
+_NUMBERS = ("best_factor", "best_nll", "fit_loss", "seconds")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray_soup.io.check import left_out_notes
+from ray_soup.io.disk import write_text
 from ray_soup.io.find import find_sweeps
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback
@@ -56,9 +58,9 @@ def bake_and_evaluate(
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
         found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
         overwrite_tensors(found, file)
-        mixture.coefficients = replace(mixture.coefficients, statistics=found)
+        mixture.coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
         mixture.notes.append(
-            f"The running statistics of {len(inputs.layout.tracking)} BatchNorm layers were re-estimated on "
+            f"The running statistics of {len(inputs.recalibrated(session.recipe))} BatchNorm layers were re-estimated on "
             f"{sum(map(len, calibration)):,} examples of fit."
         )
     outcomes = pool.evaluate_file(output.visible_to_actors(file), list(splits.values()), progress)
@@ -102,7 +104,7 @@ def write_descriptions(
     dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
     write_companions(model, folder, dtypes.most_common(1)[0][0])
     line = loading_line(model, [file.name for file in folder.iterdir()])
-    (folder / "README.md").write_text(model_card(recipe, coefficients, rows, record, line))
+    write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, line))
 
 
 # What run.json says about the ingredients
@@ -122,9 +124,7 @@ def listed(ingredients: Sequence[Ingredient], sha256: Sequence[str]) -> list[Ing
 def remarks(recipe: Recipe, inputs: Inputs, sha256: Sequence[str]) -> list[str]:
     """Return notes for the user about the ingredients: trials and tensors left out, and duplicates."""
     notes = [note for sweep in find_sweeps(recipe.ingredients) if (note := sweep.note())]
-    tower = [name for name in inputs.ingredients[0].left_out if not name.endswith("position_ids")]
-    if tower:
-        notes.append(f"The text tower ({len(tower)} tensors, such as {tower[0]}) was left out: the model has none.")
+    notes += [*left_out_notes(inputs.ingredients), *inputs.notes]
     first: dict[str, str] = {}
     for ingredient, digest in zip(inputs.ingredients, sha256, strict=True):
         if digest in first:
@@ -135,12 +135,12 @@ def remarks(recipe: Recipe, inputs: Inputs, sha256: Sequence[str]) -> list[str]:
 
 def stale_statistics(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Return a warning if running statistics that differ between ingredients are averaged."""
-    if inputs.recalibrates(recipe) or not inputs.statistics_differ:
+    if inputs.recalibrated(recipe) or not inputs.differing_layers:
         return []
     cure = "set buffers: recalibrate" if recipe.data.fit is not None else "add data.fit"
     return [
-        f"This model has {len(inputs.layout.tracking)} BatchNorm layers, and the soup's running statistics are averages "
-        f"over the ingredients. They do not match its activations, so the soup may be much worse than it could be: {cure}."
+        f"{len(inputs.differing_layers)} BatchNorm layers of this model have running statistics that are averages over the "
+        f"ingredients. They do not match the soup's activations, so it may be much worse than it could be: {cure}."
     ]
 
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
+from ray_soup.task.libraries import timm_model_arguments
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build
 from ray_soup.task.transformers_models import has_tokenizer, local_only
 
 LOADING_LINES = {
-    "open_clip": "open_clip.create_model({name!r}, pretrained={file!r})",
-    "timm": "timm.create_model({name!r}, num_classes={classes}, checkpoint_path={file!r})",
+    "open_clip": "open_clip.create_model({name!r}, pretrained={file!r}{more})",
+    "timm": "timm.create_model({name!r}, num_classes={classes}{more}, checkpoint_path={file!r})",
     "torchvision": (
-        "(model := torchvision.models.get_model({name!r}, num_classes={classes})).load_state_dict("
+        "(model := torchvision.models.get_model({name!r}, num_classes={classes}{more})).load_state_dict("
         "safetensors.torch.load_file({file!r}))"
     ),
 }
@@ -39,7 +40,20 @@ def loading_line(spec: str, files: Iterable[str]) -> str:
     if sharded or with_own_head or model.library not in LOADING_LINES:
         return f"ray_soup.load_model({spec!r}, '.')"
     line = LOADING_LINES[model.library]
-    return line.format(name=model.name, classes=model.options.get("classes"), file="model.safetensors")
+    more = "".join(f", {name}={value!r}" for name, value in _arguments(model).items())
+    return line.format(name=model.name, classes=model.options.get("classes"), file="model.safetensors", more=more)
+
+
+def _arguments(model: ModelSpec) -> dict[str, Any]:
+    """Return the options that the model itself depends on, as arguments of the function of its library that creates it."""
+    if model.library == "timm":
+        return timm_model_arguments(model)
+    if model.library == "open_clip":
+        size = model.size("image_size", model.text)
+        return {} if size is None else {"force_image_size": size}
+    if model.name.startswith("vit_") and "crop_size" in model.options:
+        return {"image_size": int(model.options["crop_size"])}
+    return {}
 
 
 def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:

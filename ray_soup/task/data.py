@@ -7,22 +7,21 @@ a memory-mapped array: images in uint8 if the rest of the preprocessing is arith
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import InUse, cached, content_key, lookup
-from ray_soup.io.disk import reading_threads
 from ray_soup.recipe import Data
-from ray_soup.task.preprocess import Preprocess, Tail, cut_tail, input_kind, preprocess_identity
-from ray_soup.task.sources import RawExamples, read_source
+from ray_soup.task.classes import Classes, differing, reference, renumbering, unlike_image_folder
+from ray_soup.task.decode import Decoder, decoder_of
+from ray_soup.task.preprocess import Preprocess, Tail, input_kind, preprocess_identity
+from ray_soup.task.raw_examples import RawExamples, Source, row_number
+from ray_soup.task.sources import key_of, named_sources, peek_classes, read_source
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,16 @@ class Examples:
     """int64 [n]."""
     tail: Tail | None = None
     """Arithmetic that turns `images` into the model's inputs; None if they already are."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes, by label, of a folder of images."""
+    classes: Classes | None = None
+    """The names of the classes by label, if the source knows them."""
     hold: InUse | None = None
     """The cache entry of `images`, which must not be evicted while they are in use."""
+    key: str = "data"
+    """The recipe key of the source."""
+    where: Callable[[int], str] = row_number
+    """Describes the place of a row."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the source, and what was assumed about its labels."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,138 +75,159 @@ class Examples:
         return (images if self.tail is None else self.tail(images)), labels
 
     def check_labels(self, classes: int) -> None:
-        """Check that all labels are in 0 to classes - 1. Raises RecipeError."""
+        """Check that all labels are in 0 to classes - 1, and that class folders are the model's classes.
+
+        Raises RecipeError.
+        """
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
         if len(wrong):
             from_one = self.labels.min() == 1 and self.labels.max() == classes
             cure = "The labels seem to count from 1: subtract 1" if from_one else "Fix the labels or the model"
             raise RecipeError(
-                f"{self.spec}: label {self.labels[wrong[0]]} at row {wrong[0]} ({len(wrong)} out of range); the model has "
-                f"{classes} classes, so labels are 0 to {classes - 1}. {cure}."
+                f"{self.key}: {self.spec}: label {self.labels[wrong[0]]} at {self.where(int(wrong[0]))} ({len(wrong)} out "
+                f"of range); the model has {classes} classes, so labels are 0 to {classes - 1}. {cure}."
+            )
+        names = self.classes
+        if names is not None and names.by_position and len(names.names) != classes:
+            raise RecipeError(
+                f"{self.key}: {self.spec}: the class folders of the data have {len(names.names)} names ({names}), and the "
+                f"model has {classes} classes. A label is the position of a folder among them, so every class needs a "
+                f"folder with an image in one of the sources. {' '.join(self.notes)} Add or remove folders, or store the "
+                "labels: use Parquet or .npz."
             )
 
 
-def load_source(spec: str, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, Examples]:
-    """Read a source, and decode and preprocess its examples if the cache does not hold them yet.
+def check_model_names(examples: Examples, id2label: object) -> None:
+    """Check that classes which the model's config and the data both name have the same label in both.
+
+    Args:
+        examples: a source.
+        id2label: names by label in the config of a model of transformers; anything else is ignored.
+
+    Raises RecipeError.
+    """
+    if examples.classes is None or not isinstance(id2label, Mapping):
+        return
+    labels = {str(name): label for label, name in id2label.items()}
+    for label, name in enumerate(examples.classes.names):
+        if labels.get(name, label) != label:
+            raise RecipeError(
+                f"{examples.key}: {examples.spec}: class '{name}' has label {label}, and label {labels[name]} in the "
+                "model's config.json (id2label). Save the data with the labels of the model."
+            )
+
+
+def load_source(spec: str, preprocess: Preprocess | None, key: str = "data") -> Generator[tuple[int, int], None, Examples]:
+    """Read one source, with its own labels, and decode and preprocess its examples if the cache does not hold them yet.
 
     Yields (examples decoded, total). Raises RecipeError if an example cannot be decoded.
     """
-    raw = yield from read_source(spec, input_kind(preprocess))
-    if raw.arrays is not None:
-        return Examples(spec, raw.arrays, raw.labels)
-    decode, tail, first = _decoder(raw, preprocess)
-    count = len(raw.labels)
-
-    def make(folder: Path) -> Iterator[tuple[int, int]]:
-        shape = (count, *first.shape)
-        array = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=first.dtype, shape=shape)
-        done = 0
-        for part in _decoded(raw, decode, first):
-            array[done : done + len(part)] = part
-            done += len(part)
-            yield done, count
-        array.flush()
-
-    hold = yield from cached("data", _key(raw, preprocess), first.nbytes * count, make)
-    return Examples(spec, np.load(hold.path / "images.npy", mmap_mode="r"), raw.labels, tail, raw.classes, hold)
+    raw = yield from read_source(Source(key, spec), input_kind(preprocess))
+    return (yield from _decoded(raw, preprocess, None if raw.arrays is not None else decoder_of(raw, preprocess)))
 
 
-def load_sources(data: Data, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, dict[str, Examples]]:
+def load_named(data: Data, name: str, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, Examples]:
+    """Load train, fit, select, test or test_NAME, with the labels that equal classes have in all sources of the recipe.
+
+    Yields (examples decoded, total). Raises RecipeError.
+    """
+    raw = yield from read_source(named_sources(data)[name], input_kind(preprocess))
+    raw = _renumbered(data, {name: raw})[name]
+    return (yield from _decoded(raw, preprocess, None if raw.arrays is not None else decoder_of(raw, preprocess)))
+
+
+def load_sources(
+    data: Data, preprocess: Preprocess | None, check: Callable[[dict[str, Examples]], object] | None = None
+) -> Generator[tuple[int, int], None, dict[str, Examples]]:
     """Load the sources of fit, select and test that the recipe names, by the names of Data.sources.
+
+    Args:
+        data: the recipe's section `data`.
+        preprocess: the model's preprocessing.
+        check: called before all is decoded, with the labels and the first input of each source.
 
     Yields (examples decoded, total) of one source at a time. Raises RecipeError.
     """
+    raws: dict[str, RawExamples] = {}
+    for name in data.sources():
+        raws[name] = yield from read_source(named_sources(data)[name], input_kind(preprocess))
+    raws = _renumbered(data, raws)
+    decoders = {name: decoder_of(raw, preprocess) if raw.arrays is None else None for name, raw in raws.items()}
+    if check is not None:
+        check({name: _preview(raw, decoders[name]) for name, raw in raws.items()})
     sources: dict[str, Examples] = {}
-    for name, spec in data.sources().items():
-        sources[name] = yield from load_source(spec, preprocess)
-    _check_classes({name: (e.spec, e.classes) for name, e in sources.items()})
+    for name, raw in raws.items():
+        sources[name] = yield from _decoded(raw, preprocess, decoders[name])
     return sources
 
 
+def _renumbered(data: Data, raws: Mapping[str, RawExamples]) -> dict[str, RawExamples]:
+    """Give equal names of classes equal labels in all sources; the names of local sources that are not in `raws` count too.
+
+    Raises RecipeError.
+    """
+    known = []
+    for name, source in named_sources(data).items():
+        classes = raws[name].classes if name in raws else peek_classes(source)
+        if classes is not None:
+            known.append(classes)
+    shared = reference(known)
+    return dict(raws) if shared is None else {name: _with_labels_of(shared, raw) for name, raw in raws.items()}
+
+
+def _with_labels_of(shared: Classes, raw: RawExamples) -> RawExamples:
+    """Renumber a source by the names of its classes."""
+    own = raw.classes
+    if own is None:
+        return raw
+    mapping = renumbering(own, shared, np.unique(raw.labels).tolist())
+    names = replace(shared, by_position=own.by_position and shared.by_position)
+    order = unlike_image_folder(shared)
+    notes = (*raw.notes, order) if order else raw.notes
+    if mapping is None:
+        return replace(raw, classes=names, notes=notes)
+    note = f"{own.key}: labels were renumbered by name, to those of {shared.key}: {differing(own, mapping)}."
+    return replace(raw, labels=mapping[raw.labels], classes=names, notes=(*notes, note))
+
+
+def _preview(raw: RawExamples, decoder: Decoder | None) -> Examples:
+    """Return all labels of a source with its first input only."""
+    if decoder is None:
+        assert raw.arrays is not None
+        return _examples(raw, raw.arrays[:1])
+    return _examples(raw, decoder.first[None], decoder.tail)
+
+
+def _examples(raw: RawExamples, images: np.ndarray, tail: Tail | None = None, hold: InUse | None = None) -> Examples:
+    source = raw.source
+    return Examples(source.spec, images, raw.labels, tail, raw.classes, hold, source.key, raw.where, raw.notes)
+
+
+def _decoded(
+    raw: RawExamples, preprocess: Preprocess | None, decoder: Decoder | None
+) -> Generator[tuple[int, int], None, Examples]:
+    """Decode and preprocess the examples of a source if they are neither arrays nor in the cache."""
+    if decoder is None:
+        assert raw.arrays is not None
+        return _examples(raw, raw.arrays)
+    count, first = len(raw.labels), decoder.first
+
+    def make(folder: Path) -> Iterator[tuple[int, int]]:
+        header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (count, *first.shape)}
+        done = 0
+        with open(folder / "images.npy", "wb") as file:  # not memory-mapped: a full disk would kill the process (SIGBUS)
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in decoder.parts():
+                file.write(np.ascontiguousarray(part, first.dtype).data)
+                done += len(part)
+                yield done, count
+
+    hold = yield from cached("data", _key(raw, preprocess), first.nbytes * count, make)
+    return _examples(raw, np.load(hold.path / "images.npy", mmap_mode="r"), decoder.tail, hold)
+
+
 def _key(raw: RawExamples, preprocess: Preprocess | None) -> str:
-    return content_key("v2", raw.identity, preprocess_identity(preprocess))
-
-
-def _decoder(raw: RawExamples, preprocess: Preprocess | None) -> tuple[Callable[[Any], np.ndarray], Tail | None, np.ndarray]:
-    """Return the function that decodes one image, path or text; the rest of the preprocessing; and the first array.
-
-    Raises RecipeError if the first example cannot be decoded.
-    """
-    if preprocess is None:
-        raise RecipeError(
-            f"data: {raw.spec} contains encoded images or texts, and the model has no preprocessing for them. Return "
-            "(model, preprocess) from the model's function, or use an .npz file of arrays."
-        )
-    value = next(raw.parts())[0]
-    if input_kind(preprocess) == "text":
-
-        def text(value: str) -> np.ndarray:
-            return np.asarray(preprocess(value))
-
-        return text, None, _naming_row(raw, 0, text, value)
-
-    found = _naming_row(raw, 0, lambda value: cut_tail(preprocess, _open_image(value)), value)
-    body, tail = found or (lambda image: np.asarray(preprocess(image)), None)
-
-    def image(value: Any) -> np.ndarray:
-        return body(_open_image(value))
-
-    return image, tail, _naming_row(raw, 0, image, value)
-
-
-def _open_image(value: bytes | Path) -> Any:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-        return image.convert("RGB")
-
-
-def _naming_row(raw: RawExamples, row: int, work: Callable[[Any], Any], value: Any) -> Any:
-    """Call `work(value)`; its errors become a RecipeError that names the source and the row."""
-    try:
-        return work(value)
-    except (OSError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        where = f" ({value.name})" if isinstance(value, Path) else ""
-        raise RecipeError(
-            f"data: {raw.spec}: the example at row {row}{where} cannot be decoded ({error}). Repair or remove it."
-        ) from error
-
-
-def _decoded(raw: RawExamples, decode: Callable[[Any], np.ndarray], first: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the decoded source in stacked parts; in threads, because PIL releases the GIL while it decodes and resizes."""
-
-    def array(row: int, value: Any) -> np.ndarray:
-        found: np.ndarray = _naming_row(raw, row, decode, value)
-        if found.shape != first.shape or found.dtype != first.dtype:
-            raise RecipeError(
-                f"data: {raw.spec}: row {row} becomes {found.dtype} {list(found.shape)} and row 0 {first.dtype} "
-                f"{list(first.shape)}. Change the preprocessing so that all examples have the same shape."
-            )
-        return found
-
-    done = 0
-    with ThreadPoolExecutor(reading_threads()) as pool:
-        for values in raw.parts():
-            yield np.stack(list(pool.map(array, range(done, done + len(values)), values)))
-            done += len(values)
-
-
-def _check_classes(found: dict[str, tuple[str, tuple[str, ...]]]) -> None:
-    """Check that image folders have the same classes, because labels are positions in the list of classes.
-
-    `found` maps the name of a source to its spec and its classes, which are empty for other kinds of sources. Raises
-    RecipeError.
-    """
-    named = {name: source for name, source in found.items() if source[1]}
-    for name, (spec, classes) in named.items():
-        first, (other, theirs) = next(iter(named.items()))
-        if classes != theirs:
-            odd = sorted(set(classes) ^ set(theirs))
-            raise RecipeError(
-                f"data.{name} ({spec}) has {len(classes)} class folders and data.{first} ({other}) {len(theirs)}; not "
-                f"in both: {', '.join(odd[:4])}. A label is a position in the sorted list of folders: create the missing "
-                "folders, empty."
-            )
+    return content_key("v3", raw.identity, preprocess_identity(preprocess))
 
 
 def digests(spec: str, preprocess: Preprocess | None = None) -> Generator[tuple[int, int], None, np.ndarray]:
@@ -209,7 +235,7 @@ def digests(spec: str, preprocess: Preprocess | None = None) -> Generator[tuple[
 
     The hashes of files are kept in the cache. Yields (examples hashed, total).
     """
-    return (yield from _digests((yield from read_source(spec, input_kind(preprocess))), preprocess))
+    return (yield from _digests((yield from read_source(Source("data", spec), input_kind(preprocess))), preprocess))
 
 
 def _digests(raw: RawExamples, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, np.ndarray]:
@@ -238,8 +264,7 @@ def _arrays_of(raw: RawExamples, preprocess: Preprocess | None) -> Iterator[np.n
     if arrays is None:
         hold = lookup("data", _key(raw, preprocess))
         if hold is None:  # data.train need not be in the cache, and is not put there for its digests alone
-            decode, _, first = _decoder(raw, preprocess)
-            yield from _decoded(raw, decode, first)
+            yield from decoder_of(raw, preprocess).parts()
             return
         arrays = np.load(hold.path / "images.npy", mmap_mode="r")
     yield from (arrays[first : first + 4096] for first in range(0, len(arrays), 4096))
@@ -257,12 +282,10 @@ def check_leaks(data: Data, preprocess: Preprocess | None = None) -> Generator[t
     RecipeError for a shared example.
     """
     found: dict[str, np.ndarray] = {}
-    classes: dict[str, tuple[str, tuple[str, ...]]] = {}
-    sources = {**({"train": data.train} if data.train is not None else {}), **data.sources()}
-    for name, spec in sources.items():
-        raw = yield from read_source(spec, input_kind(preprocess))
-        classes[name] = (spec, raw.classes)
-        _check_classes(classes)
+    raws: dict[str, RawExamples] = {}
+    sources = named_sources(data)
+    for name, source in sources.items():
+        raw = raws[name] = yield from read_source(source, input_kind(preprocess))
         found[name] = yield from _digests(raw, preprocess)
         for other, theirs in found.items():
             shared = np.flatnonzero(np.isin(found[name], theirs))
@@ -271,16 +294,34 @@ def check_leaks(data: Data, preprocess: Preprocess | None = None) -> Generator[t
                 first = shared[0]
                 twin = np.flatnonzero(theirs == found[name][first])[0]
                 raise RecipeError(
-                    f"data.{_key_of(name)} and data.{_key_of(other)} share examples ({len(shared)} of {len(found[name])}): "
-                    f"row {first} of {spec} is row {twin} of {sources[other]}. Figures on examples that the ingredients "
-                    "were trained on, or that choices were made on, are optimistic. Remove these rows from one of the two."
+                    f"{key_of(name)} and {key_of(other)} share examples ({len(shared)} of {len(found[name])}): "
+                    f"row {first} of {source.spec} is row {twin} of {sources[other].spec}. Figures on examples that "
+                    "the ingredients were trained on, or that choices were made on, are optimistic. Remove these rows from "
+                    "one of the two."
                 )
+    _check_numbering(data, raws)
     return found
 
 
-def _key_of(name: str) -> str:
-    """Return the recipe key of a source below `data`."""
-    return name.replace("test_", "test.", 1)
+def _check_numbering(data: Data, raws: Mapping[str, RawExamples]) -> None:
+    """Check that classes have the same labels when sources are loaded separately, as data.train is for training.
+
+    The names of a URI or a function are known only to its reader. Raises RecipeError.
+    """
+    used = _renumbered(data, {name: raw for name, raw in raws.items() if name != "train"})
+    used |= _renumbered(data, {name: raw for name, raw in raws.items() if name == "train"})
+    shared = reference([raw.classes for raw in raws.values() if raw.classes is not None])
+    if shared is None:
+        return
+    for name, raw in raws.items():
+        found = _with_labels_of(shared, raw)
+        if not np.array_equal(found.labels, used[name].labels):
+            row = int(np.flatnonzero(found.labels != used[name].labels)[0])
+            raise raw.source.error(
+                f"label {used[name].labels[row]} at {raw.where(row)} is label {found.labels[row]} in {shared.key} "
+                f"({shared.spec}), by the names of the classes: {shared}. Store both with the same classes in the same "
+                "order."
+            )
 
 
 def cut_splits(data: Data, sizes: dict[str, int], fit_digests: np.ndarray | None, seed: int) -> dict[str, Split]:

@@ -14,16 +14,31 @@ The parts of a builder that takes more than a screen belong in a module of their
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
-from ray_soup.task.preprocess import Preprocess
+from ray_soup.task.preprocess import NamedPreprocess, Preprocess
 from ray_soup.task.transformers_models import transformers_classifier
 from ray_soup.task.zero_shot import make_zero_shot
+
+IMAGE_OPTIONS = {
+    "open_clip": ("image_size", "mean", "std", "interpolation", "resize_mode"),
+    "timm": ("img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"),
+    "torchvision": ("resize_size", "crop_size", "mean", "std", "interpolation"),
+}
+"""The options of each library that say how images are preprocessed, by the library's own names."""
+SIZE_OPTIONS = {"open_clip": "image_size", "timm": "img_size", "torchvision": "crop_size"}
+"""The option among them that is the size of the model's input."""
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+"""The values that timm has for its options of these names."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +76,26 @@ def build_open_clip(spec: ModelSpec) -> BuiltModel:
     import open_clip
 
     example = f"open_clip:{spec.name}?classes=1000"
-    spec.check_options(("classes", "normalize", "zeroshot", "template"), example)
+    spec.check_options(("classes", "normalize", "zeroshot", "template", *IMAGE_OPTIONS["open_clip"]), example)
     config = open_clip.get_model_config(spec.name)
     if config is None:
         raise spec.unknown_name(open_clip.list_models())
+    size = spec.size("image_size", example)
+    resize_mode = spec.choice("resize_mode", ("shortest", "longest", "squash"))
+    interpolation = spec.choice("interpolation", ("bicubic", "bilinear"))
     with no_weight_warnings():
-        clip = open_clip.create_model(spec.name, pretrained=None)
+        clip = open_clip.create_model(spec.name, pretrained=None, **({} if size is None else {"force_image_size": size}))
     visual = clip.visual
-    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    preprocess = open_clip.image_transform(visual.image_size, is_train=False, mean=mean, std=std)
+    mean = spec.floats("mean", 3, example) or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = spec.floats("std", 3, example) or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    preprocess = open_clip.image_transform(
+        size or visual.image_size,
+        is_train=False,
+        mean=mean,
+        std=std,
+        resize_mode=resize_mode,
+        interpolation=interpolation,
+    )
     if "zeroshot" in spec.options:
         make_zero_shot(clip, spec)
         return BuiltModel(clip, preprocess)
@@ -82,38 +107,167 @@ def build_open_clip(spec: ModelSpec) -> BuiltModel:
 
 
 def build_timm(spec: ModelSpec) -> BuiltModel:
-    """Build `timm:NAME?classes=N`."""
+    """Build `timm:NAME?classes=N`; the other options are arguments of timm's training script."""
     timm = spec.import_library()
     example = f"timm:{spec.name}?classes=1000"
-    spec.check_options(("classes",), example)
+    spec.check_options(("classes", "in_chans", *IMAGE_OPTIONS["timm"], "global_pool"), example)
     classes = spec.count("classes", example)
-    if not timm.is_model(spec.name.partition(".")[0]):
-        raise spec.unknown_name(timm.list_models())
+    timm_config(spec, None)  # checks the name and the options
     try:
         with no_weight_warnings():
-            model = timm.create_model(spec.name, pretrained=False, num_classes=classes)
+            model = timm.create_model(spec.name, pretrained=False, num_classes=classes, **timm_model_arguments(spec))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(f"model: timm cannot create '{spec.text}' ({error}). Choose another name or options.") from error
+    config = timm_config(spec, model.pretrained_cfg)
+    channels = spec.count("in_chans", example, 3)
+    if channels not in (1, 3):
+        return BuiltModel(model)  # images have one channel or three; others come as arrays
+    if not len(config["mean"]) == len(config["std"]) == channels:
+        example = spec.with_options({"mean": "0.5", "std": "0.5"})
+
+        def refuse(image: Any) -> Any:
+            raise RecipeError(
+                f"model: {spec.text} takes images of one channel, and timm knows no mean and std for these. Add those "
+                f"of the training, as in {example}."
+            )
+
+        return BuiltModel(model, NamedPreprocess(refuse, "no mean"))
+    preprocess = timm.data.create_transform(**config)
+    return BuiltModel(model, preprocess if channels == 3 else _one_channel(preprocess))
+
+
+def timm_model_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """Return the options of a spec as arguments of `timm.create_model`: a size only for models that are built for one."""
+    example = f"timm:{spec.name}?classes=1000"
+    arguments: dict[str, Any] = {}
+    if "in_chans" in spec.options:
+        arguments["in_chans"] = spec.count("in_chans", example)
+    if "img_size" in spec.options and timm_pretrained_cfg(spec).get("fixed_input_size"):
+        arguments["img_size"] = spec.size("img_size", example)
+    if "global_pool" in spec.options:
+        arguments["global_pool"] = spec.options["global_pool"]
+    return arguments
+
+
+def timm_config(spec: ModelSpec, pretrained_cfg: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of timm's `create_transform`: the options of a spec, otherwise those of a pretrained model.
+
+    Args:
+        spec: the recipe key `model`.
+        pretrained_cfg: the configuration of the pretrained model; None: the one of timm's model of this name.
+    """
+    timm = spec.import_library()
+    example = f"timm:{spec.name}?classes=1000"
+    channels = spec.count("in_chans", example, 3)
+    crop = spec.floats("crop_pct", 1, example)
+    if crop is not None and crop[0] <= 0:
+        raise RecipeError(f"model: found {spec.text!r}; expected a positive number for the option 'crop_pct'. Fix it.")
+    size = spec.size("img_size", example)
+    given = {
+        "in_chans": channels,
+        "input_size": None if size is None else (channels, *size),
+        "mean": spec.floats("mean", channels, example),
+        "std": spec.floats("std", channels, example),
+        "crop_pct": crop and crop[0],
+        "crop_mode": spec.choice("crop_mode", CROP_MODES),
+        "interpolation": spec.choice("interpolation", INTERPOLATIONS),
+    }
+    if pretrained_cfg is None:
+        pretrained_cfg = timm_pretrained_cfg(spec)
+    # an empty configuration is an error in timm
+    config: dict[str, Any] = timm.data.resolve_data_config(given, pretrained_cfg=pretrained_cfg or {"tag": ""})
+    return config
+
+
+def timm_pretrained_cfg(spec: ModelSpec) -> dict[str, Any]:
+    """Return the configuration of timm's pretrained model of this name. Raises RecipeError if timm does not have it."""
+    timm = spec.import_library()
+    architecture, _, tag = spec.name.partition(".")
+    if not timm.is_model(architecture):
+        raise spec.unknown_name(timm.list_models())
+    try:
+        known = timm.get_pretrained_cfg(spec.name)
     except RuntimeError as error:
-        raise RecipeError(f"model: timm cannot create '{spec.name}' ({error}). Choose another name.") from error
-    return BuiltModel(model, timm.data.create_transform(**timm.data.resolve_model_data_config(model)))
+        names = timm.list_models(f"{architecture}.*", include_tags=True)
+        known_tags = ", ".join(name.partition(".")[2] for name in names if "." in name) or "none"
+        raise RecipeError(
+            f"model: timm has no pretrained weights '{tag}' for {architecture}; it has {known_tags}. Choose one of these, "
+            f"or write {architecture} alone."
+        ) from error
+    if known is None:  # an old name of a model
+        try:
+            return timm_defaults(spec.name)[0]
+        except Exception as error:
+            raise RecipeError(f"model: timm cannot create '{spec.name}' ({error}). Choose another name.") from error
+    config: dict[str, Any] = known.to_dict()
+    return config
+
+
+@functools.cache
+def timm_defaults(name: str) -> tuple[dict[str, Any], str]:
+    """Return the configuration and the kind of global pooling of timm's model of this name, without its options."""
+    model = timm_outline(name)
+    for owner in (getattr(model, "head", None), model):
+        for attribute in ("global_pool", "pool_type"):
+            pool = getattr(owner, attribute, None)
+            pool = getattr(pool, "pool_type", pool)
+            if isinstance(pool, str):
+                return model.pretrained_cfg, pool
+    return model.pretrained_cfg, ""
+
+
+def timm_outline(name: str, **arguments: Any) -> Any:
+    """Create timm's model of this name, without allocating its parameters if the model allows that."""
+    import timm
+
+    with no_weight_warnings():
+        with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be created there
+            return timm.create_model(name, pretrained=False, **arguments)
+        return timm.create_model(name, pretrained=False, **arguments)
+
+
+def _one_channel(preprocess: Any) -> Preprocess:
+    """Return a transform of torchvision's or timm's that converts images to grayscale first, as timm reads them."""
+    from torchvision import transforms
+
+    compose: Preprocess = transforms.Compose([transforms.Grayscale(), *preprocess.transforms])
+    return compose
 
 
 def build_torchvision(spec: ModelSpec) -> BuiltModel:
     """Build `torchvision:NAME?classes=N`, an image classifier."""
+    from torchvision.transforms import InterpolationMode
+
     tv = spec.import_library().models
     example = f"torchvision:{spec.name}?classes=1000"
-    spec.check_options(("classes",), example)
+    spec.check_options(("classes", *IMAGE_OPTIONS["torchvision"]), example)
     classes = spec.count("classes", example)
     names = tv.list_models(module=tv)  # the image classifiers: detection and segmentation are in submodules
     if spec.name not in names:
         raise spec.unknown_name(names)
-    extra = {"init_weights": True} if spec.name in ("googlenet", "inception_v3") else {}  # these two warn without it
-    model = tv.get_model(spec.name, weights=None, num_classes=classes, **extra)
-    return BuiltModel(model, tv.get_model_weights(spec.name).DEFAULT.transforms())
+    extra: dict[str, Any] = {}
+    if spec.name in ("googlenet", "inception_v3"):  # these two warn without it
+        extra["init_weights"] = True
+    stated: dict[str, Any] = {n: spec.count(n, example) for n in ("resize_size", "crop_size") if n in spec.options}
+    stated |= {n: list(v) for n in ("mean", "std") if (v := spec.floats(n, 3, example)) is not None}
+    if (interpolation := spec.choice("interpolation", ("bilinear", "bicubic", "nearest", "lanczos"))) is not None:
+        stated["interpolation"] = InterpolationMode(interpolation)
+    if spec.name.startswith("vit_") and "crop_size" in stated:
+        extra["image_size"] = stated["crop_size"]
+    try:
+        model = tv.get_model(spec.name, weights=None, num_classes=classes, **extra)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise RecipeError(f"model: torchvision cannot create '{spec.text}' ({error}). Change the options.") from error
+    return BuiltModel(model, tv.get_model_weights(spec.name).DEFAULT.transforms(**stated))
 
 
 def build_transformers(spec: ModelSpec) -> BuiltModel:
     """Build `transformers:FOLDER`, an image or sequence classifier, from its config.json."""
-    return BuiltModel(*transformers_classifier(spec))
+    model, preprocess = transformers_classifier(spec)
+    if isinstance(preprocess, NamedPreprocess):
+        version = spec.import_library().__version__
+        preprocess = replace(preprocess, text=f"transformers {version} {preprocess.text}")
+    return BuiltModel(model, preprocess)
 
 
 LIBRARIES: dict[str, Callable[[ModelSpec], BuiltModel]] = {

@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import importlib
 import logging
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -63,6 +64,51 @@ class ModelSpec:
                 f"{example}."
             )
         return int(value)
+
+    def floats(self, option: str, count: int, example: str) -> tuple[float, ...] | None:
+        """Read an option of `count` numbers separated by commas, or of one for all; None if it is missing.
+
+        Raises RecipeError.
+        """
+        if option not in self.options:
+            return None
+        with contextlib.suppress(ValueError):
+            values = tuple(float(part) for part in self.options[option].split(","))
+            if all(math.isfinite(v) for v in values) and len(values) in (1, count) and (option != "std" or min(values) > 0):
+                return values * count if len(values) == 1 else values
+        what = "one positive number" if option in ("std", "crop_pct") else "one number"
+        raise RecipeError(
+            f"model: found {self.text!r}; expected {what} for the option '{option}'"
+            f"{f', or {count} of them separated by commas' if count > 1 else ''}. Write it as in {example}&{option}=0.5."
+        )
+
+    def size(self, option: str, example: str) -> tuple[int, int] | None:
+        """Read an option that is a size of images, N or HEIGHT,WIDTH; None if it is missing. Raises RecipeError."""
+        if option not in self.options:
+            return None
+        if not re.fullmatch("[1-9][0-9]{0,4}(,[1-9][0-9]{0,4})?", self.options[option]):
+            raise RecipeError(
+                f"model: found {self.text!r}; expected N or HEIGHT,WIDTH in pixels for the option '{option}'. Write it as "
+                f"in {example}&{option}=224."
+            )
+        numbers = [int(part) for part in self.options[option].split(",")]
+        return numbers[0], numbers[-1]
+
+    def choice(self, option: str, choices: Sequence[str]) -> str | None:
+        """Read an option that is one of `choices`; None if it is missing. Raises RecipeError."""
+        value = self.options.get(option)
+        if value is not None and value not in choices:
+            raise RecipeError(
+                f"model: found {self.text!r}; expected {', '.join(choices[:-1])} or {choices[-1]} for the option "
+                f"'{option}'. Fix it."
+            )
+        return value
+
+    def with_options(self, options: Mapping[str, str]) -> str:
+        """Return the text of this model with some options changed or added."""
+        all_options = {**self.options, **options}
+        query = "&".join(f"{name}={value}" for name, value in all_options.items())
+        return f"{self.library}:{self.name}" + (f"?{query}" if query else "")
 
     def unknown_name(self, names: list[str]) -> RecipeError:
         """Return the error for a name that is not among the library's `names`, with suggestions."""

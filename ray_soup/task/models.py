@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
+import importlib
+import os
 import sys
+from collections.abc import Sequence
 
 import torch
 
-from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.errors import RecipeError
+from ray_soup.io.binding import Ignored
+from ray_soup.io.check import check_fits, check_floats
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.mixing.blocks import Layout, layout_of
 from ray_soup.recipe import is_function
-from ray_soup.task.functions import MOVED, import_function
-from ray_soup.task.libraries import LIBRARIES, BuiltModel
+from ray_soup.task.code_files import is_of_library, version
+from ray_soup.task.functions import MOVED, as_in_workers, call, import_function, own_lines
+from ray_soup.task.identity import FORWARD_HOOKS, PLAIN, identify, own_state, without_addresses
+from ray_soup.task.libraries import LIBRARIES, SIZE_OPTIONS, BuiltModel
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.preprocess import preprocess_identity
 
@@ -23,21 +29,64 @@ def build(spec: str) -> BuiltModel:
     """Build the model that `spec` names, with random parameters. Raises RecipeError."""
     parsed = ModelSpec.parse(spec)
     if parsed.library in LIBRARIES:
-        return LIBRARIES[parsed.library](parsed)
-    if is_function(spec):
-        made = import_function(spec)()
-        if isinstance(made, torch.nn.Module):
-            return BuiltModel(made)
-        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module):
-            return BuiltModel(*made)
+        built = LIBRARIES[parsed.library](parsed)
+    elif is_function(spec):
+        built = _made_by(spec)
+    else:
         raise RecipeError(
-            f"model: {spec} returned {type(made).__name__}; expected a model, or (model, preprocess). Change what the "
-            "function returns."
+            f"model: found {spec!r}; expected open_clip:, timm: or torchvision:NAME?classes=N, transformers:FOLDER, or "
+            "package.module:function. Write it in one of these forms."
         )
+    _check_state(built.model, spec)
+    return built
+
+
+def _made_by(spec: str) -> BuiltModel:
+    """Call the function `spec`, and check what it returns."""
+    made = call("model", spec, import_function(spec, "model"))
+    model, *more = made if isinstance(made, tuple) and len(made) == 2 else (made,)
+    if isinstance(model, torch.nn.Module) and all(p is None or (callable(p) and not isinstance(p, type)) for p in more):
+        return BuiltModel(model, *more)
+    found = type(made).__name__
+    if isinstance(made, tuple):
+        found = f"tuple ({', '.join(_kind(part) for part in made[:4])})"
+    elif isinstance(made, type):
+        found = f"the class {made.__name__} instead of an object of it"
     raise RecipeError(
-        f"model: found {spec!r}; expected open_clip:, timm: or torchvision:NAME?classes=N, transformers:FOLDER, or "
-        "package.module:function. Write it in one of these forms."
+        f"model: {spec} returned {found}; expected a model, or (model, preprocess) with a function or None as preprocess. "
+        "Change what the function returns."
     )
+
+
+def _kind(part: object) -> str:
+    return f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+
+
+def _check_state(model: torch.nn.Module, spec: str) -> None:
+    """Check that the state dict of a model consists of its parameters and buffers, so that they determine its outputs.
+
+    Raises RecipeError.
+    """
+    unmade = [name for name, tensor in model.named_parameters() if torch.nn.parameter.is_lazy(tensor)]
+    if unmade:
+        raise RecipeError(
+            f"model: {spec}: the shape of {unmade[0]} is not known yet. Call the model once, on an input of the right "
+            "shape, before the function returns it."
+        )
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    state = model.state_dict(keep_vars=True)
+    odd = sorted(set(state) - {name for name, _ in named})
+    if odd:
+        raise RecipeError(
+            f"model: {spec}: {odd[0]} in its state dict is neither a parameter nor a buffer ({len(odd)} such entries); they "
+            "cannot be mixed. Register them as parameters or buffers instead of using get_extra_state or a state dict hook."
+        )
+    missing = [name for name, _ in model.named_parameters() if name not in state]
+    if missing:
+        raise RecipeError(
+            f"model: {spec}: its state dict lacks the parameter {missing[0]} ({len(missing)} are missing). Remove the hook "
+            "that changes the names in the state dict."
+        )
 
 
 def describe(spec: str) -> Layout:
@@ -45,13 +94,54 @@ def describe(spec: str) -> Layout:
 
     Raises RecipeError.
     """
-    try:
-        with torch.device("meta"):
+    with as_in_workers():  # a matplotlib.py in the current folder must not replace the library
+        with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built there
             return layout_of(build(spec).model)
-    except RecipeError:
-        raise
-    except Exception:  # some models read their parameters while being built, which fails on the meta device in many ways
         return layout_of(build(spec).model)
+
+
+def logits_of(model: torch.nn.Module, inputs: torch.Tensor, spec: str, source: str) -> torch.Tensor:
+    """Compute the logits of one example, and check what the model returns: float [1, classes].
+
+    Args:
+        model: the model that `spec` names.
+        inputs: one example, [1, ...].
+        spec: the recipe key `model`.
+        source: where the example comes from, for messages.
+
+    Raises RecipeError.
+    """
+    example = f"one example of {source}, {inputs.dtype} {list(inputs.shape[1:])}"
+    try:
+        with torch.inference_mode():
+            logits = call("model", spec, model, inputs)
+    except RecipeError as error:
+        cause = error.__cause__
+        if cause is None:
+            raise
+        lines = "".join(f"\n    {line}" for line in own_lines(cause)) if is_function(spec) else ""
+        raise RecipeError(
+            f"model: {spec} cannot process {example}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+            f"{lines}\nChange `model:`{_size_option(spec)} or the data."
+        ) from cause
+    if not isinstance(logits, torch.Tensor):
+        more = [name for name in ("logits", "out") if hasattr(logits, name) or (isinstance(logits, dict) and name in logits)]
+        cure = f"Return its entry '{more[0]}'" if more else "Return the logits alone"
+        raise RecipeError(
+            f"model: {spec} returned {type(logits).__name__} for {example}; expected a tensor of logits [1, classes]. "
+            f"{cure} from the model's forward."
+        )
+    if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 1 or not logits.is_floating_point():
+        raise RecipeError(
+            f"model: {spec} returned {logits.dtype} {list(logits.shape)} for {example}; expected float logits [1, classes]. "
+            "Change what the model returns."
+        )
+    return logits
+
+
+def _size_option(spec: str) -> str:
+    name = SIZE_OPTIONS.get(ModelSpec.parse(spec).library)
+    return f" (its option `{name}` sets the size of the images)" if name else ""
 
 
 def load_model(spec: str, path: str) -> torch.nn.Module:
@@ -64,37 +154,62 @@ def load_model(spec: str, path: str) -> torch.nn.Module:
     return model.eval()
 
 
-def load_checkpoint(model: torch.nn.Module, path: str) -> None:
+def load_checkpoint(model: torch.nn.Module, path: str, ignore: Sequence[str] = ()) -> None:
     """Fill in the parameters and buffers of `model`, in place, from the checkpoint at `path`.
+
+    Args:
+        model: the model.
+        path: a checkpoint.
+        ignore: glob patterns of tensors to leave out, the recipe key `ignore`.
 
     Raises IngredientError if the checkpoint does not fit.
     """
     layout = layout_of(model)
-    checkpoint = open_ingredient(path).bind(layout.state_shapes, layout.tied)
-    missing = set(layout.state_shapes) - set(checkpoint.tensors)
-    extra = set(checkpoint.tensors) - set(layout.state_shapes)
-    if missing or extra:
-        raise IngredientError(
-            f"{path} does not fit the model: the file lacks {sorted(missing)[:3]}, and the model has no {sorted(extra)[:3]} "
-            f"({len(missing)} missing and {len(extra)} unexpected tensors). Use a checkpoint of this model."
-        )
+    unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
+    checkpoint = check_fits(open_ingredient(path), layout.state_shapes, layout.known_names, unneeded)
+    checkpoint.check_copies()
+    check_floats([checkpoint], layout.names)
     state = model.state_dict()
     with torch.no_grad():
         for name, shape in layout.state_shapes.items():
             state[name].copy_(checkpoint.read(name).view(shape))
 
 
-def fingerprint(spec: str, built: BuiltModel) -> str:
-    """Hash everything that the outputs of a model depend on, except its parameters.
+def fingerprint(spec: str, built: BuiltModel, outside: list[str] | None = None) -> str:
+    """Hash everything that the outputs of a model depend on, except its parameters and persistent buffers.
 
-    This is the SHA-256 of `spec`, of the model's structure and preprocessing, and of the source of the module that its
-    function is in. The hash is the same in every process and part of the cache keys of evaluations.
+    This is the SHA-256 of `spec`, of the model's structure and preprocessing, of its other tensors, attributes and hooks, of
+    the source of the user's modules that it is made of, and of the version of its library. The hash is the same in every
+    process and part of the cache keys of evaluations. `outside` receives the names of what cannot be identified.
     """
     spec = MOVED.get(spec, spec)
-    more = [str(getattr(built.model, name, "")) for name in ("config", "prompts")]
-    parts = [spec, str(built.model), *preprocess_identity(built.preprocess), *more]
-    digest = hashlib.sha256("\n".join(parts).encode())
+    model = built.model
+    more = [str(getattr(model, name, "")) for name in ("config", "prompts")]
+    parts = [spec, without_addresses(str(model)), *preprocess_identity(built.preprocess, outside), *more]
+    state = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    loose = {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in state}
+    parts.append(identify(loose))
     if is_function(spec):
-        with contextlib.suppress(OSError, TypeError):
-            digest.update(inspect.getsource(sys.modules[spec.partition(":")[0]]).encode())
-    return digest.hexdigest()
+        classes = sorted({f"{type(m).__module__} {type(m).__qualname__}": type(m) for m in model.modules()}.items())
+        attributes = [_attributes(module) for module in model.modules()]
+        for value in (import_function(spec), classes, attributes):
+            parts.append(identify(value, strict=False, state=state, outside=outside))
+    else:
+        parts.append(version(importlib.import_module(ModelSpec.parse(spec).library).__name__))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, object]:
+    """Return what the outputs of a module depend on besides its code, parameters, buffers and submodules.
+
+    Of a module of a library, these are plain values, hooks, and methods that were replaced.
+    """
+    found = own_state(module)
+    name = type(module).__module__
+    if not is_of_library(getattr(sys.modules.get(name), "__file__", None) or os.__file__, name):
+        return found
+    return {
+        name: value
+        for name, value in found.items()
+        if type(value) in PLAIN or name in FORWARD_HOOKS or callable(getattr(type(module), name, None))
+    }

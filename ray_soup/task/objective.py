@@ -9,10 +9,20 @@ import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Recipe
-from ray_soup.task.functions import import_function
+from ray_soup.task.functions import call, import_function
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps logits float32 [n, classes] and labels int64 [n] to losses or scores."""
+
+
+def check_functions(recipe: Recipe) -> None:
+    """Import the recipe's loss and metric, so that a misspelled one is found before anything else is done.
+
+    Raises RecipeError.
+    """
+    for key, spec in (("loss", recipe.loss), ("metric", recipe.metric)):
+        if spec is not None:
+            import_function(spec, key)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -28,32 +38,38 @@ def loss_of(recipe: Recipe, classes: int, device: torch.device) -> Callable[...,
     """
     if recipe.loss is None:
         return cross_entropy
-    function = import_function(recipe.loss)
+    spec, function = recipe.loss, import_function(recipe.loss, "loss")
 
     def summed(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        found = function(logits, labels)
-        if not isinstance(found, torch.Tensor) or found.shape not in ((), labels.shape):
+        found = call("loss", spec, function, logits, labels)
+        if not isinstance(found, torch.Tensor) or found.shape not in ((), labels.shape) or not found.is_floating_point():
             raise RecipeError(
-                f"loss: {recipe.loss} returned {_shape(found)}; expected losses [{len(labels)}], or their sum. Change "
+                f"loss: {spec} returned {_shape(found)}; expected float losses [{len(labels)}], or their sum. Change "
                 "what the function returns."
             )
         return found.sum()
 
     logits, labels = _synthetic(classes, device)
     logits.requires_grad_()
-    whole = _checked("loss", recipe.loss, summed, logits, labels)
-    first, rest = (_checked("loss", recipe.loss, summed, logits[some], labels[some]) for some in (slice(1), slice(1, None)))
+    whole = _checked("loss", spec, summed, logits, labels)
+    first, rest = (_checked("loss", spec, summed, logits[some], labels[some]) for some in (slice(1), slice(1, None)))
     parts = first + rest
-    if not whole.requires_grad:
+    gradient = torch.autograd.grad(whole, logits, allow_unused=True)[0] if whole.requires_grad else None
+    if gradient is None:
         raise RecipeError(
-            f"loss: {recipe.loss} has no gradient with respect to the logits; expected a differentiable loss. Compute "
+            f"loss: {spec} has no gradient with respect to the logits; expected a differentiable loss. Compute "
             "it from the logits with torch operations that have gradients."
         )
     if not torch.allclose(whole, parts, rtol=1e-3):
         raise RecipeError(
-            f"loss: {recipe.loss} of three examples is {whole.item():.4g}, but the losses of the first and of the other two "
+            f"loss: {spec} of three examples is {whole.item():.4g}, but the losses of the first and of the other two "
             f"add up to {parts.item():.4g}. Return losses [n], or their sum (reduction='sum'), with each loss a function of "
             "its own example only."
+        )
+    if not torch.isfinite(gradient).all():
+        raise RecipeError(
+            f"loss: {spec} has a gradient that is not finite with synthetic logits {list(logits.shape)}; expected finite "
+            "gradients. Fix the function."
         )
     return summed
 
@@ -66,39 +82,44 @@ def metric_of(recipe: Recipe, classes: int, device: torch.device) -> Function | 
     """
     if recipe.metric is None:
         return None
-    function = import_function(recipe.metric)
+    spec, function = recipe.metric, import_function(recipe.metric, "metric")
 
     def scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        found = function(logits, labels)
-        if not isinstance(found, torch.Tensor) or found.shape != labels.shape:
+        found = call("metric", spec, function, logits, labels)
+        if not isinstance(found, torch.Tensor) or found.shape != labels.shape or found.is_complex():
             raise RecipeError(
-                f"metric: {recipe.metric} returned {_shape(found)}; expected a score for each of {len(labels)} examples. "
+                f"metric: {spec} returned {_shape(found)}; expected a score for each of {len(labels)} examples. "
                 "Change what the function returns."
             )
         return found.float()
 
-    _checked("metric", recipe.metric, scores, *_synthetic(classes, device))
+    _checked("metric", spec, scores, *_synthetic(classes, device))
     return scores
 
 
 def _shape(found: object) -> str:
-    return str(list(found.shape)) if isinstance(found, torch.Tensor) else type(found).__name__
+    if isinstance(found, torch.Tensor):
+        return f"{list(found.shape)}" + ("" if found.is_floating_point() else f" of {found.dtype}")
+    return f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
 
 
 def _synthetic(classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make random logits float32 [3, classes] and labels int64 [3]."""
-    logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(0))
+    """Make random logits float32 [3, classes] and labels int64 [3]. The logits are probabilities too, for a loss of them."""
+    values = torch.randn(3, classes, generator=torch.Generator().manual_seed(0))
+    logits = values.softmax(1) if classes > 1 else values.sigmoid()
     return logits.to(device), torch.tensor([0, classes - 1, 0], device=device)
 
 
 def _checked(key: str, spec: str, function: Function, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Call a function of the recipe; its errors become a RecipeError that names the recipe key."""
-    try:
-        return function(logits, labels)
-    except RecipeError:
-        raise
-    except Exception as error:
+    """Call a function of the recipe, and check that its result is finite and its arguments are as before."""
+    before = logits.detach().clone(), labels.clone()
+    found = function(logits, labels)
+    for name, now, then in zip(("logits", "labels"), (logits, labels), before, strict=True):
+        if not torch.equal(now, then):
+            raise RecipeError(f"{key}: {spec} changes its argument '{name}' in place. Work on a copy of it.")
+    if not torch.isfinite(found).all():
         raise RecipeError(
-            f"{key}: {spec} failed with synthetic logits {list(logits.shape)} and labels {list(labels.shape)}: {error}. "
-            "Fix the function."
-        ) from error
+            f"{key}: {spec} returned {found.detach().flatten()[~torch.isfinite(found).flatten()][0].item()} for synthetic "
+            f"logits {list(logits.shape)} and labels {labels.tolist()}; expected finite values. Fix the function."
+        )
+    return found

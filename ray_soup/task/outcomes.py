@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+
+from ray_soup.errors import SoupError
+from ray_soup.io.disk import write_bytes
 
 LOG_FACTORS = np.linspace(-2, 2, 41)
 """Logarithms of the factors on the logits that are tried to find a temperature; the middle one is 0."""
@@ -116,19 +121,25 @@ def save_outcomes(outcomes: dict[str, Outcome], file: Path) -> None:
         for f in fields(Outcome)
         if getattr(outcome, f.name) is not None
     }
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    temporary.replace(file)
+    with io.BytesIO() as buffer:
+        np.savez(buffer, **arrays)
+        write_bytes(file, buffer.getvalue())
 
 
 def load_outcomes(file: Path) -> dict[str, Outcome]:
-    """Read outcomes by name from a file that `save_outcomes` wrote."""
+    """Read outcomes by name from a file that `save_outcomes` wrote. Raises SoupError if it is missing or damaged."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(file) as arrays:
-        for key in arrays.files:
-            name, _, column = key.rpartition(".")
-            found.setdefault(name, {})[column] = arrays[key]
-    return {name: Outcome(**columns) for name, columns in found.items()}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                name, _, column = key.rpartition(".")
+                found.setdefault(name, {})[column] = arrays[key]
+        outcomes = {name: Outcome(**columns) for name, columns in found.items()}
+        if not outcomes or any(len({len(a) for a in o.arrays() if a is not None}) > 1 for o in outcomes.values()):
+            raise ValueError("its arrays do not fit together")
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise SoupError(f"{file} is damaged ({error}). Remove it to compute it again.") from error
+    return outcomes
 
 
 def best_log_factor(outcome: Outcome) -> float:

@@ -6,16 +6,14 @@ a quarter of the space, and the step runs on whole batches on the model's device
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from ray_soup.task.identity import identify
 
 Preprocess = Callable[[Any], Any]
 """Maps one PIL image (or one str if its attribute `takes` is "text") to an array or tensor, always of the same shape."""
@@ -47,27 +45,24 @@ def input_kind(preprocess: Preprocess | None) -> str:
     return getattr(preprocess, "takes", "image")
 
 
-def preprocess_identity(preprocess: Any) -> list[str]:
-    """Describe a preprocessing by names, settings and source code, for cache keys.
+def preprocess_identity(preprocess: Any, outside: list[str] | None = None) -> list[str]:
+    """Describe a preprocessing, or another function, by names, settings and code, for cache keys.
 
-    The texts are the same in every process, and change whenever the preprocessing changes.
+    The texts are the same in every process, and change whenever the preprocessing changes: an edit of a module of the user's
+    that it imports is enough. What cannot be identified, such as code that reads a file, has other texts in every run, and
+    its names are added to `outside`.
     """
-    found = []
-    for part in getattr(preprocess, "transforms", [preprocess]):
-        if isinstance(part, NamedPreprocess):
-            found.append(part.text)
-            continue
-        kind = part if inspect.isroutine(part) else type(part)
-        module = getattr(kind, "__module__", "")
-        held = {} if isinstance(part, torch.nn.Module) else getattr(part, "__dict__", {})
-        cells = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
-        text = f"{module} {getattr(kind, '__qualname__', '')} {part!r} {held} {cells}"
-        source = ""
-        if module.partition(".")[0] not in LIBRARIES:
-            with suppress(OSError, TypeError, KeyError):
-                source = inspect.getsource(sys.modules[module])
-        found.append(re.sub(r" at 0x[0-9a-f]+", "", text) + source)
-    return found
+    parts = preprocess.transforms if _class_name(preprocess) == "Compose" else [preprocess]
+    return [part.text if isinstance(part, NamedPreprocess) else _identified(part, outside) for part in parts]
+
+
+def _identified(part: Any, outside: list[str] | None) -> str:
+    return f"{_kind(part)} {identify(part, outside=outside)}"
+
+
+def _kind(part: Any) -> str:
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @dataclass(frozen=True)

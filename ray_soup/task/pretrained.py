@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -52,16 +53,36 @@ def load_pretrained(model: torch.nn.Module, spec: str, source: str) -> torch.nn.
 
 
 def _image_tower(spec: str, source: str) -> dict[str, torch.Tensor]:
+    model = ModelSpec.parse(spec)
+    clip = _clip(model, source.removeprefix(OPEN_CLIP), model.size("image_size", model.text))
+    return {f"visual.{name}": tensor for name, tensor in clip.visual.state_dict().items()}
+
+
+def _clip(model: ModelSpec, tag: str | None, size: tuple[int, int] | None = None) -> Any:
+    """Create a CLIP with the pretrained weights `tag`; for images of another `size` the library resizes its positions.
+
+    Raises RecipeError if open_clip has no such weights, or cannot download them.
+    """
     import open_clip
 
-    clip = open_clip.create_model(ModelSpec.parse(spec).name, pretrained=source.removeprefix(OPEN_CLIP))
-    return {f"visual.{name}": tensor for name, tensor in clip.visual.state_dict().items()}
+    try:
+        with no_weight_warnings():
+            return open_clip.create_model(model.name, tag, **({} if size is None else {"force_image_size": size}))
+    except (RuntimeError, OSError, ValueError) as error:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model.name)) or "none"
+        raise RecipeError(
+            f"finetune.pretrained: open_clip cannot load the weights '{tag}' of {model.name} ({error}). Its weights of this "
+            f"model: {tags}. Name one of them, connect to the network once, or use a file."
+        ) from error
 
 
 def _tensors_of(source: str, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Read those tensors of a checkpoint that the model has, by the model's names."""
-    second_names = layout_of(model).tied
-    checkpoint = open_ingredient(source).bind(state, second_names)
+    layout = layout_of(model)
+    second_names = layout.known_names
+    checkpoint = open_ingredient(source).bind(state, second_names, layout.in_files.unsaved)
+    if checkpoint.unclear:
+        raise RecipeError(f"finetune.pretrained: {source}: {checkpoint.unclear}")
     base = f"{getattr(model, 'base_model_prefix', '')}."  # transformers' name for what is below the head
     given = {}
     for name, info in checkpoint.tensors.items():
@@ -83,8 +104,6 @@ def fill_zero_shot(head: torch.nn.Linear, spec: str, source: str, file: str, tem
 
     Raises RecipeError if the model does not scale its features to unit length, or the class names do not fit the head.
     """
-    import open_clip
-
     model = ModelSpec.parse(spec)
     if model.library != "open_clip" or model.options.get("normalize") != "true":
         raise RecipeError(
@@ -99,8 +118,7 @@ def fill_zero_shot(head: torch.nn.Linear, spec: str, source: str, file: str, tem
             "file or the option `classes`."
         )
     tag = source.removeprefix(OPEN_CLIP) if source.startswith(OPEN_CLIP) else None
-    with no_weight_warnings():
-        clip = open_clip.create_model(model.name, pretrained=tag).eval()
+    clip = _clip(model, tag).eval()
     if tag is None:
         load_checkpoint(clip, source)
     with torch.inference_mode():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
+import re
 from typing import Any
 
 import torch
@@ -31,8 +33,10 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
         config.num_labels = spec.count("classes", f"transformers:{spec.name}?classes=10")
     task = _task_of(config, spec)
     with no_weight_warnings():
-        model = getattr(transformers, f"AutoModel{task}").from_config(config, dtype=torch.float32)
+        model = getattr(transformers, f"AutoModel{task}").from_config(config, **_in_float32(transformers))
     model.names_in_files = _names_in_files(model)
+    model.old_names = _old_names(model)
+    model.constants_in_files = _constants(model)
     model.register_forward_hook(lambda module, inputs, output: output.logits)
     if task == "ForImageClassification":
         model.register_forward_pre_hook(_image_inputs, with_kwargs=True)
@@ -45,6 +49,12 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
             f"model: {spec.text}: length is {length}; the model takes at most {limit} tokens. Choose a smaller length."
         )
     return model, _tokenizer(transformers, spec.name, length)
+
+
+def _in_float32(transformers: Any) -> dict[str, torch.dtype]:
+    """Return the argument of `from_config` for float32, whose name changed in 4.56."""
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
 
 
 def local_only(name: str) -> dict[str, bool]:
@@ -110,6 +120,39 @@ def _names_in_files(model: Any) -> dict[str, str]:
     own = {id(tensor): name for name, tensor in state.items()}
     in_files = revert_weight_conversion(model, state)
     return {n: own[id(t)] for n, t in in_files.items() if n not in state and id(t) in own}
+
+
+def _old_names(model: Any) -> dict[str, str]:
+    """Map old names of tensors, such as LayerNorm.gamma, to their names in the model, as the library's own loader does."""
+    state = model.state_dict()
+    try:
+        mapping: Any = importlib.import_module("transformers.conversion_mapping")
+        loading: Any = importlib.import_module("transformers.core_model_loading")
+        renamings = mapping.get_checkpoint_conversion_mapping("legacy")
+        candidates = [
+            (old, name)
+            for renaming in (r.reverse_transform() for r in renamings)
+            for name in state
+            if (old := renaming.rename_source_key(name)[0]) not in state and loading.apply_renamings(old, renamings) == name
+        ]
+        return dict(candidates)
+    except (ImportError, AttributeError, TypeError):  # before 5.0, the loader's rules are inside a function
+        old_parts = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        ends = [(name, new, old) for name in state for new, old in old_parts.items() if name.endswith(new)]
+        return {name.removesuffix(new) + old: name for name, new, old in ends}
+
+
+def _constants(model: Any) -> tuple[str, ...]:
+    """Return the expressions by which the library's loader finds tensors that the model computes itself.
+
+    Each submodel of transformers has its own, with names in the files of this version and of older ones.
+    """
+    found = {r"\.attn\.masked_bias$"}  # of GPT-2, a constant that the loader reports and drops
+    for module in model.modules():
+        found.update(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+        found.add(r"rotary_emb\.inv_freq$")
+    return tuple(sorted(found))
 
 
 def _image_processor(transformers: Any, name: str) -> Preprocess | None:

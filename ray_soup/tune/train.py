@@ -7,7 +7,6 @@ the seed, the epoch and the worker, so an interrupted and resumed training run i
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ray_soup.actors.precision import autocast, choose_precision, micro_batch_size
+from ray_soup.actors.replica import check_examples
 from ray_soup.errors import SoupError
+from ray_soup.io.disk import replacing, write_bytes
 from ray_soup.recipe import Recipe
-from ray_soup.soups.records import check_version
-from ray_soup.task.data import Examples, batch_positions, load_source
+from ray_soup.soups.records import damaged
+from ray_soup.task.data import Examples, batch_positions, load_named
 from ray_soup.task.models import build, load_checkpoint
 from ray_soup.tune.augment import Augment, check_augmentation
 from ray_soup.tune.records import (
@@ -30,6 +31,7 @@ from ray_soup.tune.records import (
     Hyperparameters,
     TrainingMetrics,
     read_metrics,
+    read_training,
     write_metrics,
 )
 
@@ -63,15 +65,18 @@ class Training:
         """Write the state to `file` atomically."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "precision": self.precision}
         progress = {"epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum}
-        torch.save({"version": TRAINING_VERSION, **state, **progress}, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
+        with replacing(file) as stream:
+            torch.save({"version": TRAINING_VERSION, **state, **progress}, stream)
 
     def restore(self, file: Path, device: torch.device) -> None:
-        """Continue from the state in `file`. Raises RecipeError if a newer ray_soup wrote it."""
-        state = torch.load(file, map_location=device, weights_only=True)
-        check_version(state, TRAINING_VERSION, file)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from the state in `file`. Raises RecipeError if it is damaged, or a newer ray_soup wrote it."""
+        state = read_training(file, device)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = f"it is the state of another model: {error}".partition("\n")[0]
+            raise damaged(file, reason, f"Remove {file} to train this checkpoint from the start.") from error
         self.epoch, self.step, self.loss_sum = state["epoch"], state["step"], state["loss_sum"]
         self.precision = state.get("precision", "")
 
@@ -129,8 +134,9 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
     built = build(recipe.model)
     model = built.model.to(device)
     if init is not None:
-        load_checkpoint(model, init)
-    examples = yield from load_source(recipe.data.train, built.preprocess)
+        load_checkpoint(model, init, recipe.ignore)
+    examples = yield from load_named(recipe.data, "train", built.preprocess)
+    check_examples(recipe, model.eval(), {"train": examples}, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=hyper["lr"], weight_decay=hyper["wd"], fused=True)
     training = Training(model, optimizer)
     if state_file.exists():
@@ -156,7 +162,7 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
     metrics: TrainingMetrics = {"train_loss": training.loss_sum * worker.world / len(examples)}
     if worker.rank == 0:
         if recipe.data.fit is not None:
-            held_out = yield from load_source(recipe.data.fit, built.preprocess)
+            held_out = yield from load_named(recipe.data, "fit", built.preprocess)
             metrics["accuracy"] = accuracy(model.eval(), held_out, device)
         write_model(model, file)
         write_metrics(metrics, done_file)
@@ -232,8 +238,7 @@ def _shared_precision(recipe: Recipe, model: torch.nn.Module, setup: TrainingSet
 
 def write_model(model: torch.nn.Module, file: Path) -> None:
     """Write the state dict to `file` atomically."""
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, f"{file}.tmp")
-    os.replace(f"{file}.tmp", file)
+    write_bytes(file, save({name: t.contiguous() for name, t in model.state_dict().items()}))
 
 
 def batches_in_order(examples: Examples, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -28,6 +28,7 @@ from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session, open_inputs, requested_model_batch
 from ray_soup.soups.state import LearnState
+from ray_soup.task import identity
 from ray_soup.task.functions import look_in
 
 Config = dict[str, Any]
@@ -85,12 +86,13 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
         states: a folder that every node sees, or a URI, where each trial keeps its state as TRIAL_ID.pt to resume from.
             None: the state is the trial's checkpoint.
     """
-    folder = os.getcwd()
+    folder, run = os.getcwd(), identity.RUN
 
     def soup_trial(config: Config) -> None:
         with suppress(OSError):
             os.chdir(folder)  # Tune runs trials elsewhere; this is where the recipe's modules are found
         look_in(folder)
+        identity.in_run(run)
         with tempfile.TemporaryDirectory() as made:
             file = Path(made) / "learn.pt"
             kept = storage.join(states, f"{tune.get_context().get_trial_id()}.pt") if states is not None else None

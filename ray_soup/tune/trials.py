@@ -16,27 +16,30 @@ from ray.tune.experiment import Trial
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import ProgressCallback
+from ray_soup.recipe.distributions import fault_of, is_distribution
+from ray_soup.recipe.plain import shown
 
 
 def distribution(key: str, value: Any) -> Any:
-    """Return the Ray Tune distribution for the value of the recipe's `key`; a number is returned unchanged.
+    """Return the Ray Tune distribution for the value of the recipe's `key`; a constant is returned unchanged.
 
-    Raises RecipeError if the value is neither a number nor one of loguniform, uniform, randint and choice.
+    Raises RecipeError if the value is a distribution other than loguniform, uniform, randint and choice, or a wrong one.
     """
     domains: dict[str, Callable[..., Any]] = {
         "loguniform": tune.loguniform, "uniform": tune.uniform, "randint": tune.randint,
     }  # fmt: skip
-    if isinstance(value, (int, float)):
+    fault = fault_of(value, lambda one: "a value" if isinstance(one, (dict, list)) else None, (*domains, "choice"))
+    if fault:
+        raise RecipeError(f"{key}: found {shown(value)}. {fault}")
+    if not is_distribution(value):
         return value
-    if isinstance(value, dict) and len(value) == 1:
-        ((kind, given),) = value.items()
-        if kind == "choice" and isinstance(given, list) and given:
-            return tune.choice(given)
-        if kind in domains and isinstance(given, list) and len(given) == 2:
-            return domains[kind](*given)
-    raise RecipeError(
-        f"{key}: found {value!r}; expected a number, or loguniform, uniform or randint: [low, high], or choice: [...]."
-    )
+    ((kind, given),) = value.items()
+    return tune.choice(given) if kind == "choice" else domains[kind](*given)
+
+
+def random_state(seed: int) -> np.random.RandomState:
+    """Return NumPy's generator for a seed below 2^64; it takes only 32 bits at a time."""
+    return np.random.RandomState(seed if seed < 2**32 else [seed % 2**32, seed >> 32])
 
 
 def draw(space: Mapping[str, Any], random: np.random.RandomState) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def quiet_tune() -> Iterator[None]:
     ours = {
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would return the trials so far as if they were all
         "TUNE_GLOBAL_CHECKPOINT_S": "1",  # by default a kill may lose the last 10 s
     }
     before = {name: os.environ.get(name) for name in ours}

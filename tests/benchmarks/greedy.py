@@ -94,7 +94,7 @@ def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
 
 def main() -> dict[str, float]:
     """Run both models."""
-    from ray_soup.actors.placement import connect
+    from ray_soup.actors.ray_session import connect
     from ray_soup.tune.demo import write_digits
 
     results = {}

@@ -63,7 +63,7 @@ def measure(folder: Path, case: dict[str, Any]) -> dict[str, float]:
 
 def main() -> dict[str, float]:
     """Run all cases."""
-    from ray_soup.actors.placement import connect
+    from ray_soup.actors.ray_session import connect
     from ray_soup.tune.demo import write_digits
     from tests.benchmarks.ingredients import write_zoo
 

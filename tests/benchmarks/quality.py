@@ -126,7 +126,7 @@ def main() -> dict[str, float]:
     """Run both sides on both zoos."""
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.on_ray import RayPool
-    from ray_soup.actors.placement import connect
+    from ray_soup.actors.ray_session import connect
     from ray_soup.io.progress import no_progress
 
     results: dict[str, float] = {}

@@ -111,7 +111,7 @@ def driver() -> dict[str, float]:
     """Measure the driver's overhead with 1, 2 and 4 actors."""
     import ray
 
-    from ray_soup.actors.placement import connect
+    from ray_soup.actors.ray_session import connect
 
     folder, results = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark")), {}
     try:
@@ -128,7 +128,7 @@ def driver() -> dict[str, float]:
 
 def scaling() -> dict[str, float]:
     """Measure a step of ViT-B/32 with one and two actors; each case twice, and the faster one counts."""
-    from ray_soup.actors.placement import connect
+    from ray_soup.actors.ray_session import connect
     from ray_soup.recipe import make_recipe
     from ray_soup.task.data import Split
     from tests.benchmarks.ingredients import write_zoo

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from ray_soup.io.hashing import sha256_file
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.finished import bake_copy, verify
+from ray_soup.soups.records import finished_record, write_run_record
 from ray_soup.soups.run import run
 from tests.conftest import values
 
@@ -29,7 +29,7 @@ def operations(tmp_path: Path) -> list[Callable[[Path], Any]]:
 def test_a_soup_baked_again_is_bit_identical_and_verifies(soup: Path, tmp_path: Path) -> None:
     bake_copy(soup, tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (soup / "model.safetensors").read_bytes()
-    assert len(verify(tmp_path / "again")) == 4
+    assert len(verify(tmp_path / "again")) == 5
 
 
 def test_verify_finds_one_flipped_bit_in_any_file(soup: Path, tmp_path: Path) -> None:
@@ -53,9 +53,9 @@ def test_verify_recomputes_the_model(soup: Path, tmp_path: Path) -> None:
     coefficients.values[0, 0] += 0.5
     coefficients.values[1, 0] -= 0.5
     save_coefficients(coefficients, copy / "coefficients.safetensors")
-    record = json.loads((copy / "run.json").read_text())
+    record = finished_record(copy)
     record["files"]["coefficients.safetensors"] = sha256_file(str(copy / "coefficients.safetensors"))
-    (copy / "run.json").write_text(json.dumps(record))
+    write_run_record(record, copy / "run.json")
     with pytest.raises(SoupError, match="differs from the one computed from coefficients and ingredients"):
         verify(copy)
 
@@ -76,7 +76,8 @@ def test_an_ingredient_that_changed_is_named(
 
 
 def test_an_unfinished_folder_is_no_soup(tmp_path: Path, operations: list[Callable[[Path], Any]]) -> None:
+    (tmp_path / "out").mkdir()
     for operation in operations:
         with pytest.raises(RecipeError, match=r"is not a finished soup: no run\.json found"):
-            operation(tmp_path)
+            operation(tmp_path / "out")
     assert not (tmp_path / "new").exists()

@@ -48,6 +48,7 @@ def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple
     return parametrization(softmax, store.norms).coefficients(state.y.numpy()), state
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_meshes_agree_and_the_same_mesh_is_bit_identical(zoo: Path, tmp_path: Path) -> None:
     """448 fit examples in batches of 61: the last one is shorter; the shards do not divide 4,530 parameters evenly."""
@@ -63,6 +64,7 @@ def test_meshes_agree_and_the_same_mesh_is_bit_identical(zoo: Path, tmp_path: Pa
     assert np.abs(found[0] - 1 / 8).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_micro_batches_change_rounding_only_and_model_batches_take_turns(zoo: Path, tmp_path: Path) -> None:
     whole, _ = learned(zoo, tmp_path / "a.pt", Mesh(1, 1), learn__model_batch=3, method="mehl", blocks="layer")
@@ -89,7 +91,7 @@ def test_the_best_point_on_select_is_kept_not_the_last(zoo: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("mesh", "fault"),
     [
-        (Mesh(1, 2), signal.SIGKILL),
+        pytest.param(Mesh(1, 2), signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(Mesh(2, 1), signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(Mesh(1, 2), signal.SIGSTOP, marks=pytest.mark.slow),
     ],
@@ -100,7 +102,7 @@ def test_a_lost_actor_is_replaced_and_the_soup_is_bit_identical(
     """An actor's process is killed, or stopped so that it does not answer within the deadline."""
     undisturbed, _ = learned(zoo, tmp_path / "a.pt", mesh, learn__model_batch=5)
     if fault == signal.SIGSTOP:
-        monkeypatch.setattr("ray_soup.actors.placement.DEADLINE_S", 25.0)
+        monkeypatch.setenv("RAY_SOUP_DEADLINE_S", "25")
     killed: list[int] = []
     step = RayPool.step
 

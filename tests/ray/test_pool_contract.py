@@ -274,7 +274,7 @@ def test_a_file_that_a_node_does_not_see_stops_the_start(pools: Pools, tmp_path:
 
 
 def test_a_metric_that_fails_stops_the_start(pools: Pools) -> None:
-    with pytest.raises(RecipeError, match=r"metric: tests\.tiny:digits failed"):
+    with pytest.raises(RecipeError, match=r"metric: tests\.tiny:digits has the signature"):
         pools(metric="tests.tiny:digits").setup(no_progress)
 
 
@@ -300,6 +300,7 @@ def test_a_lost_actor_is_replaced_and_the_next_step_is_bit_identical(pool: MeshP
     assert_same(pool.step(x[CHOSEN], 1.0, FIT), expected)
 
 
+@pytest.mark.slow
 def test_every_call_survives_the_loss_of_an_actor(pool: MeshPool, paths: list[str], expected: dict[str, Any]) -> None:
     """Before each call another actor is killed; on Ray, where a new one takes seconds, before every fourth call."""
     calls = 0
@@ -345,6 +346,7 @@ def test_an_actor_that_is_lost_while_it_starts_is_re_created(pools: Pools, refer
     assert len(pool.open_store(EVERYTHING, "tensor", no_progress).sha256) == INGREDIENTS
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_lost_while_it_is_restored_is_restored_again(
     pool: MeshPool, reference: InProcessPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,16 +7,19 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from ray_soup.actors import placement
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import resolve_mesh
-from ray_soup.errors import RecipeError
+from ray_soup.errors import IngredientError, RecipeError, explain
 from ray_soup.io.progress import no_progress
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.session import open_inputs
+from ray_soup.task.data import Split
 from tests.conftest import values
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -84,5 +87,55 @@ def test_a_shard_that_dies_while_it_starts_is_re_created(zoo: Path) -> None:
         assert pool.setup(kill).sizes == {"fit": 597, "test": 600}
         assert killed == ["starting actors"]
         assert len(pool.open_store(tuple(range(8)), "tensor", no_progress).sha256) == 8
+    finally:
+        pool.close()
+
+
+@pytest.mark.slow
+def test_cpus_that_others_hold_do_not_count(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(placement, "SETTLE_S", 2.0)
+    total = int(ray.cluster_resources()["CPU"])
+    holder = ray.remote(Holder).options(num_cpus=total - 1).remote()
+    ray.get(holder.hold.remote())
+    recipe = make_recipe(values(zoo, actors={"replicas": total, "cpus": 1}))
+    with pytest.raises(
+        RecipeError, match=rf"has {total} and 0, but only 1 CPUs and 0 GPUs are free: .* the other {total - 1}"
+    ):
+        resolve_mesh(recipe, 1000, 8, now=True)
+    assert not placement.has_room(recipe, Mesh(total, 1), 1)
+    assert resolve_mesh(make_recipe(values(zoo, actors={})), 1000, 8, now=True)[0] == Mesh(1, 1)
+    ray.kill(holder)
+    monkeypatch.setattr(placement, "SETTLE_S", 30.0)
+    assert placement.has_room(recipe, Mesh(total, 1), 1)
+
+
+class Holder:
+    """An actor of another program."""
+
+    def hold(self) -> None: ...
+
+
+def test_errors_of_an_actor_come_out_as_themselves_and_its_death_is_named(zoo: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(values(zoo))
+    pool = RayPool(recipe, open_inputs(recipe).ingredients, Mesh(1, 1), 1)
+    try:
+        pool.setup(no_progress)
+        with pytest.raises((RecipeError, IngredientError), match=r"nothing\.safetensors") as missing:
+            pool.evaluate_file(str(tmp_path / "nothing.safetensors"), [Split("fit", np.arange(3, dtype=np.int32))])
+        assert "Traceback" not in str(missing.value)
+        with pytest.raises(AttributeError) as odd:  # a fault of our code: the store is not open
+            pool.gram()
+        assert "Traceback" not in str(odd.value)
+        sentence, code = explain(odd.value)
+        assert code == 1
+        assert sentence.startswith("Unexpected error at ray_soup.actors.shard:")
+        (process,) = [p for p in psutil.Process().children(recursive=True) if "RemoteShard" in " ".join(p.cmdline())]
+        process.kill()
+        process.wait(20)
+        loss = pool._collect({0: pool.handles[0].reset_peak.remote()}, {})
+        assert loss is not None
+        assert "its process ended unexpectedly: most often the kernel kills it for lack of memory" in loss.reason
     finally:
         pool.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model
 
+from ray_soup.actors.on_ray import RayPool
 from ray_soup.errors import SoupError
 from ray_soup.io.find import open_ingredients
 from ray_soup.mixing.bake import bake
@@ -21,6 +23,8 @@ from ray_soup.recipe import make_recipe
 from ray_soup.soups.finished import bake_copy, evaluate, verify
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.run import run
+from ray_soup.task.data import Split
+from ray_soup.task.outcomes import Outcome
 from tests.conftest import values
 from tests.tiny import Tiny
 
@@ -53,7 +57,7 @@ def test_the_model_is_the_weighted_sum_of_the_ingredients(zoo: Path, soup: Path)
 
 
 def test_reported_figures_are_those_of_the_file(zoo: Path, soup: Path) -> None:
-    row = json.loads((soup / "results.jsonl").read_text())
+    row = json.loads((soup / "results.jsonl").read_text().splitlines()[0])
     model = Tiny()
     load_model(model, soup / "model.safetensors")
     test = np.load(zoo / "test.npz")
@@ -109,7 +113,7 @@ def test_a_learned_factor_is_folded_into_the_last_layer(zoo: Path, tmp_path: Pat
         with torch.inference_mode():
             logits.append(model(images))
     torch.testing.assert_close(logits[0], coefficients.factor * logits[1], rtol=1e-5, atol=1e-5)
-    assert len(verify(soup.out)) == 4
+    assert len(verify(soup.out)) == 5
 
 
 # The form of the model file
@@ -119,7 +123,7 @@ def test_a_learned_factor_is_folded_into_the_last_layer(zoo: Path, tmp_path: Pat
 def test_a_soup_in_another_dtype_verifies_and_is_baked_bit_identical(zoo: Path, tmp_path: Path, dtype: str) -> None:
     recipe = {**values(zoo, method="uniform", data={}), "out_dtype": dtype}
     run(make_recipe(recipe), tmp_path / "out")
-    assert len(verify(tmp_path / "out")) == 4
+    assert len(verify(tmp_path / "out")) == 5
     mean = mean_of(zoo)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         if name == "seen":
@@ -155,7 +159,7 @@ def test_shards_follow_the_convention_of_hugging_face(zoo: Path, tmp_path: Path)
     bake_copy(tmp_path / "out", tmp_path / "again")
     for file in (*files, "model.safetensors.index.json"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
-    assert len(verify(tmp_path / "again")) == 4
+    assert len(verify(tmp_path / "again")) == 5
     content = bytearray((tmp_path / "again" / files[1]).read_bytes())
     content[-1] ^= 1
     (tmp_path / "again" / files[1]).write_bytes(content)
@@ -225,3 +229,42 @@ def test_after_a_resume_tensorboard_shows_every_epoch_once(tmp_path: Path) -> No
         state.curve = curve[:count]
         again(count - 1, 3, state)
     assert scalars_in(tmp_path / "board") == [("select_nll", n, float(n)) for n in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_the_best_single_stands_beside_a_soup_and_is_evaluated_once(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In results.jsonl, run.json, the report and the model card; a second run takes it from the cache."""
+    asked: list[int] = []
+    original = RayPool.evaluate_files
+
+    def evaluate_files(self: RayPool, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+        asked.extend(len(split) for split in splits for _ in paths)
+        return original(self, paths, splits)
+
+    monkeypatch.setattr(RayPool, "evaluate_files", evaluate_files)
+    monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / "cache"))
+    recipe = make_recipe(values(zoo, method="uniform", learn__seed=3))
+    soup = run(recipe, tmp_path / "out")
+    ours, best = soup.rows
+    assert asked == [149] * 8  # rows of select, which is a share of fit
+    assert best["model_name"] == "best_single"
+    assert best["ingredient"] == soup.record["best_single"]
+    change = soup.record["improvement"]
+    assert change["select_nll"] == ours["select_nll"] - best["select_nll"]
+    assert change["select_accuracy"] == ours["select_accuracy"] - best["select_accuracy"]
+    assert {"test_accuracy", "test_nll", "test_nll_scaled", "test_ece", "temperature"} <= set(best)
+    assert [json.loads(line) for line in (soup.out / "results.jsonl").read_text().splitlines()] == soup.rows
+    assert "| best_single |" in (soup.out / "README.md").read_text()
+    assert "Accuracy by method" in (soup.out / "report.html").read_text()
+    other = evaluate(recipe, str(zoo / "zoo" / f"{best['ingredient']}.safetensors"), "test")
+    assert best["test_accuracy"] == other["test_accuracy"]
+    assert best["test_nll"] == pytest.approx(other["test_nll"], rel=1e-6)
+    asked.clear()
+    again = run(recipe, tmp_path / "again")
+    assert asked == []
+    assert again.rows[1] == best
+    without = run(make_recipe(values(zoo, method="uniform", learn__seed=3, baseline="none")), tmp_path / "without")
+    assert (len(without.rows), "improvement" in without.record, asked) == (1, False, [])

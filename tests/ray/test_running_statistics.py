@@ -53,7 +53,7 @@ def test_a_soup_has_its_own_statistics(conv_zoo: Path, tmp_path: Path, mesh: tup
         assert torch.equal(state[name], torch.from_numpy(array))
     assert any("2 BatchNorm layers were re-estimated on 448 examples of fit" in note for note in soup.notes)
     assert any(line["steps"] for line in soup.record["curve"])
-    assert len(verify(soup.out)) == 4
+    assert len(verify(soup.out)) == 5
     bake_copy(soup.out, tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (soup.out / "model.safetensors").read_bytes()
     model.eval()
@@ -119,7 +119,7 @@ def test_which_soups_keep_or_average_the_ingredients_statistics(conv_zoo: Path, 
     means = sum(state["norm.running_var"].double() for state in states) / 4
     torch.testing.assert_close(load_file(mixed.out / "model.safetensors")["norm.running_var"], means.float())
     (note,) = [note for note in mixed.notes if "BatchNorm" in note]
-    assert note.startswith("This model has 2 BatchNorm layers")
+    assert note.startswith("2 BatchNorm layers of this model have running statistics that are averages")
     assert note.endswith("set buffers: recalibrate.")
     assert json.loads((mixed.out / "run.json").read_text())["notes"] == mixed.notes
 

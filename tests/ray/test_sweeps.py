@@ -40,7 +40,9 @@ def sweep(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             torch.save({"model": model.state_dict(), "epoch": epoch}, f"{folder}/model.pt")
             torch.save({"step": 1}, f"{folder}/optimizer.pt")
-            tune.report({"accuracy": accuracy, "epoch": epoch}, checkpoint=tune.Checkpoint.from_directory(folder))
+            loss = float("nan") if epoch == 0 else 1.0 - accuracy
+            report = {"accuracy": accuracy, "epoch": epoch, "val": {"loss": loss, "text": str(accuracy)}}
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +73,45 @@ def test_the_last_or_the_best_checkpoint_of_each_finished_trial_is_found(experim
     (sweep_found,) = find_sweeps(str(experiment))
     assert sweep_found.note() == f"{experiment}: 3 trials used, left out: 1 failed."
     with pytest.raises(
-        RecipeError, match="reported no 'loss'; it reported accuracy, epoch, time_total_s, training_iteration"
+        RecipeError, match="reported no 'loss'; it reported accuracy, epoch, time_total_s, training_iteration, val/loss"
     ):
         open_ingredients(f"{experiment}?metric=loss")
+
+
+def test_nested_metrics_text_and_nan_are_read_as_tune_reported_them(experiment: Path) -> None:
+    lowest = open_ingredients(f"{experiment}?metric=val/loss&mode=min")
+    assert [i.trial.metrics["epoch"] for i in lowest] == [2, 2, 1]  # the loss of epoch 0 is NaN in every trial
+    (found,) = find_sweeps(f"{experiment}?metric=val/loss&mode=min")
+    assert found.skipped == {"without a finite 'val/loss'": 3}
+    best = open_ingredients(f"{experiment}?metric=val/text")
+    assert [i.trial.metrics["epoch"] for i in best] == [2, 2, 0]
+    assert [i.trial.metrics["val/loss"] for i in best] == [pytest.approx(0.3), pytest.approx(0.3), None]
+
+
+@pytest.mark.slow
+def test_the_class_api_of_tune_does_not_name_its_checkpoints(cluster: None, tmp_path: Path) -> None:
+    from ray import tune
+
+    class Trainable(tune.Trainable):
+        def step(self) -> dict[str, Any]:
+            return {"eval": {"acc": 1.0 / self.iteration if self.iteration else 0.0}, "object": object}
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            torch.save({"a": torch.full((1,), float(self.iteration))}, f"{checkpoint_dir}/model.pt")
+
+    tune.Tuner(
+        Trainable,
+        param_space={"seed": tune.grid_search([0, 1]), "clip": float("inf")},
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path), name="experiment", verbose=0, stop={"training_iteration": 4},
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=2),
+        ),
+    ).fit()  # fmt: skip
+    last = open_ingredients(str(tmp_path / "experiment"))
+    assert [i.read("a").item() for i in last] == [4.0, 4.0]
+    assert [i.trial.config for i in last] == [{"seed": 0, "clip": "inf"}, {"seed": 1, "clip": "inf"}]
+    with pytest.raises(RecipeError, match="cannot tell which checkpoint is best by 'eval/acc': found 2 checkpoints"):
+        open_ingredients(f"{tmp_path}/experiment?metric=eval/acc")
 
 
 def test_a_damaged_experiment_is_named(experiment: Path, zoo: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_a_fine_tuned_zoo_becomes_a_soup(zoo: Path, tmp_path: Path, cluster: Non
     assert [i["metrics"]["accuracy"] for i in soup.record["ingredients"]] == [e["accuracy"] for e in entries]
 
 
+@pytest.mark.slow
 def test_the_manifest_keeps_its_format(zoo: Path, tmp_path: Path, cluster: None) -> None:
     init = str(zoo / "zoo" / "model_0.safetensors")
     entries = finetune(recipe_of(zoo, finetune={"trials": 2, "init": init, "epochs": 1}), tmp_path / "made")

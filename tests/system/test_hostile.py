@@ -113,10 +113,10 @@ RECIPES: dict[str, tuple[str, str]] = {
     "a list": ("- a\n", "is a list; expected keys"),
     "tabs": ("model: x\n\tdata: y\n", "is not valid YAML"),
     "a key deep inside": ("model: x\nfinetune: {trunk: {epoch: 3}}\n", "did you mean 'finetune.trunk.epochs'?"),
-    "a number for a list": ("model: x\ningredients: 5\n", "ingredients: found 5."),
+    "keys for a list": ("model: x\ningredients: {a: b}\n", "ingredients: found {'a': 'b'}."),
     "a list for a word": ("model: x\nmethod: [a]\n", "method: found ['a']."),
     "a file for keys": ("model: x\ndata: a.npz\n", "data: found 'a.npz'. Expected keys below it: train, fit, select, test."),
-    "an infinite rate": ("model: x\nlearn: {lr: .inf}\n", "learn.lr: found inf. Input should be a finite number"),
+    "an infinite rate": ("model: x\nlearn: {lr: .inf}\n", "learn.lr: found inf. Expected a number above 0"),
 }  # fmt: skip
 
 OVERRIDES = ["learn.lr=0", "learn.micro_batch=0", "learn.model_batch=-3", "learn.seed=-1", "actors.replicas=0"]
@@ -159,7 +159,9 @@ def test_an_unsuitable_output_folder_is_refused(own: Path) -> None:
     check(uniform(own, ""), 2, "OUT is empty")
     check(uniform(own, own / ("a" * 300)), 2, "File name too long")
     check(uniform(own, own / "r.yaml"), 2, "cannot be created")
-    check(uniform(own, own / "zoo"), 2, "is not empty and was not written by ray_soup")
+    check(uniform(own, own / "zoo"), 2, "is where the recipe looks for ingredients")
+    shutil.copytree(own / "zoo", own / "foreign")
+    check(uniform(own, own / "foreign"), 2, "is not empty and was not written by ray_soup")
     assert not (own / "zoo" / "state").exists()
     check(uniform(own, own / "zoo" / "out"), 2, "is where the recipe looks for ingredients", "Choose another folder")
     assert not (own / "zoo" / "out").exists()
@@ -197,7 +199,7 @@ def test_a_pattern_that_finds_no_checkpoints_says_what_is_there(own: Path) -> No
 
 
 def test_odd_file_names_are_kept(own: Path) -> None:
-    for k, name in enumerate(["a model", "größe 模型", "new\nline"]):
+    for k, name in enumerate(["a model", "größe 模型", "$x^2$ <b>"]):
         model(own, k).rename(own / "zoo" / f"{name}.safetensors")
     check(uniform(own, own / "out"), 0)
     check(call("verify", own / "out"), 0)

@@ -149,7 +149,7 @@ def test_a_failed_job_has_the_exit_code_and_the_message_of_the_command(head: Hea
     assert details["driver_exit_code"] == 2
     assert not (tmp_path / "out").exists()  # found before anything was written
     logs = head.job("logs", "fails").stdout
-    assert "nothing.npz does not exist on" in logs
+    assert "nothing.npz: does not exist on" in logs
     assert "Traceback" not in logs
 
 

@@ -22,6 +22,7 @@ from ray_soup.io.lease import Lease
 from ray_soup.io.progress import drain
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.output import Output, open_output
+from ray_soup.soups.records import write_begun
 from ray_soup.soups.run import run
 from tests.conftest import ROOT, kill_tree, put, ray_soup, steps_saved, values
 from tests.ray.events import wait_for
@@ -92,6 +93,7 @@ def test_a_lease_keeps_others_out_and_is_taken_over_without_a_heartbeat(out: str
     other._thread.join()
     with open_output(out, progress) as output:
         assert "waiting for a heartbeat of the run on another-host" in said
+        write_begun({"recipe": "", "ingredients": []}, output.state("begun.json"))
         (output.folder / "run.json").write_text("{}")
         output.state("learn.pt").write_bytes(b"x")
         if storage.is_remote(out):

@@ -56,7 +56,7 @@ def test_a_finished_soup_is_read_verified_and_baked(old: Path) -> None:
     record = finished_record(old / "finished")
     assert "version" not in record
     assert read_results(old / "finished")[0]["model_name"] == record["method"] == "mehl+"
-    assert len(run("verify", str(old / "finished"))["verified"]) == 4
+    assert len(run("verify", str(old / "finished"))["verified"]) == 5
     run("bake", str(old / "finished"), str(old / "again"))
     assert digest(old / "again" / "model.safetensors") == digest(old / "finished" / "model.safetensors")
 
@@ -78,4 +78,4 @@ def test_a_killed_run_resumes_from_its_state(old: Path) -> None:
     curve = found["run"]["curve"]
     assert curve[: len(state.curve)] == state.curve
     assert len(curve) > len(state.curve)
-    assert len(run("verify", str(old / "interrupted"))["verified"]) == 4
+    assert len(run("verify", str(old / "interrupted"))["verified"]) == 5

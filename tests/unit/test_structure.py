@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,24 +15,39 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "ray_soup"
-ORDER = ["errors", "recipe", "io", "mixing", "task", "actors", "soups", "tune", "api", "cli"]
-IMPORT_RAY = {"actors/placement.py", "actors/on_ray.py"}  # and everything in tune/
+ORDER = ["errors", "recipe", "io", "mixing", "task", "actors", "soups", "tune", "api", "exits", "cli"]
+IMPORT_RAY = {"actors/placement.py", "actors/ray_session.py", "actors/on_ray.py"}  # and everything in tune/
 TORCH_FREE = [
     "ray_soup",
     "ray_soup.errors",
     "ray_soup.recipe",
     *(
         f"ray_soup.io.{name}"
-        for name in ("progress", "redact", "disk", "cache", "storage", "sweeps", "fetch", "lease", "mirror", "hashing")
+        for name in (
+            "progress",
+            "redact",
+            "environment",
+            "signals",
+            "disk",
+            "cache",
+            "storage",
+            "sweeps",
+            "fetch",
+            "lease",
+            "mirror",
+            "hashing",
+        )
     ),
     "ray_soup.task.outcomes",
     "ray_soup.soups.records",
     "ray_soup.soups.report.statistics",
     "ray_soup.soups.report.tables",
     "ray_soup.soups.report.terminal",
+    "ray_soup.exits",
     "ray_soup.cli",
 ]
 LINES_IN_FILE, LINES_IN_FUNCTION = 400, 60
+NO_FILES = ("os", "archive", "Image", "self.group", "distribution")  # they open no text file, or always in UTF-8
 
 
 def modules() -> list[Path]:
@@ -94,7 +110,7 @@ def test_modules_of_a_package_do_not_import_each_other_in_a_circle() -> None:
         visit(name, ())
 
 
-def test_ray_is_imported_in_two_modules_of_actors_and_in_tune_only() -> None:
+def test_ray_is_imported_in_three_modules_of_actors_and_in_tune_only() -> None:
     for path in modules():
         where = str(path.relative_to(PACKAGE))
         if any(name.split(".")[0] == "ray" for name in imports(path)):
@@ -114,6 +130,23 @@ def test_files_and_functions_stay_small() -> None:
                 if length > LINES_IN_FUNCTION:
                     too_long.append(f"{where}:{node.lineno} {node.name}: {length} lines")
     assert not too_long, "\n".join(too_long)
+
+
+def text_files(path: Path) -> Iterator[str]:
+    """The calls that open a text file without an encoding, apart from files of the kernel."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("open", "read_text", "write_text"):
+            call, owner = ast.unparse(node), ast.unparse(node.func).rpartition(".")[0]
+            named = any(k.arg in ("encoding", "errors") for k in node.keywords)
+            binary = re.search(r"'[rwxa][b+]*b[b+]*'", call) is not None
+            ours = (isinstance(node.func, ast.Name) and node.func.id != "open") or owner in NO_FILES
+            if not (named or binary or ours or "'/proc/" in call or "'/sys/" in call):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}: {call}"
+
+
+def test_text_files_are_in_utf_8_whatever_the_locale_is() -> None:
+    found = [line for path in modules() for line in text_files(path)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", ["import", "--help"])

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
+from ray_soup.io.redact import redact
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, dump_recipe
 from ray_soup.soups.report.tables import COST, Row, legend, markdown, quality, table
+from ray_soup.soups.report.text import markdown_block, markdown_code, markdown_paragraph, markdown_text
 
 HUB_LIBRARIES = ("open_clip", "timm", "transformers")
 """Model libraries that the Hub knows under the same names as recipes; all others are `pytorch`."""
@@ -25,23 +29,22 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
     """
     used = len(coefficients.used())
     factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
-    notes = "".join(f"\n\n{note}" for note in record["notes"])
+    notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
+    explained = markdown_paragraph(legend(record)) if record.get("examples") else ""
     return f"""{_front_matter(recipe)}
 # A model soup of {used} ingredients
 
-Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model `{recipe.model}`:
-each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoints, with weights that sum to 1.{factor}
-To load it from its folder:
+Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model
+{markdown_code(recipe.model)}: each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoints, with
+weights that sum to 1.{factor} To load it from its folder:
 
-```python
-{load}
-```
+{markdown_block(load, "python")}
 
 ## Results
 
 {markdown(*table(rows, [*quality(rows), *COST]))}
 
-{legend(record) if record.get("examples") else ""}{notes}
+{explained}{notes}
 
 ## Ingredients
 
@@ -60,20 +63,22 @@ them: test it there first. A soup works only if all its ingredients were fine-tu
 
 ## Recipe
 
-```yaml
-{dump_recipe(recipe).strip()}
-```
+{markdown_block(dump_recipe(recipe).strip(), "yaml")}
 """
 
 
 def _front_matter(recipe: Recipe) -> str:
     library = recipe.model.partition(":")[0]
-    library = library if library in HUB_LIBRARIES else "pytorch"
-    base = f"base_model: {recipe.base_model}\n" if recipe.base_model else ""
-    return f"---\n{base}base_model_relation: merge\ntags: [merge, model-soup, ray-soup]\nlibrary_name: {library}\n---"
+    values: dict[str, Any] = {"base_model": redact(recipe.base_model)} if recipe.base_model else {}
+    values |= {
+        "base_model_relation": "merge",
+        "tags": ["merge", "model-soup", "ray-soup"],
+        "library_name": library if library in HUB_LIBRARIES else "pytorch",
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=10_000)}---"
 
 
 def _shares(coefficients: Coefficients) -> str:
     """Format one table row per ingredient, the largest mean coefficient first."""
     order = sorted(zip(coefficients.shares(), coefficients.ingredients, strict=True), reverse=True)
-    return "\n".join(f"| {name} | {share:+.4f} |" for share, name in order)
+    return "\n".join(f"| {markdown_text(name)} | {share:+.4f} |" for share, name in order)

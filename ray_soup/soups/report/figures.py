@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, METHODS
 from ray_soup.soups.report.statistics import accuracy_interval
 from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, Row
+from ray_soup.soups.report.text import label, one_line, shortened
 from ray_soup.task.outcomes import Outcome, calibration_error, reliability
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
@@ -41,6 +46,8 @@ def drawn(height: float, draw: Callable[[Figure], None]) -> str:
             "axes.spines.right": False,
             "axes.titlelocation": "left",
             "svg.fonttype": "none",
+            "text.parse_math": False,  # a $ in a name is a $
+            "text.usetex": False,
             "svg.hashsalt": "ray_soup",
             "font.family": "sans-serif",
             "font.sans-serif": ["DejaVu Sans"],
@@ -49,7 +56,9 @@ def drawn(height: float, draw: Callable[[Figure], None]) -> str:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # the browser has the font
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
@@ -66,9 +75,15 @@ def panels(figure: Figure, labels: Sequence[str], columns: int = 2, **options: A
     grid = figure.subplots(rows, min(columns, len(labels)), squeeze=False, **options).ravel()
     for axes in grid[len(labels) :]:
         axes.set_visible(False)
-    for axes, label in zip(grid, labels, strict=False):
-        axes.set_title(label)
+    for axes, name in zip(grid, labels, strict=False):
+        axes.set_title(label(name))
     return list(grid[: len(labels)])
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers; matplotlib's own labels are TeX."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def is_reference(name: str) -> bool:
@@ -96,8 +111,8 @@ def accuracy_by_method(rows: Sequence[Row], split: str, count: int) -> str:
             axes.plot([100 * accuracy], [place], "o" if soup else "D", color=BLUE if soup else GREY)
             if row["model_name"] == BEST_SINGLE:
                 axes.axvline(100 * accuracy, color=GREY, linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(shown)), [row["model_name"] for row in reversed(shown)])
-        axes.set_xlabel(f"{split} accuracy, % ({count:,} examples)")
+        axes.set_yticks(range(len(shown)), [label(row["model_name"]) for row in reversed(shown)])
+        axes.set_xlabel(f"{label(split)} accuracy, % ({count:,} examples)")
 
     return drawn(0.8 + 0.3 * len(shown), draw)
 
@@ -126,26 +141,34 @@ def heat_map(coefficients: Coefficients) -> str:
 def _label_ingredients(axes: Axes, names: Sequence[str]) -> None:
     """Label the y axis with ingredients, at most 36 of them, evenly spaced."""
     every = max(1, -(-len(names) // 36))
-    axes.set_yticks(range(0, len(names), every), [_short(name) for name in names[::every]], fontsize=8)
+    axes.set_yticks(range(0, len(names), every), [shortened(one_line(name), 18) for name in names[::every]], fontsize=8)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}"
+def draw_histogram(axes: Axes, values: np.ndarray) -> None:
+    """Draw a histogram of float64 [n] with hatched bars for negative values; no bar holds values of both signs."""
+    edges = histogram_edges(values)
+    axes.hist(values, bins=edges.tolist(), color=BLUE)
+    for bar, edge in zip(axes.patches, edges, strict=False):
+        if edge < 0:
+            bar.set(facecolor=ORANGE, hatch="////", edgecolor="white", linewidth=0)
+
+
+def histogram_edges(values: np.ndarray) -> np.ndarray:
+    """Return equidistant edges of about 8 to 30 bins around float64 [n]; if values have both signs, 0 is an edge."""
+    low, high = float(values.min()), float(values.max())
+    width = (high - low) / min(30, max(8, len(values) // 8)) or max(abs(low), 1.0) / 8
+    first, last = math.floor(low / width), math.floor(high / width) + 1  # a bin contains its left edge
+    return np.arange(first, last + 1) * width
 
 
 def distribution(coefficients: Mapping[str, Coefficients]) -> str:
     """Draw a histogram of each soup's coefficients, titled with the share of negative ones."""
 
     def draw(figure: Figure) -> None:
-        for axes, (label, c) in zip(panels(figure, list(coefficients)), coefficients.items(), strict=True):
-            values = c.values.ravel()
-            edges = np.histogram_bin_edges(values, bins=min(30, max(8, len(values) // 8)))
-            axes.hist(values, bins=edges.tolist(), color=BLUE)
-            for bar, edge in zip(axes.patches, edges, strict=False):
-                if edge < -1e-12:
-                    bar.set(facecolor=ORANGE, hatch="////", edgecolor="white", linewidth=0)
+        for axes, (name, c) in zip(panels(figure, list(coefficients)), coefficients.items(), strict=True):
+            draw_histogram(axes, c.values.ravel())
             axes.axvline(1 / len(c.values), color="black", linewidth=1, linestyle=":")
-            axes.set_title(f"{label}: {np.mean(values < 0):.0%} negative")
+            axes.set_title(f"{label(name)}: {np.mean(c.values < 0):.0%} negative")
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
 
@@ -183,10 +206,10 @@ def by_count(rows: Sequence[Row], split: str) -> str:
         for method in dict.fromkeys(row["model_name"] for row in rows):
             points = sorted((r["count"], 100 * r[f"{split}_accuracy"]) for r in rows if r["model_name"] == method)
             color, style = next(styles)
-            axes.plot(*zip(*points, strict=True), style, color=color, label=method)
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label(method))
         axes.set_xticks(sorted({row["count"] for row in rows}))
         axes.set_xlabel("ingredients")
-        axes.set_ylabel(f"{split} accuracy, %")
+        axes.set_ylabel(f"{label(split)} accuracy, %")
         axes.legend(frameon=False)
 
     return drawn(3.0, draw)
@@ -206,6 +229,7 @@ def search_plane(trials: Sequence[Row]) -> str:
         axes.plot([x[best]], [y[best]], "o", markersize=18, fillstyle="none", color="black")
         axes.annotate(f"{nll.min():.4f}", (x[best], y[best]), xytext=(12, 8), textcoords="offset points")
         axes.set_xscale("log")
+        plain_ticks(axes.xaxis)
         axes.set_yticks(sorted(set(y)))
         axes.margins(0.15)
         axes.set_xlabel("learning rate")
@@ -244,14 +268,15 @@ def reliability_diagram(outcomes: Mapping[str, Outcome]) -> str:
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(2, len(outcomes), squeeze=False, sharex=True, height_ratios=[3, 1])
-        for (top, bottom), (label, outcome) in zip(grid.T, outcomes.items(), strict=True):
+        for (top, bottom), (name, outcome) in zip(grid.T, outcomes.items(), strict=True):
             bins = reliability(outcome)
             confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
             top.plot([0, 1], [0, 1], ":", color="black", linewidth=1)
             top.plot(confidence, accuracy, "o-", color=BLUE, markersize=4)
-            top.set_title(f"{label}: ECE {calibration_error(outcome):.3f}")
+            top.set_title(f"{label(name)}: ECE {calibration_error(outcome):.3f}")
             bottom.bar(confidence, [b["count"] for b in bins], width=0.05, color=GREY)
             bottom.set_yscale("log")
+            plain_ticks(bottom.yaxis)
             bottom.set_xlabel("confidence")
         grid[0, 0].set_ylabel("accuracy")
         grid[1, 0].set_ylabel("examples")

@@ -29,7 +29,8 @@ from ray_soup.soups.report.tables import (
     titled,
     trials_table,
 )
-from ray_soup.task.outcomes import Outcome, judged
+from ray_soup.soups.report.text import plain
+from ray_soup.task.outcomes import Outcome, judged, test_sets
 
 DUPLICATE_COSINE = 0.999
 """Two directions with a larger cosine are reported as near-duplicates."""
@@ -87,17 +88,22 @@ class Plot:
 
     @property
     def source(self) -> str:
-        """The drawing as a data URI."""
-        return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode()
+        """The drawing as a data URI, which needs no escaping."""
+        from markupsafe import Markup
+
+        return Markup("data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode())
 
 
 def html(report: Report) -> str:
-    """Render a report as one self-contained HTML page, without scripts or external resources."""
+    """Render a report as one self-contained HTML page, without scripts or external resources.
+
+    Every value passes through `_shown` and is escaped by the template engine.
+    """
     from jinja2 import Environment
 
     record = report.record
-    template = (files("ray_soup.soups.report") / "page.html.jinja").read_text()
-    return Environment(autoescape=True, trim_blocks=True).from_string(template).render(
+    template = (files("ray_soup.soups.report") / "page.html.jinja").read_text(encoding="utf-8")
+    return Environment(autoescape=True, trim_blocks=True, finalize=_shown).from_string(template).render(
         title=report.title,
         subtitle=f"{record['parameters']:,} parameters; model {report.recipe.model}; total time {record['wall_s']:.0f} s.",
         notes=record["notes"],
@@ -110,6 +116,11 @@ def html(report: Report) -> str:
         ingredients=record["ingredients"],
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     )  # fmt: skip
+
+
+def _shown(value: Any) -> Any:
+    """Return a value of the template without control characters and credentials; Markup is ours already."""
+    return plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _sections(report: Report) -> Iterator[Section]:
@@ -127,7 +138,8 @@ def _sections(report: Report) -> Iterator[Section]:
             yield Section(f"By number of ingredients{where}", series_table(record["counts"], "count", split), COUNTS_LEGEND)
     if record.get("search"):
         yield Section("Trials of the search", trials_table(record["search"], "trials"), TRIALS_LEGEND)
-        yield Section("Pareto front", trials_table(record["search"], "pareto"), PARETO_LEGEND)
+        if record["search"]["pareto"]:  # empty if the time budget ended every trial
+            yield Section("Pareto front", trials_table(record["search"], "pareto"), PARETO_LEGEND)
 
 
 def _plots(report: Report) -> Iterator[Plot]:
@@ -141,14 +153,22 @@ def _plots_of_accuracy(report: Report) -> Iterator[Plot]:
 
     record = report.record
     if len(report.rows) > 1:
-        text = "95 % Wilson intervals. Dots: soups; diamonds: references. Dotted line: the best single ingredient."
+        text = (
+            "95 % Wilson intervals. Dots: soups; diamonds: references. Dotted line: the best single ingredient."
+            f"{_optimistic(report)}"
+        )
         for split in report.splits:
             title = f"Accuracy by method on {titled(split)}" if len(report.splits) > 1 else "Accuracy by method"
             yield Plot(title, text, figures.accuracy_by_method(report.rows, split, record["examples"][split]))
     if record.get("counts"):
         for split in report.splits:
-            text = f"On {titled(split)}, with the first N ingredients of a shuffled list."
+            text = f"On {titled(split)}, with the first N ingredients of a shuffled list.{_optimistic(report)}"
             yield Plot("Accuracy by number of ingredients", text, figures.by_count(record["counts"], split))
+
+
+def _optimistic(report: Report) -> str:
+    """Return a sentence for a caption if figures on select stand in for those on test."""
+    return "" if test_sets(report.splits) else " Figures on select are optimistic: models were stopped or chosen on it."
 
 
 def _plots_of_learning(report: Report) -> Iterator[Plot]:
@@ -159,7 +179,10 @@ def _plots_of_learning(report: Report) -> Iterator[Plot]:
         text = "Larger and darker points have a lower NLL on select; the ring marks the best trial."
         yield Plot("Learning rate and model batch", text, figures.search_plane(search["trials"]))
     if report.curves:
-        text = "NLL on fit (dashed) and select (solid); the ring marks the point that was kept."
+        text = (
+            "NLL on fit (dashed) and select (solid); the ring marks the point that was kept. Both are optimistic: "
+            "coefficients are learned on fit and stopped on select."
+        )
         yield Plot("Learning curves", text, figures.learning_curves(report.curves))
     if report.coefficients:
         text = "Hatched bars: negative coefficients. Dotted line: 1/K, the uniform soup."
@@ -182,5 +205,8 @@ def _plots_of_models(report: Report) -> Iterator[Plot]:
         yield Plot("Cosines of directions", text, figures.similarity(report.similarity, names, pairs))
     if report.outcomes:
         split = titled(report.splits[0])
-        text = f"Accuracy against confidence on {split}; points on the dotted line are perfectly calibrated."
+        text = (
+            f"Accuracy against confidence on {split}; points on the dotted line are perfectly calibrated."
+            f"{_optimistic(report)}"
+        )
         yield Plot("Reliability", text, figures.reliability_diagram(report.outcomes))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.disk import write_bytes
 from ray_soup.recipe import BASELINES
+from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, markdown_paragraph, markdown_text
 from ray_soup.task.outcomes import judged, test_sets
 
 Row = Mapping[str, Any]
@@ -48,9 +50,12 @@ TESTS_LEGEND = (
 DROPPED_LEGEND = "Accuracy in percent without the N best ingredients; each column is one N."
 COUNTS_LEGEND = "Accuracy in percent with the first N ingredients of a shuffled list; each column is one N."
 TRIALS_LEGEND = (
-    "Trial 0 is the unchanged recipe. NLL and accuracy are measured on select, at the stopping point; test was not used."
+    "Trial 0 is the unchanged recipe. NLL and accuracy are measured on select, at the stopping point, and are "
+    "optimistic; test was not used."
 )
 PARETO_LEGEND = "Trials that no other trial beats in NLL, memory and time at once."
+UNBIASED = ("uniform", MEAN_SINGLE, ENSEMBLE)
+"""Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
 """The line before and after the tables in a Markdown file."""
 
@@ -83,7 +88,7 @@ def table(rows: Sequence[Row], columns: Columns) -> Table:
     """Format rows as text.
 
     A column that no row has a value for is left out. A value with a standard deviation (`key_sd`) is followed by ± and the
-    deviation.
+    deviation, and an optimistic one by a mark.
     """
     shown = [c for c in columns if any(row.get(c[0]) is not None for row in rows)]
     return [c[1] for c in shown], [[_cell(row, key, form) for key, _, form in shown] for row in rows]
@@ -97,7 +102,13 @@ def _cell(row: Row, key: str, form: str) -> str:
         text = value
     else:
         text = form.format(value if scale == 1 else value * scale)
-    return f"{text} ±{form.format(spread * scale)}" if spread else text
+    mark = OPTIMISTIC if value is not None and is_optimistic(row, key) else ""
+    return f"{text}{mark} ±{form.format(spread * scale)}" if spread else f"{text}{mark}"
+
+
+def is_optimistic(row: Row, key: str) -> bool:
+    """Return whether a figure is on data that the row's model may have been learned, stopped or chosen on."""
+    return key.startswith(("fit_", "select_")) and row.get("model_name") not in UNBIASED
 
 
 def _display_scale(key: str) -> float:
@@ -123,9 +134,9 @@ def tests_table(tests: Iterable[Row], against: str, split: str) -> Table:
 def series_table(rows: Sequence[Row], key: str, split: str) -> Table:
     """Format accuracy on a split in percent, with a row for each method and a column for each value of `key`."""
     values = list(dict.fromkeys(row[key] for row in rows))
-    found = {(row["model_name"], row[key]): row[f"{split}_accuracy"] for row in rows}
+    found = {(row["model_name"], row[key]): _cell(row, f"{split}_accuracy", "{:.2f}") for row in rows}
     names = list(dict.fromkeys(row["model_name"] for row in rows))
-    return ["model", *map(str, values)], [[n, *(f"{100 * found[n, v]:.2f}" for v in values)] for n in names]
+    return ["model", *map(str, values)], [[n, *(found[n, v] for v in values)] for n in names]
 
 
 def trials_table(search: Mapping[str, Any], which: str) -> Table:
@@ -135,8 +146,9 @@ def trials_table(search: Mapping[str, Any], which: str) -> Table:
 
 
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Format a table as Markdown, all columns but the first aligned to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
+    """Format a table as Markdown, all columns but the first aligned to the right; the cells are plain text."""
+    lines = [[markdown_text(cell) for cell in line] for line in (head, *cells)]
+    lines.insert(1, ["---"] + ["---:"] * (len(head) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -152,11 +164,11 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
         """Format one table for each test set, under the set's name if there are several."""
         found = []
         for split in splits:
-            found += [f"On {titled(split)}:"] if len(splits) > 1 else []
+            found += [f"On {markdown_text(titled(split))}:"] if len(splits) > 1 else []
             found.append(markdown(*table_on(split)))
         return found
 
-    parts = [markdown(*table(record["table"], [*quality(record["table"]), *COST])), legend(record)]
+    parts = [markdown(*table(record["table"], [*quality(record["table"]), *COST])), markdown_paragraph(legend(record))]
     if record["tests"]:
         for baseline in BASELINES:
             parts += each(partial(tests_table, record["tests"], baseline))
@@ -173,8 +185,9 @@ def insert(text: str, file: str) -> None:
 
     Raises RecipeError if the file cannot be read or does not contain exactly two such lines.
     """
+    path = Path(file).resolve()  # a link stays a link
     try:
-        parts = Path(file).read_text().split(MARK)
+        parts = path.read_bytes().decode().split(MARK)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} cannot be read: {error}. Use a text file with two lines {MARK}.") from error
     if len(parts) != 3:
@@ -183,7 +196,9 @@ def insert(text: str, file: str) -> None:
             "and one after it."
         )
     before, _, after = parts
-    Path(file).write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
+    mode = path.stat().st_mode
+    write_bytes(path, f"{before}{MARK}\n\n{text}\n\n{MARK}{after}".encode())
+    path.chmod(mode)
 
 
 def legend(record: Mapping[str, Any]) -> str:
@@ -191,8 +206,9 @@ def legend(record: Mapping[str, Any]) -> str:
     seeds, examples = record.get("seeds", []), record.get("examples", {})
     sizes = ", ".join(f"{name} {count:,}" for name, count in examples.items())
     text = (
-        f"Examples: {sizes}. All figures are measured on the written model files, in float32. Select figures are optimistic "
-        "because models were chosen on that data; test was used for reporting only. NLL scaled: test NLL after temperature "
+        f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} "
+        "Test was used for reporting only. "
+        "NLL scaled: test NLL after temperature "
         "scaling fitted on select. Images: forward passes needed to make the soup; for best_single and greedy they include "
         "evaluating the ingredients. Seconds: time beyond the steps that all methods share. A suffix -mN: N ingredients per "
         f"model batch. {MEAN_SINGLE}: mean of the ingredients' own figures."

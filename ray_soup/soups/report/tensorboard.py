@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ray_soup.io.disk import writing
 
 if TYPE_CHECKING:
     from ray_soup.soups.state import LearnState
@@ -21,25 +24,36 @@ def scalars(board: Path) -> Callable[[int, int, LearnState], None]:
         board: the folder of the event files.
 
     Returns:
-        A callback of (step, steps, state), which closes the files once step >= steps.
+        A callback of (step, steps, state), which closes the files once step >= steps. It raises SoupError if they cannot be
+        written.
     """
     writer: Any = None
     written = 0
 
     def after_epoch(step: int, steps: int, state: LearnState) -> None:
         nonlocal writer, written
-        if writer is None:
-            from tensorboardX import SummaryWriter
+        with writing(board):
+            if writer is None:
+                from tensorboardX.event_file_writer import EventsWriter  # has no thread, unlike SummaryWriter
 
-            shutil.rmtree(board, ignore_errors=True)
-            writer = SummaryWriter(str(board))
-        for line in state.curve[written:]:
-            for name in ("fit_nll", "select_nll", "select_accuracy", "lr"):
-                if name in line:
-                    writer.add_scalar(name, line[name], line["steps"])
-        written = len(state.curve)
-        writer.flush()
-        if step >= steps:
-            writer.close()
+                shutil.rmtree(board, ignore_errors=True)
+                board.mkdir(parents=True, exist_ok=True)
+                writer = EventsWriter(str(board / "events"))
+            for line in state.curve[written:]:
+                for name in ("fit_nll", "select_nll", "select_accuracy", "lr"):
+                    if name in line:
+                        writer.write_event(_event(name, line[name], int(line["steps"])))
+            written = len(state.curve)
+            writer.flush()
+            if step >= steps:
+                writer.close()
 
     return after_epoch
+
+
+def _event(name: str, value: float, step: int) -> Any:
+    """Return a point of a curve as TensorBoard stores it."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
+    return Event(wall_time=time.time(), step=step, summary=scalar(name, value))

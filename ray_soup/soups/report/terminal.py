@@ -1,15 +1,24 @@
-"""Terminal output: the progress bar, tables, and the names of written files. Does not import torch."""
+"""Terminal output: the progress bar, tables, and the names of written files. Does not import torch.
+
+Everything goes through `echo` and `say`: without credentials, without terminal escapes, and in whatever encoding and state
+the terminal is.
+"""
 
 from __future__ import annotations
 
-import json
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ray_soup.recipe import BASELINES
+from ray_soup.errors import OutputClosed, SoupError
+from ray_soup.io.disk import json_text
+from ray_soup.io.redact import printable, redact
+from ray_soup.recipe import BASELINES, BEST_SINGLE
 from ray_soup.soups.report.tables import (
     COST,
     comparison_markdown,
@@ -21,15 +30,81 @@ from ray_soup.soups.report.tables import (
     titled,
     trials_table,
 )
+from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE
 from ray_soup.task.outcomes import judged
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from ray_soup.io.ingredient import Ingredient
     from ray_soup.soups.output import Soup
 
 LOG_INTERVAL_S = 10
+NARROWEST = 20
+"""Terminal columns below which a width cannot be true."""
+LONGEST_NAME = 120
+"""Terminal columns of the longest name that is shown whole."""
+
+
+def echo(text: str) -> None:
+    """Print a text to stdout. Raises OutputClosed if its reader has ended, SoupError if it cannot be written."""
+    _echo_styled(printable(redact(text)))
+
+
+def _echo_styled(text: str) -> None:
+    """Print a text whose terminal escapes are ours."""
+    try:
+        click.echo(text)
+    except (OSError, ValueError) as error:
+        raise unwritable(error) from error
+
+
+def unwritable(error: OSError | ValueError) -> SoupError:
+    """Return the error to raise if stdout cannot be written; the rest of the output is dropped."""
+    _redirect(sys.stdout)
+    if isinstance(error, BrokenPipeError):
+        return OutputClosed("Nobody reads the standard output.")
+    reason = getattr(error, "strerror", None) or error
+    return SoupError(f"The standard output cannot be written: {reason}. Rerun the command with another output.")
+
+
+def say(text: str) -> None:
+    """Print a text to stderr; if that cannot be written, nothing is printed, and the run continues."""
+    try:
+        click.echo(printable(redact(text)), err=True)
+    except (OSError, ValueError):
+        _redirect(sys.stderr)
+
+
+def flush() -> None:
+    """Flush stdout and stderr at the end of a command. Raises as `echo` does."""
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            _redirect(stream)
+            if stream is sys.stdout:
+                raise unwritable(error) from error
+
+
+def _redirect(stream: TextIO) -> None:
+    """Send what is left in the buffer of a broken stream to /dev/null: Python would complain about it at exit."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def name_of(text: str, width: int = 0, longest: int = LONGEST_NAME) -> str:
+    """Return a name on one line, padded to `width` terminal columns, and cut if it takes more than `longest`."""
+    from rich.cells import cell_len, set_cell_size
+
+    text = printable(redact(text)).replace("\n", "\\n").replace("\t", "\\t")
+    if cell_len(text) > longest:
+        text = set_cell_size(text, longest - 1).rstrip() + "…"
+    return text + " " * (width - cell_len(text))
 
 
 class ProgressBar:
@@ -39,9 +114,7 @@ class ProgressBar:
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
+        self._console = _console(stderr=True)
         self._bars: Progress | None = None
         self._what = ""
         self._started = self._printed = time.monotonic()
@@ -53,22 +126,24 @@ class ProgressBar:
         self.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` units of the work `what` are done."""
+        """Show that `done` of `total` units of the work `what` are done; a terminal that is gone does not end the run."""
         now = time.monotonic()
         if what != self._what:
             self.stop()
             self._what, self._started, self._printed = what, now, now
         if self._console.is_terminal:
-            self._draw(what, done, total)
+            with suppress(OSError, ValueError):
+                self._draw(name_of(what), done, total)
         elif now - self._printed > LOG_INTERVAL_S:
             self._printed = now
-            self._console.print(f"{what}: {done} of {total} ({now - self._started:.0f} s)", highlight=False)
+            say(f"{name_of(what)}: {done} of {total} ({now - self._started:.0f} s)")
 
     def _draw(self, what: str, done: int, total: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         if self._bars is None:
-            columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+            text = TextColumn("{task.description:<22}", markup=False)
+            columns = (text, BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             self._bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
             self._bars.start()
             self._task = self._bars.add_task(what, total=total)
@@ -76,47 +151,79 @@ class ProgressBar:
 
     def stop(self) -> None:
         """Remove the bar."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
+        bars, self._bars = self._bars, None
+        if bars is not None:
+            with suppress(OSError, ValueError):
+                bars.stop()
+
+
+def _console(**options: Any) -> Console:
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            """Raise what the caller can handle; by default, the console ends the process with exit code 1."""
+            raise BrokenPipeError
+
+    terminal = Terminal(**options)
+    return terminal if terminal.width >= NARROWEST else Terminal(width=80, **options)  # as with COLUMNS=0
 
 
 def print_json(found: object) -> None:
-    """Print one object as a line of JSON."""
-    click.echo(json.dumps(found))
+    """Print one object as a line of valid JSON."""
+    echo(json_text(found))
 
 
 def print_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """Print a table, all columns but the first aligned to the right."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    shown = Table(*head, box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: a table should fit into 80 columns
-    for number, column in enumerate(shown.columns):
-        column.justify, column.no_wrap = ("right" if number else "left"), True
+    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: a table should fit into 80 columns
+    for number, name in enumerate(head):
+        shown.add_column(Text(name_of(name)), justify="right" if number else "left", no_wrap=True)
     for line in cells:
-        shown.add_row(*line)
-    Console().print(shown)
+        shown.add_row(*(Text(name_of(cell)) for cell in line))
+    console = _console()
+    with console.capture() as captured:
+        console.print(shown)
+    _echo_styled(captured.get().removesuffix("\n"))
 
 
-def print_row(row: Mapping[str, Any]) -> None:
-    """Print the figures of one model, one per line: side by side they do not fit into 80 columns."""
-    (model, *names), ((name, *figures),) = table([row], [*quality([row]), *COST])
-    print_table([model, name], [list(line) for line in zip(names, figures, strict=True)])
+def print_row(*rows: Mapping[str, Any]) -> None:
+    """Print the figures of one model or two, one figure per line: side by side they do not fit into 80 columns."""
+    head, cells = table(rows, [*quality(rows), *COST])
+    first, *lines = zip(head, *cells, strict=True)
+    print_table(first, lines)
+    _explain_marks(cells)
+
+
+def _explain_marks(cells: Sequence[Sequence[str]]) -> None:
+    """Print what the mark on optimistic figures means, if it is in a table."""
+    if any(OPTIMISTIC in cell for line in cells for cell in line):
+        echo(OPTIMISTIC_NOTE)
+
+
+def _rows_of(soup: Soup) -> list[Mapping[str, Any]]:
+    """Return the rows of a soup and of the best single ingredient, of all rows of its run."""
+    if "chosen" not in soup.record:
+        return [*soup.rows]
+    found = {row["model_name"]: row for row in soup.record["table"]}
+    return [found[name] for name in (soup.record["chosen"], BEST_SINGLE) if name in found]
 
 
 def print_soup(soup: Soup, as_json: bool) -> None:
     """Print the figures of a soup, and where it was written."""
     if soup.was_complete:
-        click.echo(f"{soup.out} is complete; nothing was run. To check it: ray-soup verify {soup.out}", err=True)
+        say(f"{soup.out} is complete; nothing was run. To check it: ray-soup verify {soup.out}")
     _print_notes(soup)
     if as_json:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
         return
-    print_row(soup.rows[0])
+    print_row(*_rows_of(soup))
     model = max((name for name in soup.record["files"] if name.startswith("model")), default="model.safetensors")
-    click.echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
+    echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
 
 
 def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: str | None = None) -> None:
@@ -132,9 +239,9 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     """
     if into:
         insert(comparison_markdown(soup.record), into)
-        click.echo(f"Wrote the tables into {into}.", err=True)
+        say(f"Wrote the tables into {into}.")
     if markdown:
-        click.echo(comparison_markdown(soup.record))
+        echo(comparison_markdown(soup.record))
     _print_notes(soup)
     if as_json:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
@@ -143,7 +250,7 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_methods(soup.record)
     _print_series(soup.record)
     _print_tests(soup.record)
-    click.echo(
+    echo(
         f"Wrote {soup.out}/report.html with tables and figures, and model.safetensors with the soup {soup.record['chosen']}."
     )
 
@@ -151,19 +258,20 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
 def print_trials(found: Mapping[str, Any]) -> None:
     """Print the trials of a search, its Pareto front, and which trial is best."""
     for title, which in (("Trials", "trials"), ("Pareto front of NLL, memory and time", "pareto")):
-        click.echo(f"{title}:")
+        echo(f"{title}:")
         print_table(*trials_table(found, which))
-    click.echo(f"Best: trial {found['best']}.")
+    _explain_marks(trials_table(found, "trials")[1])
+    echo(f"Best: trial {found['best']}.")
 
 
 def print_zoo(entries: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], out: str) -> None:
     """Print the fine-tuned checkpoints, and how many training runs failed."""
     for entry in entries:
         accuracy = f"  held-out accuracy {entry['accuracy']:.2%}" if "accuracy" in entry else ""
-        click.echo(f"{entry['file']}  lr {entry['lr']:.1e}  epochs {entry['epochs']}{accuracy}")
+        echo(f"{entry['file']}  lr {entry['lr']:.1e}  epochs {entry['epochs']}{accuracy}")
     if failures:
-        click.echo(f"{len(failures)} more failed ({out}/state/failures.json). The first error: {failures[0]['error']}")
-    click.echo(f"Wrote {len(entries)} checkpoints and manifest.json to {out}.")
+        echo(f"{len(failures)} more failed ({out}/state/failures.json). The first error: {failures[0]['error']}")
+    echo(f"Wrote {len(entries)} checkpoints and manifest.json to {out}.")
 
 
 def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], as_json: bool) -> None:
@@ -177,10 +285,10 @@ def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], a
         print_json({"ingredients": listed, "tensors": shown, "numbers": elements, "bytes": nbytes})
         return
     for name in names:
-        click.echo(f"{name:<60} {tensors[name]}")
+        echo(f"{name_of(name, 60)} {tensors[name]}")
     for ingredient in ingredients:
-        click.echo(f"{ingredient.name:<40} {ingredient.nbytes:>15,} bytes  {ingredient.path}")
-    click.echo(
+        echo(f"{name_of(ingredient.name, 40)} {ingredient.nbytes:>15,} bytes  {name_of(ingredient.path, longest=4096)}")
+    echo(
         f"{len(ingredients)} ingredients fit together: {len(names)} tensors with {elements:,} elements each, "
         f"{nbytes:,} bytes in total."
     )
@@ -188,7 +296,7 @@ def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], a
 
 def _print_notes(soup: Soup) -> None:
     for note in soup.notes:
-        click.echo(note, err=True)
+        say(note)
 
 
 def _print_methods(record: Mapping[str, Any]) -> None:
@@ -203,18 +311,19 @@ def _print_methods(record: Mapping[str, Any]) -> None:
             if some:
                 print_table(*table(rows, [columns[0], *some]))
     print_table(*table(rows, [*quality(rows)[:2], *COST]))
+    _explain_marks(table(rows, quality(rows))[1])
 
 
 def _print_series(record: Mapping[str, Any]) -> None:
     series = (("without the N best ingredients", "dropped", "eliminations"), ("with N ingredients", "count", "counts"))
     for which, key, name in series:
         for split in judged(record["examples"]) if record[name] else ():
-            click.echo(f"Accuracy on {titled(split)} in percent, {which}:")
+            echo(f"Accuracy on {titled(split)} in percent, {which}:")
             print_table(*series_table(record[name], key, split))
 
 
 def _print_tests(record: Mapping[str, Any]) -> None:
     for split in judged(record["examples"]) if record["tests"] else ():
         for baseline in BASELINES:
-            click.echo(f"Paired tests against {baseline} on {titled(split)}:")
+            echo(f"Paired tests against {baseline} on {titled(split)}:")
             print_table(*tests_table(record["tests"], baseline, split))

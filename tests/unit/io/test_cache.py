@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from ray_soup.errors import SoupError
 from ray_soup.io import cache
 from ray_soup.io.cache import InUse, cache_at, cache_folder, cached, content_key, lookup
 from ray_soup.io.progress import drain
+from tests.faults import FaultyDisk, faulty
 
 KEY = content_key("a", 1)
 RECORD = {"version": 1, "kind": "things", "key": KEY}
@@ -206,3 +209,133 @@ def test_keys_depend_on_the_content_and_not_on_the_order_of_its_names() -> None:
     assert content_key({"a": 1, "b": [2]}) == content_key({"b": [2], "a": 1})
     assert content_key("a", "b") != content_key("ab")
     assert content_key("evaluation", 1) == "8654510edff5807e9d0ced3960bbd38b"  # caches outlive a version
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a folder without a lock", "a deep record"])
+def test_anything_in_the_place_of_an_entry_is_replaced(root: Path, tmp_path: Path, kind: str) -> None:
+    root.mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").touch()
+    if kind == "a file":
+        (root / KEY).write_text("x")
+    elif kind == "a link":
+        (root / KEY).symlink_to(elsewhere)
+    elif kind == "a deep record":
+        outdated(root / KEY, "[" * 100_000)
+    else:
+        (root / KEY).mkdir()
+    assert lookup("things", KEY) is None
+    assert (built().path / "content").read_text() == "new"
+    assert (elsewhere / "mine").exists()
+
+
+def test_a_cache_that_is_deleted_while_an_entry_is_made_is_named(root: Path) -> None:
+    def deleted(folder: Path) -> Iterator[int]:
+        shutil.rmtree(root.parent)
+        (folder / "content").write_text("new")
+        yield 1
+
+    with pytest.raises(SoupError, match=r"cannot be written: it was deleted while it was in use\. .*rerun the same command"):
+        drain(cached("things", KEY, 0, deleted))
+    assert (built().path / "content").read_text() == "new"
+
+
+def test_a_cache_that_is_deleted_is_rebuilt_under_a_user_of_its_files(root: Path) -> None:
+    hold = built()
+    file = (hold.path / "content").open()
+    shutil.rmtree(root.parent)
+    assert lookup("things", KEY) is None
+    assert (built().path / "content").read_text() == "new"
+    assert file.read() == "new"
+    file.close()
+    hold.close()
+
+
+def test_an_error_of_a_file_outside_of_the_cache_is_not_the_caches(root: Path, tmp_path: Path) -> None:
+    def read(folder: Path) -> Iterator[int]:
+        (tmp_path / "nothing.pt").read_bytes()
+        yield 1
+
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        drain(cached("things", KEY, 0, read))
+
+
+@pytest.mark.parametrize("what", ["file", "read-only"])
+def test_a_cache_that_cannot_be_written_is_named(root: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if what == "file":
+        root.parent.mkdir()
+        root.touch()
+    else:
+
+        def read_only(*_: object, **__: object) -> None:
+            raise OSError(30, "Read-only file system", str(root / f"{KEY}.lock"))
+
+        monkeypatch.setattr(cache.FileLock, "acquire", read_only)
+    with pytest.raises(SoupError, match=f"The cache folder {root} cannot be written: .*RAY_SOUP_CACHE"):
+        built()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("before", ["nothing", "an entry", "a damaged entry"])
+def test_every_failed_write_names_the_cache(root: Path, before: str, number: int) -> None:
+    """Whether the entry is new, found or replaced: a SoupError that names the cache, or the right entry."""
+    fails_at, fault = 0, FaultyDisk([root.parent])
+    while fault.count >= fails_at:
+        shutil.rmtree(root.parent, ignore_errors=True)
+        if before == "a damaged entry":
+            outdated(root / KEY, "{")
+        elif before == "an entry":
+            built().close()
+        fault = FaultyDisk([root.parent], number, fails_at)
+        try:
+            with faulty(fault):
+                hold = built()
+        except SoupError as error:
+            assert str(root) in str(error)  # noqa: PT017 - not every write that fails is needed
+            assert os.strerror(number) in str(error)  # noqa: PT017
+            hold = built()
+        assert (hold.path / "content").read_text() == "new"
+        hold.close()
+        fails_at += 1
+    assert fails_at > 3
+
+
+def test_a_damaged_entry_that_cannot_be_removed_is_an_error_of_the_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outdated(root / KEY, "{")
+
+    def read_only(folder: Path, **_: object) -> None:
+        if folder == root / KEY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    monkeypatch.setattr(cache.shutil, "rmtree", read_only)
+    with pytest.raises(SoupError, match=f"The cache folder {root} cannot be written: Read-only file system"):
+        built()
+
+
+def test_an_entry_from_the_future_is_evicted_in_its_turn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that was ahead does not protect an entry from eviction for longer than the latest use of the others."""
+
+    def large(folder: Path) -> Iterator[int]:
+        (folder / "content").write_bytes(os.urandom(100_000))
+        yield 1
+
+    for key in ("a", "b"):
+        hold = drain(cached("things", content_key(key), 100_000, large))
+        os.utime(hold.path / "in_use", (4e9, 4e9))
+        hold.close()
+    monkeypatch.setenv("RAY_SOUP_CACHE_GB", str(150_000 / 1e9))
+    drain(cached("things", content_key("c"), 100_000, large)).close()
+    assert names(root) == [content_key("c")]
+
+
+def test_two_processes_make_one_entry_once(root: Path) -> None:
+    script = (
+        "import time; from ray_soup.io.cache import cached; from ray_soup.io.progress import drain\n"
+        "def make(folder):\n"
+        "    print('made', flush=True); time.sleep(0.5); (folder / 'content').write_text('new'); yield 1\n"
+        f"print((drain(cached('things', {KEY!r}, 0, make)).path / 'content').read_text())"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0].split() for process in both]
+    assert sorted(said) == [["made", "new"], ["new"]]

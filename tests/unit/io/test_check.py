@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.io.check import check_finite, check_floats, check_together, common_dtype, common_shapes
+from ray_soup.io.check import (
+    check_finite,
+    check_fits,
+    check_floats,
+    check_together,
+    common_dtype,
+    common_shapes,
+    left_out_notes,
+)
 from ray_soup.io.find import open_ingredients
 
 
@@ -75,3 +83,79 @@ def test_integer_parameters_and_infinite_elements_are_named(tmp_path: Path) -> N
     check_finite(ingredients[:1], "a", 0, parts[:1])
     with pytest.raises(IngredientError, match=r"1\.safetensors: the tensor a contains inf at element 17; expected finite"):
         check_finite(ingredients, "a", 16, parts)
+
+
+def zoo(folder: Path) -> dict[str, torch.Tensor]:
+    """Write one model in the ways of several training scripts, and return it."""
+    model = {"a": torch.arange(2.0), "b": torch.ones(3)}
+    for name, state in {
+        "ddp": {f"module.{n}": t for n, t in model.items()},
+        "average": {"n_averaged": torch.tensor(3), **{f"module.{n}": t for n, t in model.items()}},
+        "lightning": {"state_dict": {"criterion.weight": torch.ones(5), **{f"model.{n}": t for n, t in model.items()}}},
+        "ema": {"model": model, "model_ema": {n: t + 1 for n, t in model.items()}},
+        "mixed": {"module.a": model["a"], "b": model["b"]},
+        "plain": model,
+    }.items():
+        torch.save(state, folder / f"{name}.pt")
+    return model
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_files_of_several_training_scripts_fit_together(tmp_path: Path, with_model: bool) -> None:
+    model = zoo(tmp_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
+    bound = check_together(open_ingredients(str(tmp_path)), shapes if with_model else None)
+    for ingredient in bound:
+        assert {name: ingredient.read(name).tolist() for name in ingredient.tensors} == {
+            name: tensor.tolist() for name, tensor in model.items()
+        }
+    assert left_out_notes(bound) == [
+        f"{tmp_path}/average.pt: 1 tensor (n_averaged) outside `module.` was left out: the model has none.",
+        f"{tmp_path}/ema.pt: it contains the whole model under `model` and `model_ema`. The first was used; append "
+        "?key=model_ema to the path to use another.",
+        f"{tmp_path}/lightning.pt: 1 tensor (criterion.*) outside `model.` was left out: the model has none.",
+    ]
+
+
+def test_two_keys_of_one_file_may_not_be_the_same_tensors(tmp_path: Path) -> None:
+    file = str(tmp_path / "a.pt")
+    torch.save({"model": {"a": torch.ones(2)}, "model_ema": {"a": torch.zeros(2)}}, file)
+    bound = check_together(open_ingredients([file, f"{file}?key=model_ema"]), {"a": (2,)})
+    assert [i.read("a").tolist() for i in bound] == [[1.0, 1.0], [0.0, 0.0]]
+    with pytest.raises(IngredientError, match=r"a\.pt\?key=model and .*a\.pt are the same tensors"):
+        check_together(open_ingredients([file, f"{file}?key=model"]), {"a": (2,)})
+
+
+def test_the_same_note_about_many_files_is_given_once(tmp_path: Path) -> None:
+    for k in range(3):
+        torch.save({"n_averaged": torch.tensor(k), "module.a": torch.ones(2)}, tmp_path / f"{k}.pt")
+    (note,) = left_out_notes(check_together(open_ingredients(str(tmp_path)), {"a": (2,)}))
+    assert note.startswith(f"{tmp_path}/0.pt and 2 more: 1 tensor (n_averaged)")
+
+
+def test_a_tensor_that_no_model_has_is_refused_unless_it_is_ignored(tmp_path: Path) -> None:
+    for k in range(2):
+        torch.save({"a": torch.full((2,), float(k)), "extra.w": torch.ones(1), "a_": torch.ones(1)}, tmp_path / f"{k}.pt")
+    ingredients = open_ingredients(str(tmp_path))
+    for ignore in ([], ["extra.*"], ["extra"], ["*.w"], ["A_"]):
+        with pytest.raises(IngredientError, match=r"not in the model: (extra\.w|a_) float32 \[1\].*\n.*under `ignore:`"):
+            check_together(ingredients, {"a": (2,)}, ignore=ignore)
+        with pytest.raises(IngredientError, match=r"1\.pt does not fit the model:\n    not in the model: "):
+            check_fits(ingredients[1], {"a": (2,)}, {}, ignore)
+    bound = check_together(ingredients, {"a": (2,)}, ignore=["extra.*", "a?"])
+    assert [i.read("a").tolist() for i in bound] == [[0.0, 0.0], [1.0, 1.0]]
+    assert [list(i.tensors) for i in check_together(ingredients, {"a": (2,)}, strict=False)] == [["a"], ["a"]]
+    with pytest.raises(IngredientError, match=r"missing: b \[1\]"):
+        check_together(ingredients, {"a": (2,), "b": (1,)}, ignore=["*"], strict=False)
+
+
+def test_a_mixture_of_student_and_teacher_is_refused_until_one_is_ignored(tmp_path: Path) -> None:
+    for k in range(2):
+        torch.save({"student.a": torch.full((2,), float(k)), "teacher.a": torch.full((2,), -1.0)}, tmp_path / f"{k}.pt")
+    ingredients = open_ingredients(str(tmp_path))
+    with pytest.raises(
+        IngredientError, match=r"0\.pt does not fit:\n    the whole model occurs under `student\.` and `teacher"
+    ):
+        check_together(ingredients, {"a": (2,)})
+    bound = check_together(ingredients, {"a": (2,)}, ignore=["teacher.*"])
+    assert [i.read("a").tolist() for i in bound] == [[0.0, 0.0], [1.0, 1.0]]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -218,3 +219,84 @@ def test_lists_are_read_and_wrong_entries_are_named(tmp_path: Path) -> None:
         read_list(listed(tmp_path, "# nothing"))
     with pytest.raises(RecipeError, match="built-in list: model-soups"):
         read_list(str(tmp_path / "none.txt"))
+
+
+ENTRIES = [
+    "https://h/a.pt 0", "https://h/a.pt -5", "https://h/a.pt ²", "https://h:x/a.pt", "https://h:99999999/a.pt",
+    "http://[::1/a.pt", "https://user:password@h/a.pt", "https://h/é.pt", "https://h/a%00b", "https://h/a%1b[31m",
+    "https://h/.fetch.lock", "https://h/..", "https:///a.pt", "HTTPS://h/a.pt", f"https://h/{'a' * 300}", "s3://b/a.pt",
+]  # fmt: skip
+YAML_ENTRIES = [
+    "- ''", "- 5", "- null", "- [https://h/a]", "- {url: https://h/a, size: true}", "- {url: https://h/a, size: 5.0}",
+    "- {url: https://h/a, size: '5'}", "- {url: https://h/a, size: 1e400}", "- {url: [https://h/a]}", "- {size: 5}",
+    "- {url: https://h/a, md5: abc}", "- {url: https://h/a, sha256: abc}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, *YAML_ENTRIES], ids=ascii)
+def test_a_hostile_entry_is_refused(tmp_path: Path, entry: str) -> None:
+    file = tmp_path / ("l.yaml" if entry in YAML_ENTRIES else "l.txt")
+    file.write_text(entry)
+    with pytest.raises(RecipeError, match=rf"The list {file} has the entry .*expected lines") as error:
+        read_list(str(file))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("&a [*a]", "the alias *a has no finished anchor"),
+        ("[" * 100_000, "nest"),
+        ("- &a {url: x, url: y}", "the key 'url' was already in line 1"),
+        ("- !!python/name:os.system x", "the tag !!python/name:os.system is not supported"),
+        ("- https://h/a\n---\n- https://h/b", "a second document begins"),
+        ("a: b", "has no entries"),
+        ("- https://h/a\n" * 10_001, "has 10,001 entries; expected at most 10,000"),
+        ("# comment\n" * 200_000, "is larger than 1,000,000 bytes"),
+        ("- https://h/a\x1b", "contains the control character"),
+        ("- https://h/a\n- https://h/a.part", "has the file a.part, the name of a partial download"),
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_a_hostile_list_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "l.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(said)) as error:
+        read_list(str(file))
+    assert f"The list {file}" in str(error.value)
+
+
+def test_a_digest_of_decimal_digits_keeps_its_zeros(tmp_path: Path) -> None:
+    (tmp_path / "l.yaml").write_text(
+        f"- {{url: https://h/a, size: 0x10, sha256: 00{'1' * 62}}}\n- https://h/b 5 {'A' * 64}\n"
+    )
+    first, second = read_list(str(tmp_path / "l.yaml"))
+    assert (first.size, first.sha256) == (16, "00" + "1" * 62)
+    assert (second.size, second.sha256) == (5, "a" * 64)
+
+
+def test_what_is_no_file_is_neither_read_nor_written(server: Server, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in (
+        (tmp_path / "pipe", "is a named pipe"),
+        (tmp_path, "is a folder"),
+        (Path("/dev/zero"), "is a device"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            read_list(str(path))
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "precious").write_text("precious")
+    os.mkfifo(out / "m_0.pt")
+    (out / "m_1.pt.part").symlink_to(tmp_path / "precious")
+    (out / "m_2.pt").mkdir()
+    with pytest.raises(SoupError, match=r"m_0\.pt is not a regular file.*\n.*m_1\.pt\.part is not.*\n.*m_2\.pt is not"):
+        fetch(listed(tmp_path, *(server.url(f"m_{k}.pt") for k in range(3))), out)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert server.asked == []
+
+
+def test_a_server_that_sends_more_than_expected_is_cut_off(server: Server, tmp_path: Path) -> None:
+    server.lengths = False
+    with pytest.raises(SoupError, match=r"m_0\.pt sends more than the 1,000 bytes expected"):
+        fetch(listed(tmp_path, f"{server.url('m_0.pt')} 1000"), tmp_path / "out")

@@ -68,10 +68,37 @@ def test_a_lease_without_a_heartbeat_is_taken_over(out: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"host": "h"}', b"null"])
-def test_a_damaged_lease_is_taken_over(out: str, content: bytes) -> None:
+def test_a_damaged_lease_is_taken_over_if_no_heartbeat_follows(
+    out: str, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 1)
     storage.write_bytes(content, file_of(out))
-    with Lease(file_of(out)) as held:
+    said: list[str] = []
+    with Lease(file_of(out), lambda what, done, total: said.append(what)) as held:
+        assert said == ["waiting for a heartbeat of the run on an unknown machine"]
         held.check()
+
+
+def test_the_damaged_lease_of_an_active_run_is_repaired_and_a_second_run_refused(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "another-host")
+        first = Lease(file_of(out))
+    monkeypatch.setattr(lease, "BEAT_S", 0.5)
+    with first:
+        storage.write_bytes(b"{", file_of(out))
+        with pytest.raises(RecipeError, match=r"Another run is using .* on another-host"), Lease(file_of(out)):
+            pass
+        first.check()
+
+
+def test_what_is_no_file_is_no_lease(tmp_path: Path) -> None:
+    """A FIFO would block the reader for ever."""
+    (tmp_path / "state").mkdir()
+    os.mkfifo(tmp_path / LEASE_FILE)
+    with pytest.raises(SoupError, match=rf"{LEASE_FILE} cannot be read \(it is not a file\)\. Remove it"):
+        Lease(file_of(str(tmp_path))).__enter__()
 
 
 def test_a_run_of_this_machine_whose_process_has_ended_is_taken_over_at_once(

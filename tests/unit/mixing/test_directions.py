@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def test_has_store_says_whether_the_cache_has_it(zoo: Path, tmp_path: Path, monk
     assert has_store(ingredients, layout, "int8")
     assert not has_store(ingredients, layout, "float32")
     assert not has_store(ingredients[1:], layout, "int8")
+
+
+def test_a_file_that_replaces_another_of_equal_size_and_time_has_its_own_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / "cache"))
+    layout = layout_of(torch.nn.Linear(3, 3))
+    sha256 = []
+    for turn in range(2):
+        for k in range(2):
+            file = tmp_path / f"m{k}.safetensors"
+            save_file({"weight": torch.full((3, 3), float(k + turn)), "bias": torch.zeros(3)}, file)
+            os.utime(file, ns=(0, 0))
+        sha256.append(make_store(str(tmp_path / "m*"), layout).sha256)
+        assert sha256[-1] == tuple(sha256_file(str(tmp_path / f"m{k}.safetensors")) for k in range(2))
+    assert sha256[0] != sha256[1]
 
 
 def test_progress_ends_at_the_size_of_all_ingredients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_a_dumped_recipe_has_the_keys_of_version_0_1_in_the_same_order() -> None
     [
         ({"ingredient": "x"}, "did you mean 'ingredients'?"),
         ({"learn": {"learnrate": 1, "epoch": 2}}, "did you mean 'learn.epochs'?"),
-        ({"learn": {"lr": -1}}, "learn.lr: found -1. Input should be greater than 0"),
+        ({"learn": {"lr": -1}}, "learn.lr: found -1. Expected a number above 0."),
         ({"learn": {"model_batch": "all"}}, "learn.model_batch: found 'all'"),
         ({"data": {"select": 1.5}}, "data.select: found 1.5. Expected a share between 0 and 1, or a file."),
         (
@@ -57,7 +57,7 @@ def test_a_dumped_recipe_has_the_keys_of_version_0_1_in_the_same_order() -> None
         ({"method": ["mehl"]}, "method: found ['mehl']. Expected one of"),
         ({"data": {"test": {"a b": "x.npz"}}}, "data.test: found {'a b': 'x.npz'}. Expected one or more names of letters"),
         ({"data": {"test": {}}}, "data.test: found {}. Expected one or more names"),
-        ({"blocks": "row"}, "blocks: found 'row'. Input should be 'tensor', 'layer' or 'model'; or input should be"),
+        ({"blocks": "row"}, "blocks: found 'row'. Expected tensor or layer or model or an integer from 1"),
         ({"shard_size": "5 apples"}, "shard_size: found '5 apples'. Expected a size"),
         ({"metric": "accuracy"}, "metric: found 'accuracy'. Expected package.module:function."),
         ({"loss": "a:b", "learn": {"label_smoothing": 0.1}}, "learn.label_smoothing: found 0.1 together with loss: a:b"),
@@ -164,6 +164,35 @@ def test_an_override_replaces_a_mapping_that_is_not_a_section(tmp_path: Path) ->
     recipe = load_recipe(file, ["data.test.v3=s3://a/3", "learn={epochs: 2}", "learn.lr=0.5"])
     assert recipe.data.test == {"v1": "s3://a/1", "v2": "s3://a/2", "v3": "s3://a/3"}
     assert (recipe.learn.epochs, recipe.learn.lr) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/data/run #2/*.pt",
+        "/data/a: b/*.pt",
+        "*.pt",
+        "&x",
+        "!x",
+        "%x",
+        "@x",
+        "`x`",
+        "- a",
+        "? a",
+        "[ab]*.pt",
+        "{a,b}.pt",
+        "# a",
+    ],
+)
+def test_an_unquoted_path_in_an_override_is_taken_as_it_is(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/usr")
+    whole = path if path.startswith("/") else f"/usr/{path}"
+    for override in (f"ingredients={path}", f"ingredients= {path} ", f"ingredients='{path}'"):
+        assert parse_overrides([override]) == {"ingredients": whole}
+    assert parse_overrides([f"ingredients=['{path}', b]", f"data.test={{a: '{path}'}}", f"data.test.b={path}"]) == {
+        "ingredients": [whole, "/usr/b"],
+        "data": {"test": {"a": whole, "b": whole}},
+    }
 
 
 def test_an_override_without_a_value_is_refused() -> None:

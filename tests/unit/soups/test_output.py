@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
@@ -50,6 +52,15 @@ def publish(output: Output, recipe: Recipe, **more: Any) -> dict[str, Any]:
     return record
 
 
+def test_only_a_resumed_run_has_the_token_of_an_earlier_one(tmp_path: Path, recipe: Recipe) -> None:
+    found = []
+    for folder in ("a", "a", "b"):
+        begin(tmp_path / folder, recipe)
+        with open_output(tmp_path / folder) as output:
+            found.append(output.token())
+    assert found[0] == found[1] != found[2]
+
+
 def finish(out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
     with open_output(out) as output:
         assert output.begin(begun(recipe, ingredients_of(recipe), **options)) is None
@@ -59,6 +70,11 @@ def finish(out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
 def names(folder: Path) -> list[str]:
     """The files in a folder, without the lock file: some versions of filelock remove it, others do not."""
     return sorted(file.name for file in folder.iterdir() if file.name != "lock")
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder: the content of each file, None for a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in folder.rglob("*")}
 
 
 # Starting, resuming and finding a finished run
@@ -82,10 +98,23 @@ def test_a_failed_run_is_resumed(tmp_path: Path, recipe: Recipe) -> None:
     assert begin(tmp_path / "out", recipe) is None
 
 
-def test_a_run_json_that_is_not_whole_is_resumed(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_damaged_run_json_is_refused_and_made_again_once_it_is_removed(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    (out / "run.json").write_text('{"exit": 0, ')
+    before = tree(out)
+    with pytest.raises(RecipeError, match=r"run\.json is damaged .*remove it and rerun the command"):
+        begin(out, recipe)
+    assert tree(out) == before
+    (out / "run.json").unlink()
+    assert begin(out, recipe) is None
+
+
+def test_a_finished_run_that_lost_a_file_is_not_complete(tmp_path: Path, recipe: Recipe) -> None:
     finish(tmp_path / "out", recipe)
-    (tmp_path / "out" / "run.json").write_text('{"exit": 0, ')
-    assert begin(tmp_path / "out", recipe) is None
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(SoupError, match=r"model\.safetensors was changed: its SHA-256 is missing, but run\.json has"):
+        begin(tmp_path / "out", recipe)
 
 
 def test_another_recipe_is_refused_and_its_keys_are_named(tmp_path: Path, recipe: Recipe) -> None:
@@ -140,7 +169,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, rec
         ('{"recipe": "model: a"}', "no 'ingredients'"),
         ('{"recipe": 3, "ingredients": []}', "recipe: Input should be a valid string"),
         ('{"recipe": "model: a", "ingredients": {}}', "ingredients: Input should be a valid list"),
-        ('{"recipe": "- a", "ingredients": []}', "'list' object has no attribute 'items'"),
+        ('{"recipe": "- a", "ingredients": []}', "recipe: found ['a']; expected keys"),
         ('{"recipe": "a: [", "ingredients": []}', "while parsing"),
     ],
 )
@@ -282,32 +311,187 @@ def test_staging_starts_empty(tmp_path: Path) -> None:
         assert names(output.staging()) == []
 
 
+def fail_with(output: Output, error: BaseException, work: Callable[[], Any]) -> None:
+    """Run `work` while failures are recorded, then fail."""
+
+    def run() -> None:
+        with output.recording_failures():
+            work()
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
         (SoupError("a loss"), 1, "a loss"),
         (RecipeError("a recipe"), 2, "a recipe"),
         (IngredientError("an ingredient"), 3, "an ingredient"),
-        (KeyboardInterrupt(), 130, "KeyboardInterrupt"),
-        (ZeroDivisionError("division"), 1, "division"),
+        (KeyboardInterrupt(), 130, "interrupted. Rerun the same command to resume."),
+        (ZeroDivisionError("division"), 1, "ZeroDivisionError: division"),
     ],
 )
 def test_a_failure_is_recorded_with_its_exit_code(tmp_path: Path, error: BaseException, code: int, text: str) -> None:
     with open_output(tmp_path / "out") as output:
         (output.staging() / "model.safetensors").write_bytes(b"half a model")
-        with pytest.raises(type(error)), output.recording_failures():
-            raise error
+        fail_with(output, error, lambda: output.state("learn.pt").write_text("learned"))
         assert not output.state("out").exists()
     record = records.read_run_record(tmp_path / "out")
     assert record is not None
-    assert {**record} == {
+    assert text in record["error"]
+    assert {k: v for k, v in record.items() if k != "error"} == {
         "exit": code,
-        "error": text,
         "version": records.RUN_VERSION,
         "results_version": records.RESULTS_VERSION,
     }
     with pytest.raises(RecipeError, match=rf"is not a finished soup: its run ended with exit code {code}\. Rerun"):
         records.finished_record(tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [RecipeError("a recipe"), IngredientError("an ingredient")])
+def test_a_run_that_is_refused_before_it_learned_leaves_the_folder_as_it_was(
+    tmp_path: Path, recipe: Recipe, error: Exception
+) -> None:
+    def refused() -> None:
+        with open_output(out) as output:
+            assert output.begin(begun(recipe, ingredients_of(recipe))) is None
+            output.state("soups").mkdir(exist_ok=True)
+            (output.staging() / "model.safetensors").write_bytes(b"half a model")
+            fail_with(output, error, lambda: output.state("resolved.json").write_text("resolved"))
+
+    out = tmp_path / "a" / "out"
+    refused()
+    assert not (tmp_path / "a").exists()
+    with open_output(out) as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        output.state("learn.pt").write_text("of an earlier start")
+    (out / "run.json").write_text('{"exit": 130, "error": "interrupted"}')
+    before = tree(out)
+    refused()
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), RecipeError("late")])
+def test_what_fails_after_the_publication_leaves_the_soup_finished(
+    tmp_path: Path, recipe: Recipe, error: BaseException
+) -> None:
+    with open_output(tmp_path / "out") as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        fail_with(output, error, lambda: publish(output, recipe))
+    assert records.finished_record(tmp_path / "out")["method"] == "mehl+"
+
+
+def test_state_that_cannot_be_removed_does_not_fail_a_finished_run(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with open_output(tmp_path / "out") as output:
+        output.begin(begun(recipe, ingredients_of(recipe)))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rmdir", fail)
+            publish(output, recipe)
+    assert begin(tmp_path / "out", recipe) is not None
+
+
+# Where OUT may be
+
+
+def odd_places(tmp_path: Path) -> dict[str, tuple[str | Path, str]]:
+    """Places where no run may write, and what is said about them."""
+    (tmp_path / "file").write_text("a file")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dangling").symlink_to("/nowhere/at/all")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "recipe.yaml").write_text("model: x")
+    (tmp_path / "used" / "state").mkdir(parents=True)
+    (tmp_path / "used" / "state" / "notes.txt").write_text("mine")
+    job = tmp_path / "ray" / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    (tmp_path / "job").symlink_to(job)
+    return {
+        "nothing": ("", "OUT is empty"),
+        "a file": (tmp_path / "file", "cannot be created: a file is in its place"),
+        "below a file": (tmp_path / "file" / "out", "cannot be created: Not a directory"),
+        "a FIFO": (tmp_path / "fifo", "cannot be created: something that is not a folder is in its place"),
+        "a device": ("/dev/null", "cannot be created: something that is not a folder"),
+        "a link to nothing": (tmp_path / "dangling", "a link to /nowhere/at/all, which does not exist, is in its place"),
+        "the root": ("/", "is not empty and was not written by ray_soup"),
+        "the folder of a recipe": (tmp_path / "own", r"was not written by ray_soup \(found recipe\.yaml\)"),
+        "a folder with another state": (tmp_path / "used", r"was not written by ray_soup \(found state/notes\.txt\)"),
+        "nobody's home": ("~nobody_at_all/out", "there is no user nobody_at_all"),
+        "a name that is not UTF-8": (os.fsdecode(bytes(tmp_path) + b"/\xff"), "is not UTF-8"),
+        "a name of two lines": (tmp_path / "a\nb", "contains control characters"),
+        "a name with a NUL": ("a\0b", "contains control characters"),
+        "a name that is too long": (tmp_path / ("a" * 300), "cannot be created: File name too long"),
+        "/proc": ("/proc/out", "cannot be created"),
+        "a job's folder": (job / "out", "is inside the working directory of a Ray job"),
+        "a job's folder by way of a link": (tmp_path / "job" / "out", "is inside the working directory of a Ray job"),
+    }
+
+
+def test_a_place_where_no_run_may_write_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    places = odd_places(tmp_path)
+    before = tree(tmp_path)
+    for out, said in places.values():
+        with pytest.raises(RecipeError, match=said), open_output(out):
+            pass
+    assert tree(tmp_path) == before
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with open_output("~/out") as output:
+        assert output.folder == tmp_path / "out"
+
+
+def test_a_link_to_an_output_folder_is_followed(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    finish(tmp_path / "out", recipe)
+    assert begin(tmp_path / "disk", recipe) is not None
+
+
+@pytest.mark.parametrize("name", ["state", "state/soups", "state/learn.pt", "state/lease", "state/a.tmp", "tensorboard"])
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path, recipe: Recipe, name: str) -> None:
+    out, stranger = tmp_path / "out", tmp_path / "stranger"
+    begin(out, recipe)
+    if name == "state":
+        shutil.move(out / "state", stranger)
+    else:
+        stranger.write_text("theirs") if "." in name or name.endswith("lease") else stranger.mkdir()
+    (out / name).symlink_to(stranger)
+    before = tree(tmp_path)
+    with pytest.raises(RecipeError, match=rf"{out}/{name} is a link to {stranger}, outside of OUT"):
+        begin(out, recipe)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "run.json", "recipe.yaml", "results.jsonl"])
+def test_a_linked_file_is_replaced_and_its_target_left_alone(tmp_path: Path, recipe: Recipe, name: str) -> None:
+    out = tmp_path / "out"
+    begin(out, recipe)
+    (tmp_path / "stranger").write_text('{"exit": 1}')
+    (out / name).symlink_to(tmp_path / "stranger")
+    finish(out, recipe)
+    assert (tmp_path / "stranger").read_text() == '{"exit": 1}'
+    assert not (out / name).is_symlink()
+
+
+def test_keys_that_are_newer_than_the_folder_have_their_defaults(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    begin(out, recipe)
+    file = out / "state" / "begun.json"
+    record = json.loads(file.read_text())
+    old = yaml.safe_load(record["recipe"])
+    del old["greedy"], old["learn"]["clip"]
+    file.write_text(json.dumps({**record, "recipe": yaml.safe_dump(old)}))
+    assert begin(out, recipe) is None
+    with pytest.raises(RecipeError, match=r"learn\.clip was None and is now 1\.0"):
+        begin(out, with_changes(recipe, {"learn.clip": 1.0}))
 
 
 # Remote storage

@@ -110,8 +110,56 @@ def test_a_missing_record_is_none_or_refused(tmp_path: Path) -> None:
     assert records.read_resolved(tmp_path / "resolved.json") is None
     with pytest.raises(RecipeError, match=r"is not a finished soup: no run\.json found\. Rerun the command that creates it"):
         records.finished_record(tmp_path)
-    (tmp_path / "run.json").write_text("[]")
-    assert records.read_run_record(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"seed": 1}', b'{"exit": NaN}'])
+def test_a_damaged_run_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"^{tmp_path}/run\.json is damaged \(.*remove it and rerun the command"):
+        records.read_run_record(tmp_path)
+    with pytest.raises(RecipeError, match=r"is not a finished soup: .*run\.json is damaged"):
+        records.finished_record(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/b", "..", ""])
+def test_a_listed_file_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({**RUN, "files": {name: "00"}}))
+    with pytest.raises(RecipeError, match=r"run\.json is damaged \(files.*expected the name of a file, not a path"):
+        records.read_run_record(tmp_path)
+
+
+def test_records_are_valid_json_in_any_locale_and_without_credentials(tmp_path: Path) -> None:
+    record: Any = {"exit": 0, "notes": ["s3://user:pa/ss@bucket/x", "größe"], "curve": [float("nan"), float("inf"), 0.5]}
+    records.write_run_record(record, tmp_path / "run.json")
+    found = json.loads((tmp_path / "run.json").read_bytes().decode("ascii"), parse_constant=pytest.fail)
+    assert found["curve"] == [None, None, 0.5]
+    assert "pa/ss" not in found["notes"][0]
+    assert found["notes"][1] == "größe"
+
+
+@pytest.mark.parametrize("name", ["resolved.json", "entry.json"])
+def test_a_changed_value_of_the_state_is_noticed(tmp_path: Path, name: str) -> None:
+    record, write, read, _ = RECORDS[name]
+    write({**record}, tmp_path / name)
+    found = json.loads((tmp_path / name).read_text())
+    key = "model_batch" if name == "resolved.json" else "figures"
+    found[key] = 3 if name == "resolved.json" else {"steps": 4}
+    (tmp_path / name).write_text(json.dumps(found))
+    with pytest.raises(RecipeError, match=rf"{name} is damaged \(it is not as it was written\)\. (Remove|Choose)"):
+        read(tmp_path / name)
+
+
+def test_an_entry_notices_other_outcomes_and_another_place(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"outcomes")
+    records.write_entry({**ENTRY}, tmp_path / "a.json")
+    assert records.read_entry(tmp_path / "a.json")["notes"] == ENTRY["notes"]
+    (tmp_path / "a.json").rename(tmp_path / "b.json")
+    with pytest.raises(RecipeError, match=r"b\.json is damaged \(it belongs to another soup\)"):
+        records.read_entry(tmp_path / "b.json")
+    (tmp_path / "b.json").rename(tmp_path / "a.json")
+    (tmp_path / "a.npz").write_bytes(b"others")
+    with pytest.raises(RecipeError, match=r"a\.npz is damaged .*Remove \S+a\.json to compute this soup again"):
+        records.read_entry(tmp_path / "a.json")
 
 
 def test_results_are_read_unchanged_and_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import METHODS
 from ray_soup.soups.report import figures
-from ray_soup.soups.report.tables import ENSEMBLE, MARK, MEAN_SINGLE, insert, legend, table
+from ray_soup.soups.report.tables import ENSEMBLE, MARK, MEAN_SINGLE, insert, legend, series_table, table
 
 
 @pytest.mark.parametrize("marks", [0, 1, 3])
@@ -57,3 +57,43 @@ def test_colors_can_be_told_apart_without_color_vision() -> None:
             for i in range(3):
                 for j in range(i):
                     assert deltaE(simulated[i], simulated[j], input_space="sRGB1") > 15, (kind, i, j)
+
+
+@pytest.mark.parametrize("shift", [-3.0, -0.4, -1e-9, 0.0, 0.2, 5.0])
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_no_bar_of_the_histogram_mixes_signs(shift: float, count: int) -> None:
+    from matplotlib.figure import Figure
+
+    random = np.random.default_rng(count)
+    for values in (
+        random.normal(size=count) + shift,
+        np.append(random.normal(size=count) * 1e-3, [0.0, shift]),
+        np.full(4, shift),
+    ):
+        edges = figures.histogram_edges(values)
+        assert len(edges) <= 34
+        assert edges[0] <= values.min()
+        assert edges[-1] >= values.max()
+        assert not np.any((edges[:-1] < 0) & (edges[1:] > 0))
+        axes = Figure().subplots()
+        figures.draw_histogram(axes, values)
+        hatched = [bar for bar in axes.patches if bar.get_hatch()]
+        assert sum(bar.get_height() for bar in hatched) == (values < 0).sum()
+        assert sum(bar.get_height() for bar in axes.patches) == len(values)
+        for bar in axes.patches:
+            assert bool(bar.get_hatch()) == (bar.get_x() + bar.get_width() / 2 < 0)
+
+
+def test_figures_on_data_that_a_model_was_chosen_on_are_marked_and_those_on_test_are_not() -> None:
+    row = {"select_accuracy": 0.5, "select_nll": 1.0, "fit_nll": 0.5, "test_accuracy": 0.25, "test_v2_nll": 2.0}
+    columns = [("model_name", "model", "{}"), *((key, key, "{:.1f}") for key in row)]
+    rows = [{"model_name": name, **row} for name in ("mehl+-m2", "best_single", "greedy", "uniform", MEAN_SINGLE, ENSEMBLE)]
+    _, cells = table([*rows, {"select_nll": 1.0, "select_nll_sd": 0.5}], columns)
+    for line in cells[:3]:
+        assert line[1:] == ["50.0†", "1.0†", "0.5†", "25.0", "2.0"]
+    for line in cells[3:6]:  # nothing was learned or chosen
+        assert line[1:] == ["50.0", "1.0", "0.5", "25.0", "2.0"]
+    assert cells[6][2] == "1.0† ±0.5"
+    _, (series,) = series_table([{"model_name": "mehl+", "count": 2, **row}], "count", "select")
+    assert series == ["mehl+", "50.00†"]
+    assert "† optimistic" in legend({"examples": {"select": 3}})

@@ -25,20 +25,21 @@ def test_frozen_batchnorm_layers_are_left_alone(conv_zoo: Path, tmp_path: Path) 
         state = load_file(file)
         frozen = {name: torch.ones_like(tensor) for name, tensor in state.items() if "running" in name}
         save_file({**state, **frozen}, tmp_path / "zoo" / f"{k}.safetensors")
-    for folder, buffers, recalibrates in (
-        (tmp_path, "auto", False), (tmp_path, "recalibrate", True), (conv_zoo, "auto", True), (conv_zoo, "first", False),
+    every = ("norm", "norm1d")
+    for folder, buffers, recalibrated in (
+        (tmp_path, "auto", ()), (tmp_path, "recalibrate", every), (conv_zoo, "auto", every), (conv_zoo, "first", ()),
     ):  # fmt: skip
         recipe = make_recipe(
             values(conv_zoo, model="tests.tiny:build_conv", ingredients=str(folder / "zoo"), buffers=buffers)
         )
         inputs = open_inputs(recipe)
-        assert inputs.layout.tracking == ("norm", "norm1d")
-        assert inputs.recalibrates(recipe) == recalibrates
+        assert inputs.layout.tracking == every
+        assert inputs.recalibrated(recipe) == recalibrated
         mesh, setup = Mesh(1, 1), SetupInfo({"fit": 597, "test": 600}, None, {}, "", "")
         pool = InProcessPool(recipe, inputs.ingredients, mesh, 1)
         session = Session(recipe, inputs, pool, setup, mesh, 1, 4)
         session = session.with_soup(splits=session.cut(1))
-        assert [len(batch) for batch in session.calibration(150)] == ([61, 61] if recalibrates else [])
+        assert [len(batch) for batch in session.calibration(150)] == ([61, 61] if recalibrated else [])
 
 
 def test_running_statistics_are_estimated_on_whole_batches_of_fit_alone() -> None:

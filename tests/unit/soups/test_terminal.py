@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_on_a_terminal_progress_is_a_bar_for_each_kind_of_work(
 def test_a_row_has_a_figure_per_line(capsys: pytest.CaptureFixture[str]) -> None:
     print_row(row("mehl+", test_accuracy=0.9, steps=12))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["select", "%", "50.00"] in lines
+    assert ["select", "%", "50.00†"] in lines
     assert ["test", "%", "90.00"] in lines
     assert ["steps", "12"] in lines
 
@@ -129,3 +130,92 @@ def test_failed_trainings_are_counted_with_the_first_error(capsys: pytest.Captur
         "1 more failed (zoo/state/failures.json). The first error: NaN loss",
         "Wrote 1 checkpoints and manifest.json to zoo.",
     ]
+
+
+def test_the_best_single_stands_beside_a_soup_and_beside_a_copy_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    soup = Soup("out", [row("uniform"), row("best_single", select_accuracy=0.25)], {"files": {}}, [])  # type: ignore[arg-type]
+    print_soup(soup, as_json=False)
+    shown = capsys.readouterr().out
+    assert ["model", "uniform", "best_single"] in [line.split() for line in shown.splitlines()]
+    assert ["select", "%", "50.00", "25.00†"] in [line.split() for line in shown.splitlines()]
+    assert "† optimistic:" in shown
+    copy = comparison("test")
+    copy.rows = [row("the first ingredient"), *copy.rows]
+    print_soup(copy, as_json=False)
+    assert ["model", "mehl+", "best_single"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+HOSTILE = "a\x1b[2J\r\x07\u202e\udc80\nb[red]漢" + "x" * 5000
+
+
+@dataclasses.dataclass
+class Named:
+    name: str
+    path: str
+    tensors: dict[str, Any]
+    nbytes: int = 8
+
+
+@dataclasses.dataclass
+class Info:
+    dtype: str = "torch.float32"
+    numel: int = 2
+    shape: tuple[int, ...] = (2,)
+
+
+def hostile_soup() -> Soup:
+    soup = comparison("test_" + HOSTILE)
+    soup.record["chosen"] = soup.rows[0]["model_name"]
+    soup.notes = [HOSTILE]
+    return soup
+
+
+@pytest.mark.parametrize("force_color", ["", "1"])
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: terminal.print_ingredients([Named(HOSTILE, HOSTILE, {HOSTILE: Info()})], [HOSTILE], False),  # type: ignore[list-item]
+        lambda: terminal.print_ingredients([Named(HOSTILE, HOSTILE, {HOSTILE: Info()})], [HOSTILE], True),  # type: ignore[list-item]
+        lambda: print_zoo([{"file": HOSTILE, "lr": 1e-4, "epochs": 3}], [{"error": HOSTILE}], HOSTILE),
+        lambda: print_row(row(HOSTILE)),
+        lambda: terminal.print_table([HOSTILE, "b"], [[HOSTILE, HOSTILE]]),
+        lambda: print_comparison(hostile_soup(), as_json=False),
+        lambda: print_comparison(hostile_soup(), as_json=True),
+        lambda: terminal.print_json({HOSTILE: [HOSTILE, float("nan")]}),
+        lambda: terminal.say(HOSTILE),
+        lambda: ProgressBar()(HOSTILE, 1, 2),
+    ],
+)
+def test_names_do_not_reach_the_terminal_raw(
+    show: Any, force_color: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if force_color:
+        monkeypatch.setenv("FORCE_COLOR", force_color)
+    show()
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert "\x1b[2J" not in text
+        assert not set("\r\x07\u202e\udc80") & set(text.replace("\r\x1b[2K", ""))
+
+
+def test_long_and_wide_names_are_cut_and_padded_by_terminal_columns() -> None:
+    assert terminal.name_of("漢字", 6) == "漢字  "
+    cut = terminal.name_of("漢" * 500)
+    assert cut.endswith("…")
+    assert len(cut) <= terminal.LONGEST_NAME / 2 + 1
+    assert terminal.name_of("a\nb\tc") == "a\\nb\\tc"
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(terminal, "_redirect", lambda stream: None)
+    monkeypatch.setattr(terminal.click, "echo", gone)
+    terminal.say("x")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    progress = ProgressBar()
+    write = "_write_buffer" if hasattr(progress._console, "_write_buffer") else "_check_buffer"  # of older versions
+    monkeypatch.setattr(progress._console, write, gone)
+    progress("learning", 1, 2)
+    progress.stop()

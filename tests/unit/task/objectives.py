@@ -14,6 +14,10 @@ def each(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def of_probabilities(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(probabilities.log(), labels, reduction="none") - (1 - probabilities).log().sum(1)
+
+
 def focal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     log_p = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
     return -((1 - log_p.exp()) ** 2) * log_p

@@ -49,6 +49,7 @@ def test_a_description_is_the_layout_and_a_fingerprint_is_the_same_in_every_proc
     ("spec", "said"),
     [
         ("timm:test_vitt?classes=3", "timm has no 'test_vitt'; did you mean test_vit"),
+        ("timm:test_resnet.x?classes=3", r"timm has no pretrained weights 'x' for test_resnet; it has r160_in1k\."),
         ("torchvision:resnet5?classes=3", "torchvision has no 'resnet5'; did you mean resnet50 or resnet"),
         ("torchvision:fcn_resnet50?classes=3", "torchvision has no 'fcn_resnet50'"),
         ("open_clip:ViT-B-23?classes=3", "open_clip has no 'ViT-B-23'; did you mean ViT-B-32"),
@@ -59,7 +60,7 @@ def test_a_description_is_the_layout_and_a_fingerprint_is_the_same_in_every_proc
         ("open_clip:tiny-clip?classes=3&normalize=1", "expected normalize=true or normalize=false"),
         ("transformers:tests", "tests has no config.json that transformers can read"),
         ("keras:x?classes=3", "expected open_clip:, timm: or torchvision:NAME"),
-        ("tests.tiny:digits", "tests.tiny:digits returned tuple; expected a model, or"),
+        ("tests.tiny:digits", r"tests.tiny:digits returned tuple \(ndarray, ndarray\); expected a model, or"),
     ],
 )
 def test_an_unknown_model_or_option_is_refused(spec: str, said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,9 +110,7 @@ def test_the_published_checkpoints_of_model_soups_are_loaded_and_written_again(
         torch.save({**state, **change}, tmp_path / "model_0.pt")
         with pytest.raises(IngredientError, match=r"model_0.pt does not fit:\n    not in the model: (visual\.)?extra"):
             check_together(open_ingredients(f"{tmp_path}/model_*.pt"), layout.state_shapes, layout.tied)
-        with pytest.raises(
-            IngredientError, match=r"model_0\.pt does not fit the model: .*extra.*0 missing and 1 unexpected"
-        ):
+        with pytest.raises(IngredientError, match=r"model_0\.pt does not fit the model:\n    not in the model: .*extra"):
             load_checkpoint(build(spec).model, str(tmp_path / "model_0.pt"))
 
 
@@ -235,7 +234,7 @@ def test_lightning_checkpoints_are_read_and_a_refused_pickle_can_be_converted(tm
         IngredientError, match=r"holds 'torch\.nn\.modules\.activation\.ReLU'.*If you trust the file"
     ) as said:
         open_ingredient(str(file))
-    line = str(said.value).partition('python -c "')[2].removesuffix('"')
-    exec(line)  # the suggested command does what the message says
+    _, _, command = str(said.value).partition("extracts it: ")
+    exec(shlex.split(command)[2], {})  # the suggested command does what the message says
     converted = open_ingredient(str(tmp_path / "refused.state_dict.pt")).bind(zoo[0].state_dict(), {})
     assert set(converted.tensors) == set(zoo[0].state_dict())

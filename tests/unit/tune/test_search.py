@@ -58,7 +58,7 @@ def test_unknown_keys_and_damaged_distributions_are_refused() -> None:
         make_recipe({"model": "a:b", "search": {"trial": 3}})
     with pytest.raises(RecipeError, match=r"the recipe has no key 'learn\.lrr'"):
         make_configs(make_recipe({"model": "a:b", "search": {"learn.lrr": {"uniform": [1, 2]}}}), 4)
-    with pytest.raises(RecipeError, match=r"search\.learn\.lr: found .*; expected"):
+    with pytest.raises(RecipeError, match=r"search\.learn\.lr: found .*\. Expected uniform: \[low, high\]"):
         make_configs(make_recipe({"model": "a:b", "search": {"learn.lr": {"uniform": [1]}}}), 4)
 
 

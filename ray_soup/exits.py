@@ -1,0 +1,136 @@
+"""The outer shell of the command: every way in which it can end, with its message, its exit code and its JSON.
+
+A command raises; here the exception becomes a sentence on stderr, an object on stdout under --json, and an exit code. No
+traceback is shown unless --traceback asks for it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import click
+
+from ray_soup.errors import OutputClosed, Stopped, explain
+from ray_soup.io.environment import check_environment, wants_traceback
+from ray_soup.io.signals import catching_signals
+from ray_soup.soups.report.terminal import ProgressBar, flush, print_json, say, unwritable
+
+T = TypeVar("T")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def common_options(command: F) -> F:
+    """Add --json and --traceback, which `Shell` handles when a command fails."""
+    as_json = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line, even if the command fails."
+    )
+    with_traceback = click.option(
+        "--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error."
+    )
+    return as_json(with_traceback(command))
+
+
+def run_task(task: Callable[[ProgressBar], T]) -> T:
+    """Run the work of a command with a progress bar."""
+    check_environment()
+    with ProgressBar() as progress:
+        progress("starting", 0, 1)  # importing Ray and torch takes seconds
+        return task(progress)
+
+
+class _Failure(click.ClickException):
+    """Carries an exception of a command through Click, which would handle some of them itself."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__("")
+        self.error = error
+
+
+class Shell(click.Group):
+    """A group of commands whose process ends as the module describes."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command of the arguments; raises SystemExit with its exit code if `standalone_mode`."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        arguments = sys.argv[1:] if args is None else list(args)
+        _open_standard_files()
+        with catching_signals():
+            try:
+                code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0
+                flush()
+            except SystemExit as error:  # of Click, for shell completion and for a pipe that nobody reads
+                code = error.code
+            except OSError as error:  # of Click, which printed a help
+                code = _report(unwritable(error), arguments)
+            except BaseException as error:
+                code = _report(error, arguments)
+            with suppress(Exception):
+                flush()
+            if Stopped.signal is not None:
+                os._exit(code)  # at once: everything is saved, and libraries would take their time
+        sys.exit(code)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, and let its exceptions reach `main` unchanged."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BaseException as error:
+            raise _Failure(error) from error
+
+
+def _open_standard_files() -> None:
+    """Open what is closed of stdin, stdout and stderr: the next file that is opened would become the terminal."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in Latin-1 shows other characters as escapes
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report(error: BaseException, arguments: Sequence[str]) -> int:
+    """Tell the user what went wrong, and return the exit code."""
+    if isinstance(error, _Failure):
+        error = error.error
+    if isinstance(error, click.Abort) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, click.ClickException):
+        text, code, shown = error.format_message(), error.exit_code, io.StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip("\n"))
+    else:
+        text, code = explain(error)
+        if not isinstance(error, OutputClosed):
+            say(f"ray-soup: {text}")
+    if _traceback_wanted(arguments):
+        say("".join(traceback.format_exception(error)).rstrip("\n"))
+    if "--json" in arguments and not isinstance(error, OutputClosed):
+        with suppress(Exception):
+            print_json({"error": text, "exit": code})
+    return code
+
+
+def _traceback_wanted(arguments: Sequence[str]) -> bool:
+    try:
+        return "--traceback" in arguments or wants_traceback()
+    except Exception:
+        return False  # the variable is wrong, which is the error that is reported

@@ -1,0 +1,153 @@
+"""Signals that ask this process to end: it stops what it does, saves, cleans up, and ends within a few seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from ray_soup.errors import Stopped, explain
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RECORD_S = 2.0
+"""Seconds after a signal at which the last words are called if cleaning up takes longer; `ray job stop` kills after 3."""
+GRACE_S = 4.0
+"""Seconds after a signal at which the process ends even if it has not finished cleaning up."""
+SAME_S = 0.2
+"""A second Ctrl-C within these seconds is the first one, sent to the process and to its group."""
+
+_last_words: list[Callable[[], None]] = []
+_delays = 0
+_pending = False
+
+
+@contextmanager
+def catching_signals() -> Iterator[None]:
+    """Within this context, the first SIGINT, SIGTERM or SIGHUP raises Stopped in the main thread.
+
+    The process ends GRACE_S seconds later at the latest, and at once with a second Ctrl-C: a thread sees to that, because
+    the main thread may be inside a library. Signals that are ignored, as under nohup, stay ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    caught = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_watch, args=(reader, frozenset(caught)), daemon=True).start()
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in caught:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        if Stopped.signal is None:  # otherwise the process is about to end, and the thread waits for that
+            signal.set_wakeup_fd(wakeup)
+            for number in caught:
+                signal.signal(number, before[number])
+            writer.close()
+
+
+@contextmanager
+def keeping_handler() -> Iterator[None]:
+    """Restore this process's handler of SIGTERM at the end: Ray replaces it when it connects."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Raise Stopped no earlier than at the end of this context, which must be short."""
+    global _delays, _pending  # noqa: PLW0603
+    _delays += 1
+    try:
+        yield
+    finally:
+        _delays -= 1
+        if _pending and not _delays:
+            _pending = False
+            raise Stopped
+
+
+@contextmanager
+def last_words(record: Callable[[], None]) -> Iterator[None]:
+    """Call `record` from another thread if a signal comes within this context and cleaning up takes too long."""
+    _last_words.append(record)
+    try:
+        yield
+    finally:
+        _last_words.remove(record)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Handle a signal in the main thread."""
+    global _pending  # noqa: PLW0603
+    repeated, Stopped.signal = Stopped.handled, Stopped.signal or number
+    Stopped.handled = True
+    if repeated:
+        return
+    if _delays:
+        _pending = True
+    else:
+        raise Stopped
+
+
+def _watch(reader: socket.socket, caught: frozenset[int]) -> None:
+    """End this process in time after the first signal; `reader` gets a byte for every signal."""
+    first = 0.0
+    recorded = False
+    while True:
+        left = None if not first else first + (GRACE_S if recorded else RECORD_S) - time.monotonic()
+        reader.settimeout(None if left is None else max(0.01, left))
+        try:
+            received = reader.recv(1)
+        except TimeoutError:
+            if recorded:
+                _end()
+            _record()
+            recorded = True
+            continue
+        if not received:
+            reader.close()
+            return
+        now = time.monotonic()
+        if received[0] not in caught:
+            continue
+        if not first:
+            first, Stopped.signal = now, Stopped.signal or received[0]
+        elif received[0] == signal.SIGINT and now - first > SAME_S:
+            _record()
+            _end()
+
+
+def _record() -> None:
+    """Call the last words, at most half a second: the disk may be what hangs."""
+
+    def call() -> None:
+        for record in reversed(_last_words):
+            with suppress(Exception):
+                record()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(0.5)
+
+
+def _end() -> None:
+    sentence, code = explain(Stopped())
+    with suppress(OSError):
+        os.write(2, f"\nray-soup: {sentence}\n".encode())
+    with suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,208 @@
+"""Files of tensors, each read the way its own library reads it; what an ingredient is made of.
+
+    TorchFile           `torch.load`, memory-mapped (torch_files.py)
+    SafetensorsFile     `safetensors.safe_open`, memory-mapped
+    RemoteSafetensors   byte ranges of a file in remote storage
+
+A file describes its tensors with TensorInfo, and reads elements of one by its TensorInfo. To add a format, add a class here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ray_soup.errors import IngredientError
+from ray_soup.io import storage
+from ray_soup.io.formats import (
+    SAFETENSORS_DTYPES,
+    SAFETENSORS_SUFFIX,
+    TensorInfo,
+    check_dtype,
+    safetensors_header,
+)
+from ray_soup.io.mapped import Version, guard, opened
+from ray_soup.io.progress import drain
+from ray_soup.io.storage import RemoteFile
+from ray_soup.io.torch_files import load_torch, plain_values, state_dicts
+
+Described = dict[str, dict[str, TensorInfo]]
+"""The tensors of a file, by the key of their state dict ("" for the top level) and by name."""
+
+
+class TensorFile(Protocol):
+    """An open file of tensors."""
+
+    metadata: Mapping[str, Any]
+    """Plain values stored beside the tensors."""
+    version: Version | None
+    """The version of the local file that is open; None for a file in remote storage, and for the copy of one."""
+
+    def describe(self, number: int) -> Described:
+        """Return the file's tensors; `number` is the index of the file among the ingredient's files."""
+
+    def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Read elements of a tensor, counted row by row: [stop - start], contiguous and aligned, not to be written to."""
+
+    def addresses(self) -> list[int]:
+        """Return an address in each memory map that the file is read through."""
+
+
+def elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return elements `start` to `stop` of a tensor, counted row by row: [stop - start], contiguous and aligned.
+
+    This is a view where the tensor allows that, otherwise a copy of no more than these elements.
+    """
+    if tensor.is_contiguous():
+        part = tensor.reshape(-1)[start:stop]
+    else:
+        parts = [p.reshape(-1) for p in _cut(tensor, start, stop)]
+        part = parts[0] if len(parts) == 1 else torch.cat(parts)
+    part = part.resolve_neg().contiguous()
+    return part.clone() if part.data_ptr() % part.itemsize else part
+
+
+def _cut(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+    """Return views of a tensor that together hold elements `start` to `stop`, in order."""
+    if tensor.dim() == 1:
+        return [tensor[start:stop]]
+    size = tensor[0].numel()  # of a row
+    first, last = -(-start // size), stop // size  # rows that are needed in full
+    if first > last:  # within one row
+        return _cut(tensor[last], start - last * size, stop - last * size)
+    parts = [tensor[first:last]] if first < last else []
+    head = _cut(tensor[first - 1], start - (first - 1) * size, size) if start < first * size else []
+    tail = _cut(tensor[last], 0, stop - last * size) if stop > last * size else []
+    return [*head, *parts, *tail]
+
+
+class TorchFile:
+    """A torch file on a local disk, or the copy in the cache of a remote one."""
+
+    def __init__(self, path: str, key: str = "") -> None:
+        """Load the file; `key` names a state dict to look for. Raises IngredientError as `load_torch` does."""
+        loaded, version = load_torch(path, drain(storage.local_copy(path)))
+        self._containers = state_dicts(path, loaded, key)
+        self.metadata: Mapping[str, Any] = plain_values({k: v for k, v in loaded.items() if k not in self._containers})
+        self.version: Version | None = None if storage.is_remote(path) else version
+
+    def describe(self, number: int) -> Described:
+        """Return the file's tensors, as in TensorFile."""
+        found = {}
+        for container, tensors in self._containers.items():
+            order = {name: rank for rank, name in enumerate(sorted(tensors, key=lambda name: tensors[name].data_ptr()))}
+            found[container] = {
+                name: TensorInfo(tensor.dtype, tuple(tensor.shape), number, order[name], (container, name))
+                for name, tensor in tensors.items()
+            }
+        return found
+
+    def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Read elements of a tensor, as in TensorFile."""
+        return elements(self._containers[info.stored[0]][info.stored[1]], start, stop)
+
+    def addresses(self) -> list[int]:
+        """Return an address in the memory map."""
+        tensors = [t for tensors in self._containers.values() for t in tensors.values() if t.numel()]
+        return [t.data_ptr() for t in tensors]
+
+
+class SafetensorsFile:
+    """A safetensors file on a local disk."""
+
+    def __init__(self, path: str) -> None:
+        """Open the file. Raises IngredientError if it is damaged, truncated or not a safetensors file."""
+        guard()
+        self._path = path
+        with opened(path) as (link, _, version):
+            try:
+                self._file: Any = safe_open(link, framework="pt")
+            except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+                _explain(path, version.size, error)
+        self.metadata: Mapping[str, Any] = self._file.metadata() or {}
+        self.version: Version | None = version
+        self._size, self._address = version.size, 0
+
+    def describe(self, number: int) -> Described:
+        """Return the file's tensors, as in TensorFile."""
+        in_order = hasattr(self._file, "offset_keys")
+        names = self._file.offset_keys() if in_order else self._file.keys()
+        found = {}
+        for place, name in enumerate(names):
+            part = self._file.get_slice(name)
+            dtype = part.get_dtype()
+            check_dtype(self._path, name, dtype)
+            found[name] = TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(part.get_shape()), number, place, ("", name))
+        if in_order:  # the library has checked that the tensors fill the file up to its end without gaps
+            begin = self._size - sum(info.nbytes for info in found.values())
+            for name, info in found.items():
+                found[name] = replace(info, offset=begin)
+                begin += info.nbytes
+        return {"": found}
+
+    def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Read elements of a tensor, as in TensorFile."""
+        tensor = self._file.get_tensor(info.stored[1])
+        self._address = tensor.data_ptr() or self._address
+        return elements(tensor, start, stop)
+
+    def addresses(self) -> list[int]:
+        """Return an address in the memory map."""
+        return [self._address]
+
+
+def _explain(path: str, size: int, error: Exception) -> None:
+    """Raise the IngredientError that says what is wrong with a file that safetensors does not open."""
+    if size == 0:
+        raise IngredientError(f"{path} is empty (0 bytes). Copy it again.") from error
+    safetensors_header(path, 0, size)
+    raise IngredientError(f"{path} cannot be read as safetensors: {error}. Copy it again.") from error
+
+
+class RemoteSafetensors:
+    """A safetensors file in remote storage."""
+
+    version: Version | None = None
+
+    def __init__(self, uri: str, size: int) -> None:
+        """Open the file. Raises IngredientError if it is damaged, truncated or not a safetensors file."""
+        self._uri, self._size = uri, size
+        self._file = RemoteFile(uri, size)
+        self.metadata: Mapping[str, Any] = {}
+
+    def describe(self, number: int) -> Described:
+        """Return the file's tensors, as in TensorFile."""
+        tensors, self.metadata = safetensors_header(self._uri, number, self._size)
+        return {"": tensors}
+
+    def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Read elements of a tensor, as in TensorFile."""
+        assert info.offset is not None
+        itemsize = info.dtype.itemsize
+        data = self._file.read(info.offset + start * itemsize, (stop - start) * itemsize)
+        return elements(torch.frombuffer(bytearray(data), dtype=info.dtype), 0, stop - start)
+
+    def addresses(self) -> list[int]:
+        """Return nothing: no memory map is used."""
+        return []
+
+
+def open_tensors(path: str, size: int, key: str = "") -> TensorFile:
+    """Open a file of tensors at a path or URI.
+
+    Args:
+        path: path or URI.
+        size: size of the file in bytes.
+        key: a state dict of a torch file to look for.
+
+    Raises IngredientError if the file is damaged, or can only be read by running code from it.
+    """
+    if size == 0:
+        raise IngredientError(f"{path} is empty (0 bytes). Copy it again.")
+    if not path.endswith(SAFETENSORS_SUFFIX):
+        return TorchFile(path, key)
+    return RemoteSafetensors(path, size) if storage.is_remote(path) else SafetensorsFile(path)

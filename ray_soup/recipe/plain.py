@@ -1,0 +1,67 @@
+"""Plain values: what recipes consist of, and how values appear in messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ray_soup.errors import RecipeError
+
+SHOWN = 80  # characters of a value in a message
+MOST_DEPTH = 20
+MOST_VALUES = 200_000
+
+
+def shown(value: Any) -> str:
+    """Return a value as it appears in messages: on one line, without control characters, cut at 80 characters."""
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except Exception:  # an integer of more than 4,300 digits, or the user's own __repr__
+        digits = isinstance(value, int)
+        text = f"an integer of about {int(value.bit_length() * 0.30103):,} digits" if digits else f"a {type(value).__name__}"
+    text = text.replace("\n", " ")
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def plain(values: Any, where: str = "", what: str = "The recipe") -> Any:
+    """Convert values from Python into dicts, lists, texts, truth values, None and numbers.
+
+    Tuples become lists, paths become texts, and scalars of NumPy become numbers. Raises RecipeError, which names the key
+    and starts with `what`, for other objects, for keys that are not text, and for cycles.
+    """
+    return _Plain(what).of(values, where, 0)
+
+
+class _Plain:
+    def __init__(self, what: str) -> None:
+        self.what, self.left = what, MOST_VALUES
+
+    def refuse(self, where: str, reason: str) -> RecipeError:
+        return RecipeError(f"{self.what} is not valid:\n  {f'{where}: ' if where else ''}{reason}")
+
+    def of(self, value: Any, where: str, depth: int) -> Any:
+        self.left -= 1
+        if depth > MOST_DEPTH or self.left < 0:
+            limit = f"{MOST_DEPTH} deep" if depth > MOST_DEPTH else f"{MOST_VALUES:,} values"
+            raise self.refuse(where[:SHOWN], f"found more than {limit}, or a value that contains itself. Simplify it.")
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, Mapping):
+            wrong = next((key for key in value if not isinstance(key, str)), None)
+            if wrong is not None or None in value:
+                raise self.refuse(where, f"found the key {shown(wrong)}. Expected text as keys: quote it.")
+            return {str(key): self.of(v, f"{where}.{key}" if where else str(key), depth + 1) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(v, f"{where}[{n}]", depth + 1) for n, v in enumerate(value)]
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+            value = value.item()
+        for kind in (str, int, float):  # subclasses, such as members of an Enum
+            if isinstance(value, kind):
+                return value if isinstance(value, bool) else kind(value) if kind is not str else str.__str__(value)
+        raise self.refuse(
+            where,
+            f"found {shown(value)} of type {type(value).__name__}. Expected text, a number, true, false, a list or keys.",
+        )

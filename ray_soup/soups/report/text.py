@@ -1,0 +1,76 @@
+"""Names and other foreign text in a report: one function for each kind of document that it goes into.
+
+Nothing that a file, a tensor or a class is called changes the structure of a page, a card, a table or a figure, and no
+credentials get into one. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ray_soup.io.redact import printable, redact
+
+OPTIMISTIC = "†"
+"""Marks figures on data that the model was learned, stopped or chosen on."""
+OPTIMISTIC_NOTE = f"{OPTIMISTIC} optimistic: the model was learned, stopped or chosen on this data."
+LABEL = 60
+"""Characters of the longest label in a figure."""
+
+_NO_XML = re.compile("[\ufffe\uffff]")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
+_BLOCK = re.compile(r"[-+#=\s]|\d+[.)]")
+
+
+def plain(text: str) -> str:
+    """Return a text for a page or a figure: printable, in characters of XML, without credentials. Newlines stay."""
+    return _NO_XML.sub(lambda found: ascii(found[0])[1:-1], printable(redact(text)))
+
+
+def one_line(text: str) -> str:
+    r"""Return `plain` text on one line: newlines and tabs become the visible escapes \n and \t."""
+    return plain(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def label(text: str) -> str:
+    """Return a text for a figure: `one_line`, and shortened in the middle to LABEL characters."""
+    return shortened(one_line(text), LABEL)
+
+
+def shortened(text: str, most: int) -> str:
+    """Replace the middle of a text of more than `most` characters by an ellipsis."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
+
+
+def markdown_text(text: str) -> str:
+    """Return Markdown that shows `text` unchanged, on one line: in a paragraph, in a heading or in a cell of a table.
+
+    Characters with a meaning become character references, which never have one.
+    """
+    return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
+
+
+def markdown_paragraph(text: str) -> str:
+    """Return a paragraph of Markdown that shows `text`: it does not begin a heading, a list or a block of code."""
+    escaped = markdown_text(text)
+    begin = _BLOCK.match(escaped)
+    return f"{begin[0][:-1]}&#{ord(begin[0][-1])};{escaped[begin.end() :]}" if begin else escaped
+
+
+def markdown_code(text: str) -> str:
+    """Return a code span that shows `text`."""
+    text = one_line(text)
+    fence = "`" * (_longest_run(text) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def markdown_block(text: str, language: str) -> str:
+    """Return a fenced block of code that shows `text`."""
+    text = plain(text)
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """Return the length of the longest run of backticks in a text."""
+    return max(map(len, re.findall("`+", text)), default=0)

@@ -1,0 +1,166 @@
+"""Examples in an `.npz` file: the arrays `images` and `labels`."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ray_soup.errors import RecipeError
+from ray_soup.io.cache import cached, content_key
+from ray_soup.task.raw_examples import RawExamples, Source, check_finite, check_inputs, identity_of, reason
+
+CHUNK = 1 << 24
+"""Bytes read at a time."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An array in a zip file, as its header describes it."""
+
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    column_major: bool
+    header: int
+    """Bytes before the first element."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=object))
+
+
+def read_npz(source: Source, path: str) -> Generator[tuple[int, int], None, RawExamples]:
+    """Read an .npz file; uncompressed images are memory-mapped, so that the actors of a node share their pages.
+
+    The first time, the images are compared with their checksum and searched for NaN. Yields (bytes checked, total). Raises
+    RecipeError if the file is damaged, or if its arrays are not labeled examples.
+    """
+    raw = check_npz(source, path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = _header(archive, "images")
+            images = _mapped(archive, path, member)
+            if images is None:
+                _check_memory(source, member)
+                with np.load(path, allow_pickle=False) as arrays:
+                    images = arrays["images"]
+            if not images.dtype.isnative:
+                images = images.astype(images.dtype.newbyteorder("="))
+    except RecipeError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise almost anything for a damaged file
+        raise _unreadable(source, error) from error
+    identity = (identity_of(source, [Path(path)]),)
+    if isinstance(images, np.memmap):
+        key = content_key("npz", identity)
+        hold = yield from cached("checked", key, 0, lambda folder: _checked(source, path, member, images))
+        hold.close()
+    else:
+        check_finite(source, images)
+    return RawExamples(source, raw.labels, images, identity=identity)
+
+
+def check_npz(source: Source, path: str) -> RawExamples:
+    """Read the labels of an .npz file and the header of its images; the images returned are zeros of their shape.
+
+    Raises RecipeError if the arrays are not labeled examples.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            for name in ("images", "labels"):
+                if names.count(name) != 1:
+                    raise source.error(
+                        f"found {names[:20]}; expected the arrays 'images' and 'labels', once each. Save them under these "
+                        "names."
+                    )
+            headers = {name: _header(archive, name) for name in ("images", "labels")}
+            images, labels = headers["images"], headers["labels"]
+            check_inputs(source, np.broadcast_to(np.zeros((), images.dtype), images.shape))
+            if labels.dtype.hasobject or len(labels.shape) != 1:
+                raise source.error(
+                    f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [n]. Store one integer per example."
+                )
+        with np.load(path, allow_pickle=False) as arrays:
+            found = arrays["labels"]
+    except RecipeError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise almost anything for a damaged file
+        raise _unreadable(source, error) from error
+    native = np.zeros((), images.dtype.newbyteorder("="))
+    return RawExamples(source, found, np.broadcast_to(native, images.shape))
+
+
+def _unreadable(source: Source, error: Exception) -> RecipeError:
+    return source.error(f"cannot be read as .npz ({reason(error)}). Save it again with numpy.savez.")
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> _Member:
+    """Read the header of an array. Raises ValueError if it is damaged, or does not match the size of the member."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"the array '{name}' has format version {version[0]}.{version[1]}, which is for records")
+        shape, column_major, dtype = read(file)
+        member = _Member(info, shape, dtype, column_major, file.tell())
+    if not dtype.hasobject and member.header + member.nbytes != info.file_size:
+        raise ValueError(
+            f"the array '{name}' has {info.file_size - member.header:,} bytes instead of {member.nbytes:,} for "
+            f"{dtype} {list(shape)}"
+        )
+    return member
+
+
+def _mapped(archive: zipfile.ZipFile, path: str, member: _Member) -> np.ndarray | None:
+    """Memory-map an array; None if it is compressed, empty, or cannot be mapped."""
+    info = member.info
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or not member.shape or 0 in member.shape:
+        return None
+    start = _data_offset(path, info) + member.header
+    return np.memmap(path, member.dtype, "r", start, member.shape, "F" if member.column_major else "C")
+
+
+def _data_offset(path: str, info: zipfile.ZipInfo) -> int:
+    """Return the position of a member's first byte in the file. Raises ValueError if its local header is damaged."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(30)
+    if local[:4] != b"PK\x03\x04":
+        raise ValueError(f"'{info.filename}' is not at its place in the file")
+    name, extra = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
+    return info.header_offset + 30 + name + extra
+
+
+def _check_memory(source: Source, member: _Member) -> None:
+    available = psutil.virtual_memory().available
+    if member.nbytes > available:
+        raise source.error(
+            f"the compressed images need {member.nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are "
+            "available. Save them uncompressed, with numpy.savez: then they are memory-mapped."
+        )
+
+
+def _checked(source: Source, path: str, member: _Member, images: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Compare a stored member with its CRC-32, and check that images are finite. Yields (bytes read, total)."""
+    total, crc = member.info.file_size, 0
+    try:
+        with open(path, "rb") as file:
+            file.seek(_data_offset(path, member.info))
+            for done in range(0, total, CHUNK):
+                crc = zlib.crc32(file.read(min(CHUNK, total - done)), crc)
+                yield done, total
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    if crc != member.info.CRC:
+        raise source.error("the images do not match their checksum: the file is damaged. Save or copy it again.")
+    check_finite(source, images)
+    yield total, total

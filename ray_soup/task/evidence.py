@@ -1,0 +1,270 @@
+"""Evidence of how ingredients were trained, compared with the model and the preprocessing of a recipe.
+
+Training scripts write their arguments into checkpoints, and libraries write the settings of preprocessing next to them.
+Checkpoints that were trained on images of another size, mean or crop have the same shapes, and would be evaluated wrongly: a
+recipe that does not state what the files say is refused, with the line to write.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_soup.errors import RecipeError
+from ray_soup.io import storage
+from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.mixing.blocks import Layout
+from ray_soup.recipe import Data, Recipe, is_function
+from ray_soup.task.libraries import IMAGE_OPTIONS, SIZE_OPTIONS
+from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.settings import Found, Settings, settings_of, used_settings
+
+ARGUMENTS = ("args", "hyper_parameters", "datamodule_hyper_parameters", "hparams", "config", "params")
+"""Keys that training scripts write their arguments under."""
+BESIDE = ("open_clip_config.json", "config.json", "preprocessor_config.json")
+"""Files that libraries write next to a model, with the settings of its preprocessing."""
+LARGEST = 1_000_000
+"""Size in bytes up to which such a file is read."""
+POSITIONS = ("pos_embed", "positional_embedding", "pos_embedding")
+"""Ends of the names of position embeddings, which are as long as the image has patches."""
+SHAPES = "the shape of its position embedding"
+
+
+@dataclass
+class Evidence:
+    """What the files of one ingredient say about its training."""
+
+    path: str
+    options: dict[str, str] = field(default_factory=dict)
+    """Values by the name of the option of the recipe key `model`."""
+    unstatable: dict[str, str] = field(default_factory=dict)
+    """Arguments that change what a model computes, and that no option states."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Keys with values that are not understood, by the option that they would be."""
+    unknown: str = ""
+    """The name of the model, if its tag is not one of the library's."""
+    architecture: str = ""
+    """The architecture, if the file names one."""
+    source: str = ""
+    """Where the values were found."""
+
+
+def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: Layout | None = None) -> list[str]:
+    """Compare what the ingredients say about their training with what the recipe does.
+
+    Args:
+        recipe: the recipe.
+        ingredients: the opened ingredients, or one checkpoint to evaluate.
+        layout: the layout of the recipe's model, to recognize position embeddings of another size.
+
+    Returns notes for the user: a value that the recipe states, although files say another, values that are not
+    understood, and architectures of other names.
+    Raises RecipeError, with the line to write, if the recipe does not state a value, and files differ from the library's
+    default or from each other.
+    """
+    spec = ModelSpec.parse(recipe.model)
+    if is_function(recipe.model) or spec.library not in IMAGE_OPTIONS:
+        return []
+    used = used_settings(spec)
+    beside = functools.cache(_beside)
+    found = [_evidence_of(ingredient, spec, layout, used, beside) for ingredient in ingredients]
+    if not takes_images(recipe.data):
+        for evidence in found:
+            sizes = SIZE_OPTIONS.values() if evidence.source == SHAPES else ()
+            kept = ("in_chans", "global_pool", *sizes)
+            evidence.options = {name: value for name, value in evidence.options.items() if name in kept}
+            evidence.unread = {name: said for name, said in evidence.unread.items() if name in kept}
+    _check_unstatable(spec, found)
+    notes = _compare(spec, found, used)
+    notes += _unread(spec, found, used)
+    named = next((e for e in found if e.architecture and not _same_architecture(e.architecture, spec.name)), None)
+    if named is not None:
+        notes.append(f"{named.path} was trained as {named.architecture}, and the recipe's model is {spec.name}.")
+    unknown = next((e for e in found if e.unknown), None)
+    if unknown is not None:
+        notes.append(
+            f"{unknown.path} was trained as {unknown.unknown}, a tag that this version of {spec.library} does not have; "
+            "only the preprocessing that its arguments state was compared."
+        )
+    return notes
+
+
+def check_start(recipe: Recipe) -> None:
+    """Compare what is known about the weights that fine-tuning starts from with what the recipe does, as `check_evidence`.
+
+    Raises RecipeError.
+    """
+    spec = ModelSpec.parse(recipe.model)
+    for source in filter(None, (recipe.finetune.init, recipe.finetune.pretrained)):
+        if not source.startswith("open_clip:"):
+            check_evidence(recipe, [open_ingredient(source)])
+        elif spec.library == "open_clip" and takes_images(recipe.data):
+            import open_clip
+
+            known = open_clip.get_pretrained_cfg(spec.name, source.partition(":")[2])
+            settings = settings_of(spec, {"preprocess_cfg": known}).settings
+            _compare(spec, [Evidence(source, settings, source="its settings in open_clip")], used_settings(spec))
+
+
+def takes_images(data: Data) -> bool:
+    """Return whether a recipe has data that are preprocessed: arrays, in .npz files or from functions, are not."""
+    sources = filter(None, (data.train, *data.sources().values()))
+    return any(not is_function(source) and not source.endswith(".npz") for source in sources)
+
+
+def _evidence_of(
+    ingredient: Ingredient,
+    spec: ModelSpec,
+    layout: Layout | None,
+    used: Settings,
+    beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]],
+) -> Evidence:
+    evidence = Evidence(ingredient.path)
+    metadata: Mapping[str, Any] = getattr(ingredient, "metadata", {})
+    for source, values in (*_arguments(metadata), *beside(ingredient.files[0].rpartition("/")[0])):
+        said = settings_of(spec, values)
+        if said != Found():
+            evidence.source = evidence.source or source
+            evidence.options = {**said.settings, **evidence.options}
+            evidence.unstatable |= said.unstatable
+            evidence.unknown = evidence.unknown or said.unknown
+            evidence.unread = {**said.unread, **evidence.unread}
+        name = next((values[key] for key in ("model", "arch", "architecture") if isinstance(values.get(key), str)), "")
+        evidence.architecture = evidence.architecture or (name if said.settings else "")
+    size = _size_of_positions(ingredient, layout, used, spec) if layout is not None else {}
+    if size:
+        evidence.options |= size
+        evidence.source = evidence.source or SHAPES
+    return evidence
+
+
+def _arguments(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the mappings in a checkpoint that may be a script's arguments, with their places."""
+    nested = [(f"its {key}", metadata[key]) for key in ARGUMENTS if isinstance(metadata.get(key), Mapping)]
+    decoded = []
+    for key, value in metadata.items():  # the metadata of safetensors are texts
+        if isinstance(value, str) and value[:1] == "{" and len(value) < LARGEST:
+            decoded.append((f"its {key}", _parsed(value)))
+    return [(place, values) for place, values in (*nested, *decoded, ("its metadata", metadata)) if values]
+
+
+def _beside(folder: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the settings in the files of a folder with checkpoints, with the files' names."""
+    found = []
+    for name in BESIDE if folder else ():
+        path = storage.join(folder, name)
+        try:
+            if storage.exists(path) and storage.stat(path).size <= LARGEST:
+                found.append((name, _parsed(storage.read_bytes(path).decode())))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _parsed(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _size_of_positions(ingredient: Ingredient, layout: Layout, used: Settings, spec: ModelSpec) -> dict[str, str]:
+    """Infer the size of the images from a position embedding that is longer or shorter than the model's."""
+    option = SIZE_OPTIONS[spec.library]
+    shapes = layout.state_shapes
+    name = next((n for n in shapes if n.endswith(POSITIONS) and (spec.library != "open_clip" or "visual" in n)), None)
+    theirs = next((i.shape for n, i in ingredient.tensors.items() if name and n.endswith(name)), None)
+    if name is None or theirs is None or len(theirs) != len(shapes[name]) or len(theirs) < 2 or "," in used[option]:
+        return {}
+    ours = shapes[name]
+    grid = math.isqrt(ours[-2])
+    other = math.isqrt(max(theirs[-2] - (ours[-2] - grid**2), 0))
+    size = int(used[option])
+    if theirs[-1] != ours[-1] or theirs[-2] == ours[-2] or other**2 + ours[-2] - grid**2 != theirs[-2] or size % grid:
+        return {}
+    return {option: str(other * size // grid)}
+
+
+def _check_unstatable(spec: ModelSpec, found: Sequence[Evidence]) -> None:
+    for evidence in found:
+        if evidence.unstatable:
+            said = ", ".join(f"{name} {value}" for name, value in evidence.unstatable.items())
+            raise RecipeError(
+                f"{evidence.path} was trained with {said} ({evidence.source}), which changes what the model computes, and "
+                f"the prefix `{spec.library}:` has no option for it. Write a function that creates the model as in the "
+                "training and returns (model, preprocess), and name it: model: module:function"
+            )
+
+
+def _unread(spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list[str]:
+    """Return a note for each option that a file names with a value that is not understood, and the recipe does not state."""
+    notes: dict[str, str] = {}
+    for evidence in found:
+        for option, said in evidence.unread.items():
+            if option not in spec.options and option not in evidence.options:
+                notes.setdefault(
+                    option,
+                    f"{evidence.path} has {said} ({evidence.source}), which is not understood; {option} "
+                    f"{used.get(option, 'unset')} is used. If that is wrong, state it, as in model: "
+                    f"{spec.with_options({option: used.get(option, 'VALUE')})}",
+                )
+    return [*notes.values()]
+
+
+def _compare(spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list[str]:
+    """Compare the options of all ingredients with those in use. Returns notes. Raises RecipeError."""
+    notes, missing = [], {}
+    for option in dict.fromkeys(name for evidence in found for name in evidence.options):
+        have = [evidence for evidence in found if option in evidence.options]
+        first = have[0]
+        odd = next((e for e in have if not same_value(e.options[option], first.options[option])), None)
+        if option in spec.options:
+            other = next((e for e in have if not same_value(e.options[option], used.get(option, ""))), None)
+            if other is not None:
+                notes.append(
+                    f"{other.path} was trained with {option} {other.options[option]} ({other.source}); the recipe states "
+                    f"{used.get(option, '')}, which is used."
+                )
+        elif odd is not None:
+            line = spec.with_options({option: first.options[option]})
+            raise RecipeError(
+                f"{first.path} was trained with {option} {first.options[option]} and {odd.path} with {odd.options[option]}; "
+                f"one value must be used for all. Choose it with the option `{option}`, as in\n    model: {line}"
+            )
+        elif not same_value(first.options[option], used.get(option, "")):
+            missing[option] = first
+    if missing:
+        first = next(iter(missing.values()))
+        options = {name: evidence.options[name] for name, evidence in missing.items()}
+        theirs = ", ".join(f"{name} {value}" for name, value in options.items())
+        ours = ", ".join(f"{name} {used.get(name, 'unset')}" for name in options)
+        raise RecipeError(
+            f"{first.path} was trained with {theirs} ({first.source}); the recipe's model uses {ours}. Write in the recipe"
+            f"\n    model: {spec.with_options(options)}\nor state other values of these options to use them on purpose."
+        )
+    return notes
+
+
+def same_value(one: str, other: str) -> bool:
+    """Return whether two values of an option are equal: numbers up to rounding, a single one for all channels."""
+    ones, others = one.split(","), other.split(",")
+    length = max(len(ones), len(others))
+    ones, others = (values * length if len(values) == 1 else values for values in (ones, others))
+    try:
+        return len(ones) == len(others) and all(
+            math.isclose(float(a), float(b), rel_tol=1e-5) for a, b in zip(ones, others, strict=True)
+        )
+    except ValueError:
+        return ones == others
+
+
+def _same_architecture(one: str, other: str) -> bool:
+    def plain(name: str) -> str:
+        return name.rpartition("/")[2].partition(".")[0].replace("-", "_").lower()
+
+    return plain(one) == plain(other)

@@ -1,0 +1,234 @@
+"""Signals to a running command: it saves, says so, and ends with 128 + the signal's number within a few seconds."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_soup.mixing.coefficients import load_coefficients
+from tests.conftest import ROOT, kill_tree, ray_soup, steps_saved, values
+from tests.system.command import write_recipe
+
+SCRIPT = """
+import concurrent.futures, contextlib, sys, threading, time
+from pathlib import Path
+import click
+from ray_soup import exits
+from ray_soup.io.signals import last_words, uninterrupted
+
+out = Path(sys.argv[2])
+
+def wait():
+    print("ready", flush=True)
+    time.sleep(60)
+
+def threads():
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # waits for its threads at the end
+        pool.submit(time.sleep, 60)
+        wait()
+
+def stubborn():
+    while True:
+        with contextlib.suppress(BaseException):
+            wait()
+
+def cleanup():
+    try:
+        wait()
+    finally:
+        time.sleep(60)
+
+def other_error():
+    try:
+        wait()
+    except BaseException:
+        raise ValueError("the node has ended")
+
+def native():
+    import ctypes
+    print("ready", flush=True)
+    ctypes.PyDLL(None).sleep(1)  # holds the interpreter
+    time.sleep(60)
+
+def delayed():
+    with uninterrupted():
+        print("ready", flush=True)
+        for _ in range(20):
+            time.sleep(0.05)
+        (out / "whole").touch()
+    time.sleep(60)
+
+@click.group(cls=exits.Shell)
+def shell():
+    pass
+
+@shell.command()
+@click.argument("folder")
+@exits.common_options
+def work(folder, as_json):
+    with last_words((out / "last").touch):
+        exits.run_task(lambda progress: globals()["CASE"]())
+
+shell()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _interrupts() -> Iterator[None]:
+    """Let child processes receive Ctrl-C, which a shell makes its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def start(case: str, out: Path, prefix: str = "") -> subprocess.Popen[str]:
+    command = [
+        "sh",
+        "-c",
+        f'{prefix} exec "$0" -c "$1" work "$2" --json',
+        sys.executable,
+        SCRIPT.replace("CASE", case),
+        str(out),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line == "ready\n", process.stderr.read() if process.stderr else line
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminal closed"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_ends_a_command_with_its_code(number: signal.Signals, code: int, said: str, tmp_path: Path) -> None:
+    process = start("wait", tmp_path)
+    process.send_signal(number)
+    found, out, err = ended(process)
+    assert found == code
+    assert err == f"ray-soup: {said}. Rerun the same command to resume.\n"
+    assert json.loads(out) == {"error": f"{said}. Rerun the same command to resume.", "exit": code}
+
+
+@pytest.mark.parametrize("case", ["cleanup", *(pytest.param(c, marks=pytest.mark.slow) for c in ("threads", "stubborn"))])
+def test_a_command_that_does_not_stop_is_ended_after_its_last_words(case: str, tmp_path: Path) -> None:
+    process = start(case, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 143
+    assert err.endswith("ray-soup: terminated. Rerun the same command to resume.\n")
+    assert (tmp_path / "last").exists()
+
+
+@pytest.mark.parametrize("case", ["other_error", "native"])
+def test_what_fails_because_of_a_signal_is_not_an_error(case: str, tmp_path: Path) -> None:
+    process = start(case, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 143
+    assert err.endswith("terminated. Rerun the same command to resume.\n")
+    assert not (tmp_path / "last").exists()
+
+
+def test_a_signal_waits_for_the_end_of_a_step(tmp_path: Path) -> None:
+    process = start("delayed", tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+    assert (tmp_path / "whole").exists()
+
+
+def test_a_second_and_a_third_interrupt_end_a_command_at_once(tmp_path: Path) -> None:
+    process = start("cleanup", tmp_path)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    code, _, err = ended(process)
+    assert code == 130
+    assert err.strip() == "ray-soup: interrupted. Rerun the same command to resume."
+    assert (tmp_path / "last").exists()
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
+    process = start("wait", tmp_path, "trap '' HUP;")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_its_last_step_and_resumes_to_the_same_bits(
+    zoo: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, log = tmp_path, tmp_path / "log"
+    recipe = write_recipe(folder, values(zoo, learn__epochs=12, learn__batch_size=8))
+    alone = subprocess.run(ray_soup("learn", str(recipe), str(folder / "alone")), cwd=ROOT, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    command = ray_soup("learn", str(recipe), str(folder / "out"))
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 120
+        while not steps_saved(folder / "out"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number, log.read_text()
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    assert "Traceback" not in log.read_text()
+    record = json.loads((folder / "out" / "run.json").read_text())
+    assert record["exit"] == 128 + number
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = (load_coefficients(folder / o / "coefficients.safetensors").values for o in ("alone", "out"))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3, 5, 7, 9])
+def test_a_run_ends_with_143_at_any_moment(zoo: Path, tmp_path: Path, seconds: int) -> None:
+    """While libraries are imported, while Ray starts, while the actors start, while they compute."""
+    recipe = write_recipe(tmp_path, values(zoo, learn__epochs=4000))
+    process = subprocess.Popen(
+        ray_soup("learn", str(recipe), str(tmp_path / "out")),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 143
+    assert err.endswith("terminated. Rerun the same command to resume.\n")
+    if (tmp_path / "out" / "run.json").exists():
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["exit"] == 143
+
+
+def test_the_grace_is_shorter_than_five_seconds() -> None:
+    from ray_soup.io import signals
+
+    assert signals.RECORD_S < 3 <= signals.GRACE_S < 4.5

@@ -1,0 +1,199 @@
+"""Which of a checkpoint's tensors become those of a model, or why it is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from ray_soup.io.binding import PREFIXES, Reading, best_reading
+from ray_soup.io.formats import TensorInfo
+from ray_soup.io.ingredient import open_ingredient
+
+BARE = ("a.weight", "a.bias", "b.weight", "b.bias")
+MODEL = set(BARE)
+
+
+def infos(names: Iterable[str]) -> dict[str, TensorInfo]:
+    """Tensors that can be told apart: the n-th name has the shape [n + 1]."""
+    return {name: TensorInfo(torch.float32, (n + 1,), 0, 4 * n) for n, name in enumerate(names)}
+
+
+def under(*prefixes: str, names: Iterable[str] = BARE) -> list[str]:
+    return [prefix + name for prefix in prefixes for name in names]
+
+
+def read(
+    names: Iterable[str] | Mapping[str, Iterable[str]], ignore: Iterable[str] = (), tied: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], Reading]:
+    """Return the name in the file of each tensor in use, and the whole reading."""
+    containers = names if isinstance(names, Mapping) else {"": names}
+    numbers = itertools.count()
+    given = {key: {n: TensorInfo(torch.float32, (next(numbers),), 0, 0) for n in some} for key, some in containers.items()}
+    reading = best_reading(given, MODEL, tied or {}, ignore)
+    places = {info.shape: f"{key}:{name}" if key else name for key, some in given.items() for name, info in some.items()}
+    return {name: places[info.shape] for name, info in reading.tensors.items()}, reading
+
+
+def fits(found: Mapping[str, str], reading: Reading) -> bool:
+    return set(found) == MODEL and not reading.unclear
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix", "left_out"),
+    [
+        (under(""), "", ()),
+        (under("module."), "module.", ()),
+        (under("module._orig_mod."), "module._orig_mod.", ()),
+        (["n_averaged", *under("module.")], "module.", ("n_averaged",)),  # torch.optim.swa_utils.AveragedModel
+        ([*under("model."), "criterion.weight"], "model.", ("criterion.weight",)),
+        (["loss.w", *under("module.model.")], "module.model.", ("loss.w",)),
+        ([*under("model."), *under("teacher.", "ema_model.")], "model.", tuple(under("teacher.", "ema_model."))),
+        (under("net."), "net.", ()),  # any prefix, if nothing else is in the file
+        (under("model.net."), "model.net.", ()),
+    ],
+)
+def test_a_model_under_one_prefix_is_found(names: list[str], prefix: str, left_out: tuple[str, ...]) -> None:
+    found, reading = read(names)
+    assert fits(found, reading)
+    assert found == {name: prefix + name for name in MODEL}
+    assert reading.left_out == left_out
+    assert bool(reading.remarks) == bool(left_out)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*under(""), "c.weight"],  # nothing shows that it is not needed
+        [*under(""), *under("model.")],
+        [*under(""), *under("ema.")],
+        [*under("model."), "model.c.weight"],
+        [*under("model."), *under("module.")],
+        [*under("model."), *under("module.model.")],
+        under("student.", "teacher."),
+        [*under("net."), "criterion.weight"],
+        under("model.")[:2],
+        [*under("module."), "b.weight"],  # which one is it?
+        [*under("module.")[:3], "b.weight", "b.bias"],
+        ["module.a.weight", "a.weight", "a.bias", "model.b.weight", "b.bias"],
+        [],
+        ["module.", "model.model.", "."],
+    ],
+)
+def test_what_is_incomplete_or_ambiguous_does_not_fit(names: list[str]) -> None:
+    assert not fits(*read(names))
+
+
+@pytest.mark.parametrize(
+    ("names", "ignore", "prefix"),
+    [
+        ([*under(""), "c.weight"], ["c.*"], ""),
+        ([*under(""), *under("model.")], ["model.*"], ""),
+        ([*under("model."), "model.c.weight"], ["c.*"], "model."),
+        ([*under("model."), "model.c.weight"], ["model.c.*"], "model."),
+        ([*under("model."), *under("module.")], ["module.*"], "model."),
+        (under("student.", "teacher."), ["teacher.*"], "student."),
+        (under("student.", "teacher."), ["student.*"], "teacher."),
+        ([*under("model."), *under("ema_model.")], ["model.*"], "ema_model."),
+        ([*under("net."), "criterion.weight"], ["criterion.*"], "net."),
+        (under(""), ["*"], ""),  # a pattern never removes what the model has
+    ],
+)
+def test_the_patterns_of_ignore_decide(names: list[str], ignore: list[str], prefix: str) -> None:
+    found, reading = read(names, ignore)
+    assert fits(found, reading)
+    assert found == {name: prefix + name for name in MODEL}
+
+
+def test_a_choice_that_ignore_made_is_part_of_the_identity(tmp_path: Path) -> None:
+    """Otherwise directions and evaluations of the teacher would be taken from the cache for the student."""
+    tensors = {name: torch.full((1,), float(n)) for n, name in enumerate(under("student.", "teacher."))}
+    torch.save(tensors, tmp_path / "a.pt")
+    torch.save({f"model.{name}": torch.ones(1) for name in BARE}, tmp_path / "b.pt")
+    opened, other = (open_ingredient(str(tmp_path / name)) for name in ("a.pt", "b.pt"))
+    student, teacher = (opened.bind(MODEL, {}, [f"{name}.*"]) for name in ("teacher", "student"))
+    assert student.read("a.weight").tolist() != teacher.read("a.weight").tolist()
+    assert (
+        len({str(i.identity) for i in (opened, student, teacher)})
+        == len({i.within for i in (student, teacher, opened)})
+        == 3
+    )
+    assert other.bind(MODEL, {}, ["teacher.*"]).identity == other.identity
+
+
+def test_the_message_about_an_ambiguous_choice_names_the_places_and_the_cure() -> None:
+    assert read(under("student.", "teacher."))[1].unclear == (
+        "the whole model occurs under `student.` and `teacher.`. List the names to leave out in the recipe, as in "
+        'ignore: ["teacher.*"]'
+    )
+    assert read([*under("net."), "loss.w"])[1].unclear == (
+        "the whole model occurs under `net.`, beside 1 tensor (loss.*). List the names to leave out in the recipe, as in "
+        'ignore: ["loss.*"]'
+    )
+
+
+def test_prefixes_that_only_some_names_have_are_removed_if_every_name_stays_distinct() -> None:
+    names = ("module.a.weight", "a.bias", "module.model.b.weight", "_orig_mod.b.bias")
+    found, reading = read(names)
+    assert fits(found, reading)
+    assert found == dict(zip(BARE, names, strict=True))
+
+
+def test_of_two_containers_with_the_whole_model_the_first_is_used_and_both_are_named() -> None:
+    containers = {"state_dict": under("module."), "state_dict_ema": under("")}
+    found, reading = read(containers)
+    assert found == {name: f"state_dict:module.{name}" for name in MODEL}
+    assert reading.remarks == (
+        "it contains the whole model under `state_dict` and `state_dict_ema`. The first was used; append "
+        "?key=state_dict_ema to the path to use another.",
+    )
+    assert read({"state_dict": BARE, "optimizer": ["x"]})[1].remarks == ()
+    found, reading = read({"state_dict": [*BARE, "c"], "state_dict_ema": BARE})  # not the second one in silence
+    assert set(found) == {*MODEL, "c"}
+
+
+def test_tied_and_renamed_tensors_count_once_and_both_copies_are_compared() -> None:
+    tied = {"head.weight": "b.weight", "a.gamma": "a.weight"}
+    names = ("model.a.gamma", "model.a.bias", "model.b.weight", "model.b.bias")
+    found, reading = read([*names, "model.head.weight"], (), tied)
+    assert fits(found, reading)
+    assert found == dict(zip(BARE, names, strict=True))
+    assert [(first, alias) for first, alias, _ in reading.copies] == [("b.weight", "head.weight")]
+    assert set(reading.aliases) == {"a.gamma", "head.weight"}
+    found, reading = read(["net.a.gamma", "net.a.bias", "net.head.weight", "net.b.bias"], (), tied)
+    assert fits(found, reading)
+
+
+STARTS = st.lists(st.sampled_from([*PREFIXES, "net.", "ema_model."]), max_size=2).map("".join)
+MODELS = st.lists(st.tuples(STARTS, st.sets(st.sampled_from(BARE), min_size=1) | st.just(set(BARE))), max_size=3)
+EXTRAS = st.lists(st.tuples(STARTS, st.sampled_from(["c.weight", "n_averaged", "a.", ""])), max_size=2)
+NAMES = st.builds(
+    lambda models, extras: sorted({s + n for s, some in models for n in some} | {s + n for s, n in extras}), MODELS, EXTRAS
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(NAMES, st.lists(st.sampled_from(["c*", "net.*", "*ema_model.*", "*", "n_averaged"]), max_size=2))
+def test_every_reading_that_fits_is_one_to_one_and_explains_every_other_tensor(names: list[str], ignore: list[str]) -> None:
+    found, reading = read(names, ignore)
+    event("fits" if fits(found, reading) else "does not fit")
+    if not fits(found, reading):
+        return
+    assert len(set(found.values())) == len(MODEL)
+    assert all(in_file.endswith(name) for name, in_file in found.items())
+    others = set(names) - set(found.values())
+    assert len(reading.left_out) == len(others)
+    assert all(any(name.endswith(left) for left in reading.left_out) for name in others)
+    assert bool(reading.remarks) == bool(others)
+
+
+@pytest.mark.parametrize("depth", [3, 1000])
+def test_deep_names_take_no_time(depth: int) -> None:
+    names = [prefix * depth + name for prefix in ("model.", "module.") for name in BARE]
+    found, reading = read([*names, *(f"p{n}.b.weight" for n in range(3000))])
+    assert not fits(found, reading)

@@ -1,0 +1,342 @@
+"""What files say about the training of a checkpoint, compared with what a recipe does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.ingredient import open_ingredient
+from ray_soup.recipe import Recipe, make_recipe
+from ray_soup.task import evidence
+from ray_soup.task.evidence import check_evidence, check_start, same_value, takes_images
+from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.models import build, describe, load_checkpoint
+
+TIMM = {
+    "model": "test_resnet", "num_classes": 3, "img_size": None, "input_size": None, "in_chans": None, "crop_pct": None,
+    "mean": None, "std": None, "interpolation": "", "crop_mode": None, "gp": None, "bn_eps": None, "model_kwargs": {},
+    "lr": 0.1, "drop": 0.1, "train_interpolation": "random", "reprob": 0.0,
+}  # fmt: skip
+"""The arguments of timm's train.py that say how images are preprocessed, at their default values."""
+TORCHVISION = {"model": "resnet18", "val_resize_size": 256, "val_crop_size": 224, "interpolation": "bilinear", "lr": 0.1}
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+IMAGES = {"fit": "somewhere.parquet"}
+ARRAYS = {"fit": "somewhere.npz", "test": "module:function"}
+
+
+def recipe_of(model: str, data: Mapping[str, str] = IMAGES) -> Recipe:
+    return make_recipe({"model": model, "ingredients": "*", "data": dict(data)})
+
+
+def write(path: Path, args: Any, **more: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "args": args, **more}, path)
+    return str(path)
+
+
+def checked(model: str, paths: Sequence[str], data: Mapping[str, str] = IMAGES) -> list[str]:
+    return check_evidence(recipe_of(model, data), [open_ingredient(path) for path in paths])
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ({"img_size": 96}, "img_size=96"),
+        ({"input_size": [3, 96, 64]}, "img_size=96,64"),
+        ({"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}, "mean=0.4,0.5,0.6&std=0.2,0.2,0.2"),
+        ({"mean": (0.4,)}, "mean=0.4,0.4,0.4"),
+        ({"crop_pct": 1.0, "interpolation": "bicubic"}, "crop_pct=1&interpolation=bicubic"),
+        ({"crop_mode": "squash"}, "crop_mode=squash"),
+        ({"in_chans": 1, "mean": [0.4], "std": [0.3]}, "in_chans=1&mean=0.4&std=0.3"),
+        ({"model_kwargs": {"img_size": 96, "drop_path_rate": 0.1}}, "img_size=96"),
+        ({"gp": "max"}, "global_pool=max"),
+        ({"model": "test_vit"}, "interpolation=bicubic"),  # the defaults of the model that was trained
+    ],
+)
+def test_what_timm_was_told_in_the_training_must_be_stated(tmp_path: Path, args: dict[str, Any], line: str) -> None:
+    """The refusal prints the line to write, which is accepted, and whose preprocessing is timm's for these arguments."""
+    import timm
+
+    given = {**TIMM, **args}
+    paths = [write(tmp_path / f"{n}.pth.tar", argparse.Namespace(**given), arch="test_resnet") for n in range(2)]
+    with pytest.raises(RecipeError, match=r"(?s)0\.pth\.tar was trained with .*Write in the recipe\n") as caught:
+        checked("timm:test_resnet?classes=3", paths)
+    model = str(caught.value).partition("model: ")[2].partition("\n")[0]
+    assert all(part in model.partition("?")[2].split("&") for part in line.split("&"))
+    notes = checked(model, paths)
+    assert [note.partition(" was trained ")[2] for note in notes] == (
+        [] if given["model"] == "test_resnet" else ["as test_vit, and the recipe's model is test_resnet."]
+    )
+    config = timm.data.resolve_data_config(
+        {**given, "img_size": given["img_size"] or given["model_kwargs"].get("img_size")},
+        pretrained_cfg=timm.get_pretrained_cfg(given["model"]).to_dict(),
+    )
+    expected = timm.data.create_transform(**config)
+    ours = build(model).preprocess
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 130, 3), dtype=np.uint8))
+    assert ours is not None
+    assert torch.equal(ours(image), expected(image.convert("L") if given["in_chans"] == 1 else image))
+
+
+def test_arguments_that_are_the_defaults_pass(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth.tar", argparse.Namespace(**TIMM))
+    bare = write(tmp_path / "b.pth.tar", argparse.Namespace(model="test_resnet", lr=0.1))
+    assert checked("timm:test_resnet?classes=3", [path, bare]) == []
+
+
+def test_files_that_disagree_are_named(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{size}.pth.tar", {**TIMM, "img_size": size}) for size in (96, 128)]
+    with pytest.raises(RecipeError, match=r"(?s)96\.pth\.tar was .*img_size 96 and .*128\.pth\.tar with 128;.*model: timm:"):
+        checked("timm:test_resnet?classes=3", paths)
+    (note,) = checked("timm:test_resnet?classes=3&img_size=96", paths)
+    assert "128.pth.tar was trained with img_size 128" in note
+    assert "the recipe states 96, which is used" in note
+
+
+def test_arrays_are_not_preprocessed_so_nothing_is_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth.tar", {**TIMM, "img_size": 96, "mean": [0.5] * 3})
+    assert checked("timm:test_resnet?classes=3", [path], ARRAYS) == []
+    assert not takes_images(recipe_of("timm:test_resnet?classes=3", ARRAYS).data)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"model_kwargs": {"act_layer": "gelu"}}, "act_layer gelu"),
+        ({"bn_eps": 0.01}, "bn_eps 0.01"),
+        ({"model_kwargs": {"layers": 10**12}}, "layers 1000000000000"),
+    ],
+)
+def test_an_argument_without_an_option_is_refused(tmp_path: Path, args: dict[str, Any], said: str) -> None:
+    path = write(tmp_path / "a.pth.tar", {**TIMM, **args})
+    with pytest.raises(RecipeError, match=f"a.pth.tar was trained with {said} "):
+        checked("timm:test_resnet?classes=3", [path])
+
+
+@pytest.mark.parametrize(
+    "args", [{"mean": "x"}, {"mean": [1, 2]}, {"img_size": [1, 2, 3, "x"]}, {"crop_pct": {}}, {"std": ["x"] * 3}]
+)
+def test_a_value_that_is_not_understood_is_no_evidence_and_is_told(tmp_path: Path, args: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.pth.tar", {**TIMM, **args})
+    (note,) = checked("timm:test_resnet?classes=3", [path])
+    key, value = next(iter(args.items()))
+    assert note.startswith(f"{path} has {key} {value!r} (its args), which is not understood; {key} ")
+    assert checked("timm:test_resnet?classes=3", [path], ARRAYS) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (argparse.Namespace(input_size=384, crop_pct=1.0, mean=[0.1] * 3), "img_size=384&mean=0.1,0.1,0.1&crop_pct=1"),
+        ({"img_size": 64, "mean": "imagenet"}, "img_size=64"),
+        ({"img_size": "64"}, "img_size=64"),
+        ({"input_size": [64, 96], "model": "test_resnet.of_another_version"}, "img_size=64,96"),
+        ({"architecture": "test_resnet", "pretrained_cfg": {"input_size": [3, 64, 64], "mean": "x"}}, "img_size=64"),
+    ],
+)
+def test_each_value_is_read_on_its_own(tmp_path: Path, args: Any, line: str) -> None:
+    path = write(tmp_path / "a.pth", args)
+    with pytest.raises(RecipeError, match="was trained with") as caught:
+        checked("timm:test_resnet?classes=3", [path])
+    model = str(caught.value).partition("model: ")[2].partition("\n")[0]
+    assert set(line.split("&")) <= set(model.partition("?")[2].split("&"))
+    assert "mean=" in line or "mean=" not in model
+    assert len(checked(model, [path])) == ("mean=" not in line and "mean" in str(args))
+
+
+def test_what_the_model_has_by_default_is_not_asked_for(tmp_path: Path) -> None:
+    for model, pool, other in (
+        ("test_resnet", "avg", "max"),
+        ("test_vit", "token", "avg"),
+        ("test_efficientnet", "avg", "max"),
+    ):
+        spec = f"timm:{model}?classes=3"
+        same = write(tmp_path / "a.pth", {**TIMM, "model": model, "gp": pool, "bn_eps": 1e-05})
+        assert checked(spec, [same]) == []
+        different = write(tmp_path / "b.pth", {**TIMM, "model": model, "gp": other})
+        with pytest.raises(RecipeError, match=f"global_pool={other}"):
+            checked(spec, [different])
+        with pytest.raises(RecipeError, match=f"{pool} and .* with {other}; one value must be used for all"):
+            checked(spec, [same, different])
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_a_folder_that_timm_wrote_fits_a_recipe_with_its_name(tmp_path: Path, model: str) -> None:
+    import timm
+    from timm.models._hub import save_for_hf
+
+    save_for_hf(timm.create_model(model, num_classes=3), tmp_path, safe_serialization=True)
+    assert checked(f"timm:{model}?classes=3", [str(tmp_path)]) == []
+
+
+def test_a_tag_that_timm_does_not_have_is_no_evidence_and_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth.tar", {**TIMM, "model": "test_resnet.mine"})
+    (note,) = checked("timm:test_resnet?classes=3", [path])
+    assert note.startswith(f"{path} was trained as test_resnet.mine, a tag that this version of timm does not have; ")
+    with pytest.raises(RecipeError, match=r"no pretrained weights 'mine' for test_resnet; it has r160_in1k\."):
+        checked("timm:test_resnet.mine?classes=3", [path])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mean": 0.91, "std": 0.02, "input_size": 160},
+        {"hyper_parameters": {"model_kwargs": {"freeze_backbone": True, "hidden_dim": 512}, "interpolation": "linear"}},
+        {"args": {**TIMM, "model_kwargs": {"drop_path_rate": 0.1, "act_layer": "relu"}}},  # the default
+        {"args": {**TIMM, "model": "test_vit", "model_kwargs": {"dynamic_img_size": True, "num_heads": 2}}},
+    ],
+)
+def test_what_does_not_change_the_model_is_not_asked_for(tmp_path: Path, more: dict[str, Any]) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(2)}, **more}, tmp_path / "a.pt")
+    model = more.get("args", {}).get("model", "test_resnet")
+    assert checked(f"timm:{model}?classes=3", [str(tmp_path / "a.pt")]) == []
+
+
+def test_of_a_script_that_is_not_timms_only_what_it_states_is_compared(tmp_path: Path) -> None:
+    hyper_parameters = {"img_size": 160, "model_kwargs": {"num_heads": 1}, "model": "test_vit"}
+    data = {"mean": [127.5, 51, 51], "std": [51.0]}
+    path = write(tmp_path / "a.ckpt", {}, hyper_parameters={"img_size": 160}, datamodule_hyper_parameters=data)
+    assert len(checked("timm:test_resnet?classes=3&mean=0.1&std=0.1&crop_pct=0.5", [path])) == 2
+    with pytest.raises(RecipeError, match=r"\?classes=3&mean=0.5,0.2,0.2&std=0.2,0.2,0.2\n"):
+        checked("timm:test_resnet?classes=3", [path])
+    path = write(tmp_path / "b.ckpt", {}, hyper_parameters=hyper_parameters)
+    with pytest.raises(RecipeError, match=r"with num_heads 1 .*, and the prefix `timm:` has no option for it"):
+        checked("timm:test_vit?classes=3", [path])
+
+
+def test_the_files_of_a_folder_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(evidence.storage, "exists", lambda path: asked.append(path) is not None)
+    paths = [write(tmp_path / folder / f"{n}.pth", {}) for folder in "ab" for n in range(4)]
+    ingredients = [open_ingredient(path) for path in paths]
+    asked.clear()
+    check_evidence(recipe_of("timm:test_resnet?classes=3"), ingredients)
+    assert len(asked) == len(set(asked)) == 2 * len(evidence.BESIDE)
+
+
+def test_the_config_that_timm_writes_for_the_hub_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    cfg = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9, "interpolation": "bicubic"}
+    config = {"architecture": "test_resnet", "num_classes": 3, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"img_size 96, .*\(config\.json\)"):
+        checked("timm:test_resnet?classes=3", [str(tmp_path)])
+    for text in ("{", "[]", "null", '"x"', "1e999", "[" * 100_000):  # broken files are no evidence
+        (tmp_path / "config.json").write_text(text)
+        assert checked("timm:test_resnet?classes=3", [str(tmp_path)]) == []
+
+
+def test_the_arguments_of_torchvisions_script_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth", argparse.Namespace(**TORCHVISION))
+    assert checked("torchvision:resnet18?classes=3", [path]) == []
+    with pytest.raises(RecipeError, match=r"resize_size 256 \(its args\).*uses resize_size 232") as caught:  # newer weights
+        checked("torchvision:resnet50?classes=3", [path])
+    model = str(caught.value).partition("model: ")[2].partition("\n")[0]
+    assert model == "torchvision:resnet50?classes=3&resize_size=256"
+    assert checked(model, [path]) == [f"{path} was trained as resnet18, and the recipe's model is resnet50."]
+    assert "resize_size=[256]" in str(build(f"{model}&crop_size=200").preprocess)
+
+
+def test_the_config_of_open_clip_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": {"vision_cfg": {"image_size": 256}}, "preprocess_cfg": PREPROCESS}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError) as caught:
+        checked("open_clip:ViT-B-32?classes=3", [str(tmp_path / "open_clip_model.safetensors")])
+    model = str(caught.value).partition("model: ")[2].partition("\n")[0]
+    assert model == (
+        "open_clip:ViT-B-32?classes=3&image_size=256&mean=0.5,0.5,0.5&std=0.25,0.25,0.25&interpolation=bilinear"
+        "&resize_mode=squash"
+    )
+    assert checked(model, [str(tmp_path / "open_clip_model.safetensors")]) == []
+
+
+@pytest.mark.parametrize("data", [IMAGES, ARRAYS])
+def test_a_position_embedding_of_another_size_tells_the_size(tmp_path: Path, data: dict[str, str]) -> None:
+    """Without a word about it in the file: ViTs have one vector per patch."""
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=3, img_size=96)
+    torch.save({"model": {f"module.{n}": t for n, t in model.state_dict().items()}}, tmp_path / "a.pt")
+    spec, ingredient = "timm:test_vit?classes=3", open_ingredient(str(tmp_path / "a.pt"))
+    with pytest.raises(RecipeError, match=r"(?s)img_size 96 \(the shape of its .*timm:test_vit\?classes=3&img_size=96\n"):
+        check_evidence(recipe_of(spec, data), [ingredient], describe(spec))
+    spec += "&img_size=96"
+    assert check_evidence(recipe_of(spec, data), [ingredient], describe(spec)) == []
+    load_checkpoint(build(spec).model, str(tmp_path / "a.pt"))
+    with pytest.raises(IngredientError, match=r"(?s)a\.pt does not fit the model.*pos_embed is \[1, 3[67], 64\]"):
+        load_checkpoint(build("timm:test_vit?classes=3").model, str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [("0.5", "0.5,0.5,0.5", True), ("224", "224,224", True), ("0.485", "0.4850000001", True), ("bicubic", "bicubic", True),
+     ("bicubic", "bilinear", False), ("0.5,0.4", "0.5", False), ("224", "224,192", False), ("", "0.5", False)],
+)  # fmt: skip
+def test_values_are_equal_as_numbers(one: str, other: str, equal: bool) -> None:
+    assert same_value(one, other) == same_value(other, one) == equal
+
+
+def test_images_of_one_channel_need_a_mean_of_one_channel() -> None:
+    image = Image.new("RGB", (200, 200))
+    built = build("timm:test_resnet?classes=3&in_chans=1")  # for arrays, which are not preprocessed
+    assert built.preprocess is not None
+    with pytest.raises(RecipeError, match=r"takes images of one channel.*in_chans=1&mean=0\.5&std=0\.5\."):
+        built.preprocess(image)
+    built = build("timm:test_resnet?classes=3&in_chans=1&mean=0.5&std=0.2")
+    assert built.preprocess is not None
+    assert built.model.eval()(built.preprocess(image)[None]).shape == (1, 3)
+    assert build("timm:test_resnet?classes=3&in_chans=4").preprocess is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("timm:test_vit?classes=3&img_size=0", "expected N or HEIGHT,WIDTH in pixels for the option 'img_size'"),
+        ("timm:test_vit?classes=3&img_size=1,2,3", "expected N or HEIGHT,WIDTH"),
+        ("timm:test_vit?classes=3&mean=0.5,0.4", "expected one number for the option 'mean', or 3 of them"),
+        ("timm:test_vit?classes=3&mean=nan", "expected one number"),
+        ("timm:test_vit?classes=3&std=0", "expected one positive number for the option 'std'"),
+        ("timm:test_vit?classes=3&crop_pct=-1", "expected a positive number"),
+        ("timm:test_vit?classes=3&interpolation=best", "expected bicubic, bilinear, "),
+        ("timm:test_vit?classes=3&global_pool=best", "timm cannot create"),
+        ("torchvision:resnet18?classes=3&crop_size=x", "expected a positive integer for the option 'crop_size'"),
+        ("open_clip:ViT-B-32?classes=3&resize_mode=x", "expected shortest, longest or squash"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(spec: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build(spec)
+
+
+def test_a_spec_with_options_is_parsed_as_it_was_written() -> None:
+    spec = ModelSpec.parse("timm:test_vit?classes=3&mean=0.5")
+    changed = spec.with_options({"mean": "0.4,0.5,0.6", "img_size": "96"})
+    assert changed == "timm:test_vit?classes=3&mean=0.4,0.5,0.6&img_size=96"
+    assert ModelSpec.parse(spec.with_options({})) == spec
+
+
+def test_fine_tuning_starts_from_weights_with_the_preprocessing_of_the_recipe(tmp_path: Path) -> None:
+    def started(model: str, data: str = "train.parquet", **finetune: str) -> None:
+        values = {"model": model, "ingredients": "*", "data": {"train": data, "fit": "a.npz"}, "finetune": finetune}
+        check_start(make_recipe(values))
+
+    path = write(tmp_path / "a.pth.tar", {**TIMM, "img_size": 96})
+    with pytest.raises(RecipeError, match=r"model: timm:test_resnet\?classes=3&img_size=96"):
+        started("timm:test_resnet?classes=3", init=path)
+    started("timm:test_resnet?classes=3", "train.npz", init=path)
+    started("open_clip:ViT-B-32?classes=3", pretrained="open_clip:laion2b_s34b_b79k")
+    siglip = "open_clip:ViT-B-16-SigLIP?classes=3"
+    with pytest.raises(RecipeError, match=r"open_clip:webli was trained with mean 0.5.*resize_mode squash") as caught:
+        started(siglip, pretrained="open_clip:webli")
+    started(str(caught.value).partition("model: ")[2].partition("\n")[0], pretrained="open_clip:webli")
