@@ -135,7 +135,6 @@ _RUN = TypeAdapter(RunRecord)
 _BEGUN = TypeAdapter(BegunRecord)
 _RESOLVED = TypeAdapter(ResolvedRecord)
 _ENTRY = TypeAdapter(EntryRecord)
-_ROW = TypeAdapter(ResultRow)
 
 
 def read_record(

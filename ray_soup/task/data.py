@@ -117,23 +117,16 @@ def check_model_names(examples: Examples, id2label: object) -> None:
             )
 
 
-def load_source(spec: str, preprocess: Preprocess | None, key: str = "data") -> Generator[tuple[int, int], None, Examples]:
-    """Read one source, with its own labels, and decode and preprocess its examples if the cache does not hold them yet.
-
-    Yields (examples decoded, total). Raises RecipeError if an example cannot be decoded.
-    """
-    raw = yield from read_source(Source(key, spec), input_kind(preprocess))
-    return (yield from _decoded(raw, preprocess, None if raw.arrays is not None else decoder_of(raw, preprocess)))
-
-
 def load_named(data: Data, name: str, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, Examples]:
     """Load train, fit, select, test or test_NAME, with the labels that equal classes have in all sources of the recipe.
+
+    The examples are decoded and preprocessed if the cache does not hold them yet.
 
     Yields (examples decoded, total). Raises RecipeError.
     """
     raw = yield from read_source(named_sources(data)[name], input_kind(preprocess))
     raw = _renumbered(data, {name: raw})[name]
-    return (yield from _decoded(raw, preprocess, None if raw.arrays is not None else decoder_of(raw, preprocess)))
+    return (yield from _decoded(raw, preprocess, _decoder(raw, preprocess)))
 
 
 def load_sources(
@@ -152,7 +145,7 @@ def load_sources(
     for name in data.sources():
         raws[name] = yield from read_source(named_sources(data)[name], input_kind(preprocess))
     raws = _renumbered(data, raws)
-    decoders = {name: decoder_of(raw, preprocess) if raw.arrays is None else None for name, raw in raws.items()}
+    decoders = {name: _decoder(raw, preprocess) for name, raw in raws.items()}
     if check is not None:
         check({name: _preview(raw, decoders[name]) for name, raw in raws.items()})
     sources: dict[str, Examples] = {}
@@ -201,6 +194,11 @@ def _preview(raw: RawExamples, decoder: Decoder | None) -> Examples:
 def _examples(raw: RawExamples, images: np.ndarray, tail: Tail | None = None, hold: InUse | None = None) -> Examples:
     source = raw.source
     return Examples(source.spec, images, raw.labels, tail, raw.classes, hold, source.key, raw.where, raw.notes)
+
+
+def _decoder(raw: RawExamples, preprocess: Preprocess | None) -> Decoder | None:
+    """Return the decoder of a source; None for arrays, which are not decoded."""
+    return decoder_of(raw, preprocess) if raw.arrays is None else None
 
 
 def _decoded(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 
 from ray_soup.mixing.bake import bake
 from ray_soup.soups.output import open_output
-from tests.conftest import ROOT, kill_tree, ray_soup, steps_saved, values
+from tests.conftest import ROOT, ray_soup, values
 from tests.system.command import call, change_ingredient, write_recipe
 
 
@@ -257,24 +255,3 @@ def test_help_imports_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == "[]\n"
-
-
-@pytest.mark.slow
-def test_a_terminated_run_ends_with_143(own: Path) -> None:
-    recipe, log = write_recipe(own, values(own, learn__epochs=400)), own / "log"
-    command = ray_soup("learn", str(recipe), str(own / "out"))
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + 120
-        while not steps_saved(own / "out"):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143, log.read_text()
-    finally:
-        if process.poll() is None:
-            kill_tree(process)
-    assert "terminated. Rerun the same command to resume." in log.read_text()
-    assert "Traceback" not in log.read_text()

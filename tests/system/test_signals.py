@@ -176,9 +176,9 @@ def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
 def test_a_stopped_run_saves_its_last_step_and_resumes_to_the_same_bits(
-    zoo: Path, tmp_path: Path, number: signal.Signals
+    zoo: Path, tmp_path: Path, number: signal.Signals, said: str
 ) -> None:
     folder, log = tmp_path, tmp_path / "log"
     recipe = write_recipe(folder, values(zoo, learn__epochs=12, learn__batch_size=8))
@@ -198,6 +198,7 @@ def test_a_stopped_run_saves_its_last_step_and_resumes_to_the_same_bits(
     finally:
         if process.poll() is None:
             kill_tree(process)
+    assert f"{said}. Rerun the same command to resume." in log.read_text()
     assert "Traceback" not in log.read_text()
     record = json.loads((folder / "out" / "run.json").read_text())
     assert record["exit"] == 128 + number

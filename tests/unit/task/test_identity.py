@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from ray_soup.io.progress import drain
+from ray_soup.recipe import Data
 from ray_soup.task import code_files
 from ray_soup.task.code_files import version
-from ray_soup.task.data import load_source
+from ray_soup.task.data import load_named
 from ray_soup.task.identity import identify, in_run, notes_on, without_addresses
 from ray_soup.task.models import build, fingerprint
 from ray_soup.task.preprocess import preprocess_identity
@@ -411,8 +412,10 @@ def test_decoded_data_are_not_taken_from_the_cache_after_an_edit(mine: Callable[
     images = [image.resize((8, 8)) for image in pictures()]
     write_parquet(tmp_path / "a.parquet", images, range(6))
 
+    data = Data(test=str(tmp_path / "a.parquet"))
+
     def decoded(module: ModuleType) -> np.ndarray:
-        return np.array(drain(load_source(str(tmp_path / "a.parquet"), module.OBJECTS["function"])).images)
+        return np.array(drain(load_named(data, "test", module.OBJECTS["function"])).images)
 
     first = decoded(mine())
     assert np.array_equal(first, np.stack([np.asarray(image, np.float32) * 2 for image in images]))

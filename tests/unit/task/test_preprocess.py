@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ray_soup.io.progress import drain
-from ray_soup.task.data import load_source
+from ray_soup.recipe import Data
+from ray_soup.task.data import load_named
 from ray_soup.task.preprocess import NamedPreprocess, input_kind, preprocess_identity
 from tests.unit.task.images import as_tensor, pairs, pictures, preprocessings, write_parquet
 
@@ -17,7 +18,8 @@ from tests.unit.task.images import as_tensor, pairs, pictures, preprocessings, w
 def test_images_cached_in_uint8_reach_the_model_bit_identical(tmp_path: Path, name: str) -> None:
     preprocess, dtype = preprocessings()[name]
     write_parquet(tmp_path / "a.parquet", pictures(), range(6))
-    examples = drain(load_source(str(tmp_path / "a.parquet"), preprocess))
+    data = Data(test=str(tmp_path / "a.parquet"))
+    examples = drain(load_named(data, "test", preprocess))
     assert examples.images.dtype == dtype
     assert (examples.tail is not None) == (dtype == np.uint8)
     expected = torch.stack([torch.as_tensor(preprocess(image)) for image in pictures()])
@@ -25,7 +27,7 @@ def test_images_cached_in_uint8_reach_the_model_bit_identical(tmp_path: Path, na
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
     assert labels.tolist() == list(range(6))
-    again = drain(load_source(str(tmp_path / "a.parquet"), preprocessings()[name][0]))
+    again = drain(load_named(data, "test", preprocessings()[name][0]))
     assert again.hold.path == examples.hold.path  # an equal preprocessing finds the same cache entry
 
 

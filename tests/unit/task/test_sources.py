@@ -16,7 +16,7 @@ from PIL import Image
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import drain
 from ray_soup.recipe import Data
-from ray_soup.task.data import Examples, digests, load_source, load_sources
+from ray_soup.task.data import Examples, digests, load_named, load_sources
 from ray_soup.task.raw_examples import Source
 from ray_soup.task.sources import check_sources, read_source
 from tests.tiny import digits
@@ -24,7 +24,7 @@ from tests.unit.task.images import as_tensor, in_every_kind, pictures, png, prep
 
 
 def load(spec: Path | str, preprocess: Any = as_tensor) -> Examples:
-    return drain(load_source(str(spec), preprocess))
+    return drain(load_named(Data(test=str(spec)), "test", preprocess))
 
 
 def everything(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
