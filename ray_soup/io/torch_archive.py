@@ -17,6 +17,7 @@ from ray_soup.io.torch_pickle import LONGEST_PICKLE, Storages, TooLarge, Unreada
 LONGEST_DIRECTORY = 16 << 20  # bytes of the list of records; 100,000 records take 8 MB
 END, END64 = 22, 76  # bytes of the records at the end of an archive; the second one of large files, with its locator
 ENCRYPTED_OR_PATCHED = 0x2061  # general purpose flags of a zip record
+FOLDER = 0x10  # an external attribute: from such a record torch reads nothing, and the tensor has any numbers
 
 
 def check_archive(file: IO[bytes]) -> None:
@@ -73,6 +74,8 @@ def _records(file: IO[bytes]) -> dict[str, tuple[int, int]]:
             raise ValueError(f"{name} is compressed; expected stored records")
         if info.flag_bits & ENCRYPTED_OR_PATCHED or info.orig_filename != name or not name.startswith(folder):
             raise ValueError(f"{name!r} is not a record of {folder!r}")
+        if info.is_dir() or info.external_attr & FOLDER:
+            raise ValueError(f"{name} is marked as a folder; expected a file")
         head = _read(file, info.header_offset, 30)
         if len(head) < 30 or not head.startswith(b"PK\3\4"):
             raise ValueError(f"{name} is not where the list of records says")

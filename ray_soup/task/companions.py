@@ -12,7 +12,7 @@ import torch
 from ray_soup.task.libraries import timm_model_arguments
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build
-from ray_soup.task.transformers_models import has_tokenizer, local_only
+from ray_soup.task.transformers_models import dtype_name, has_tokenizer, loading_options
 
 LOADING_LINES = {
     "open_clip": "open_clip.create_model({name!r}, pretrained={file!r}{more})",
@@ -66,10 +66,12 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
     if parsed.library != "transformers":
         return
     transformers = parsed.import_library()
-    name, local = parsed.name, local_only(parsed.name)
+    name, local = parsed.name, loading_options(parsed.name)
     with torch.device("meta"):
         model: Any = build(spec).model
-    model.config.architectures, model.config.dtype = [type(model).__name__], dtype
+    model.config.architectures = [type(model).__name__]
+    setattr(model.config, dtype_name(transformers), dtype)
+    model.config._name_or_path = ""  # which versions before 5.0 would write down
     model.config.save_pretrained(folder)
     if model.main_input_name == "input_ids":
         if has_tokenizer(name):

@@ -7,11 +7,13 @@ recipe that does not state what the files say is refused, with the line to write
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray_soup.errors import RecipeError
@@ -21,12 +23,21 @@ from ray_soup.mixing.blocks import Layout
 from ray_soup.recipe import Data, Recipe, is_function
 from ray_soup.task.libraries import IMAGE_OPTIONS, SIZE_OPTIONS
 from ray_soup.task.model_spec import ModelSpec
-from ray_soup.task.settings import Found, Settings, settings_of, used_settings
+from ray_soup.task.models import preprocess_settings
+from ray_soup.task.settings import facts_of, settings_of, used_settings
+from ray_soup.task.transformers_folders import check_folders
+from ray_soup.task.values import Found, Settings
 
 ARGUMENTS = ("args", "hyper_parameters", "datamodule_hyper_parameters", "hparams", "config", "params")
 """Keys that training scripts write their arguments under."""
-BESIDE = ("open_clip_config.json", "config.json", "preprocessor_config.json")
-"""Files that libraries write next to a model, with the settings of its preprocessing."""
+BESIDE = {
+    "open_clip": ("open_clip_config.json", "params.txt"),
+    "timm": ("config.json",),
+    "torchvision": (),
+}
+"""Files that each library writes next to a model, with the settings of its preprocessing."""
+EVERY = ("open_clip_config.json", "params.txt", "config.json", "preprocessor_config.json")
+"""Those of all libraries, from which a user's function may take its model."""
 LARGEST = 1_000_000
 """Size in bytes up to which such a file is read."""
 POSITIONS = ("pos_embed", "positional_embedding", "pos_embedding")
@@ -46,7 +57,11 @@ class Evidence:
     unread: dict[str, str] = field(default_factory=dict)
     """Keys with values that are not understood, by the option that they would be."""
     unknown: str = ""
-    """The name of the model, if its tag is not one of the library's."""
+    """The name of the model, if it is not one of the library's."""
+    other_model: str = ""
+    """The library's name of the model, if it has another structure than the recipe's."""
+    remark: str = ""
+    """What a user should know about the training, as the end of a sentence that begins with the file."""
     architecture: str = ""
     """The architecture, if the file names one."""
     source: str = ""
@@ -62,15 +77,19 @@ def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: La
         layout: the layout of the recipe's model, to recognize position embeddings of another size.
 
     Returns notes for the user: a value that the recipe states, although files say another, values that are not
-    understood, and architectures of other names.
+    understood, architectures of other names, and what differs from the preprocessing of a user's own function.
     Raises RecipeError, with the line to write, if the recipe does not state a value, and files differ from the library's
     default or from each other.
     """
     spec = ModelSpec.parse(recipe.model)
-    if is_function(recipe.model) or spec.library not in IMAGE_OPTIONS:
+    if spec.library == "transformers":
+        return check_folders(spec, ingredients, takes_images(recipe.data))
+    if is_function(recipe.model):
+        return _compare_function(recipe, ingredients)
+    if spec.library not in IMAGE_OPTIONS:
         return []
     used = used_settings(spec)
-    beside = functools.cache(_beside)
+    beside = functools.cache(functools.partial(_beside, BESIDE[spec.library]))
     found = [_evidence_of(ingredient, spec, layout, used, beside) for ingredient in ingredients]
     if not takes_images(recipe.data):
         for evidence in found:
@@ -78,6 +97,8 @@ def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: La
             kept = ("in_chans", "global_pool", *sizes)
             evidence.options = {name: value for name, value in evidence.options.items() if name in kept}
             evidence.unread = {name: said for name, said in evidence.unread.items() if name in kept}
+            unstatable = evidence.unstatable.items()
+            evidence.unstatable = {name: value for name, value in unstatable if name not in IMAGE_OPTIONS["timm"]}
     _check_unstatable(spec, found)
     notes = _compare(spec, found, used)
     notes += _unread(spec, found, used)
@@ -87,10 +108,11 @@ def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: La
     unknown = next((e for e in found if e.unknown), None)
     if unknown is not None:
         notes.append(
-            f"{unknown.path} was trained as {unknown.unknown}, a tag that this version of {spec.library} does not have; "
+            f"{unknown.path} was trained as {unknown.unknown}, a name that this version of {spec.library} does not have; "
             "only the preprocessing that its arguments state was compared."
         )
-    return notes
+    remark = next((f"{e.path} {e.remark}" for e in found if e.remark), None)
+    return notes if remark is None else [*notes, remark]
 
 
 def check_start(recipe: Recipe) -> None:
@@ -100,7 +122,9 @@ def check_start(recipe: Recipe) -> None:
     """
     spec = ModelSpec.parse(recipe.model)
     for source in filter(None, (recipe.finetune.init, recipe.finetune.pretrained)):
-        if not source.startswith("open_clip:"):
+        if spec.library == "transformers":  # the folder states the preprocessing to train with
+            check_folders(spec, [open_ingredient(source)], preprocessed=False)
+        elif not source.startswith("open_clip:"):
             check_evidence(recipe, [open_ingredient(source)])
         elif spec.library == "open_clip" and takes_images(recipe.data):
             import open_clip
@@ -108,6 +132,25 @@ def check_start(recipe: Recipe) -> None:
             known = open_clip.get_pretrained_cfg(spec.name, source.partition(":")[2])
             settings = settings_of(spec, {"preprocess_cfg": known}).settings
             _compare(spec, [Evidence(source, settings, source="its settings in open_clip")], used_settings(spec))
+
+
+def _compare_function(recipe: Recipe, ingredients: Sequence[Ingredient]) -> list[str]:
+    """Return a note for each visible setting of a user's own preprocessing that files contradict: the user decides there."""
+    if not takes_images(recipe.data):
+        return []
+    beside = functools.cache(functools.partial(_beside, EVERY))
+    stated = [
+        (name, value, f"{ingredient.path} was trained with {name} {value} ({source})")
+        for ingredient in ingredients
+        for source, values in _sources(ingredient, beside)
+        for name, value in facts_of(values).items()
+    ]
+    ours = preprocess_settings(recipe.model) if stated else {}
+    notes: dict[str, str] = {}
+    for name, value, said in stated:
+        if name in ours and not same_value(value, ours[name]):
+            notes.setdefault(name, f"{said}; the preprocessing of {recipe.model} has {ours[name]}, which is used.")
+    return [*notes.values()]
 
 
 def takes_images(data: Data) -> bool:
@@ -124,14 +167,15 @@ def _evidence_of(
     beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]],
 ) -> Evidence:
     evidence = Evidence(ingredient.path)
-    metadata: Mapping[str, Any] = getattr(ingredient, "metadata", {})
-    for source, values in (*_arguments(metadata), *beside(ingredient.files[0].rpartition("/")[0])):
+    for source, values in _sources(ingredient, beside):
         said = settings_of(spec, values)
         if said != Found():
             evidence.source = evidence.source or source
             evidence.options = {**said.settings, **evidence.options}
             evidence.unstatable |= said.unstatable
             evidence.unknown = evidence.unknown or said.unknown
+            evidence.other_model = evidence.other_model or said.other_model
+            evidence.remark = evidence.remark or said.remark
             evidence.unread = {**said.unread, **evidence.unread}
         name = next((values[key] for key in ("model", "arch", "architecture") if isinstance(values.get(key), str)), "")
         evidence.architecture = evidence.architecture or (name if said.settings else "")
@@ -140,6 +184,13 @@ def _evidence_of(
         evidence.options |= size
         evidence.source = evidence.source or SHAPES
     return evidence
+
+
+def _sources(
+    ingredient: Ingredient, beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the mappings in and beside a checkpoint that may say how it was trained, with their places."""
+    return [*_arguments(ingredient.metadata), *beside(ingredient.files[0].rpartition("/")[0])]
 
 
 def _arguments(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -152,17 +203,34 @@ def _arguments(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
     return [(place, values) for place, values in (*nested, *decoded, ("its metadata", metadata)) if values]
 
 
-def _beside(folder: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the settings in the files of a folder with checkpoints, with the files' names."""
+def _beside(names: Sequence[str], folder: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the settings in the files of a folder with checkpoints, with the files' names.
+
+    The params.txt of open_clip's training script may also be in the folder above, if this one is called checkpoints.
+    """
     found = []
-    for name in BESIDE if folder else ():
-        path = storage.join(folder, name)
-        try:
-            if storage.exists(path) and storage.stat(path).size <= LARGEST:
-                found.append((name, _parsed(storage.read_bytes(path).decode())))
-        except (OSError, ValueError):
-            continue
+    for name in names if folder else ():
+        above, _, last = folder.rpartition("/")
+        for place in (folder, above) if name == "params.txt" and above and last == "checkpoints" else (folder,):
+            path = storage.join(place, name)
+            try:
+                if storage.isfile(path) and storage.stat(path).size <= LARGEST:
+                    text = storage.read_bytes(path).decode()
+                    found.append((name, _parsed(text) if name.endswith(".json") else _parsed_lines(text)))
+            except (OSError, ValueError):
+                continue
     return found
+
+
+def _parsed_lines(text: str) -> Mapping[str, Any]:
+    """Parse lines of the form `name: value`, as open_clip prints its arguments."""
+    values: dict[str, Any] = {}
+    for name, colon, value in (line.partition(": ") for line in text.splitlines()):
+        if colon:
+            values[name] = value.strip()
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # words are not Python
+                values[name] = ast.literal_eval(value.strip())
+    return values
 
 
 def _parsed(text: str) -> Mapping[str, Any]:
@@ -194,8 +262,14 @@ def _check_unstatable(spec: ModelSpec, found: Sequence[Evidence]) -> None:
     for evidence in found:
         if evidence.unstatable:
             said = ", ".join(f"{name} {value}" for name, value in evidence.unstatable.items())
+            if evidence.other_model:
+                line = replace(spec, name=evidence.other_model).with_options({})
+                raise RecipeError(
+                    f"{evidence.path} was trained as {evidence.other_model}, with {said} ({evidence.source}); the recipe's "
+                    f"model {spec.name} computes something else. Write in the recipe\n    model: {line}"
+                )
             raise RecipeError(
-                f"{evidence.path} was trained with {said} ({evidence.source}), which changes what the model computes, and "
+                f"{evidence.path} was trained with {said} ({evidence.source}), which changes the results, and "
                 f"the prefix `{spec.library}:` has no option for it. Write a function that creates the model as in the "
                 "training and returns (model, preprocess), and name it: model: module:function"
             )

@@ -226,6 +226,15 @@ def timm_outline(name: str, **arguments: Any) -> Any:
         return timm.create_model(name, pretrained=False, **arguments)
 
 
+def structure(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the types and the plain attributes of a model's modules, by their paths."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        path: (type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
+        for path, module in model.named_modules()
+    }
+
+
 def _one_channel(preprocess: Any) -> Preprocess:
     """Return a transform of torchvision's or timm's that converts images to grayscale first, as timm reads them."""
     from torchvision import transforms

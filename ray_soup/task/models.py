@@ -22,7 +22,8 @@ from ray_soup.task.functions import MOVED, as_in_workers, call, import_function,
 from ray_soup.task.identity import FORWARD_HOOKS, PLAIN, identify, own_state, without_addresses
 from ray_soup.task.libraries import LIBRARIES, SIZE_OPTIONS, BuiltModel
 from ray_soup.task.model_spec import ModelSpec
-from ray_soup.task.preprocess import preprocess_identity
+from ray_soup.task.preprocess import preprocess_identity, visible_settings
+from ray_soup.task.values import Settings
 
 
 def build(spec: str) -> BuiltModel:
@@ -98,6 +99,17 @@ def describe(spec: str) -> Layout:
         with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built there
             return layout_of(build(spec).model)
         return layout_of(build(spec).model)
+
+
+def preprocess_settings(spec: str) -> Settings:
+    """Return the `size`, `mean` and `std` that the preprocessing of the model `spec` shows. Raises RecipeError."""
+    with as_in_workers():
+        with contextlib.suppress(Exception), torch.device("meta"):
+            return visible_settings(build(spec).preprocess)
+        preprocess = build(spec).preprocess
+    with contextlib.suppress(Exception):  # of an unusual object, nothing is visible
+        return visible_settings(preprocess)
+    return {}
 
 
 def logits_of(model: torch.nn.Module, inputs: torch.Tensor, spec: str, source: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ray_soup.task.identity import identify
+from ray_soup.task.values import Settings, numbers, pair, size_text
 
 Preprocess = Callable[[Any], Any]
 """Maps one PIL image (or one str if its attribute `takes` is "text") to an array or tensor, always of the same shape."""
@@ -161,6 +162,31 @@ def _parts(
     if _class_name(normalize) != "Normalize" or _class_name(convert) not in CONVERT:
         return None
     return before, lambda pixels: normalize(convert(pixels)), _floats(normalize.mean), _floats(normalize.std)
+
+
+KEEP_SIZE = (*CONVERT, "PILToTensor", "MaybePILToTensor", "ToImage", "MaybeConvertMode", "RGB", "Grayscale", "Normalize")
+"""Transforms of these libraries that keep the size of an image."""
+CUT_TO_SIZE = ("CenterCrop", "CenterCropOrPad", "RandomCrop", "RandomResizedCrop")
+
+
+def visible_settings(preprocess: Any) -> Settings:
+    """Return the `size`, `mean` and `std` that a transform of one of LIBRARIES shows, as a recipe writes them.
+
+    Raises RuntimeError for a transform that was created on the device meta.
+    """
+    if _class_name(preprocess) == "ImageClassification":
+        p = preprocess
+        return {"size": size_text(pair(p.crop_size)), "mean": numbers(_floats(p.mean)), "std": numbers(_floats(p.std))}
+    found: Settings = {}
+    for part in preprocess.transforms if _class_name(preprocess) == "Compose" else ():
+        kind = _class_name(part)
+        if kind in CUT_TO_SIZE or (kind == "Resize" and isinstance(part.size, (list, tuple)) and len(part.size) == 2):
+            found["size"] = size_text(pair(part.size))
+        elif kind not in KEEP_SIZE:
+            found.pop("size", None)
+        if kind == "Normalize":
+            found |= {"mean": numbers(_floats(part.mean)), "std": numbers(_floats(part.std))}
+    return found
 
 
 def _class_name(transform: Any) -> str:

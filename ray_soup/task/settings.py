@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from ray_soup.errors import RecipeError
-from ray_soup.recipe.plain import shown
-from ray_soup.task.libraries import (
-    CROP_MODES,
-    INTERPOLATIONS,
-    timm_config,
-    timm_defaults,
-    timm_outline,
-    timm_pretrained_cfg,
-)
+from ray_soup.task.libraries import IMAGE_OPTIONS, timm_defaults
 from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.timm_settings import TIMM_SCRIPT, is_known_to_timm, read_timm, some_timm_arguments, used_by_timm
+from ray_soup.task.values import (
+    Found,
+    Reader,
+    Settings,
+    count,
+    floats,
+    mapping,
+    numbers,
+    one_of,
+    pair,
+    read_values,
+    size_text,
+    word,
+)
 
-Settings = dict[str, str]
-"""Values as a recipe writes them, by the name of the option of the key `model`."""
-HARMLESS = (
-    "drop", "attn_drop", "proj_drop", "patch_drop", "pos_drop", "norm_drop", "pretrained", "checkpoint", "script", "export",
-    "no_jit", "cache", "dynamic_img", "strict_img", "weight_init", "head_init", "fix_init", "zero_init", "bn_momentum",
-    "device", "dtype",
-)  # fmt: skip
-"""Beginnings of arguments of models that do not change what a model computes when it is evaluated."""
-
-
-@dataclass
-class Found:
-    """What a script's arguments or a library's configuration file say."""
-
-    settings: Settings = field(default_factory=dict)
-    """Values by the name of the option of the recipe key `model`."""
-    unstatable: dict[str, str] = field(default_factory=dict)
-    """Arguments that change what the model computes, and that no option states."""
-    unread: dict[str, str] = field(default_factory=dict)
-    """Keys with values that are not understood, as in `mean 'imagenet'`, by the option that they would be."""
-    unknown: str = ""
-    """The name of the trained model, if the library has the model but not its tag, which stands for preprocessing."""
+IMAGENET = {"mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225"}
+"""The normalization of torchvision's train.py, whatever the model."""
+TORCHVISION_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos")
+OPEN_CLIP_SCRIPT = {"model", "image_mean", "image_std", "image_interpolation", "image_resize_mode"}
+"""Arguments that tell the params.txt of open_clip's training script from other files of this name."""
+NO_STRUCTURE = ("image_size", "patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path")
+"""Keys of open_clip's model configurations that do not change what a model computes, or that an option states."""
 
 
 def used_settings(spec: ModelSpec) -> Settings:
@@ -63,174 +50,37 @@ def settings_of(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
     return READERS[spec.library](spec, values)
 
 
-Reader = tuple[str, Callable[[Any], Any]]
-"""The option that an argument is, and the function that reads its value, or raises ValueError or TypeError."""
-
-
-def _read(values: Mapping[str, Any], readers: Mapping[str, Reader], found: Found) -> dict[str, Any]:
-    """Return the values that are given, by their keys; add the others to `found.unread`."""
-    read = {}
-    for key, (option, reader) in readers.items():
-        value = values.get(key)
-        if value is None or value in ("", []):
-            continue
-        try:
-            read[key] = reader(value)
-        except (ValueError, TypeError, OverflowError):
-            found.unread[option] = f"{key} {shown(value)}"
-    return read
-
-
-# timm
-
-
-TIMM_SCRIPT = {"interpolation", "train_interpolation", "reprob"}
-"""Arguments that tell timm's train.py from scripts with some of its arguments; those that are None are missing."""
-
-
-def _used_by_timm(spec: ModelSpec) -> Settings:
-    settings = _of_timm_config(timm_config(spec, None))
-    return {"in_chans": "3", "global_pool": timm_defaults(spec.name)[1], **settings}
-
-
-def _of_timm_config(config: Mapping[str, Any]) -> Settings:
-    return {
-        "img_size": _size(config["input_size"][-2:]),
-        "mean": _numbers(config["mean"]),
-        "std": _numbers(config["std"]),
-        "crop_pct": _numbers([config["crop_pct"]]),
-        "crop_mode": str(config["crop_mode"]),
-        "interpolation": str(config["interpolation"]),
-    }
-
-
-def _timm(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
-    """Read the config.json that timm writes for the Hub, the arguments of timm's train.py, or some of them in others."""
-    timm = spec.import_library()
-    found = Found()
-    name = values["model"] if isinstance(values.get("model"), str) else spec.name
-    name = name.rpartition("/")[2]  # of hf-hub:timm/NAME
-    base = timm_pretrained_cfg(ModelSpec("", "timm", name, {})) if _is_known_to_timm(name) else {}
-    is_script = values.keys() >= TIMM_SCRIPT
-    in_hub = isinstance(values.get("pretrained_cfg"), Mapping) and "architecture" in values
-    own: Mapping[str, Any]
-    if in_hub:
-        name, base = str(values["architecture"]), {}
-        given = _timm_arguments(values["pretrained_cfg"], found)
-        own = {"global_pool": values.get("global_pool"), **_mapping(values.get("model_args"))}
-    elif "val_resize_size" in values:  # the arguments of torchvision's train.py
-        return found
-    elif is_script:
-        given = _timm_arguments(values, found)
-        own = {"global_pool": values.get("gp"), **_mapping(values.get("model_kwargs"))}
-        _read_norm_eps(spec, values.get("bn_eps"), found)
-        found.settings["in_chans"] = "3"
-        if name.partition(".")[0] == spec.name.partition(".")[0]:
-            found.settings["global_pool"] = timm_defaults(name.partition(".")[0])[1]
-        if not _is_known_to_timm(name) and _is_known_to_timm(name.partition(".")[0]):
-            found.unknown = name
+def facts_of(values: Mapping[str, Any]) -> Settings:
+    """Read the `size`, `mean` and `std` of the images in the arguments or configuration file of any script or library."""
+    if "preprocess_cfg" in values or values.keys() >= OPEN_CLIP_SCRIPT:
+        found = _open_clip(ModelSpec("", "open_clip", "", {}), values)
+    elif "val_resize_size" in values:
+        found = _of_torchvision_script(values)
+    elif "image_mean" in values or "image_std" in values:
+        found = _of_image_processor(values)
     else:
-        given, own = _some_timm_arguments(values, found), _mapping(values.get("model_kwargs"))
-    channels, *size = given.get("input_size", (0,))
-    if channels:
-        given["in_chans"] = channels
-    sizes = [size, given.get("img_size"), _read(own, {"img_size": ("img_size", _pair)}, found).get("img_size")]
-    size = next(filter(None, reversed(sizes) if in_hub else sizes), [])  # an old timm left the size in its configuration
-    if size:
-        given |= {"img_size": size, "input_size": (given.get("in_chans", 3), *size)}
-    for key in {"mean", "std"} & given.keys():
-        if len(given[key]) not in (1, given.get("in_chans", 3)):
-            found.unread[key] = f"{key} {shown(_mapping(values.get('pretrained_cfg', values)).get(key))}"
-            del given[key]
-    settings = _of_timm_config(timm.data.resolve_data_config(given, pretrained_cfg=base or {"tag": ""}))
-    if not in_hub and not (is_script and _is_known_to_timm(name)):  # the defaults are not known
-        settings = {option: settings[option] for option in settings if option in given}
-    if "in_chans" in given:
-        settings["in_chans"] = str(given["in_chans"])
-    found.settings |= {option: value for option, value in settings.items() if option not in found.unread}
-    _add_model_arguments(found, own, name if timm.is_model(name.partition(".")[0]) else spec.name, in_hub or is_script)
+        found = _of_timm(values)
+    settings = found.settings
+    names = {"image_size": "size", "crop_size": "size", "img_size": "size", "mean": "mean", "std": "std"}
+    return {name: settings[option] for option, name in names.items() if option in settings}
+
+
+def _of_image_processor(values: Mapping[str, Any]) -> Found:
+    """Read the preprocessor_config.json of transformers, in which a size may also be that of the shortest edge."""
+    found = Found()
+    crops = values.get("do_center_crop", "crop_size" in values)
+    size = values.get("crop_size" if crops else "size")
+    if isinstance(size, Mapping):
+        size = [size.get("height"), size.get("width")]
+    elif not crops:  # it depends on the version what one number means
+        size = None
+    if values.get("do_resize", True) is True or crops:
+        read = read_values({"size": size}, {"size": ("size", pair)}, Found())
+        found.settings = {"image_size": size_text(read["size"])} if read else {}
+    if values.get("do_normalize", True) is True:
+        readers: dict[str, Reader] = {"image_mean": ("mean", floats), "image_std": ("std", floats)}
+        found.settings |= {readers[key][0]: numbers(value) for key, value in read_values(values, readers, found).items()}
     return found
-
-
-def _some_timm_arguments(values: Mapping[str, Any], found: Found) -> dict[str, Any]:
-    """Read the arguments in a mapping that is not timm's: a mean of one number is the mean of scores there."""
-    scores = {key for key in ("mean", "std") if isinstance(values.get(key), (int, float))}
-    given = _timm_arguments({key: value for key, value in values.items() if key not in scores}, found)
-    for key in {"mean", "std"} & given.keys():
-        if max(given[key]) > 1:  # of bytes
-            given[key] = [value / 255 for value in given[key]]
-    if given.keys() - {"interpolation"}:
-        return given
-    found.unread.pop("interpolation", None)  # of something else than images
-    return {}
-
-
-@functools.lru_cache(1024)
-def _is_known_to_timm(name: str) -> bool:
-    """Return whether timm has a model of this name, and pretrained weights of its tag if it names one."""
-    try:
-        timm_pretrained_cfg(ModelSpec("", "timm", name, {}))
-    except RecipeError:
-        return False
-    return True
-
-
-def _timm_arguments(values: Mapping[str, Any], found: Found) -> dict[str, Any]:
-    readers: dict[str, Reader] = {
-        "in_chans": ("in_chans", _count),
-        "interpolation": ("interpolation", _one_of(INTERPOLATIONS)),
-        "input_size": ("img_size", _channels_and_size),
-        "img_size": ("img_size", _pair),
-        "mean": ("mean", _floats),
-        "std": ("std", _floats),
-        "crop_pct": ("crop_pct", lambda value: _floats([value])[0]),
-        "crop_mode": ("crop_mode", _one_of(CROP_MODES)),
-    }
-    return _read(values, readers, found)
-
-
-def _add_model_arguments(found: Found, own: Mapping[str, Any], name: str, by_timm: bool) -> None:
-    """Add the arguments `own` that timm's model `name` was created with.
-
-    If timm itself did not write them, some may be another program's: those that timm does not take.
-    """
-    readers: dict[str, Reader] = {"in_chans": ("in_chans", _count), "global_pool": ("global_pool", _word)}
-    found.settings |= {key: str(value) for key, value in _read(own, readers, found).items()}
-    for key, value in own.items():
-        if value is None or key in (*readers, "img_size", "num_classes") or key.startswith(HARMLESS):
-            continue
-        if _changes(name, key, value, by_timm):
-            found.unstatable[key] = str(value)
-
-
-def _changes(name: str, argument: str, value: Any, unknown: bool) -> bool:
-    """Return whether an argument changes timm's model of this name; `unknown` if timm cannot create the model with it."""
-
-    def parts(model: torch.nn.Module) -> dict[str, Any]:
-        plain = (bool, int, float, str, tuple, type(None))
-        return {
-            path: (type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
-            for path, module in model.named_modules()
-        }
-
-    if re.search(r"(?<![.\d])\d{5}", repr(value)):  # a model with that many layers takes long to create
-        return unknown
-    try:
-        return parts(timm_outline(name, **{argument: value})) != parts(timm_outline(name))
-    except Exception:
-        return unknown
-
-
-def _read_norm_eps(spec: ModelSpec, value: Any, found: Found) -> None:
-    if isinstance(value, (int, float)) and not all(math.isclose(value, own) for own in _norm_eps(spec.name)):
-        found.unstatable["bn_eps"] = str(value)
-
-
-@functools.lru_cache(16)
-def _norm_eps(name: str) -> tuple[float, ...]:
-    """Return the eps of the batch normalizations of timm's model."""
-    norms = (m for m in timm_outline(name).modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
-    return tuple({norm.eps for norm in norms})
 
 
 # torchvision
@@ -242,22 +92,87 @@ def _used_by_torchvision(spec: ModelSpec) -> Settings:
     return {
         "resize_size": str(preset.resize_size[0]),
         "crop_size": str(preset.crop_size[0]),
-        "mean": _numbers(preset.mean),
-        "std": _numbers(preset.std),
+        "mean": numbers(preset.mean),
+        "std": numbers(preset.std),
         "interpolation": preset.interpolation.value,
     }
 
 
-def _torchvision(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
-    """Read the arguments of torchvision's references/classification/train.py, whose mean and std are those of ImageNet."""
+def _of_torchvision_script(values: Mapping[str, Any]) -> Found:
+    """Read the arguments of torchvision's references/classification/train.py."""
     found = Found()
+    readers: dict[str, Reader] = {
+        "val_resize_size": ("resize_size", count),
+        "val_crop_size": ("crop_size", count),
+        "interpolation": ("interpolation", word),
+    }
+    read = {readers[key][0]: str(value) for key, value in read_values(values, readers, found).items()}
+    found.settings = {**read, **IMAGENET}
+    return found
+
+
+def _torchvision(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
+    """Read the arguments of torchvision's train.py, or those of timm's, whose ResNets have tensors of the same names."""
     if "val_resize_size" in values:
-        readers: dict[str, Reader] = {
-            "val_resize_size": ("resize_size", _count),
-            "val_crop_size": ("crop_size", _count),
-            "interpolation": ("interpolation", _word),
-        }
-        found.settings = {readers[key][0]: str(value) for key, value in _read(values, readers, found).items()}
+        return _of_torchvision_script(values)
+    found = _of_timm(values)
+    theirs, found.settings = found.settings, {}
+    name = str(values.get("model")).rpartition("/")[2].partition(".")[0]
+    pool = theirs.get("global_pool", "avg")
+    usual = {"crop_mode": "center", "global_pool": timm_defaults(name)[1] if is_known_to_timm(name) else pool}
+    found.unstatable |= {key: theirs[key] for key, value in usual.items() if theirs.get(key, value) != value}
+    size, crop = theirs.get("img_size", ""), theirs.get("crop_pct")
+    if "," in size:
+        found.unstatable["img_size"] = size
+    elif size:
+        found.settings = {"crop_size": size}
+        if crop:
+            found.settings["resize_size"] = str(math.floor(int(size) / float(crop)))
+    interpolation = theirs.get("interpolation")
+    if interpolation in TORCHVISION_INTERPOLATIONS:
+        found.settings["interpolation"] = interpolation
+    elif interpolation:
+        found.unstatable["interpolation"] = interpolation
+    found.settings |= {key: theirs[key] for key in ("mean", "std") if key in theirs}
+    names = {"img_size": "crop_size", "crop_pct": "resize_size"}
+    unread = {names.get(option, option): said for option, said in found.unread.items()}
+    found.unread = {option: said for option, said in unread.items() if option in IMAGE_OPTIONS["torchvision"]}
+    return found
+
+
+def _of_timm(values: Mapping[str, Any]) -> Found:
+    """Read the arguments of timm's train.py, or some of them, without a model of timm to compare with."""
+    name = values.get("model", values.get("architecture"))
+    by_timm = values.keys() >= TIMM_SCRIPT or "pretrained_cfg" in values
+    if by_timm and isinstance(name, str) and importlib.util.find_spec("timm") and is_known_to_timm(name.rpartition("/")[2]):
+        return read_timm(ModelSpec("", "timm", name.rpartition("/")[2], {}), values)
+    found = Found()
+    given = some_timm_arguments(values, found)
+    size = given.get("img_size") or given.get("input_size", ())[-2:]
+    texts = {"img_size": size_text(size) if size else "", "crop_pct": given.get("crop_pct", "")}
+    texts |= {key: numbers(given[key]) for key in ("mean", "std") if len(given.get(key, ())) in (1, 3)}
+    texts |= {key: given[key] for key in ("crop_mode", "interpolation") if key in given}
+    found.settings = {key: str(value) for key, value in texts.items() if value}
+    return found
+
+
+# timm
+
+
+def _timm(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
+    """Read what timm's scripts say, or the arguments of torchvision's train.py, in timm's terms."""
+    if "val_resize_size" not in values:
+        return read_timm(spec, values)
+    found = _of_torchvision_script(values)
+    names = {"crop_size": "img_size", "resize_size": "crop_pct"}
+    found.unread = {names.get(option, option): said for option, said in found.unread.items()}
+    theirs = found.settings
+    resize, crop = (int(theirs.pop(name, 0)) for name in ("resize_size", "crop_size"))
+    theirs["crop_mode"] = "center"
+    if crop:
+        theirs["img_size"] = str(crop)
+    if crop and resize:  # rounded down, because timm takes the whole pixels of img_size / crop_pct
+        theirs["crop_pct"] = str(math.floor(crop / resize * 1e6) / 1e6)
     return found
 
 
@@ -270,9 +185,9 @@ def _used_by_open_clip(spec: ModelSpec) -> Settings:
     config = open_clip.get_model_config(spec.name) or {}
     vision = config.get("vision_cfg", {})
     return {
-        "image_size": _size(_pair(vision.get("image_size", 224))),
-        "mean": _numbers(open_clip.OPENAI_DATASET_MEAN),
-        "std": _numbers(open_clip.OPENAI_DATASET_STD),
+        "image_size": size_text(pair(vision.get("image_size", 224))),
+        "mean": numbers(open_clip.OPENAI_DATASET_MEAN),
+        "std": numbers(open_clip.OPENAI_DATASET_STD),
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
@@ -283,26 +198,88 @@ def _open_clip(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
     found = Found()
     keys = ("force_image_size", "image_mean", "image_std", "image_interpolation", "image_resize_mode")
     if isinstance(values.get("preprocess_cfg"), Mapping):
-        model = values.get("model_cfg")
-        vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
-        size = vision.get("image_size") if isinstance(vision, Mapping) else None
-        values = {"size": size, **values["preprocess_cfg"]}
+        model = mapping(values.get("model_cfg"))
+        _compare_structure(spec, model, "", found)
+        values = {"size": mapping(model.get("vision_cfg")).get("image_size"), **values["preprocess_cfg"]}
         keys = ("size", "mean", "std", "interpolation", "resize_mode")
+    elif values.keys() >= OPEN_CLIP_SCRIPT:
+        values = _with_defaults(spec, values, found)
     options: list[Reader] = [
-        ("image_size", lambda value: _size(_pair(value))),
-        ("mean", lambda value: _numbers(_floats(value))),
-        ("std", lambda value: _numbers(_floats(value))),
-        ("interpolation", _word),
-        ("resize_mode", _word),
+        ("image_size", lambda value: size_text(pair(value))),
+        ("mean", lambda value: numbers(floats(value))),
+        ("std", lambda value: numbers(floats(value))),
+        ("interpolation", one_of(("bicubic", "bilinear", "random"))),
+        ("resize_mode", one_of(("shortest", "longest", "squash"))),
     ]
     readers = dict(zip(keys, options, strict=True))
-    found.settings = {readers[key][0]: value for key, value in _read(values, readers, found).items()}
+    found.settings = {readers[key][0]: value for key, value in read_values(values, readers, found).items()}
+    if found.settings.get("interpolation") == "random":  # in the training; bicubic in evaluations
+        found.settings["interpolation"] = "bicubic"
     return found
+
+
+def _with_defaults(spec: ModelSpec, values: Mapping[str, Any], found: Found) -> dict[str, Any]:
+    """Fill in what the arguments of open_clip's training script leave to the model and its pretrained weights.
+
+    What changes the structure of the model is added to `found`.
+    """
+    import open_clip
+
+    name = str(values["model"]).replace("/", "-")
+    if name not in open_clip.list_models():  # of the Hub, a folder, or another version
+        found.unknown = str(values["model"])
+        return dict(values)
+    config = open_clip.get_model_config(name)
+    if values.get("force_quick_gelu") is True:
+        config["quick_gelu"] = True
+    _compare_structure(spec, config, name, found)
+    tag = str(values.get("pretrained") or "")
+    known = open_clip.get_pretrained_cfg(name, tag) or {}
+    if known.get("quick_gelu") and not config.get("quick_gelu") and not found.unstatable:
+        found.remark = (
+            f"was trained from the weights {tag}, which need QuickGELU, and the model {name} has GELU. Older versions of "
+            f"open_clip used QuickGELU all the same: if the training did, write {name}-quickgelu."
+        )
+    used = {**_used_by_open_clip(ModelSpec("", "open_clip", name, {})), **known}
+    filled = {f"image_{key}": used[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    for key in ("image_mean", "image_std"):
+        if isinstance(filled[key], str):
+            filled[key] = [float(part) for part in filled[key].split(",")]
+    filled["force_image_size"] = mapping(config.get("vision_cfg")).get("image_size", 224)
+    return {**filled, **{key: value for key, value in values.items() if value not in (None, "", [])}}
+
+
+def _compare_structure(spec: ModelSpec, theirs: Mapping[str, Any], name: str, found: Found) -> None:
+    """Add to `found` what makes a model of this configuration compute something else than the recipe's, of the same shapes.
+
+    Args:
+        spec: the recipe key `model`; without a name, nothing is compared.
+        theirs: the configuration of the model that was trained.
+        name: its name, if it is one of open_clip's.
+        found: receives the differences, and the name of a model of open_clip that has them.
+    """
+    import open_clip
+
+    ours = open_clip.get_model_config(spec.name) if spec.name and theirs else None
+    if ours is None:
+        return
+    towers = ("vision_cfg", "text_cfg") if "zeroshot" in spec.options else ("vision_cfg",)
+    for tower in towers:
+        one, other = mapping(ours.get(tower)), mapping(theirs.get(tower))
+        for key in sorted((one.keys() & other.keys()).difference(NO_STRUCTURE)):
+            if one[key] != other[key]:
+                found.unstatable[key] = str(other[key])
+    if bool(theirs.get("quick_gelu")) != bool(ours.get("quick_gelu")):
+        found.unstatable["quick_gelu"] = str(bool(theirs.get("quick_gelu")))
+    plain = (name or spec.name).removesuffix("-quickgelu")
+    candidate = f"{plain}-quickgelu" if theirs.get("quick_gelu") else plain
+    if found.unstatable and (name or [*found.unstatable] == ["quick_gelu"]) and candidate in open_clip.list_models():
+        found.other_model = candidate
 
 
 USED: dict[str, Callable[[ModelSpec], Settings]] = {
     "open_clip": _used_by_open_clip,
-    "timm": _used_by_timm,
+    "timm": used_by_timm,
     "torchvision": _used_by_torchvision,
 }
 READERS: dict[str, Callable[[ModelSpec, Mapping[str, Any]], Found]] = {
@@ -310,60 +287,3 @@ READERS: dict[str, Callable[[ModelSpec, Mapping[str, Any]], Found]] = {
     "timm": _timm,
     "torchvision": _torchvision,
 }
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _one_of(choices: Collection[str]) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if value not in choices:
-            raise ValueError("not a choice")
-        return str(value)
-
-    return read
-
-
-def _numbers(values: Iterable[float]) -> str:
-    return ",".join(f"{value:.9g}" for value in _floats(list(values)))
-
-
-def _floats(value: Any) -> list[float]:
-    """Read one number or several. Raises ValueError or TypeError."""
-    numbers = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise ValueError("not finite")
-    return numbers
-
-
-def _count(value: Any) -> int:
-    """Read a positive integer, perhaps as text. Raises ValueError or TypeError."""
-    if isinstance(value, bool) or int(value) != float(value) or int(value) < 1:
-        raise ValueError("not a positive integer")
-    return int(value)
-
-
-def _word(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not text")
-    return value
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """Read a size of images: one number of pixels, or height and width. Raises ValueError or TypeError."""
-    values = [_count(v) for v in (size if isinstance(size, (list, tuple)) else [size])]
-    if len(values) not in (1, 2):
-        raise ValueError("not height and width")
-    return values[0], values[-1]
-
-
-def _channels_and_size(size: Any) -> tuple[int, int, int]:
-    """Read a size of images, perhaps with the number of channels, which is otherwise 0, in front."""
-    whole = isinstance(size, (list, tuple)) and len(size) == 3
-    return (_count(size[0]) if whole else 0, *_pair(size[1:] if whole else size))
-
-
-def _size(pair: Iterable[int]) -> str:
-    height, width = pair
-    return str(height) if height == width else f"{height},{width}"

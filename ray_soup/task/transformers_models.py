@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,38 +29,52 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
     """
     transformers = spec.import_library()
     spec.check_options(("classes", "length"), "transformers:FOLDER?classes=10")
-    config = _load_config(transformers, spec)
-    if "classes" in spec.options:
-        config.num_labels = spec.count("classes", f"transformers:{spec.name}?classes=10")
-    task = _task_of(config, spec)
+    config = load_config(transformers, spec)
+    task = task_of(config, spec)
     with no_weight_warnings():
-        model = getattr(transformers, f"AutoModel{task}").from_config(config, **_in_float32(transformers))
+        model = model_of(transformers, config, task)
     model.names_in_files = _names_in_files(model)
     model.old_names = _old_names(model)
     model.constants_in_files = _constants(model)
     model.register_forward_hook(lambda module, inputs, output: output.logits)
     if task == "ForImageClassification":
         model.register_forward_pre_hook(_image_inputs, with_kwargs=True)
-        return model, _image_processor(transformers, spec.name)
+        return model, _image_preprocess(transformers, spec.name)
     model.register_forward_pre_hook(_text_inputs, with_kwargs=True)
+    return model, _text_preprocess(transformers, spec.name, length_of(spec, config))
+
+
+def length_of(spec: ModelSpec, config: Any) -> int:
+    """Return the number of tokens of each text: the option `length`, otherwise 128 or what the model takes.
+
+    Raises RecipeError if the model does not take that many.
+    """
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
     length = spec.count("length", f"transformers:{spec.name}?length=128", default=min(128, limit))
     if length > limit:
         raise RecipeError(
             f"model: {spec.text}: length is {length}; the model takes at most {limit} tokens. Choose a smaller length."
         )
-    return model, _tokenizer(transformers, spec.name, length)
+    return length
 
 
-def _in_float32(transformers: Any) -> dict[str, torch.dtype]:
-    """Return the argument of `from_config` for float32, whose name changed in 4.56."""
+def model_of(transformers: Any, config: Any, task: str) -> Any:
+    """Create the model of a config, with random parameters in float32."""
+    return getattr(transformers, f"AutoModel{task}").from_config(config, **{dtype_name(transformers): torch.float32})
+
+
+def dtype_name(transformers: Any) -> str:
+    """Return the name of the attribute of a config, and of the argument, for the dtype: it changed in 4.56."""
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    return {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
+    return "dtype" if version >= (4, 56) else "torch_dtype"
 
 
-def local_only(name: str) -> dict[str, bool]:
-    """Return the arguments of `from_pretrained` that keep it off the network if `name` is a folder on this machine."""
-    return {"local_files_only": True} if os.path.exists(name) else {}
+def loading_options(name: str) -> dict[str, bool]:
+    """Return the arguments of `from_pretrained` that keep it off the network if `name` is a folder on this machine.
+
+    Code that a folder or model brings along is never run, and nobody is asked whether to run it.
+    """
+    return {"trust_remote_code": False, **({"local_files_only": True} if os.path.exists(name) else {})}
 
 
 def has_tokenizer(name: str) -> bool:
@@ -78,17 +93,21 @@ def _text_inputs(model: Any, inputs: tuple[torch.Tensor], named: Any) -> tuple[t
     return (), {"input_ids": inputs[0][:, 0], "attention_mask": inputs[0][:, 1]}
 
 
-def _load_config(transformers: Any, spec: ModelSpec) -> Any:
+def load_config(transformers: Any, spec: ModelSpec) -> Any:
+    """Load the config of the model, with the number of classes of the recipe. Raises RecipeError."""
     try:
-        return transformers.AutoConfig.from_pretrained(spec.name, **local_only(spec.name))
+        config = transformers.AutoConfig.from_pretrained(spec.name, **loading_options(spec.name))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"model: {spec.name} has no config.json that transformers can read ({error}). Use a folder that "
             "`save_pretrained` wrote, or a model on the Hub."
         ) from error
+    if "classes" in spec.options:
+        config.num_labels = spec.count("classes", f"transformers:{spec.name}?classes=10")
+    return config
 
 
-def _task_of(config: Any, spec: ModelSpec) -> str:
+def task_of(config: Any, spec: ModelSpec) -> str:
     """Return ForImageClassification or ForSequenceClassification.
 
     The architectures in the config decide; if there are none, the tasks that the model type supports.
@@ -155,29 +174,47 @@ def _constants(model: Any) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _image_processor(transformers: Any, name: str) -> Preprocess | None:
+def load_image_processor(transformers: Any, name: str) -> Any:
+    """Load the image processor of a folder or model; None if none was saved with it."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, **local_only(name))
-    except (OSError, ValueError):  # none was saved with the model
+        return transformers.AutoImageProcessor.from_pretrained(name, **loading_options(name))
+    except (OSError, ValueError):
         return None
-    return NamedPreprocess(lambda image: processor(image, return_tensors="pt")["pixel_values"][0], repr(processor))
 
 
-def _tokenizer(transformers: Any, name: str, length: int) -> Preprocess | None:
-    """Return the function that maps a text to int64 [2, length], token ids and attention mask."""
+def load_tokenizer(transformers: Any, name: str) -> Any:
+    """Load the tokenizer of a folder or model; None if none was saved with it."""
     if not has_tokenizer(name):
         return None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local_only(name))
+        return transformers.AutoTokenizer.from_pretrained(name, **loading_options(name))
     except (OSError, ValueError):
+        return None
+
+
+def pixels(processor: Any, image: Any) -> torch.Tensor:
+    """Preprocess an image: pixels float32 [C, H, W]."""
+    values: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+    return values
+
+
+def tokens(tokenizer: Any, length: int, text: str) -> torch.Tensor:
+    """Preprocess a text: token ids and attention mask, int64 [2, length]."""
+    found = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return torch.stack([found["input_ids"][0], found["attention_mask"][0]])
+
+
+def _image_preprocess(transformers: Any, name: str) -> Preprocess | None:
+    processor = load_image_processor(transformers, name)
+    return None if processor is None else NamedPreprocess(partial(pixels, processor), repr(processor))
+
+
+def _text_preprocess(transformers: Any, name: str, length: int) -> Preprocess | None:
+    tokenizer = load_tokenizer(transformers, name)
+    if tokenizer is None:
         return None
     if tokenizer.pad_token is None:
         raise RecipeError(f"model: the tokenizer of {name} has no padding token. Set its pad_token and save it again.")
-
-    def tokens(text: str) -> torch.Tensor:
-        found = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return torch.stack([found["input_ids"][0], found["attention_mask"][0]])
-
-    tokens("")  # the first call sets padding and truncation permanently; afterwards threads may share the tokenizer
+    tokens(tokenizer, length, "")  # the first call sets padding and truncation; afterwards threads may share the tokenizer
     words = hashlib.sha256(f"{sorted(tokenizer.get_vocab().items())}".encode()).hexdigest()
-    return NamedPreprocess(tokens, f"{length} {words} {tokenizer!r}", takes="text")
+    return NamedPreprocess(partial(tokens, tokenizer, length), f"{length} {words} {tokenizer!r}", takes="text")

@@ -60,6 +60,7 @@ def in_child(work: Callable[[], object], log: Path) -> tuple[int, int, float]:
         out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))  # a test runner's may lie elsewhere
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         code = 0
         try:
@@ -70,6 +71,7 @@ def in_child(work: Callable[[], object], log: Path) -> tuple[int, int, float]:
             traceback.print_exc()
             code = 99
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)

@@ -120,15 +120,32 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         open_ingredient(str(path))
 
 
+def directory_of(data: bytes) -> dict[bytes, int]:
+    """Return where the entry of each record begins in the list of records."""
+    entries, at = {}, data.index(b"PK\1\2")
+    while data[at : at + 4] == b"PK\1\2":
+        lengths = struct.unpack("<HHH", data[at + 28 : at + 34])
+        entries[data[at + 46 : at + 46 + lengths[0]]] = at
+        at += 46 + sum(lengths)
+    return entries
+
+
+def test_a_record_that_torch_takes_for_a_folder_is_refused(tmp_path: Path) -> None:
+    """One bit: torch.load reads nothing from the record then, and the tensor has whatever lay in memory."""
+    path = saved(tmp_path / "a.pt")
+    rewritten(path, dict)
+    data = bytearray(path.read_bytes())
+    data[directory_of(bytes(data))[b"a/data/1"] + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(IngredientError, match=r"a\.pt .*data/1 is marked as a folder; expected a file"):
+        open_ingredient(str(path))
+
+
 def test_two_records_in_one_place_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pt")
     rewritten(path, dict)
     data = bytearray(path.read_bytes())
-    entries, at = {}, data.index(b"PK\1\2")
-    while data[at : at + 4] == b"PK\1\2":
-        lengths = struct.unpack("<HHH", data[at + 28 : at + 34])
-        entries[bytes(data[at + 46 : at + 46 + lengths[0]])] = at
-        at += 46 + sum(lengths)
+    entries = directory_of(bytes(data))
     first, second = entries[b"a/data/0"], entries[b"a/data/1"]
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
     path.write_bytes(data)
@@ -361,7 +378,7 @@ def test_a_file_that_is_cut_under_its_memory_map_ends_the_process_with_a_sentenc
         from safetensors.torch import save_file
         from ray_soup.io.ingredient import open_ingredient
         from ray_soup.mixing.kernels import mix
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
         faulthandler.enable()  # as Ray does
         mix([np.ones(2, np.float32)], np.ones(1), np.zeros(2, np.float32))
         work = {
@@ -378,6 +395,7 @@ def test_a_file_that_is_cut_under_its_memory_map_ends_the_process_with_a_sentenc
                 save_file(tensors, path) if name.endswith("safetensors") else torch.save(tensors, path)
                 child = os.fork()
                 if child == 0:
+                    torch.set_num_threads(2)
                     part = open_ingredient(path).read("w")
                     os.truncate(path, 4096)
                     run(part)

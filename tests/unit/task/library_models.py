@@ -140,7 +140,7 @@ def tokenizer(folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "very", ".", "book"]
     (folder / "words.txt").write_text("\n".join(words))
-    made = BertTokenizer(vocab=str(folder / "words.txt"))
+    made = BertTokenizer(str(folder / "words.txt"))
     (folder / "words.txt").unlink()
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_a_folder_that_timm_wrote_fits_a_recipe_with_its_name(tmp_path: Path, mo
 def test_a_tag_that_timm_does_not_have_is_no_evidence_and_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.pth.tar", {**TIMM, "model": "test_resnet.mine"})
     (note,) = checked("timm:test_resnet?classes=3", [path])
-    assert note.startswith(f"{path} was trained as test_resnet.mine, a tag that this version of timm does not have; ")
+    assert note.startswith(f"{path} was trained as test_resnet.mine, a name that this version of timm does not have; ")
     with pytest.raises(RecipeError, match=r"no pretrained weights 'mine' for test_resnet; it has r160_in1k\."):
         checked("timm:test_resnet.mine?classes=3", [path])
 
@@ -216,12 +217,11 @@ def test_of_a_script_that_is_not_timms_only_what_it_states_is_compared(tmp_path:
 
 def test_the_files_of_a_folder_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(evidence.storage, "exists", lambda path: asked.append(path) is not None)
     paths = [write(tmp_path / folder / f"{n}.pth", {}) for folder in "ab" for n in range(4)]
     ingredients = [open_ingredient(path) for path in paths]
-    asked.clear()
+    monkeypatch.setattr(evidence.storage, "isfile", lambda path: asked.append(path) is not None)
     check_evidence(recipe_of("timm:test_resnet?classes=3"), ingredients)
-    assert len(asked) == len(set(asked)) == 2 * len(evidence.BESIDE)
+    assert len(asked) == len(set(asked)) == 2 * len(evidence.BESIDE["timm"])
 
 
 def test_the_config_that_timm_writes_for_the_hub_is_read(tmp_path: Path) -> None:
@@ -234,6 +234,9 @@ def test_the_config_that_timm_writes_for_the_hub_is_read(tmp_path: Path) -> None
     for text in ("{", "[]", "null", '"x"', "1e999", "[" * 100_000):  # broken files are no evidence
         (tmp_path / "config.json").write_text(text)
         assert checked("timm:test_resnet?classes=3", [str(tmp_path)]) == []
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")  # whose reader would wait for ever
+    assert checked("timm:test_resnet?classes=3", [str(tmp_path / "model.safetensors")]) == []
 
 
 def test_the_arguments_of_torchvisions_script_are_read(tmp_path: Path) -> None:
