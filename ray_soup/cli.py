@@ -134,9 +134,19 @@ def _comparable(recipe: Recipe, required: bool) -> Recipe:
 
 
 def _check_improvement(required: bool, soup: Soup) -> None:
-    """End with exit code 4 if an improvement is required and the soup is not better than the best ingredient on select."""
+    """End with exit code 4 if an improvement is required and the soup is not better than the best ingredient on select.
+
+    Raises RecipeError if the finished soup was never compared with it.
+    """
+    if not required:
+        return
     change = (soup.record.get("improvement") or {}).get("select_nll")
-    if required and (change is None or not change < 0):
+    if change is None:
+        raise RecipeError(
+            f"{soup.out}/run.json does not compare the soup with the best ingredient: an older ray_soup wrote it. Choose a "
+            "new folder, or omit --require-improvement."
+        )
+    if not change < 0:
         say("ray-soup: the soup does not have a lower NLL on select than the best single ingredient. Use that one.")
         click.get_current_context().exit(4)
 

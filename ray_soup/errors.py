@@ -29,6 +29,10 @@ class IngredientError(SoupError):
     exit_code = 3
 
 
+class DiskError(SoupError):
+    """A file could not be written (exit code 1). Rerun the same command once the disk works."""
+
+
 class OutputClosed(SoupError):
     """The reader of the standard output has ended (exit code 141, that of SIGPIPE)."""
 

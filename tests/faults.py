@@ -5,34 +5,47 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tests import tiny
+
 WRITING = ("w", "a", "x", "+")
+FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+WITH_PATH = ("open", "replace", "rename", "mkdir", "rmdir", "unlink", "remove", "link", "symlink", "utime", "chmod")
+WITH_TWO = ("replace", "rename", "link", "symlink")
+WITH_FILE = ("write", "pwrite", "fsync", "ftruncate")
+PACKAGE = f"{Path(__file__).parent.parent}/ray_soup/"
 
 
 class FaultyDisk:
     """Counts the writes below `folders`; write number `fails_at` raises OSError, and so do the next `lasts - 1` ones.
 
-    Counted are opening a file for writing, each write, flush and close of it, os.pwrite, os.fsync, os.replace, os.rename,
-    os.mkdir and os.unlink: every place where a disk reports that it is full, broken or read-only.
+    Counted are opening a file for writing, each write, flush, truncation and close of it, and the calls of `os` in WITH_PATH
+    and WITH_FILE: every place where a disk reports that it is full, broken or read-only.
     """
 
     def __init__(self, folders: list[Path], number: int = errno.ENOSPC, fails_at: int = -1, lasts: int = 1) -> None:
-        self.count, self.calls = 0, list[str]()
+        self.count, self.calls, self.places = 0, list[str](), list[tuple[str, ...]]()
         self._folders = [os.path.realpath(folder) for folder in folders]
         self._number, self._failing = number, range(fails_at, fails_at + lasts)
         self._counting = threading.Lock()
 
-    def concerns(self, path: Any) -> bool:
+    def concerns(self, path: Any, dir_fd: int | None = None) -> bool:
         """Return whether a path is below the folders."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
+        elif dir_fd is not None:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
         real = os.path.realpath(os.fspath(path))
         return any(real == folder or real.startswith(f"{folder}/") for folder in self._folders)
 
@@ -40,11 +53,21 @@ class FaultyDisk:
         """Count one write. Raises OSError if it is one that fails."""
         with self._counting:
             self.calls.append(f"{what} {path}")
+            self.places.append((what, *_lines()))
             self.count += 1
             fails = self.count - 1 in self._failing
         if fails:
-            named = what in ("open", "replace", "rename", "mkdir", "unlink", "link", "symlink")  # as the system does
+            named = what in WITH_PATH  # as the system does
             raise OSError(self._number, os.strerror(self._number), str(path) if named else None)
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of ray_soup that led to this call, innermost first."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            yield f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class _File:
@@ -101,19 +124,20 @@ def faulty(disk: FaultyDisk) -> Iterator[FaultyDisk]:
         function = getattr(os, name)
 
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
-            if disk.concerns(path):
+            reading = name == "open" and not (arguments[0] if arguments else options["flags"]) & FLAGS
+            paths = (path, *arguments[:1]) if name in WITH_TWO else (path,)
+            if not reading and any(disk.concerns(one, options.get("dir_fd")) for one in paths):
                 disk.write(name, path)
             return function(path, *arguments, **options)
 
         return call
 
-    names = ("pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate", "link", "symlink")
-    kept = {name: getattr(os, name) for name in names}
+    kept = {name: getattr(os, name) for name in (*WITH_PATH, *WITH_FILE)}
     fast = shutil._USE_CP_SENDFILE  # type: ignore[attr-defined]
     try:
         builtins.open = io.open = open_counted  # type: ignore[assignment]
         shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
-        for name in names:
+        for name in kept:
             setattr(os, name, counted(name))
         yield disk
     finally:
@@ -121,3 +145,41 @@ def faulty(disk: FaultyDisk) -> Iterator[FaultyDisk]:
         shutil._USE_CP_SENDFILE = fast  # type: ignore[attr-defined]
         for name, function in kept.items():
             setattr(os, name, function)
+
+
+# In the processes of Ray
+
+WANTED = Path(os.environ.get("RAY_SOUP_CACHE", "/nowhere")).parent / "faults.json"
+_STARTED = ExitStack()
+
+
+@contextmanager
+def faulty_workers(folder: Path, fails_at: int, lasts: int = 1, in_all: bool = True) -> Iterator[None]:
+    """Let the processes that Ray starts write to a disk that is full, from the time when they call `build`.
+
+    Args:
+        folder: the faulty disk.
+        fails_at: the number of the first write of a process that fails.
+        lasts: how many of its writes fail.
+        in_all: whether this happens in all processes, or in the first one that calls `build`.
+    """
+    values = {"driver": os.getpid(), "folder": str(folder), "fails_at": fails_at, "lasts": lasts, "in_all": in_all}
+    try:
+        WANTED.write_text(json.dumps(values))
+        yield
+    finally:
+        WANTED.unlink()
+        WANTED.with_suffix(".claimed").unlink(missing_ok=True)
+
+
+def build() -> torch.nn.Module:
+    """Build the tiny model, as a recipe's `model`; begin the faults that `faulty_workers` wants in this process."""
+    _STARTED.close()
+    with suppress(FileNotFoundError, FileExistsError):
+        wanted = json.loads(WANTED.read_text())
+        if os.getpid() != wanted["driver"]:
+            if not wanted["in_all"]:
+                WANTED.with_suffix(".claimed").touch(exist_ok=False)
+            disk = FaultyDisk([Path(wanted["folder"])], errno.ENOSPC, wanted["fails_at"], wanted["lasts"])
+            _STARTED.enter_context(faulty(disk))
+    return tiny.build()

@@ -7,12 +7,17 @@ from collections.abc import Callable
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.io.environment import deadline_s
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.recipe import Recipe
 
 SETTLE_S = 5.0  # until the CPUs and GPUs of actors that have just ended count as free
 PROCESS_BYTES = 1_200_000_000  # of an actor's process, without the model's parameters
+
+
+class NoRoom(SoupError):
+    """What a run has submitted to Ray has not started, because other programs hold the resources."""
 
 
 def resolve_mesh(
@@ -59,12 +64,39 @@ def resolve_mesh(
 
 def _held_by_others(have: dict[str, float], free: dict[str, float]) -> str:
     """Describe how much of the cluster is free, and what to do about it."""
+    held = {name: have.get(name, 0) - free.get(name, 0) for name in ("CPU", "GPU")}
     return (
         f"only {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free: other programs on the cluster hold the "
-        f"other {have.get('CPU', 0) - free.get('CPU', 0):g} CPUs and {have.get('GPU', 0) - free.get('GPU', 0):g} GPUs (`ray "
-        "list actors` names them). Rerun when they have ended, set actors.wait_s to wait for them, or request fewer "
-        "resources in `actors:`."
+        f"other {held['CPU']:g} CPUs and {held['GPU']:g} GPUs {_ADVICE}"
     )
+
+
+def held_by_others(bundles: list[dict[str, float]]) -> str:
+    """Describe how much is free of what these equal bundles need, and what to do about it."""
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+    found = ", ".join(f"{name} {free.get(name, 0):g} of {have.get(name, 0):g}" for name in bundles[0])
+    return f"the cluster has only {found} free: other programs, or processes that are slow to start, hold the rest {_ADVICE}"
+
+
+_ADVICE = (
+    "(`ray list actors` names them). Rerun when they have ended, set actors.wait_s to wait for them, or request fewer "
+    "resources in `actors:`."
+)
+
+
+def room_for(bundles: list[dict[str, float]]) -> int:
+    """Return how many times these equal bundles fit into what is free on the cluster, all nodes together."""
+    import ray
+
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    return min(int((free.get(name, 0) + 1e-6) / (amount * len(bundles))) for name, amount in bundles[0].items())
+
+
+def patience_s(recipe: Recipe) -> float:
+    """Return the seconds that what was submitted to Ray may wait for resources. Raises RecipeError as `deadline_s` does."""
+    return max(deadline_s(), recipe.actors.wait_s)
 
 
 def wait_for_nodes(

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_soup.errors import RecipeError, SoupError, Stopped, first_line
 from ray_soup.io.environment import check_environment
-from ray_soup.io.signals import keeping_handler
+from ray_soup.io.signals import keeping_handler, under_handler
 
 PROBE_S = 5
 """Seconds for the head of a cluster to accept a TCP connection."""
@@ -51,12 +51,12 @@ def connect() -> Iterator[None]:
             else:
                 _start_local()
         except BaseException:
-            ray.shutdown()  # what had started
+            under_handler(ray.shutdown)  # what had started
             raise
     try:
         yield
     finally:
-        ray.shutdown()
+        under_handler(ray.shutdown)
 
 
 def _join_cluster(address: str) -> None:

@@ -28,7 +28,7 @@ from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ray_soup.errors import SoupError
+from ray_soup.errors import DiskError, SoupError
 from ray_soup.io import environment
 from ray_soup.io.disk import write_text
 
@@ -195,7 +195,7 @@ def _vacant(root: Path, key: str) -> Path:
 
 @contextmanager
 def _write_errors(root: Path, final: bool = True) -> Iterator[None]:
-    """Turn errors of the cache's own files into a SoupError; unless `final`, let a folder that was deleted pass."""
+    """Turn errors of the cache's own files into a DiskError; unless `final`, let a folder that was deleted pass."""
     try:
         yield
     except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
@@ -207,7 +207,7 @@ def _write_errors(root: Path, final: bool = True) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, FileNotFoundError):
             reason = "it was deleted while it was in use"
-        raise SoupError(
+        raise DiskError(
             f"The cache folder {root} cannot be written: {reason}. Free some disk space, or set RAY_SOUP_CACHE to a "
             "folder on another disk; then rerun the same command."
         ) from error
@@ -249,7 +249,7 @@ def _make_room(nbytes: int, root: Path) -> None:
                 taken -= size
                 free += size
     if nbytes > free:
-        raise SoupError(
+        raise DiskError(
             f"The cache at {root} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free. Set "
             "RAY_SOUP_CACHE to a folder on a larger disk, or choose directions.dtype=int8."
         )

@@ -1,7 +1,7 @@
 """Write local files atomically, and choose how many threads read them.
 
 Every file that is read again is written through `write_bytes`: it appears complete under its name, with the permissions that
-the umask leaves, and never through a symbolic link. A disk that is full, broken or read-only becomes a SoupError that names
+the umask leaves, and never through a symbolic link. A disk that is full, broken or read-only becomes a DiskError that names
 the file.
 """
 
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ray_soup.errors import SoupError
+from ray_soup.errors import DiskError, SoupError
 from ray_soup.io.redact import redact, redact_uris
 
 LARGEST_RECORD = 1 << 28
@@ -33,11 +33,16 @@ READ_AGAIN = ("recipe", "ingredients", "path", "name", "model_name")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError in this context into a SoupError that says why `path` could not be written and what to do."""
+    """Turn an OSError in this context into a DiskError that says why `path` could not be written and what to do."""
     try:
         yield
-    except OSError as error:
-        raise SoupError(f"{path} could not be written ({error.strerror or error}). {_remedy(error, path)}") from error
+    except (OSError, RuntimeError) as error:
+        failed: BaseException | None = error
+        while failed is not None and not isinstance(failed, OSError):
+            failed = failed.__context__  # torch.save tries to end its archive after a failed write, and complains about that
+        if failed is None:
+            raise
+        raise DiskError(f"{path} could not be written ({failed.strerror or failed}). {_remedy(failed, path)}") from failed
 
 
 def _remedy(error: OSError, path: Path) -> str:
@@ -59,7 +64,7 @@ def _remedy(error: OSError, path: Path) -> str:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Replace a file atomically by what is written in this context: a reader sees the old content or the new, never a part.
 
-    A symbolic link at `path` is replaced by the file; nothing is written to where it points. Raises SoupError if the file
+    A symbolic link at `path` is replaced by the file; nothing is written to where it points. Raises DiskError if the file
     cannot be written; an OSError in the context counts as that.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # two processes may write one file

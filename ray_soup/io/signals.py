@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -21,6 +22,9 @@ GRACE_S = 4.0
 """Seconds after a signal at which the process ends even if it has not finished cleaning up."""
 SAME_S = 0.2
 """A second Ctrl-C within these seconds is the first one, sent to the process and to its group."""
+
+REINSTALL_S = 0.01
+"""Seconds between two installations of the handler in `under_handler`."""
 
 _last_words: list[Callable[[], None]] = []
 _delays = 0
@@ -64,6 +68,24 @@ def keeping_handler() -> Iterator[None]:
     finally:
         if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def under_handler(work: Callable[[], object]) -> None:
+    """Call `work` in another thread, and install this process's handler of SIGTERM again and again until it returns.
+
+    When Ray disconnects, it sets the default action behind Python's back, and takes another second to end its processes: a
+    SIGTERM would end this process without a word, then and afterwards. Stopped is raised at the end.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler in (signal.SIG_DFL, None) or threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    with uninterrupted(), ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        while not wait((done,), REINSTALL_S).done:
+            signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, handler)
+        done.result()
 
 
 @contextmanager

@@ -324,22 +324,30 @@ def local_copy(path: str) -> Generator[tuple[int, int], None, str]:
     return str(hold.path / "copy" / base)
 
 
-def write_bytes(data: bytes, target: str) -> None:
-    """Write a small file atomically."""
-    if not is_remote(target):
+def _make_folder(target: str) -> None:
+    """Make the folder of a local file."""
+    with disk.writing(Path(target)):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_bytes(data: bytes, target: str) -> None:
+    """Write a small file atomically. Raises DiskError for a local one."""
+    if not is_remote(target):
+        _make_folder(target)
         disk.write_bytes(Path(target), data)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with disk.writing(Path(tempfile.gettempdir())):
+        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with temporary as folder:
         source = Path(folder) / "data"
-        source.write_bytes(data)
+        disk.write_bytes(source, data)
         upload(source, target)
 
 
 def upload(source: Path, target: str) -> None:
-    """Copy a local file to a path or URI, atomically: a reader sees the whole file or none."""
+    """Copy a local file to a path or URI, atomically: a reader sees the whole file or none. Raises DiskError for a path."""
     if not is_remote(target):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target)
         with open(source, "rb") as file, disk.replacing(Path(target)) as copy:
             shutil.copyfileobj(file, copy, PART)
         return

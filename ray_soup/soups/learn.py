@@ -11,7 +11,7 @@ after each epoch, before select is evaluated, and stay fixed during an epoch's s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ def learn(
     after_step: StateCallback = ignore_state,
     after_epoch: StateCallback = ignore_state,
     calibration: list[Split] | None = None,
+    contents: Sequence[str] = (),
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -67,11 +68,13 @@ def learn(
         after_step: called after every step.
         after_epoch: called after every epoch.
         calibration: batches of fit that running statistics are re-estimated on; empty: the statistics are averaged.
+        contents: digests of the ingredients and of the examples, without which a state is not resumed from.
 
     Returns:
         The last state; its `y` and `factor` are the soup.
     """
-    run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration)
+    task = task_of(recipe, contents)
+    run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
     state, options = run.state, recipe.learn
     for turn in range(state.turn, len(run.turns)):
         chosen, optimizer = run.begin_turn(turn)
@@ -125,13 +128,14 @@ class _Learning:
         model_batch: int,
         state_file: Path,
         calibration: list[Split] | None,
+        task: str,
     ) -> _Learning:
         options, (ingredients, blocks) = recipe.learn, norms.shape
         turns = model_batches(ingredients, model_batch, options.seed, options.models_epochs)
         if state_file.exists():
-            state = load_state(state_file, task_of(recipe), norms.shape)
+            state = load_state(state_file, task, norms.shape)
         else:
-            state = LearnState(torch.zeros(ingredients, blocks, dtype=torch.float64), task=task_of(recipe))
+            state = LearnState(torch.zeros(ingredients, blocks, dtype=torch.float64), task=task)
         now = time.monotonic()
         per_epoch = -(-len(splits["fit"]) // options.batch_size)
         run = cls(

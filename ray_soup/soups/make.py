@@ -93,7 +93,7 @@ def learned(session: Session) -> Mixture:
 
     state = learn(
         recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
-        session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING),
+        session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
     )  # fmt: skip
     notes, options = [], {}
     asked, count = recipe.learn.model_batch, len(session.subset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
         if soup is None:
             with output.recording_failures():
                 if state is not None:
-                    shutil.copyfile(state, output.state("learn.pt"))
+                    write_bytes(output.state("learn.pt"), state.read_bytes())
                 soup = make_soup_in(recipe, inputs, output, progress)
     return soup.at(out)
 

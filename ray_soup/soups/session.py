@@ -171,6 +171,11 @@ class Session:
             self.facts.sha256[:] = info.sha256
         return info
 
+    def learned_from(self, store: StoreInfo) -> list[str]:
+        """Return the digests of the ingredients in `store`, and of the examples of fit and select."""
+        sources = sorted({self.splits[name].source for name in ("fit", "select")})
+        return [*store.sha256, *(self.setup.contents[source] for source in sources)]
+
     def digests(self) -> list[str]:
         """Return the SHA-256 of each ingredient; the files are hashed unless an earlier read did so."""
         if not self.facts.sha256:

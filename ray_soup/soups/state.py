@@ -7,7 +7,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -80,11 +80,16 @@ def ignore_state(step: int, steps: int, state: LearnState) -> None:
     """Do nothing."""
 
 
-def task_of(recipe: Recipe) -> str:
-    """Return the digest of everything in a recipe that determines what is learned, apart from defaults."""
+def task_of(recipe: Recipe, contents: Sequence[str] = ()) -> str:
+    """Return the digest of what is learned: the keys of the recipe that matter, apart from defaults, and what they name.
+
+    Args:
+        recipe: the recipe.
+        contents: digests of the ingredients and of the examples that the recipe names.
+    """
     kept = {"model", "ingredients", "data", "method", "blocks", "learn", "buffers", "directions"}
     values = recipe.model_dump(mode="json", include=kept, exclude_defaults=True)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([values, *contents], sort_keys=True).encode()).hexdigest()
 
 
 def save_state(state: LearnState, path: Path) -> None:
@@ -122,7 +127,7 @@ def load_state(file: Path | IO[bytes], task: str = "", shape: tuple[int, ...] | 
         raise damaged(name, fault, remedy)
     state = LearnState(**found)
     if task and state.task and state.task != task:
-        raise damaged(name, "it belongs to another recipe", remedy)
+        raise damaged(name, "it belongs to another recipe, or to ingredients or examples that have changed since", remedy)
     return state
 
 

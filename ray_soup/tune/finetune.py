@@ -13,6 +13,7 @@ import torch
 from ray import tune
 from ray.exceptions import RayTaskError
 
+from ray_soup.actors.placement import patience_s, room_for, settle
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
@@ -35,7 +36,17 @@ from ray_soup.tune.records import (
     write_manifest,
 )
 from ray_soup.tune.train import Worker, train
-from ray_soup.tune.trials import TrialProgress, distribution, draw, quiet_tune, random_state, restored, results_of
+from ray_soup.tune.trials import (
+    TrialProgress,
+    distribution,
+    draw,
+    not_started,
+    quiet_tune,
+    random_state,
+    restored,
+    results_of,
+    wait_for_room,
+)
 
 DRAWN = ("lr", "wd", "epochs", "label_smoothing", "mixup", "shift", "randaugment")
 """Hyperparameters in the order in which they are drawn; the seed comes last."""
@@ -67,9 +78,11 @@ def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_pr
         with output.discarding_refused(), connect():
             check_sources(Data(train=recipe.data.train, fit=recipe.data.fit))
             check_start(recipe)
-            at_once = _trials_at_once(recipe)
+            settle()
+            wait_for_room(_workers(recipe), recipe.actors.wait_s, progress, "finetune.workers_per_model or `actors:`")
+            at_once = room_for(_workers(recipe))
             init = recipe.finetune.init or _initialization(recipe, output.state("init.safetensors"), progress)
-            with quiet_tune():
+            with quiet_tune(output.state("tune")):
                 results = _run_trials(recipe, configs, init, output.state(), progress, at_once=at_once)
         return _publish(results, output, manifest)
 
@@ -112,31 +125,24 @@ def _cpus(recipe: Recipe) -> float:
     return 1 if recipe.actors.cpus == "auto" else recipe.actors.cpus
 
 
-def _trials_at_once(recipe: Recipe) -> int:
-    """Return how many models the cluster has room for at a time. Raises RecipeError if there is no room for one."""
-    have = ray.cluster_resources()
-    one = {"CPU": _cpus(recipe) * recipe.finetune.workers_per_model}
-    one |= {"GPU": recipe.actors.gpus * recipe.finetune.workers_per_model} if recipe.actors.gpus else {}
-    fit = min(int(have.get(what, 0) / amount) for what, amount in one.items())
-    if fit < 1:
-        requested, found = (", ".join(f"{v.get(k, 0):g} {k}s" for k in one) for v in (one, have))
-        raise RecipeError(
-            f"finetune: {recipe.finetune.workers_per_model} workers per model need {requested}; the cluster has {found}. "
-            "Lower finetune.workers_per_model, actors.cpus or actors.gpus."
-        )
-    return fit
+def _workers(recipe: Recipe) -> list[dict[str, float]]:
+    """Return the resources of each worker that trains a model."""
+    gpus = recipe.actors.gpus
+    return [{"CPU": _cpus(recipe), **({"GPU": gpus} if gpus else {})}] * recipe.finetune.workers_per_model
 
 
 def _initialization(recipe: Recipe, file: Path, progress: ProgressCallback) -> str:
     """Return the checkpoint that all trials start from; make it on all cores of one node if it does not exist yet."""
     if not file.exists():
-        cpus = max(1, int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])))
+        nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
+        cpus = max(1, int(min(*nodes, ray.available_resources().get("CPU", 0))))
         folder, run, pretrained = os.getcwd(), identity.RUN, recipe.finetune.pretrained is not None
 
         def work(threads: int) -> Iterator[tuple[int, int]]:
             torch.set_num_threads(threads)
             look_in(folder)
             identity.in_run(run)
+            yield 0, 1  # says that it has started
             if pretrained:
                 yield from probe(recipe, file)
             else:
@@ -145,7 +151,12 @@ def _initialization(recipe: Recipe, file: Path, progress: ProgressCallback) -> s
 
         task = ray.remote(num_cpus=cpus, num_gpus=recipe.actors.gpus, max_retries=0)(work)
         what = "fitting the head" if pretrained else "training the trunk"
+        progress(what, 0, 1)
         stream: Any = task.options(num_returns="streaming").remote(cpus)
+        patience = patience_s(recipe)
+        if not ray.wait([stream], timeout=patience)[0]:
+            ray.cancel(stream)
+            raise not_started(f"{what[0].upper()}{what[1:]}", [{**_workers(recipe)[0], "CPU": cpus}], patience)
         try:
             for news in stream:
                 progress(what, *ray.get(news))
@@ -167,12 +178,13 @@ def _run_trials(
     total, workers = recipe.finetune.trials, recipe.finetune.workers_per_model
     trials = state / "trials"
     trials.mkdir(exist_ok=True)
-    TrialProgress.report_to(progress, total)
     cpus, gpus = _cpus(recipe), recipe.actors.gpus
     resources: dict[str, float] = {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     if workers > 1:  # the trial only waits for its workers, but Tune refuses a trial that needs no resources
         resources = {"cpu": 0, "memory": 1}
-    trainable = tune.with_resources(_trainable(recipe, init, state, trials), resources)
+    patience = patience_s(recipe)
+    trainable = tune.with_resources(_trainable(recipe, init, state, trials, patience), resources)
+    TrialProgress.report_to(progress, total, patience)
     progress("fine-tuning", 0, total)
     tuner = restored(state / "tune", trainable)
     if tuner is None:
@@ -188,31 +200,45 @@ def _run_trials(
     return found
 
 
-def _trainable(recipe: Recipe, init: str, state: Path, trials: Path) -> Callable[[dict[str, Any]], None]:
-    """Return the function that Tune runs for each trial; it trains one model and reports its metrics."""
+def _trainable(recipe: Recipe, init: str, state: Path, trials: Path, patience: float) -> Callable[[dict[str, Any]], None]:
+    """Return the function that Tune runs for each trial; it trains one model and reports its metrics.
+
+    The trial raises NoRoom if several workers cannot start within `patience` seconds.
+    """
     folder, run, workers = os.getcwd(), identity.RUN, recipe.finetune.workers_per_model
-    cpus, gpus = _cpus(recipe), recipe.actors.gpus
 
     def trial(config: dict[str, Any]) -> None:
         hyper: Hyperparameters = config["hyper"]
         name = tune.get_context().get_trial_id()
         file = trials / f"{name}.safetensors"
         if workers == 1:
-            torch.set_num_threads(max(1, int(cpus)))
+            torch.set_num_threads(max(1, int(_cpus(recipe))))
             look_in(folder)  # Tune runs trials in another folder
             identity.in_run(run)
         else:
             from ray.train import RunConfig, ScalingConfig
             from ray.train.torch import TorchTrainer
 
+            _check_room(_workers(recipe), patience)
             work = {"recipe": recipe, "hyper": hyper, "init": init, "file": file, "folder": folder, "run": run}
-            each = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-            scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=each)
+            scaling = ScalingConfig(
+                num_workers=workers, use_gpu=bool(recipe.actors.gpus), resources_per_worker=_workers(recipe)[0]
+            )
             runs = RunConfig(name=name, storage_path=str(state / "train"))
             TorchTrainer(_train_together, train_loop_config=work, scaling_config=scaling, run_config=runs).fit()
         tune.report(dict(drain(train(recipe, hyper, init, file))))  # after Ray Train, this only reads the metrics
 
     return trial
+
+
+def _check_room(workers: list[dict[str, float]], patience: float) -> None:
+    """Wait until the cluster has room for these workers: Ray Train would wait forever. Raises NoRoom."""
+    group = ray.util.placement_group(workers)
+    try:
+        if not group.wait(patience):
+            raise not_started("A trial", workers, patience)
+    finally:
+        ray.util.remove_placement_group(group)
 
 
 def _train_together(work: dict[str, Any]) -> None:

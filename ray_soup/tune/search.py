@@ -10,22 +10,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from ray_soup.actors.placement import wait_for_nodes
+from ray_soup.actors.placement import patience_s, settle
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
+from ray_soup.io.disk import write_bytes, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
 from ray_soup.tune.trainable import Config, bundles, keys_of, soup_resources, soup_trainable
-from ray_soup.tune.trials import PercentProgress, distribution, draw, quiet_tune, random_state, restored, results_of
+from ray_soup.tune.trials import (
+    PercentProgress,
+    distribution,
+    draw,
+    quiet_tune,
+    random_state,
+    restored,
+    results_of,
+    wait_for_room,
+)
 
 MODES = {"select_nll": "min", "select_accuracy": "max"}
 """Metrics that a search may optimize, and in which direction."""
@@ -79,48 +88,6 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[Config]:
     return configs
 
 
-# Room on the cluster
-
-
-def wait_for_room(actors: list[dict[str, float]], wait_s: float, progress: ProgressCallback) -> None:
-    """Wait until the nodes can hold a trial; Tune would silently wait forever for a trial that never fits.
-
-    Args:
-        actors: resources of each actor of the trial, as from `bundles`.
-        wait_s: seconds to wait for the cluster to grow.
-        progress: called with the seconds waited.
-
-    Raises RecipeError if the nodes cannot hold the actors after `wait_s`.
-    """
-
-    def nodes() -> list[dict[str, float]]:
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-    def complaint() -> str:
-        have = "; ".join(", ".join(f"{k} {n.get(k, 0):g}" for k in ("CPU", "GPU", "memory")) for n in nodes())
-        each = ", ".join(f"{k} {v:g}" for k, v in actors[0].items())
-        return (
-            f"A trial needs {len(actors)} actors with {each} each; the nodes of the cluster have: {have}. Reduce `actors:` "
-            "or learn.model_batch, or set actors.wait_s to wait for nodes that are still starting."
-        )
-
-    wait_for_nodes(lambda: [] if _fit(actors, nodes()) else actors, complaint, wait_s, progress)
-
-
-def _fit(actors: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
-    """Return whether the nodes have room for all actors, placed by first fit."""
-    free = [dict(node) for node in nodes]
-    for actor in actors:
-        for node in free:
-            if all(node.get(key, 0) >= value for key, value in actor.items()):
-                for key, value in actor.items():
-                    node[key] -= value
-                break
-        else:
-            return False
-    return True
-
-
 # The search
 
 
@@ -142,19 +109,21 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
 
 def _search(recipe: Recipe, inputs: Inputs, configs: list[Config], output: Output, progress: ProgressCallback) -> Soup:
     """Run the search in an output folder after `Output.begin`."""
+    settle()
     for config in configs:
         actors = bundles(with_changes(recipe, config), inputs.layout.numel, len(inputs.ingredients), progress)
-        wait_for_room(actors, recipe.actors.wait_s, progress)
+        wait_for_room(actors, recipe.actors.wait_s, progress, "`actors:` or learn.model_batch")
     first = output.state("first", "state", "resolved.json")
-    first.parent.mkdir(parents=True, exist_ok=True)
+    with writing(first):
+        first.parent.mkdir(parents=True, exist_ok=True)
     with open_session(with_changes(recipe, configs[0]), inputs, output, True, progress, first) as session:
         session.open_store(inputs.everything, "tensor")  # all trials share this one read of the ingredients
     states = output.uri_of("state", "trials")
-    with quiet_tune():
+    with quiet_tune(output.state("tune")):
         trials = _run_trials(recipe, configs, output, states, progress)
     best = _best(trials, recipe.search.metric)
     keys = list(configs[0])
-    output.state("learn.pt").write_bytes(storage.read_bytes(storage.join(states, f"{best['id']}.pt")))
+    write_bytes(output.state("learn.pt"), storage.read_bytes(storage.join(states, f"{best['id']}.pt")))
     more = {
         "search": {
             "keys": keys,
@@ -170,7 +139,7 @@ def _search(recipe: Recipe, inputs: Inputs, configs: list[Config], output: Outpu
 
 def _run_trials(recipe: Recipe, configs: list[Config], output: Output, states: str, progress: ProgressCallback) -> Trials:
     output.state("trials").mkdir(exist_ok=True)
-    PercentProgress.report_to(progress, len(configs))
+    PercentProgress.report_to(progress, len(configs), patience_s(recipe))
     PatientASHA.first = configs[0]
     trainable = tune.with_resources(soup_trainable(recipe, states), soup_resources(recipe))
     progress("searching", 0, len(configs))
@@ -319,5 +288,6 @@ def _keep_tensorboard(output: Output) -> None:
     """Copy Tune's event files to OUT/tensorboard, with one folder per trial."""
     for events in output.state("tune").glob("*/events.out.tfevents*"):
         target = output.folder / BOARD / events.parent.name.split("_soup=")[0]
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(events, target / events.name)
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(events, target / events.name)

@@ -7,7 +7,6 @@ decoded data in the node's cache. Tune sees results on fit and select, never on 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +18,9 @@ from ray import tune
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import actor_bytes, resolve_mesh
-from ray_soup.errors import SoupError
+from ray_soup.errors import DiskError, SoupError
 from ray_soup.io import storage
+from ray_soup.io.disk import write_bytes, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import Recipe, with_changes
 from ray_soup.soups.learn import learn
@@ -93,15 +93,17 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
             os.chdir(folder)  # Tune runs trials elsewhere; this is where the recipe's modules are found
         look_in(folder)
         identity.in_run(run)
-        with tempfile.TemporaryDirectory() as made:
+        with writing(Path(tempfile.gettempdir())):
+            temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with temporary as made:
             file = Path(made) / "learn.pt"
             kept = storage.join(states, f"{tune.get_context().get_trial_id()}.pt") if states is not None else None
             checkpoint = tune.get_checkpoint() if kept is None else None
             if kept is not None and storage.exists(kept):
-                file.write_bytes(storage.read_bytes(kept))
+                write_bytes(file, storage.read_bytes(kept))
             elif checkpoint is not None:
                 with checkpoint.as_directory() as before:
-                    shutil.copyfile(Path(before) / "learn.pt", file)
+                    write_bytes(file, Path(before, "learn.pt").read_bytes())
 
             def keep() -> tune.Checkpoint | None:
                 if kept is None:
@@ -111,6 +113,8 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
 
             try:
                 _learn(recipe_of(recipe, config), file, keep)
+            except DiskError:  # a rerun can succeed
+                raise
             except SoupError as error:  # the recipe or the data is wrong, not Ray: a retry would fail too
                 worst = {"select_nll": float("inf"), "select_accuracy": 0.0}
                 tune.report({**worst, "percent": 100, "seconds": 0.0, "peak_memory_bytes": 0, "error": str(error)})
@@ -142,8 +146,9 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
 
         calibration = session.calibration(CALIBRATION_WHILE_CHOOSING)
         state = learn(
-            recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration
-        )
+            recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration,
+            contents=session.learned_from(store),
+        )  # fmt: skip
         report(1, 1, state)
     finally:
         pool.close()

@@ -4,13 +4,13 @@ import importlib
 import json
 import sys
 
-NAMES = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos", "golden")
-ON_REQUEST = ("golden",)
+USUAL = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos")
+NAMES = (*USUAL, "fuzz", "disk", "golden")
 
 
 def main() -> None:
     """Run what the command line names."""
-    names = sys.argv[1:] or [name for name in NAMES if name not in ON_REQUEST]
+    names = sys.argv[1:] or USUAL
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.exit(f"Unknown benchmark: {', '.join(unknown)}. Known: {', '.join(NAMES)}.")

@@ -21,6 +21,7 @@ from ray_soup.recipe import make_recipe
 from ray_soup.soups.session import open_inputs
 from ray_soup.task.data import Split
 from tests.conftest import values
+from tests.ray.others import all_cpus, held
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -93,28 +94,18 @@ def test_a_shard_that_dies_while_it_starts_is_re_created(zoo: Path) -> None:
 
 @pytest.mark.slow
 def test_cpus_that_others_hold_do_not_count(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
     monkeypatch.setattr(placement, "SETTLE_S", 2.0)
-    total = int(ray.cluster_resources()["CPU"])
-    holder = ray.remote(Holder).options(num_cpus=total - 1).remote()
-    ray.get(holder.hold.remote())
+    total = int(all_cpus())
     recipe = make_recipe(values(zoo, actors={"replicas": total, "cpus": 1}))
-    with pytest.raises(
-        RecipeError, match=rf"has {total} and 0, but only 1 CPUs and 0 GPUs are free: .* the other {total - 1}"
-    ):
-        resolve_mesh(recipe, 1000, 8, now=True)
-    assert not placement.has_room(recipe, Mesh(total, 1), 1)
-    assert resolve_mesh(make_recipe(values(zoo, actors={})), 1000, 8, now=True)[0] == Mesh(1, 1)
-    ray.kill(holder)
+    with held(total - 1):
+        with pytest.raises(
+            RecipeError, match=rf"has {total} and 0, but only 1 CPUs and 0 GPUs are free: .* the other {total - 1}"
+        ):
+            resolve_mesh(recipe, 1000, 8, now=True)
+        assert not placement.has_room(recipe, Mesh(total, 1), 1)
+        assert resolve_mesh(make_recipe(values(zoo, actors={})), 1000, 8, now=True)[0] == Mesh(1, 1)
     monkeypatch.setattr(placement, "SETTLE_S", 30.0)
     assert placement.has_room(recipe, Mesh(total, 1), 1)
-
-
-class Holder:
-    """An actor of another program."""
-
-    def hold(self) -> None: ...
 
 
 def test_errors_of_an_actor_come_out_as_themselves_and_its_death_is_named(zoo: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save
 
 from ray_soup.actors.on_ray import RayPool
-from ray_soup.errors import SoupError
+from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.find import open_ingredients
 from ray_soup.mixing.bake import bake
 from ray_soup.mixing.coefficients import load_coefficients
@@ -268,3 +270,42 @@ def test_the_best_single_stands_beside_a_soup_and_is_evaluated_once(
     assert again.rows[1] == best
     without = run(make_recipe(values(zoo, method="uniform", learn__seed=3, baseline="none")), tmp_path / "without")
     assert (len(without.rows), "improvement" in without.record, asked) == (1, False, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["ingredient", "examples"])
+def test_a_stopped_run_does_not_go_on_with_other_contents(zoo: Path, tmp_path: Path, changed: str) -> None:
+    """Neither the size nor the time of the file shows that it was replaced."""
+    shutil.copytree(zoo, tmp_path / "copy")
+    recipe, out = make_recipe(values(tmp_path / "copy")), tmp_path / "out"
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("learning") and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out, progress=stop)
+    file = tmp_path / "copy" / ("zoo/model_3.safetensors" if changed == "ingredient" else "heldout.npz")
+    before = file.stat()
+    if changed == "ingredient":
+        file.write_bytes(reversed_tensors(file))
+    else:
+        arrays = dict(np.load(file))
+        arrays["images"] = arrays["images"][::-1]
+        np.savez(file, **arrays)
+    assert file.stat().st_size == before.st_size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(
+        RecipeError, match=r"learn\.pt is damaged \(it belongs to another recipe, or to ingredients or examples"
+    ):
+        run(recipe, out)
+    (out / "state" / "learn.pt").unlink()
+    assert run(recipe, out).record["exit"] == 0
+
+
+def reversed_tensors(file: Path) -> bytes:
+    """Return the bytes of a safetensors file in which one tensor has its numbers in reversed order."""
+    state = load_file(file)
+    name = max(state, key=lambda n: state[n].numel())
+    state[name] = state[name].flatten().flip(0).reshape(state[name].shape).contiguous()
+    return save(state)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import psutil
 import pytest
 import yaml
 
+from ray_soup.actors import placement
+from ray_soup.actors.placement import NoRoom
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import no_progress
 from ray_soup.mixing.coefficients import load_coefficients
@@ -23,11 +27,13 @@ from ray_soup.recipe import make_recipe, with_changes
 from ray_soup.soups.finished import verify
 from ray_soup.soups.run import run
 from ray_soup.soups.state import LearnState, load_state
-from ray_soup.tune.search import search, wait_for_room
+from ray_soup.tune.search import search
 from ray_soup.tune.trainable import bundles, soup_of, soup_resources, soup_trainable
-from ray_soup.tune.trials import results_of
+from ray_soup.tune.trials import results_of, wait_for_room
 from tests.conftest import ROOT, kill_tree, ray_soup, values
 from tests.ray.events import wait_for
+from tests.ray.others import all_cpus, held
+from tests.stopping import running, stop
 
 
 def test_a_larger_model_batch_requests_more_memory(zoo: Path, cluster: None) -> None:
@@ -40,12 +46,12 @@ def test_a_trial_that_no_node_can_hold_is_refused_at_once(zoo: Path, tmp_path: P
     started = time.monotonic()
     with pytest.raises(RecipeError, match="50 CPUs and 0 GPUs; the cluster has"):
         search(make_recipe(values(zoo, actors={"cpus": 50})), tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"A trial needs 1 actors with CPU 1, memory 1e\+15 each; the nodes .* have: CPU"):
-        wait_for_room([{"CPU": 1, "memory": 1e15}], 0, no_progress)
+    with pytest.raises(RecipeError, match=r"needs an actor with CPU 1, memory 1e\+15; the nodes .* have: CPU .* Reduce x"):
+        wait_for_room([{"CPU": 1, "memory": 1e15}], 0, no_progress, "x")
     assert time.monotonic() - started < 10
     said: list[str] = []
-    with pytest.raises(RecipeError, match="A trial needs"):
-        wait_for_room([{"CPU": 99}], 1, lambda what, done, total: said.append(what))
+    with pytest.raises(RecipeError, match="A trial needs 2 actors with CPU 99 each"):
+        wait_for_room([{"CPU": 99}] * 2, 1, lambda what, done, total: said.append(what), "x")
     assert said == ["waiting for nodes"]
 
 
@@ -54,7 +60,7 @@ def test_the_search_waits_for_a_cluster_that_grows() -> None:
     code = """
 import ray
 from ray.cluster_utils import Cluster
-from ray_soup.tune.search import wait_for_room
+from ray_soup.tune.trials import wait_for_room
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.connect()
@@ -67,13 +73,54 @@ def progress(what, done, total):
         cluster.add_node(num_cpus=3)
 
 
-wait_for_room([{"CPU": 2}], 60, progress)
+wait_for_room([{"CPU": 2}], 60, progress, "actors")
 assert set(said) == {"waiting for nodes"}, said
 ray.shutdown()
 cluster.shutdown()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_that_others_hold_is_refused(
+    zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "SETTLE_S", 1.0)
+    total = f"{all_cpus():g}"
+    with (
+        held(all_cpus()),
+        pytest.raises(RecipeError, match=rf"an actor with CPU 1, .* has only CPU 0 of {total}, .* free: other programs, or"),
+    ):
+        search(make_recipe(values(zoo)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_search_whose_trials_cannot_start_ends_and_can_be_resumed(
+    zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program takes all CPUs when the trials are about to start."""
+    monkeypatch.setattr(placement, "SETTLE_S", 1.0)
+    recipe = make_recipe(values(zoo, search={"learn.lr": {"grid": [0.03]}, "scheduler": "none"}))
+    with ExitStack() as others:
+
+        def take_all(what: str, done: int, total: int) -> None:
+            if what == "searching":
+                others.enter_context(held(all_cpus()))
+
+        others.enter_context(pytest.MonkeyPatch.context()).setattr("ray_soup.tune.search.patience_s", lambda recipe: 2)
+        with pytest.raises(
+            NoRoom, match=r"A trial needs an actor with CPU 1, .* and could not start within 2 s: .* CPU 0 of"
+        ):
+            search(recipe, tmp_path / "out", take_all)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["exit"] == 1
+    assert "could not start within 2 s" in record["error"]
+    monkeypatch.setattr(placement, "SETTLE_S", 30.0)
+    soup = search(recipe, tmp_path / "out")
+    assert [t["error"] for t in soup.record["search"]["trials"]] == [None, None]
+    assert verify(tmp_path / "out")
 
 
 def searched(folder: Path) -> dict[str, Any]:
@@ -147,6 +194,41 @@ def test_a_killed_search_resumes_its_trials(zoo: Path, tmp_path: Path) -> None:
     assert len(trials) == 4
     assert {f"{t['id']}.pt" for t in trials} >= set(before)  # none was started again under another name
     assert all(t["error"] is None and t["percent"] == 100 for t in trials)
+
+
+@pytest.mark.slow
+def test_a_stopped_search_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    """It is stopped while trials run, and once more with Ctrl-C after it was resumed."""
+    recipe = values(
+        zoo,
+        learn={"batch_size": 8, "epochs": 12},
+        search={"learn.lr": {"grid": [0.03, 0.003]}, "scheduler": "none"},
+    )
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ray_soup("search", str(tmp_path / "r.yaml"), str(tmp_path / "out"))
+    trials = tmp_path / "out" / "state" / "trials"
+
+    def saved() -> dict[str, int]:
+        return {file.name: load_state(file).steps for file in trials.glob("*.pt")}
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = saved()
+        with running(command, cwd=ROOT) as process:
+            wait_for(lambda before=before: saved() != before, process)
+            stop(process, number)
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["exit"] == 128 + number
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["exit"] == 0
+    found = record["search"]["trials"]
+    assert [t["learn.lr"] for t in found] == [0.01, 0.03, 0.003]
+    assert all(t["error"] is None and t["percent"] == 100 for t in found)
+    for trial in found:
+        alone = run(with_changes(make_recipe(recipe), {"learn.lr": trial["learn.lr"]}), tmp_path / str(trial["trial"]))
+        assert min(line["select_nll"] for line in alone.record["curve"]) == trial["select_nll"]
+        if trial["trial"] == record["search"]["best"]:
+            ours, theirs = (load_coefficients(f / "coefficients.safetensors").values for f in (tmp_path / "out", alone.out))
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ray_soup.actors import placement
+from ray_soup.actors.placement import NoRoom
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.run import run
 from ray_soup.tune.finetune import finetune
 from tests.conftest import ROOT, kill_tree, ray_soup, values
 from tests.ray.events import wait_for
+from tests.ray.others import all_cpus, held
+from tests.stopping import running, stop
 
 
 def recipe_of(folder: Path, **changes: Any) -> Recipe:
@@ -57,8 +63,57 @@ def test_the_manifest_keeps_its_format(zoo: Path, tmp_path: Path, cluster: None)
 
 
 def test_more_workers_than_the_cluster_has_room_for_are_refused(zoo: Path, tmp_path: Path, cluster: None) -> None:
-    with pytest.raises(RecipeError, match="99 workers per model need 99 CPUs; the cluster has"):
+    with pytest.raises(
+        RecipeError, match=r"needs 99 actors with CPU 1 each; the nodes .* have: CPU .* Reduce finetune\.workers_per_model"
+    ):
         finetune(recipe_of(zoo, finetune={"workers_per_model": 99}), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "patience_s", "named", "changes"),
+    [
+        ("training the trunk", 2, r"Training the trunk needs an actor with CPU \d+", {"init": None}),
+        ("fine-tuning", 2, "A trial needs an actor with CPU 1", {}),
+        ("fine-tuning", 10, "A trial needs 2 actors with CPU 1 each", {"workers_per_model": 2}),
+    ],
+)
+def test_a_finetune_that_cannot_start_ends_and_can_be_resumed(
+    zoo: Path,
+    tmp_path: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    patience_s: int,
+    named: str,
+    changes: dict[str, Any],
+) -> None:
+    """Another program takes all CPUs when this moment comes; the trial of two workers starts, but its workers do not."""
+    init = str(zoo / "zoo" / "model_0.safetensors")
+    recipe = recipe_of(zoo, finetune={"trials": 2, "init": init, "epochs": 1, "trunk": {"epochs": 1}, **changes})
+    with ExitStack() as others:
+
+        def take_all(what: str, done: int, total: int) -> None:
+            if what == moment and not done:
+                others.enter_context(held(all_cpus()))
+
+        patch = others.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr("ray_soup.tune.finetune.patience_s", lambda recipe: patience_s)
+        with pytest.raises(NoRoom, match=rf"{named} and could not start within {patience_s} s: .* CPU 0 of"):
+            finetune(recipe, tmp_path / "made", take_all)
+    assert not (tmp_path / "made" / "manifest.json").exists()
+    monkeypatch.setattr(placement, "SETTLE_S", 30.0)
+    assert len(finetune(recipe, tmp_path / "made")) == 2
+
+
+@pytest.mark.slow
+def test_a_finetune_on_a_cluster_that_others_hold_is_refused(
+    zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "SETTLE_S", 1.0)
+    with held(all_cpus()), pytest.raises(RecipeError, match=r"needs an actor with CPU 1, but the cluster has only CPU 0 of"):
+        finetune(recipe_of(zoo), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
@@ -117,3 +172,24 @@ def test_a_killed_finetune_resumes_and_is_bit_identical(zoo: Path, tmp_path: Pat
     assert len(made) == 3
     for entry in made:
         assert same(tmp_path / "killed" / entry["file"], tmp_path / "whole" / entry["file"])
+
+
+@pytest.mark.slow
+def test_a_stopped_finetune_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    """It is stopped while its trunk is trained, and with Ctrl-C while trials run."""
+    data = {"train": str(zoo / "train.npz"), "fit": str(zoo / "heldout.npz")}
+    recipe = values(zoo, data=data, finetune={"trials": 3, "epochs": 25, "trunk": {"epochs": 25}})
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ray_soup("finetune", str(tmp_path / "r.yaml"), str(tmp_path / "made"))
+    state = tmp_path / "made" / "state"
+    for number, file in ((signal.SIGTERM, "init.state"), (signal.SIGINT, "trials/*.state")):
+        with running(command, cwd=ROOT) as process:
+            wait_for(lambda file=file: list(state.glob(file)), process)
+            stop(process, number)
+        assert list(state.glob(file))  # of an unfinished training
+        assert not (tmp_path / "made" / "manifest.json").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = finetune(make_recipe(recipe), tmp_path / "whole")
+    assert json.loads((tmp_path / "made" / "manifest.json").read_text()) == whole
+    assert len(whole) == 3

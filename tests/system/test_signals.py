@@ -15,6 +15,7 @@ import pytest
 
 from ray_soup.mixing.coefficients import load_coefficients
 from tests.conftest import ROOT, kill_tree, ray_soup, steps_saved, values
+from tests.stopping import interruptible
 from tests.system.command import write_recipe
 
 SCRIPT = """
@@ -22,7 +23,7 @@ import concurrent.futures, contextlib, sys, threading, time
 from pathlib import Path
 import click
 from ray_soup import exits
-from ray_soup.io.signals import last_words, uninterrupted
+from ray_soup.io.signals import last_words, under_handler, uninterrupted
 
 out = Path(sys.argv[2])
 
@@ -58,6 +59,23 @@ def native():
     ctypes.PyDLL(None).sleep(1)  # holds the interpreter
     time.sleep(60)
 
+def reset():
+    import ctypes
+
+    def work():  # as Ray does when it disconnects
+        ctypes.CDLL(None).signal(15, None)
+        time.sleep(0.3)
+        print("ready", flush=True)
+        time.sleep(0.3)
+
+    under_handler(work)
+    time.sleep(60)
+
+def reset_before():
+    import ctypes
+    under_handler(lambda: ctypes.CDLL(None).signal(15, None))
+    wait()
+
 def delayed():
     with uninterrupted():
         print("ready", flush=True)
@@ -84,9 +102,8 @@ shell()
 @pytest.fixture(autouse=True)
 def _interrupts() -> Iterator[None]:
     """Let child processes receive Ctrl-C, which a shell makes its background jobs ignore."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with interruptible():
+        yield
 
 
 def start(case: str, out: Path, prefix: str = "") -> subprocess.Popen[str]:
@@ -136,6 +153,15 @@ def test_a_command_that_does_not_stop_is_ended_after_its_last_words(case: str, t
     assert code == 143
     assert err.endswith("ray-soup: terminated. Rerun the same command to resume.\n")
     assert (tmp_path / "last").exists()
+
+
+@pytest.mark.parametrize("case", ["reset", "reset_before"])
+def test_a_library_that_resets_the_handler_does_not_hide_a_signal(case: str, tmp_path: Path) -> None:
+    process = start(case, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 143
+    assert err == "ray-soup: terminated. Rerun the same command to resume.\n"
 
 
 @pytest.mark.parametrize("case", ["other_error", "native"])

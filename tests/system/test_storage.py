@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ from ray_soup.soups.records import write_begun
 from ray_soup.soups.run import run
 from tests.conftest import ROOT, kill_tree, put, ray_soup, steps_saved, values
 from tests.ray.events import wait_for
+from tests.stopping import running, stop
+from tests.system.command import write_recipe
 
 DEADLINE_S = 30
 
@@ -197,3 +203,54 @@ def test_a_search_into_a_bucket_keeps_no_trials(zoo: Path, s3: str, tmp_path: Pa
     assert [t["error"] for t in found["trials"]] == [None, None]
     assert call("verify", f"{s3}/out")["verified"]
     assert not [name for name in storage.walk(f"{s3}/out/state") if name.startswith(("trials/", "tune/"))]
+
+
+@contextmanager
+def stalling(endpoint: str, name: str) -> Iterator[tuple[str, threading.Event]]:
+    """Pass requests on to an S3 server until one uploads the object `name`, which gets no answer.
+
+    The value is the address to use in place of `endpoint`, and an event that is set once the upload stalls.
+    """
+    stalled, host, port = threading.Event(), *endpoint.removeprefix("http://").split(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket, upward: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if upward and data[:4] in (b"PUT ", b"POST") and name.encode() in data.partition(b"\r\n")[0]:
+                    stalled.set()
+                    return  # the sockets stay open
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection((host, int(port)))
+                for arguments in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=pump, args=arguments, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    with listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", stalled
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_it_uploads_resumes_to_the_same_bits(
+    zoo: Path, s3: str, endpoint: dict[str, str], tmp_path: Path
+) -> None:
+    """The storage answers no more when the soup, and the second time run.json, is uploaded at the end."""
+    recipe = write_recipe(tmp_path, values(zoo))
+    for number, name in ((signal.SIGTERM, "/out/model.safetensors"), (signal.SIGINT, "/out/run.json")):
+        with stalling(endpoint["AWS_ENDPOINT_URL"], name) as (address, stalled):
+            environment = {**os.environ, "AWS_ENDPOINT_URL": address}
+            with running(ray_soup("learn", str(recipe), f"{s3}/out"), cwd=ROOT, env=environment) as process:
+                wait_for(stalled.is_set, process)
+                stop(process, number)
+        assert not storage.exists(f"{s3}/out/run.json")
+    found = call("learn", str(recipe), f"{s3}/out")
+    alone = call("learn", str(recipe), str(tmp_path / "out"))
+    assert torch.equal(coefficients(f"{s3}/out"), coefficients(str(tmp_path / "out")))
+    assert found["results"][0]["test_nll"] == alone["results"][0]["test_nll"]
+    assert call("verify", f"{s3}/out")["verified"]

@@ -8,7 +8,7 @@ import pytest
 
 from ray_soup.actors import placement
 from ray_soup.actors.messages import Mesh
-from ray_soup.actors.placement import has_room, missing_bundles, resolve_mesh
+from ray_soup.actors.placement import has_room, missing_bundles, patience_s, resolve_mesh, room_for
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Recipe, make_recipe
 from tests.conftest import values
@@ -72,3 +72,20 @@ def test_actors_that_have_just_ended_become_free(cluster_of: dict, monkeypatch: 
     monkeypatch.setattr(placement, "SETTLE_S", 60.0)
     cluster_of["free"] = [{"CPU": 0}, {"CPU": 4}, {"CPU": 8, "memory": 1e12}]
     assert has_room(recipe(), Mesh(4, 1), 2)
+
+
+def test_what_waits_for_resources_waits_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SOUP_DEADLINE_S", "50")
+    assert patience_s(recipe()) == 50
+    assert patience_s(recipe(wait_s=70)) == 70
+
+
+def test_bundles_fit_into_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 5.0, "memory": 100.0})
+    assert room_for([{"CPU": 1}]) == 5
+    assert room_for([{"CPU": 1}] * 2) == 2
+    assert room_for([{"CPU": 1, "memory": 60}]) == 1
+    assert room_for([{"CPU": 0.1}]) == 50
+    assert room_for([{"CPU": 1, "GPU": 1}]) == 0

@@ -44,6 +44,7 @@ def test_a_malformed_address_is_refused(address: str, said: str, monkeypatch: py
     with pytest.raises(RecipeError, match=said):
         parse_address(address)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # other tests share this process, and its Ray
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(RecipeError, match=said) as refused, connect():
         pass
@@ -55,6 +56,7 @@ def test_a_dead_cluster_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # other tests share this process, and its Ray
     monkeypatch.setenv("RAY_ADDRESS", address)
     with (
         pytest.raises(RecipeError, match=f"RAY_ADDRESS={address}: no Ray cluster answers there .Connection refused"),

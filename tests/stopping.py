@@ -1,0 +1,50 @@
+"""Sending a signal to a running command."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+from tests.conftest import kill_tree
+
+SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+WITHIN_S = 15
+"""Seconds for a command to end: it takes less than 5, but more if this machine is busy. A test without them would hang."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let child processes receive Ctrl-C, which a shell makes its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a command, and end it and everything it has started when the test fails."""
+    with interruptible():
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+
+
+def stop(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal, and check the exit code, the sentence, and that no process is left."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 128 + number, said
+    assert said.endswith(f"ray-soup: {SAID[number]}. Rerun the same command to resume.\n")
+    assert "Traceback" not in said
+    assert not psutil.wait_procs(children, timeout=20)[1]
