@@ -22,7 +22,7 @@ import pytest
 from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import explain
-from ray_soup.io import lease
+from ray_soup.io import lease, storage
 from ray_soup.io.cache import cache_at
 from ray_soup.io.progress import drain
 from ray_soup.mixing.coefficients import load_coefficients
@@ -163,6 +163,7 @@ def on(folder: Path) -> Iterator[None]:
     (folder / "tmp").mkdir(exist_ok=True)
     with cache_at(folder / "cache"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+        patch.setattr(storage, "_HELD", {})  # the copies of remote files in the cache
         yield
 
 

@@ -261,7 +261,11 @@ def _evict(folder: Path) -> bool:
         with open(folder / "in_use", "ab") as hold:
             fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (folder / "entry.json").unlink(missing_ok=True)  # first: if this process is killed now, it counts as missing
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                error.filename = str(folder)  # not relative to it
+                raise
     except BlockingIOError:
         return False
     except FileNotFoundError:  # another process has removed it

@@ -1,6 +1,6 @@
 """Let every write of every command fail, once each, and print the faults that a command does not survive.
 
-python -m tests.benchmarks.disk                  # all commands, about half an hour
+python -m tests.benchmarks.disk                  # all commands, over an hour
 python -m tests.benchmarks.disk learn finetune   # some
 """
 
