@@ -235,7 +235,8 @@ def _with_defaults(spec: ModelSpec, values: Mapping[str, Any], found: Found) -> 
     _compare_structure(spec, config, name, found)
     tag = str(values.get("pretrained") or "")
     known = open_clip.get_pretrained_cfg(name, tag) or {}
-    if known.get("quick_gelu") and not config.get("quick_gelu") and not found.unstatable:
+    needs = known.get("quick_gelu") or (known and tag == "openai")  # open_clip 2.24 does not say so
+    if needs and not config.get("quick_gelu") and not found.unstatable:
         found.remark = (
             f"was trained from the weights {tag}, which need QuickGELU, and the model {name} has GELU. Older versions of "
             f"open_clip used QuickGELU all the same: if the training did, write {name}-quickgelu."
