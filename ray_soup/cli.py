@@ -12,6 +12,7 @@ from ray_soup import __version__
 from ray_soup.errors import RecipeError
 from ray_soup.exits import Shell, common_options, run_task
 from ray_soup.recipe import LEARNED, METHODS, RESERVED_NAMES, Recipe, load_recipe
+from ray_soup.soups.report.measures import measures_in
 from ray_soup.soups.report.terminal import (
     ProgressBar,
     echo,
@@ -140,14 +141,15 @@ def _check_improvement(required: bool, soup: Soup) -> None:
     """
     if not required:
         return
-    change = (soup.record.get("improvement") or {}).get("select_nll")
-    if change is None:
+    change, measures = soup.record.get("improvement"), measures_in(soup.record)
+    if not change:
         raise RecipeError(
             f"{soup.out}/run.json does not compare the soup with the best ingredient: an older ray_soup wrote it. Choose a "
             "new folder, or omit --require-improvement."
         )
-    if not change < 0:
-        say("ray-soup: the soup does not have a lower NLL on select than the best single ingredient. Use that one.")
+    if not measures.improved(change):
+        better = measures.better(measures.decisive(change))
+        say(f"ray-soup: the soup does not have a {better} on select than the best single ingredient. Use that one.")
         click.get_current_context().exit(4)
 
 
@@ -221,9 +223,9 @@ def compare(
 ) -> None:
     """Make every soup and compare them in one table.
 
-    The table lists the best single ingredient, the logit ensemble, and the soups uniform, greedy, learned(+) and mehl(+);
-    mehl(+) is also made with model batches. OUT/report.html contains the tables and figures. The best soup, the one with the
-    lowest NLL on select, is written to OUT. Test data is used for reporting only.
+    The table lists the best single ingredient, the ensemble, and the soups uniform, greedy, learned(+) and mehl(+); mehl(+)
+    is also made with model batches. OUT/report.html contains the tables and figures. The soup that is best on select, by NLL
+    unless select_by names another figure, is written to OUT. Test data is used for reporting only.
     """
 
     def task(progress: ProgressBar) -> Any:
@@ -284,7 +286,7 @@ def search(recipe: str, out: str, overrides: tuple[str, ...], require_improvemen
 
     soup = run_task(task)
     if not as_json:
-        print_trials(soup.record["search"])
+        print_trials(soup.record)
     print_soup(soup, as_json)
     _check_improvement(require_improvement, soup)
 
@@ -323,7 +325,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as_json: bool) -> None:
     """Evaluate a checkpoint or a soup on a split of the data.
 
-    Prints the accuracy and NLL of MODEL, which is a checkpoint or the folder of a soup.
+    Prints the figures of MODEL, which is a checkpoint or the folder of a soup.
     """
 
     def task(progress: ProgressBar) -> dict[str, Any]:
@@ -332,7 +334,7 @@ def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as
         return run_evaluate(load_recipe(recipe, overrides), model, split, progress)
 
     row = run_task(task)
-    print_json(row) if as_json else print_row(row)
+    print_json(row) if as_json else print_row(row, measures=measures_in(row))
 
 
 @main.command()

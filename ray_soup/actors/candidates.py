@@ -56,6 +56,7 @@ class CandidateMixer:
         for name, start, stop in layout.spans():
             mean = (self._sum[start:stop] + self._candidate[start:stop]) / count
             self._replica.theta[start:stop] = mean.to(common_dtype(chosen, name))
+        chosen = [self._ingredients[k] for k in sorted((*kept, candidate))]  # the first one decides, as in `bake`
         self._replica.copy_buffers({name: mixed_buffer(chosen, name, policy) for name in layout.mixed_buffers})
         self._replica.update_computed_buffers()
         self._mixed = (kept, candidate)

@@ -36,7 +36,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Partial:
-    """One actor's part of a step, as sums over its examples; the driver divides once, by the size of the batch."""
+    """One actor's part of a step, as sums over its examples; the driver divides once, by the sum of the weights."""
 
     gradient: np.ndarray
     """float64 [m, B]: sum over the examples of dL/dx."""
@@ -44,6 +44,8 @@ class Partial:
     """Sum over the examples of dL/dt, where t is the factor on the logits."""
     loss: float
     """Sum of the losses over the examples."""
+    weight: float
+    """Sum of the weights of the examples: their number, or that of their tokens or pixels."""
     seconds: float
     """Time that the actor took."""
 

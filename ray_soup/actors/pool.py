@@ -89,8 +89,8 @@ class ActorPool(StepPool, Protocol):
 
     def try_candidate(
         self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
-    ) -> int:
-        """Count the examples that the mean of the ingredients `kept` and `candidate` classifies correctly.
+    ) -> Score:
+        """Score the mean of the ingredients `kept` and `candidate` on splits.
 
         If there are batches `calibration`, its running statistics are re-estimated on them.
         """
@@ -239,8 +239,8 @@ class MeshPool(RecoveringMesh):
 
     def try_candidate(
         self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
-    ) -> int:
-        """Count the examples that the mean of the ingredients `kept` and `candidate` classifies correctly.
+    ) -> Score:
+        """Score the mean of the ingredients `kept` and `candidate` on splits.
 
         Every actor takes each mesh.size-th example.
         """
@@ -250,7 +250,7 @@ class MeshPool(RecoveringMesh):
             mine = [Split(s.source, s.rows[rank::size]) for s in splits]
             return actor.try_candidate.remote(kept, candidate, mine, calibration)
 
-        return sum(self._ask("try_candidate", call))
+        return sum(self._ask("try_candidate", call), Score())
 
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""

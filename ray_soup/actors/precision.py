@@ -9,22 +9,28 @@ from contextlib import AbstractContextManager
 import torch
 
 from ray_soup.recipe import Recipe
+from ray_soup.task.objective import Inputs
 
 LARGE_MODEL = 5_000_000  # parameters
 MICRO_BATCH_LARGE = 16
 MICRO_BATCH_SMALL = 128
+MOST_OUTPUTS = 1 << 26  # numbers that a model returns for a micro-batch: 268 MB in float32
 
 
-def micro_batch_size(recipe: Recipe, parameters: int) -> int:
-    """Choose the number of examples in one forward and backward pass of a model with this many parameters.
+def micro_batch_size(recipe: Recipe, parameters: int, outputs: int = 1) -> int:
+    """Choose the number of examples in one forward and backward pass.
 
     On a CPU, larger micro-batches need more memory for activations but are not faster.
+
+    Args:
+        recipe: the recipe.
+        parameters: number of parameters of the model.
+        outputs: how many numbers the model returns for one example at most.
     """
     if recipe.learn.micro_batch != "auto":
         return recipe.learn.micro_batch
-    if recipe.actors.gpus:
-        return recipe.learn.batch_size
-    return MICRO_BATCH_LARGE if parameters > LARGE_MODEL else MICRO_BATCH_SMALL
+    usual = MICRO_BATCH_LARGE if parameters > LARGE_MODEL else MICRO_BATCH_SMALL
+    return max(1, min(recipe.learn.batch_size if recipe.actors.gpus else usual, MOST_OUTPUTS // outputs))
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -44,7 +50,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
-def choose_precision(recipe: Recipe, model: torch.nn.Module, images: torch.Tensor) -> str:
+def choose_precision(recipe: Recipe, model: torch.nn.Module, images: Inputs) -> str:
     """Choose between float32 and bfloat16, as the recipe's `precision` says.
 
     With `auto`, a GPU that supports bfloat16 uses it. A CPU that supports it uses it only if forward and backward passes of
@@ -55,7 +61,7 @@ def choose_precision(recipe: Recipe, model: torch.nn.Module, images: torch.Tenso
         model: the model to time, on the device of `images`.
         images: a batch of the model's inputs, any dtype [n, ...].
     """
-    device = images.device
+    device = next(iter(images.values())).device if isinstance(images, dict) else images.device
     if recipe.precision != "auto":
         return recipe.precision
     if not has_bfloat16(device):

@@ -25,12 +25,13 @@ from ray_soup.mixing.blocks import Layout, flatten, layout_of
 from ray_soup.mixing.buffers import differing_layers
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.mixing.spectral import update_singular_vectors
-from ray_soup.recipe import Recipe
+from ray_soup.recipe import Recipe, is_function
 from ray_soup.task import models
 from ray_soup.task.data import Examples, Split, check_model_names, load_sources
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
-from ray_soup.task.objective import loss_of, metric_of
+from ray_soup.task.objective import Inputs, Objective
+from ray_soup.task.own_functions import loss_of, metric_of, objective_of
 from ray_soup.task.preprocess import preprocess_identity
 
 
@@ -53,10 +54,13 @@ class Replica:
         self.ingredients = ingredients
         self.model = built.model
         self.theta = self.gradient = torch.empty(0)
-        self.classes = check_examples(recipe, self.model, examples, device)
-        self.loss = loss_of(recipe, self.classes, device)
-        self.metric = metric_of(recipe, self.classes, device)
-        self.micro_batch = micro_batch_size(recipe, self.layout.numel)
+        self.objective = objective_of(recipe, built.objective)
+        outputs, targets = check_examples(recipe, self.objective, self.model, examples, device)
+        at = self.objective.classes_at
+        self.classes = None if at is None else outputs.shape[at]
+        self.loss = loss_of(recipe, self.objective, outputs, targets)
+        self.metric = metric_of(recipe, self.objective, outputs, targets)
+        self.micro_batch = micro_batch_size(recipe, self.layout.numel, _most_outputs(outputs, examples))
         self._mixed_buffers: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._prefetch = ThreadPoolExecutor(1)
@@ -67,8 +71,10 @@ class Replica:
         `outside` receives the names of what cannot be identified.
         """
         found = models.fingerprint(self.recipe.model, self.built, outside)
-        if self.recipe.metric is not None:
-            found += content_key(preprocess_identity(import_function(self.recipe.metric), outside))
+        found += self.objective.name if self.objective.name != "classification" else ""
+        for spec in (self.recipe.metric, self.recipe.objective):
+            if spec is not None and is_function(spec):
+                found += content_key(preprocess_identity(import_function(spec), outside))
         return found
 
     # Vectors
@@ -101,6 +107,8 @@ class Replica:
 
         They belong to one module and have a dimension as long as the number of classes. Later modules are tried first.
         """
+        if self.classes is None:
+            return ()
         modules = [name for name, module in self.model.named_modules() if any(True for _ in module.parameters(False))]
         images, _ = next(iter(self.examples.values())).batch(np.zeros(1, np.int64), self.device)
         with torch.no_grad():
@@ -112,13 +120,15 @@ class Replica:
                     for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
                     if name.startswith(prefix) and "." not in name[len(prefix) :] and self.classes in shape
                 ]
+                if not names:
+                    continue
                 parameters = [self.model.get_parameter(name) for name in names]
                 for parameter in parameters:
                     parameter.mul_(2)
                 doubled = torch.allclose(self.model(images), 2 * logits, rtol=1e-4, atol=1e-6)
                 for parameter in parameters:
                     parameter.div_(2)
-                if names and doubled:
+                if doubled:
                     return tuple(names)
         return ()
 
@@ -160,7 +170,7 @@ class Replica:
         The buffers of the model contain meaningless values afterwards: call `restore_buffers` or `copy_buffers`.
         """
 
-        def images_of(split: Split) -> torch.Tensor:
+        def images_of(split: Split) -> Inputs:
             return self.examples[split.source].batch(split.rows, self.device)[0]
 
         return (
@@ -171,8 +181,8 @@ class Replica:
 
     # Examples
 
-    def micro_batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs and labels of `split`, one micro-batch at a time; the next one loads while this one is used."""
+    def micro_batches(self, split: Split) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        """Yield inputs and targets of `split`, one micro-batch at a time; the next one loads while this one is used."""
         batch = self.examples[split.source].batch
         parts = [split.rows[first : first + self.micro_batch] for first in range(0, len(split), self.micro_batch)]
         coming = self._prefetch.submit(batch, parts[0], self.device) if len(parts) > 1 else None
@@ -189,20 +199,30 @@ class Replica:
             yield Split(split.source, split.rows[first : first + size])
 
 
-def check_examples(recipe: Recipe, model: torch.nn.Module, examples: Mapping[str, Examples], device: torch.device) -> int:
-    """Check that a model in eval mode can process the first example of each source, and that its labels are classes.
+def _most_outputs(outputs: torch.Tensor, examples: Mapping[str, Examples]) -> int:
+    """Return how many numbers a model returns for one example at most, from what it returned for the first of a source."""
+    of_tokens = [e.lengths for e in examples.values() if e.lengths is not None]
+    if not of_tokens or outputs.ndim < 3:
+        return outputs.numel()
+    return outputs.numel() // outputs.shape[1] * int(max(lengths.max(initial=1) for lengths in of_tokens))
 
-    Returns the number of classes. Raises RecipeError.
+
+def check_examples(
+    recipe: Recipe, objective: Objective, model: torch.nn.Module, examples: Mapping[str, Examples], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check that a model in eval mode can process the first example of each source, and that its targets suit it.
+
+    Returns the outputs float [1, ...] and the targets [1, ...] of an example. Raises RecipeError.
     """
     if not examples:
         raise RecipeError("The recipe has no data. Add `data:` with fit and test.")
-    classes = 0
     for some in examples.values():
-        images, _ = some.batch(np.zeros(1, np.int64), device)
-        classes = int(models.logits_of(model, images, recipe.model, some.spec).shape[1])
-        some.check_labels(classes)
+        inputs, targets = some.batch(np.zeros(1, np.int64), device)
+        outputs = models.outputs_of(model, inputs, targets, objective, recipe.model, some.spec)
+        if objective.classes_at is not None and objective.targets in ("classes", "units", "pixels"):
+            some.check_labels(outputs.shape[objective.classes_at], objective.targets)
         check_model_names(some, getattr(getattr(model, "config", None), "id2label", None))
-    return classes
+    return outputs.float(), targets
 
 
 def load_replica(
@@ -217,9 +237,10 @@ def load_replica(
     layout = layout_of(built.model)
 
     def check(first: dict[str, Examples]) -> None:
-        check_examples(recipe, built.model, first, device)
+        check_examples(recipe, objective, built.model, first, device)
 
-    examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess, check))
+    objective = objective_of(recipe, built.objective)
+    examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess, check, objective.targets))
     return Replica(recipe, built, layout, examples, device, ingredients)
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Generator, Sequence
+from hashlib import blake2b
 from typing import TypeVar
 
 import numpy as np
@@ -35,8 +36,9 @@ from ray_soup.mixing.hyperplane import Hyperplane, decompressed
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
 from ray_soup.task import models
-from ray_soup.task.data import Split, check_leaks
+from ray_soup.task.data import Split
 from ray_soup.task.identity import notes_on
+from ray_soup.task.leaks import check_leaks
 from ray_soup.task.outcomes import Outcome, Score
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ class Shard:
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
-            leaks = check_leaks(self.recipe.data, self.replica.built.preprocess)
+            leaks = check_leaks(self.recipe.data, self.replica.built.preprocess, self.replica.objective.targets)
             found = yield from labelled("comparing examples", leaks)
         shards = self.mesh.shards
         self.group = ShardGroup(self.rank % shards, shards, self.replica.layout.numel, self.device)
@@ -79,7 +81,7 @@ class Shard:
         yield SetupInfo(
             {name: len(e) for name, e in examples.items()},
             found.get("fit"),
-            {name: content_key(found[name].tolist(), e.labels.tolist()) for name, e in examples.items() if found},
+            {name: content_key(found[name].tolist(), _plain(e.labels)) for name, e in examples.items() if found},
             fingerprint,
             socket.gethostname(),
             tuple(dict.fromkeys(notes)),
@@ -201,16 +203,19 @@ class Shard:
         replica = self.replica
         replica.gradient.zero_()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        weight = torch.zeros((), dtype=torch.float64, device=self.device)
+        objective = replica.objective
         t = torch.tensor(factor, dtype=torch.float32, device=self.device, requires_grad=True)
         t.grad = torch.zeros_like(t)
-        for images, labels in replica.micro_batches(batch):
+        for inputs, targets in replica.micro_batches(batch):
             with self.precision:
-                logits = replica.model(images)
-            loss = replica.loss(logits.float() * t, labels, self.recipe.learn.label_smoothing)
+                outputs = replica.model(inputs)
+            loss = replica.loss(objective.scaled(outputs.float(), t), targets, self.recipe.learn.label_smoothing)
             torch.autograd.backward(loss)
             loss_sum += loss.detach()
+            weight += objective.weights(targets).sum()
         projected = self.plane.project(self.group.scatter(replica.gradient))
-        return Partial(projected, t.grad.item(), loss_sum.item(), time.perf_counter() - start)
+        return Partial(projected, t.grad.item(), loss_sum.item(), weight.item(), time.perf_counter() - start)
 
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Stream[Score]:
         """Score the current model batch on a split at x, float32 [m, B], with `factor` on the logits."""
@@ -244,22 +249,22 @@ class Shard:
         yield from _streamed(evaluate_checkpoint(self.replica, path, splits, factored))
 
     def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> Stream[list[Outcome]]:
-        """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
+        """Evaluate the last of the checkpoints `paths`, and add its outputs to those of the earlier ones."""
         yield from _streamed(self.ensemble.add(paths, splits))
 
     def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> Stream[list[Outcome]]:
-        """Evaluate the mean of the logits of the checkpoints `paths` on each split."""
+        """Evaluate the mean of the outputs of the checkpoints `paths` on each split."""
         yield from _streamed(self.ensemble.evaluate(paths, splits))
 
     def try_candidate(
         self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
-    ) -> int:
-        """Count the examples that the mean of the ingredients `kept` and `candidate` classifies correctly.
+    ) -> Score:
+        """Score the mean of the ingredients `kept` and `candidate` on splits.
 
         If there are batches `calibration`, its running statistics are re-estimated on them.
         """
         self.candidates.mix(kept, candidate, calibration)
-        return sum(score(self.replica, split).correct for split in splits)
+        return sum((score(self.replica, split) for split in splits), Score())
 
     def forget(self) -> None:
         """Free what was kept between calls for an ensemble or a greedy search."""
@@ -279,6 +284,13 @@ class Shard:
     def peak_memory(self) -> int:
         """Return this actor's peak memory in bytes since `reset_peak`: resident memory plus GPU memory."""
         return timing.peak_memory(self.device)
+
+
+def _plain(targets: np.ndarray) -> list[int] | str:
+    """Return what identifies targets: the labels of classification, otherwise a hash."""
+    if targets.ndim == 1 and targets.dtype == np.int64:
+        return list(targets.tolist())
+    return content_key(str(targets.dtype), list(targets.shape), blake2b(np.ascontiguousarray(targets).data).hexdigest())
 
 
 def _streamed(work: Generator[Heartbeat, None, T]) -> Stream[T]:

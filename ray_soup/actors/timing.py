@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ray_soup.actors.evaluation import score
 from ray_soup.actors.messages import Heartbeat, StepTimings
@@ -51,7 +50,7 @@ def time_step(
     def forward_and_backward() -> None:
         with precision:
             logits = replica.model(images)
-        torch.autograd.backward(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        torch.autograd.backward(replica.loss(logits.float(), labels, 0.0))
 
     def plane_of(elements: int) -> tuple[Hyperplane, torch.Tensor, torch.Tensor, np.ndarray]:
         synthetic = synthetic_plane(dtype, model_batch, elements, device, threads)

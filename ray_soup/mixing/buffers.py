@@ -1,8 +1,9 @@
 """Buffers of a soup: which can be averaged over ingredients, which are copied, and which are neither.
 
 A mean is right for a buffer that is the same in all ingredients, and usable for the running statistics of a known layer. The
-singular vectors of spectral normalization are recomputed (mixing.spectral). Nobody can say what the mean of any other
-buffer is: an EMA's counter, a quantizer's range, a codebook. Such a buffer is refused.
+singular vectors of spectral normalization are recomputed (mixing.spectral). Integers, such as a counter of steps, have no
+mean: those that differ are taken from the first ingredient, and a note says so. Nobody can say what the mean of any other
+float buffer is: a decay, a quantizer's range, a codebook. Such a buffer is refused.
 """
 
 from __future__ import annotations
@@ -26,50 +27,54 @@ def mixed_buffer(ingredients: Sequence[Ingredient], name: str, policy: str) -> t
         ingredients: the ingredients that the soup uses.
         name: name of the buffer in the state dict.
         policy: `first` copies the buffer of the first ingredient. Any other value averages: floats become their mean in
-            float64 [elements], integers must agree, and a batch counter is copied from the first ingredient.
-
-    Raises IngredientError if an integer buffer differs between ingredients and must be averaged.
+            float64 [elements]; integers are copied from the first ingredient.
     """
     first = ingredients[0].read(name)
-    if policy == "first" or name.endswith(COUNTER):
+    if policy == "first" or not first.dtype.is_floating_point:
         return first.clone()
-    if first.dtype.is_floating_point:
-        total = torch.zeros(first.shape, dtype=torch.float64)
-        for ingredient in ingredients:
-            total += ingredient.read(name)
-        return total / len(ingredients)
-    for ingredient in ingredients[1:]:
-        if not torch.equal(ingredient.read(name), first):
-            raise _integers_differ(ingredient, ingredients[0], name)
-    return first.clone()
+    total = torch.zeros(first.shape, dtype=torch.float64)
+    for ingredient in ingredients:
+        total += ingredient.read(name)
+    return total / len(ingredients)
 
 
-def check_buffers(ingredients: Sequence[Ingredient], names: Sequence[str], owners: Mapping[str, str], policy: str) -> None:
+def check_buffers(
+    ingredients: Sequence[Ingredient], names: Sequence[str], owners: Mapping[str, str], policy: str
+) -> list[str]:
     """Check that the buffers `names`, which are no running statistics, can be mixed.
 
     Args:
         ingredients: all ingredients.
         names: names of the buffers.
         owners: the class of the module that owns a buffer, by the buffer's name.
-        policy: the recipe's `buffers`. `auto` requires equal buffers; `average` and `recalibrate` require equal integers;
-            `first` requires nothing.
+        policy: the recipe's `buffers`. `auto` requires equal floats; the others require nothing.
 
-    Raises IngredientError for the first buffer that differs between ingredients.
+    Returns:
+        Notes about integer buffers that differ. Raises IngredientError for the first float buffer that differs and must not.
     """
     names = [name for name in names if not name.endswith(COUNTER)]
     if policy == "first" or not names:
-        return
+        return []
     first = ingredients[0]
     kept = {name: first.read(name).clone() for name in names}
     first.close()
+    integers: dict[str, str] = {}
     for ingredient in ingredients[1:]:
         for name, expected in kept.items():
             floats = expected.dtype.is_floating_point
             if (policy == "auto" or not floats) and not _agree(ingredient.read(name), expected):
-                raise (
-                    _floats_differ(ingredient, first, name, owners) if floats else _integers_differ(ingredient, first, name)
-                )
+                if floats:
+                    raise _floats_differ(ingredient, first, name, owners)
+                integers.setdefault(name, ingredient.path)
         ingredient.close()
+    if not integers:
+        return []
+    name, path = next(iter(integers.items()))
+    more = f" and {len(integers) - 1} more" if len(integers) > 1 else ""
+    return [
+        f"Integer buffers differ between ingredients and have no mean: {name}{more}, as in {first.path} and {path}. A soup "
+        "has those of the first ingredient that it uses."
+    ]
 
 
 def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -85,13 +90,6 @@ def _floats_differ(ingredient: Ingredient, first: Ingredient, name: str, owners:
         f"{ingredient.path}: the buffer {name}{owner} differs from that of {first.path}, and it is not a running statistic "
         "of a known normalization layer: its mean may be meaningless. If it is meaningful, set buffers: average; to take "
         "the buffers of the first ingredient, set buffers: first."
-    )
-
-
-def _integers_differ(ingredient: Ingredient, first: Ingredient, name: str) -> IngredientError:
-    return IngredientError(
-        f"{ingredient.path}: the integer buffer {name} differs from that of {first.path}; integers cannot be averaged. Set "
-        "buffers: first to take it from the first ingredient."
     )
 
 

@@ -49,7 +49,7 @@ def buffers_of(layers: Iterable[str]) -> list[str]:
 def summed(
     model: torch.nn.Module,
     batches: Sequence[B],
-    images_of: Callable[[B], torch.Tensor],
+    images_of: Callable[[B], Any],
     chosen: Collection[str] | None = None,
 ) -> Generator[tuple[int, int], None, Sums]:
     """Sum each batch's statistics over the batches.

@@ -30,6 +30,11 @@ from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
 from ray_soup.recipe.plain import shown
 from ray_soup.recipe.tuning import Finetune, Search
 
+ObjectiveName = Literal[
+    "auto", "classification", "token_classification", "segmentation", "masked_lm", "causal_lm", "multi_label", "regression"
+]
+UNSAID = (None, "auto", "nll")
+"""Values of select_by with which a search goes by the NLL on select."""
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -178,20 +183,28 @@ class Recipe(Section):
     """Which parameters share a coefficient: those of a tensor, of a layer, of the model, or of consecutive tensors until
     a block has at least this many parameters. Default: tensor for the methods with a "+", model for the others."""
     buffers: Literal["auto", "recalibrate", "average", "first"] = "auto"
-    """Buffers of the soup. average: the mean of floating-point buffers over the ingredients in use; integer buffers must
-    agree. first: the buffers of the first ingredient. recalibrate: average, but the running statistics of BatchNorm layers
-    are re-estimated on fit. auto: recalibrate the layers whose running statistics differ between ingredients if
-    data.fit is given, else average them; other floating-point buffers that differ are refused. The buffers of spectral
-    normalization are always recomputed from the weights."""
+    """Buffers of the soup. average: the mean of floating-point buffers over the ingredients in use; integers are those of
+    the first ingredient. first: the buffers of the first ingredient. recalibrate: average, but the running statistics of
+    BatchNorm layers are re-estimated on fit. auto: recalibrate the layers whose running statistics differ between
+    ingredients if data.fit is given, else average them; other floating-point buffers that differ are refused. The buffers
+    of spectral normalization are always recomputed from the weights."""
     greedy: Greedy = Greedy()
     learn: Learn = Learn()
+    objective: ObjectiveName | Function = "auto"
+    """What the model is trained for: classification, token_classification, segmentation, masked_lm, causal_lm,
+    multi_label, regression, or `package.module:Class`, a subclass of ray_soup.Objective. auto: what the config of a model
+    of transformers says, otherwise classification."""
+    select_by: Literal["auto", "nll", "accuracy", "metric"] = "auto"
+    """The figure on held-out data that makes every choice: the stopping point, the ranking of ingredients, which of them
+    greedy keeps, the best row of a comparison. auto: NLL to stop and to choose a row, accuracy to rank and for greedy; NLL
+    for all of them where accuracy has no meaning."""
     loss: Function | None = None
-    """`package.module:function` (logits float32 [n, classes], labels int64 [n]) -> losses [n] or their sum. It replaces
-    the cross-entropy that the coefficients minimize on fit and that decides on select when to stop. Reports still
-    show the NLL."""
+    """`package.module:function` (outputs float32, targets) -> losses [n] or their sum; for classification the outputs are
+    logits [n, classes] and the targets labels int64 [n]. It replaces the loss that the coefficients minimize on fit and
+    that decides on select when to stop. Reports still show the NLL."""
     metric: Function | None = None
-    """`package.module:function` (logits, labels) -> scores [n], higher is better. Its mean is reported as `metric` next to
-    the accuracy and does not influence any choice."""
+    """`package.module:function` (outputs, targets) -> scores [n], higher is better. Its mean is reported as `metric`; it
+    makes choices only with select_by: metric."""
     baseline: Literal["best_single", "none"] = "best_single"
     """The ingredient that a soup is compared with on select. none: skip it; evaluating every ingredient on select takes
     time."""
@@ -222,6 +235,9 @@ class Recipe(Section):
         method = values.get("method", DEFAULT_METHOD)
         if not isinstance(method, str) or method not in METHODS:
             return values
+        search = values.get("search")
+        if isinstance(search, dict) and search.get("metric") == "select_nll" and values.get("select_by") in UNSAID:
+            values["search"] = {**search, "metric": "auto"}  # the same, and what a dump of auto says
         info, learn = METHODS[method], values.get("learn", {})
         return {"blocks": info.blocks, **values, "learn": {**info.learn, **learn} if isinstance(learn, dict) else learn}
 
@@ -301,6 +317,9 @@ class Recipe(Section):
         return f"found {shown(value)}. {fault}" if fault else None
 
 
-FIXED_IN_SEARCH = ("ingredients", "ignore", "model", "base_model", "data", "metric", "baseline", "finetune", "search")
+FIXED_IN_SEARCH = (
+    "ingredients", "ignore", "model", "base_model", "data", "objective", "select_by", "metric", "baseline", "finetune",
+    "search",
+)  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

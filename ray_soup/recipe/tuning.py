@@ -111,8 +111,9 @@ class Search(Section):
 
     trials: int = Field(default=16, ge=1, le=MOST_TRIALS)
     """Number of trials. The first is the unchanged recipe. With a grid, all of its points are tried instead."""
-    metric: Literal["select_nll", "select_accuracy"] = "select_nll"
-    """Figure by which the best trial is chosen."""
+    metric: Literal["auto", "select_nll", "select_accuracy", "select_metric"] = "auto"
+    """Figure by which the best trial is chosen; select_metric needs select_by: metric. auto: the one that select_by names,
+    otherwise select_nll."""
     algorithm: Literal["random", "optuna"] = "random"
     """Algorithm that proposes the values of the next trial."""
     scheduler: Literal["asha", "none"] = "asha"

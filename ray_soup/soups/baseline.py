@@ -1,7 +1,7 @@
 """The best single ingredient, which stands beside every soup that was made with held-out data.
 
-It is chosen on select, by accuracy and then by NLL, so its own figures there are optimistic: a soup that does not beat it is
-no reason to use a soup.
+It is chosen on select, by accuracy and then by NLL unless `select_by` says otherwise, so its own figures there are
+optimistic: a soup that does not beat it is no reason to use a soup.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 from ray_soup.recipe import BEST_SINGLE
 from ray_soup.soups.evaluations import evaluation_key, figures_of, recall, remember, reported
-from ray_soup.soups.greedy import ranking
 from ray_soup.soups.records import ResultRow
+from ray_soup.soups.report.measures import Measures, measures_of
 from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.session import Session
+from ray_soup.task.choices import ranking
 from ray_soup.task.outcomes import Outcome
 
 NOTHING_TO_COMPARE_WITH = "Nothing says whether it is better than its best ingredient."
@@ -33,6 +34,8 @@ class Baseline:
     """For run.json: the soup's figures on select minus the ingredient's, as from `improvement`."""
     notes: list[str]
     """Notes for the user, if the soup is not better."""
+    measures: Measures
+    """What the figures are called, and which of them decides."""
 
     @property
     def row(self) -> ResultRow:
@@ -60,7 +63,7 @@ def compare_with_best_single(session: Session, outcomes: dict[str, Outcome]) -> 
     if "select" not in outcomes or session.recipe.baseline == "none" or session.recipe.info.is_reference:
         return None
     individual = session.on(session.splits["select"])
-    best = ranking({k: individual[k] for k in session.subset})[0]
+    best = ranking({k: individual[k] for k in session.subset}, session.recipe.select_by)[0]
     splits = reported(session.splits)
     keys = [evaluation_key("factored", key) for key in session.keys(list(splits.values()))[best]]
     found = [outcome for key in keys if (outcome := recall(key)) is not None]
@@ -71,56 +74,90 @@ def compare_with_best_single(session: Session, outcomes: dict[str, Outcome]) -> 
             remember(key, outcome)
     single = dict(zip(splits, found, strict=True))
     name = session.inputs.names[best]
-    change = improvement(outcomes["select"], single["select"])
-    return Baseline(name, single, change, remarks_on(name, outcomes["select"], single["select"], change))
+    change, measures = improvement(outcomes["select"], single["select"]), measures_of(session.recipe)
+    notes = remarks_on(name, outcomes["select"], single["select"], change, measures)
+    return Baseline(name, single, change, notes, measures)
 
 
 def improvement(ours: Outcome, single: Outcome) -> dict[str, float]:
     """Return a soup's figures on select minus those of the best single ingredient, with paired 95 % bootstrap intervals."""
     test = paired_test(ours, single)
-    found = {"select_accuracy": ours.accuracy - single.accuracy, "select_nll": ours.nll - single.nll}
-    return found | {f"select_{key}_{end}": test[f"{key}_{end}"] for key in ("accuracy", "nll") for end in ("low", "high")}
+    found = {} if ours.accuracy is None or single.accuracy is None else {"select_accuracy": ours.accuracy - single.accuracy}
+    found |= {"select_nll": ours.nll - single.nll}
+    if ours.metric is not None and single.metric is not None:
+        found |= {"select_metric": ours.metric - single.metric}
+    ends = (f"{key}_{end}" for key in ("accuracy", "nll", "metric") for end in ("low", "high"))
+    return found | {f"select_{end}": test[end] for end in ends if end in test}
 
 
-def remarks_on(name: str, ours: Outcome, single: Outcome, change: dict[str, float]) -> list[str]:
-    """Return a note if a soup is worse than the best single ingredient `name` on select, or not significantly better."""
-    low, high = change["select_nll_low"], change["select_nll_high"]
-    figures = (
-        f"NLL {ours.nll:.4f} against {single.nll:.4f} (difference {change['select_nll']:+.4f}, 95 % interval {low:+.4f} to "
-        f"{high:+.4f}), accuracy {ours.accuracy:.2%} against {single.accuracy:.2%}"
-    )
-    if change["select_nll"] == 0 and low == high:
+def remarks_on(
+    name: str, ours: Outcome, single: Outcome, change: dict[str, float], measures: Measures = Measures()
+) -> list[str]:
+    """Return a note if a soup is worse than the best single ingredient `name` on select, or not significantly better.
+
+    The figure that decides is the one that the recipe selects by; `change` is from `improvement`.
+    """
+    figure = measures.decisive(change)
+    difference, low, high = (change[f"select_{figure}{end}"] for end in ("", "_low", "_high"))
+    figures = compared(ours, single, measures, figure, (difference, low, high))
+    if difference == 0 and low == high:
         return [f"This soup is no better than the best single ingredient on select, {name}: {figures}."]
-    if low > 0:
+    if (low > 0) if figure == "nll" else (high < 0):
         return [
             f"This soup is worse than the best single ingredient on select, {name}: {figures}. Use that ingredient, or "
             "another method."
         ]
-    if high >= 0:
-        which = "higher" if change["select_nll"] > 0 else "lower"
+    if low <= 0 <= high:
+        which = "higher" if difference > 0 else "lower"
         return [
-            f"This soup has a {which} NLL than the best single ingredient on select, {name}, but not significantly: "
-            f"{figures}. The interval contains 0."
+            f"This soup has a {which} {measures.name_of(figure)} than the best single ingredient on select, {name}, but not "
+            f"significantly: {figures}. The interval contains 0."
         ]
-    if change["select_accuracy"] < 0:
+    if figure == "nll" and change.get("select_accuracy", 0) < 0:
         return [
-            f"This soup has a lower NLL than the best single ingredient on select, {name}, but also a lower accuracy: "
-            f"{figures}."
+            f"This soup has a {measures.better('nll')} than the best single ingredient on select, {name}, but also a lower "
+            f"{measures.accuracy}: {figures}."
         ]
     return []
 
 
-def significance(change: dict[str, float]) -> list[str]:
-    """Return a note if a lower NLL on select is within chance. `change` is from `improvement`."""
-    low, high = change["select_nll_low"], change["select_nll_high"]
-    if change["select_nll"] >= 0 or high < 0:
+def compared(
+    ours: Outcome, theirs: Outcome, measures: Measures, first: str, interval: tuple[float, float, float] | None = None
+) -> str:
+    """Return the words that compare the figures of two models, the figure `first` before NLL and accuracy.
+
+    Args:
+        ours: an outcome of a model.
+        theirs: that of another one.
+        measures: what the figures are called.
+        first: the figure that decides.
+        interval: the difference in it, and the ends of its 95 % interval, if they are to be named.
+    """
+    found = []
+    for figure in dict.fromkeys((first, "nll", "accuracy")):
+        a, b = getattr(ours, figure), getattr(theirs, figure)
+        if a is not None and b is not None:
+            found.append(f"{measures.name_of(figure)} {measures.shown(figure, a)} against {measures.shown(figure, b)}")
+            if figure == first and interval is not None:
+                difference, low, high = (measures.shown(figure, value, "+") for value in interval)
+                found[-1] += f" (difference {difference}, 95 % interval {low} to {high})"
+    return ", ".join(found)
+
+
+def significance(change: dict[str, float], measures: Measures = Measures()) -> list[str]:
+    """Return a note if an improvement on select is within chance. `change` is from `improvement`."""
+    figure = measures.decisive(change)
+    low, high = change[f"select_{figure}_low"], change[f"select_{figure}_high"]
+    if not measures.improved(change) or not low <= 0 <= high:
         return []
+    ends = " to ".join(measures.shown(figure, end, "+") for end in (low, high))
     return [
-        f"That difference in NLL on select is not significant: its 95 % interval, {low:+.4f} to {high:+.4f}, contains 0."
+        f"That difference in {measures.name_of(figure)} on select is not significant: its 95 % interval, {ends}, contains 0."
     ]
 
 
 def warn_if_worse(baseline: Baseline) -> None:
-    """Warn the caller of `mix_state_dicts`, who may not look at the notes, about a soup whose NLL on select is higher."""
-    if baseline.improvement["select_nll"] > 0:
+    """Warn the caller of `mix_state_dicts`, who may not look at the notes, about a soup that is worse on select."""
+    change, figure = baseline.improvement, baseline.measures.decisive(baseline.improvement)
+    if change[f"select_{figure}"] != 0 and not baseline.measures.improved(change):
         warnings.warn("\n".join(baseline.notes), stacklevel=4)

@@ -30,10 +30,10 @@ from ray_soup.soups.comparison import (
     verdict,
 )
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
-from ray_soup.soups.greedy import ranking
 from ray_soup.soups.make import make
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.records import RunRecord, read_entry, write_entry
+from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
@@ -46,6 +46,7 @@ from ray_soup.soups.write import (
     stale_statistics,
     write_descriptions,
 )
+from ray_soup.task.choices import cost, ranking
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 
 
@@ -81,7 +82,9 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         clock.lap("soups")
         sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
     own, first = made.own, made.first
-    label = min((name for name in own if name != BEST_SINGLE), key=lambda name: own[name].on("select", first).nll)
+    label = min(
+        (name for name in own if name != BEST_SINGLE), key=lambda name: cost(own[name].on("select", first), recipe.select_by)
+    )
     for name, result in own.items():
         if result.coefficients is not None:
             save_coefficients(result.coefficients, staging / f"{name}.{COEFFICIENTS}")
@@ -103,17 +106,18 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
     """Return run.json without the mesh and the times."""
     first, own, table = made.first, made.own, made.table()
     ours, single = own[label].on("select", first), own[BEST_SINGLE].on("select", first)
-    change = improvement(ours, single)
+    change, measures = improvement(ours, single), measures_of(recipe)
     notes = [
-        verdict(label, ours, single),
-        *significance(change),
-        *diagnosis(made.ensemble.on("select", first), single),
+        verdict(label, ours, single, change, measures),
+        *significance(change, measures),
+        *diagnosis(made.ensemble.on("select", first), single, measures),
         *dict.fromkeys(note for result in own.values() for note in result.notes),
         *remarks(recipe, inputs, sha256),
         *stale_statistics(recipe, inputs),
     ]
     return {
         "method": label.partition("-m")[0],
+        **recorded(measures),  # type: ignore[typeddict-item]
         "chosen": label,
         "improvement": change,
         "seed": made.seeds[0],
@@ -150,7 +154,7 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
     learn, count = session.recipe.learn, len(session.inputs.ingredients)
     model_batch = -(-count // 4) if learn.model_batch == "auto" else min(learn.model_batch, count)  # a quarter: the paper's
     seeds = [learn.seed + n for n in range(options.seeds)]
-    ranked = ranking(dict(enumerate(session.individual())))
+    ranked = ranking(dict(enumerate(session.individual())), session.recipe.select_by)
     shuffled = np.random.default_rng([learn.seed, 4]).permutation(count).tolist()
     dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
     counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}

@@ -12,15 +12,16 @@ import numpy as np
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS
+from ray_soup.soups.baseline import compared
 from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.records import ResultRow
+from ray_soup.soups.report.measures import Measures
 from ray_soup.soups.report.statistics import paired_test
-from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE
+from ray_soup.soups.report.tables import COSTS, ENSEMBLE, MEAN_SINGLE
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, test_sets
 
 SEEDLESS = tuple(name for name, info in METHODS.items() if not info.uses_seed)
-COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")
 
 
 def methods_on(series: str) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ class SharedResults:
     individual: list[SoupResult]
     """The result of each ingredient."""
     ensemble: SoupResult
-    """The result of the logit ensemble."""
+    """The result of the ensemble."""
     similarity: np.ndarray
     """Cosines of the ingredients' directions, float64 [K, K]."""
 
@@ -200,19 +201,28 @@ def _mean(name: str, rows: Sequence[ResultRow], spread: bool = True) -> ResultRo
     return found
 
 
-def verdict(label: str, ours: Outcome, single: Outcome) -> str:
-    """State whether the chosen soup beats the best single ingredient on select."""
-    figures = f"NLL {ours.nll:.4f} against {single.nll:.4f}, accuracy {ours.accuracy:.2%} against {single.accuracy:.2%}"
-    if ours.nll < single.nll:
-        return f"Chosen by its NLL on select: {label}, which beats the best single ingredient there ({figures})."
+def verdict(label: str, ours: Outcome, single: Outcome, change: dict[str, float], measures: Measures = Measures()) -> str:
+    """State whether the chosen soup beats the best single ingredient on select; `change` is from `improvement`."""
+    figure = measures.decisive(change)
+    figures = compared(ours, single, measures, figure)
+    if measures.improved(change):
+        return (
+            f"Chosen by its {measures.name_of(figure)} on select: {label}, which beats the best single ingredient there "
+            f"({figures})."
+        )
     return f"No soup beats the best single ingredient on select; the closest is {label} ({figures}). Use that ingredient."
 
 
-def diagnosis(ensemble: Outcome, single: Outcome) -> Iterable[str]:
+def diagnosis(ensemble: Outcome, single: Outcome, measures: Measures = Measures()) -> Iterable[str]:
     """Yield a warning if the ensemble of the ingredients does not beat the best single ingredient on select."""
-    if ensemble.accuracy <= single.accuracy and ensemble.nll >= single.nll:
+    better = [ensemble.nll < single.nll]
+    if ensemble.accuracy is not None and single.accuracy is not None:
+        better.append(ensemble.accuracy > single.accuracy)
+    if measures.select_by == "metric" and ensemble.metric is not None and single.metric is not None:
+        better.append(ensemble.metric > single.metric)
+    if not any(better):
+        figures = compared(ensemble, single, measures, "metric" if measures.select_by == "metric" else "nll")
         yield (
-            "The logit ensemble of all ingredients does not beat the best single ingredient on select (accuracy "
-            f"{ensemble.accuracy:.2%} against {single.accuracy:.2%}, NLL {ensemble.nll:.4f} against {single.nll:.4f}), so "
-            "a soup is not likely to either. The ingredients may be under-fitted, or may not share one initialization."
+            f"The ensemble of all ingredients does not beat the best single ingredient on select ({figures}), so a soup is "
+            "not likely to either. The ingredients may be under-fitted, or may not share one initialization."
         )

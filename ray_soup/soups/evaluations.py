@@ -22,7 +22,7 @@ from ray_soup.task.outcomes import (
     test_sets,
 )
 
-FORMAT = 1
+FORMAT = 2
 
 
 def evaluation_key(*parts: str) -> str:
@@ -105,12 +105,16 @@ def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
     select = outcomes.get("select")
     factor = best_log_factor(select) if select is not None and select.factored is not None else None
     for split, outcome in outcomes.items():
-        row |= {f"{split}_accuracy": outcome.accuracy, f"{split}_nll": outcome.nll}
+        known = {"accuracy": outcome.accuracy, "nll": outcome.nll, "bits_per_byte": outcome.bits_per_byte}
+        row |= {f"{split}_{name}": value for name, value in known.items() if value is not None}
+        if outcome.size is not None:
+            row[f"{split}_perplexity"] = float(np.exp(outcome.nll))
         if factor is not None and split != "select":
             row[f"{split}_nll_scaled"] = scaled_nll(outcome, factor)
         if outcome.scores is not None:
             row[f"{split}_metric"] = float(outcome.scores.mean(dtype=np.float64))
-        row[f"{split}_ece"] = calibration_error(outcome)
+        if outcome.confidence is not None and outcome.correct is not None:
+            row[f"{split}_ece"] = calibration_error(outcome)
     if factor is not None:
         row["temperature"] = float(np.exp(-factor))
     return row

@@ -32,6 +32,7 @@ from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_
 from ray_soup.soups.place import check_new, local_folder
 from ray_soup.soups.proof import compare_sample
 from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results
+from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.write import bake_model, write_descriptions
 from ray_soup.task.data import cut_splits
 from ray_soup.task.evidence import check_evidence
@@ -45,7 +46,8 @@ DESCRIPTIONS = ("recipe.yaml", "results.jsonl", "report.html", "README.md", COEF
 def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Evaluate a checkpoint, or the folder of a soup, on one split; `test` means all test sets.
 
-    Returns a row as in results.jsonl, with `examples`, and with `temperature` if the recipe has select data to fit it on.
+    Returns a row as in results.jsonl, with `objective`, `unit` and `examples`, and with `temperature` if the recipe has
+    select data to fit it on.
 
     Raises RecipeError if the recipe has no such split, SoupError if a soup's folder is not as it was written.
     """
@@ -82,7 +84,8 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     kept = {key: value for key, value in figures_of(outcomes).items() if key.startswith(prefixes) or key == "temperature"}
     counts = [len(splits[s]) for s in chosen]
     examples = counts[0] if len(counts) == 1 else dict(zip(chosen, counts, strict=True))
-    return {"model_name": named, **kept, "examples": examples}
+    objective = {key: value for key, value in recorded(measures_of(recipe)).items() if key in ("objective", "unit")}
+    return {"model_name": named, **kept, **objective, "examples": examples}
 
 
 def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback = no_progress) -> Soup:

@@ -9,15 +9,11 @@ import numpy as np
 
 from ray_soup.actors.pool import ActorPool
 from ray_soup.io.progress import CountCallback, no_count
+from ray_soup.task.choices import gain, gains, ranking
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome
 
 LEAST_IMAGES = 32  # per actor and call: with fewer, the call takes longer than the evaluation
-
-
-def ranking(held_out: dict[int, Outcome]) -> list[int]:
-    """Return ingredients from best to worst: by accuracy on the held-out set, then by NLL, then in the given order."""
-    return sorted(held_out, key=lambda k: (-int(held_out[k].correct.sum()), held_out[k].nll, k))
 
 
 @dataclass
@@ -26,14 +22,14 @@ class GreedySearch:
 
     kept: list[int]
     """The ingredients kept, in the order in which they were added."""
-    correct: int
-    """Number of examples of the held-out set that the soup classifies correctly."""
+    gain: float
+    """The figure of the soup on the held-out set, summed over its examples: how many are correct, or minus the losses."""
     candidates: int = 0
     """Number of ingredients that were tried."""
     looked: int = 0
     """Number of examples that candidates were evaluated on, summed over candidates."""
-    trail: list[dict[str, int]] = field(default_factory=list)
-    """One entry per candidate: ingredient, examples evaluated, how many of these were correct, and whether it was kept."""
+    trail: list[dict[str, float]] = field(default_factory=list)
+    """One entry per candidate: ingredient, examples evaluated, the gain on these, and whether it was kept."""
 
 
 def greedy(
@@ -43,43 +39,51 @@ def greedy(
     keep: str = ">=",
     count: CountCallback = no_count,
     calibration: Sequence[Split] = (),
+    select_by: str = "auto",
 ) -> GreedySearch:
-    """Keep an ingredient, from the best down, if the mean with it classifies no fewer examples correctly than without it.
+    """Keep an ingredient, from the best down, if the mean with it is no worse on the held-out set than without it.
 
-    The examples that ingredients most often get wrong come first, and a candidate is dropped as soon as the remaining
-    examples cannot bring it up to the best: the result is that of a full evaluation.
+    Worse means fewer correct examples, or what `select_by` says. The examples that ingredients are worst on come first, and
+    a candidate is dropped as soon as the remaining examples cannot bring it up to the best: the result is that of a full
+    evaluation.
 
     Args:
         pool: the actors.
         held_out: the outcome of each ingredient, by position, on `splits` joined.
         splits: the held-out set.
-        keep: `>=`, or `>` to keep an ingredient only if more examples are correct with it.
+        keep: `>=`, or `>` to keep an ingredient only if the soup is better with it.
         count: called with (candidates done, total).
         calibration: batches that the running statistics of a mean are estimated on; empty: the statistics are averaged.
+        select_by: the recipe key.
     """
-    order = ranking(held_out)
-    wrong = np.sum([~o.correct for o in held_out.values()], axis=0)
-    hardest = np.argsort(-wrong, kind="stable")
+    order = ranking(held_out, select_by)
+    each = {k: gains(outcome, select_by) for k, outcome in held_out.items()}
+    hardest = np.argsort(np.sum([gain for gain, _ in each.values()], axis=0), kind="stable")
     source = np.repeat(np.arange(len(splits)), [len(s) for s in splits])[hardest]
     rows = np.concatenate([s.rows for s in splits])[hardest]
     total = len(rows)
+    limits = np.broadcast_to(np.max(np.array([limit for _, limit in each.values()]), axis=0), total)[hardest]
+    possible = np.append(np.cumsum(limits[::-1])[::-1], 0)  # what the examples from a place on can add at most
     least = LEAST_IMAGES * pool.mesh.size
-    search = GreedySearch([order[0]], int(held_out[order[0]].correct.sum()))
+    search = GreedySearch([order[0]], each[order[0]][0].sum().item())
     for number, k in enumerate(order[1:]):
-        needed = search.correct + (keep == ">")
-        done = correct = 0
-        while done < total and correct + (total - done) >= needed:
-            spare = total - done - (needed - correct)  # mistakes that the candidate may still make
-            stop = min(total, done + max(spare + 1, least))
+        done, found = 0, 0.0
+        while done < total and _reaches(found + possible[done], search.gain, keep):
+            spare = found + possible[done] - search.gain - (keep == ">")  # what the candidate may still miss
+            stop = min(total, done + max(int(min(spare, total)) + 1, least))
             some = [Split(s.source, rows[done:stop][source[done:stop] == n]) for n, s in enumerate(splits)]
-            correct += pool.try_candidate(tuple(search.kept), k, some, calibration)
+            found += gain(pool.try_candidate(tuple(search.kept), k, some, calibration), select_by)
             done = stop
-        kept = done == total and correct >= needed
+        kept = done == total and _reaches(found, search.gain, keep)
         search.candidates, search.looked = search.candidates + 1, search.looked + done
-        search.trail.append({"ingredient": k, "looked": done, "correct": correct, "kept": int(kept)})
+        search.trail.append({"ingredient": k, "looked": done, "gain": found, "kept": int(kept)})
         if kept:
             search.kept.append(k)
-            search.correct = correct
+            search.gain = found
         count(number + 1, len(order) - 1)
     pool.forget()
     return search
+
+
+def _reaches(found: float, best: float, keep: str) -> bool:
+    return found > best if keep == ">" else found >= best

@@ -155,6 +155,7 @@ def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
         )  # fmt: skip
         session = session.with_soup(splits=session.cut(recipe.learn.seed))
         mixture = make(session)
+        mixture.notes += inputs.notes
         calibration = session.calibration(CALIBRATION)
         outcomes = bake_and_evaluate(session, output, mixture, folder / MODEL, reported(session.splits), calibration)
         baseline = compare_with_best_single(session, outcomes)

@@ -29,7 +29,9 @@ from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization, without_noise
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
+from ray_soup.task.choices import cost, cost_in
 from ray_soup.task.data import Split, batch_positions
+from ray_soup.task.outcomes import Score
 
 SAVE_EVERY_S = 60.0
 TIMED_STEPS = 1000  # steps whose duration is kept
@@ -79,7 +81,7 @@ def learn(
     for turn in range(state.turn, len(run.turns)):
         chosen, optimizer = run.begin_turn(turn)
         for epoch in range(state.epoch, options.epochs):
-            if options.patience is not None and stale_epochs(state) >= options.patience:
+            if options.patience is not None and stale_epochs(state, recipe.select_by) >= options.patience:
                 break
             batches = batch_positions(len(run.fit), options.batch_size, options.seed, 2, turn, epoch)
             for step in range(state.step, run.steps_per_epoch):
@@ -88,7 +90,7 @@ def learn(
                 with run.saving_after(KeyboardInterrupt, optimizer):
                     partials = pool.step(x, state.factor.item(), batch)
                 with run.saving_after(Stopped, optimizer), uninterrupted():
-                    run.move(optimizer, partials, len(batch), epoch * run.steps_per_epoch + step)
+                    run.move(optimizer, partials, epoch * run.steps_per_epoch + step)
                     state.step = step + 1
                     _count(state, partials, len(batch), x, time.perf_counter() - begun)
                 after_step(state.steps, run.total_steps, state)
@@ -179,20 +181,19 @@ class _Learning:
             optimizer.load_state_dict(state.optimizer)
         if turn == 0 and not state.curve:
             start = self.pool.evaluate(self.x(), 1.0, self.select)
-            state.best_nll = start.nll
-            state.curve.append(
-                {"turn": 0, "epoch": -1, "select_nll": start.nll, "select_accuracy": start.accuracy, "steps": 0}
-            )
+            state.best_cost = cost(start, self.recipe.select_by)
+            state.curve.append({"turn": 0, "epoch": -1, **_figures(start), "steps": 0})
         return chosen, optimizer
 
-    def move(self, optimizer: torch.optim.Optimizer, partials: list[Partial], count: int, step: int) -> None:
-        """Take one optimizer step of the moving coordinates on the partial gradients of `count` examples."""
+    def move(self, optimizer: torch.optim.Optimizer, partials: list[Partial], step: int) -> None:
+        """Take one optimizer step of the moving coordinates on the partial gradients of a batch."""
         state, options = self.state, self.recipe.learn
         assert state.moving is not None
+        weight = sum(p.weight for p in partials) or 1.0  # a batch may have nothing to score
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.steps_per_turn)
-        state.moving.grad = torch.from_numpy(_gradient(partials, count, self.of, options.clip, state))
-        state.factor.grad = torch.tensor(sum(p.by_factor for p in partials) / count, dtype=torch.float64)
+        state.moving.grad = torch.from_numpy(_gradient(partials, weight, self.of, options.clip, state))
+        state.factor.grad = torch.tensor(sum(p.by_factor for p in partials) / weight, dtype=torch.float64)
         optimizer.step()
 
     def end_epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
@@ -201,16 +202,17 @@ class _Learning:
         assert state.moving is not None
         self.recalibrate()
         score = self.pool.evaluate(self.x(), state.factor.item(), self.select)
-        if score.nll < state.best_nll:
-            state.best_nll, state.best, state.best_factor = score.nll, state.moving.clone(), state.factor.item()
+        found = cost(score, self.recipe.select_by)
+        if found < state.best_cost:
+            state.best_cost, state.best, state.best_factor = found, state.moving.clone(), state.factor.item()
         state.curve.append(
             {
-                "turn": state.turn, "epoch": epoch, "fit_nll": state.fit_loss / state.fit_count,
-                "select_nll": score.nll, "select_accuracy": score.accuracy, "steps": state.steps,
+                "turn": state.turn, "epoch": epoch, "fit_nll": state.fit_loss / max(state.fit_count, 1e-300),
+                **_figures(score), "steps": state.steps,
                 "lr": optimizer.param_groups[0]["lr"],
             }
         )  # fmt: skip
-        state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0
+        state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0.0
         self.save(optimizer)
 
     def end_turn(self, chosen: np.ndarray) -> None:
@@ -248,16 +250,22 @@ class _Learning:
         save_state(self.state, self.state_file)
 
 
-def stale_epochs(state: LearnState) -> int:
+def _figures(score: Score) -> dict[str, float]:
+    """Return the figures of a score on select, for the curve."""
+    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def stale_epochs(state: LearnState, select_by: str) -> int:
     """Return the epochs of this turn since the last improvement on select."""
-    best = min(range(len(state.curve)), key=lambda n: state.curve[n]["select_nll"], default=0)
+    best = min(range(len(state.curve)), key=lambda n: cost_in(state.curve[n], select_by), default=0)
     return sum(line["turn"] == state.turn and line["epoch"] >= 0 for line in state.curve[best + 1 :])
 
 
 def _gradient(
-    partials: list[Partial], count: int, of: Affine | Softmax, clip: float | None, state: LearnState
+    partials: list[Partial], weight: float, of: Affine | Softmax, clip: float | None, state: LearnState
 ) -> np.ndarray:
-    """Compute dL/dy, float64 [m, B]: sum the partial gradients by rank, divide by the batch size, apply the chain rule."""
+    """Compute dL/dy, float64 [m, B]: sum the partial gradients by rank, divide by the weight, apply the chain rule."""
     total = np.zeros_like(of.norms)
     for partial in partials:
         total += partial.gradient
@@ -268,14 +276,14 @@ def _gradient(
                 "The loss is not finite at the first step. Look for NaN in the inputs of data.fit or in `loss:`."
             )
         raise SoupError(f"The loss is not finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
-    gradient = without_noise(of.gradient(state.moving.numpy(), total / count))
+    gradient = without_noise(of.gradient(state.moving.numpy(), total / weight))
     size = float(np.linalg.norm(gradient))
     return gradient * (clip / size) if clip is not None and size > clip else gradient
 
 
 def _count(state: LearnState, partials: list[Partial], examples: int, x: np.ndarray, seconds: float) -> None:
     state.fit_loss += sum(p.loss for p in partials)
-    state.fit_count += examples
+    state.fit_count += sum(p.weight for p in partials)
     state.steps += 1
     state.image_passes += examples
     state.wire_bytes = x.nbytes + 4 * examples // len(partials) + partials[0].gradient.nbytes

@@ -20,11 +20,12 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import Recipe
-from ray_soup.soups.greedy import GreedySearch, greedy, ranking
+from ray_soup.soups.greedy import GreedySearch, greedy
 from ray_soup.soups.learn import learn, summary
 from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs, Session
 from ray_soup.soups.state import LearnState
+from ray_soup.task.choices import ranking
 
 
 @dataclass
@@ -49,10 +50,10 @@ def uniform(session: Session) -> Mixture:
 
 
 def best_single(session: Session) -> Mixture:
-    """Take the ingredient that is most accurate on fit and select together."""
+    """Take the ingredient that is best on fit and select together."""
     figures, passes = _held_out_figures(session)
     held_out = session.individual()
-    best = ranking({k: held_out[k] for k in session.subset})[0]
+    best = ranking({k: held_out[k] for k in session.subset}, session.recipe.select_by)[0]
     name = session.inputs.names[best]
     figures |= {"best_single": name, "image_passes": passes}
     values = mean_of([session.subset.index(best)], len(session.subset))
@@ -72,6 +73,7 @@ def greedy_soup(session: Session) -> Mixture:
         session.recipe.greedy.keep,
         lambda done, total: session.progress("greedy", done, total),
         session.calibration(CALIBRATION_WHILE_CHOOSING),
+        session.recipe.select_by,
     )
     share = search.looked / max(1, search.candidates * len(held_out[0]))
     figures |= {"image_passes": passes + search.looked, "greedy": _greedy_figures(session.inputs, search, share)}
@@ -103,7 +105,7 @@ def learned(session: Session) -> Mixture:
         notes.append(f"{recipe.method}: no point was better on select than the uniform soup, so this is the uniform soup.")
     if softmax:
         options = {"factor": state.factor.item(), "factored": store.output}
-        if not store.output:
+        if not store.output and state.factor.item() != 1:  # it stays 1 where outputs are no logits
             notes.append(
                 f"{recipe.method}: no layer of the model scales its logits, so the learned factor {state.factor.item():.4f} "
                 "on the logits is stored with the coefficients, and the model's NLL is reported without it."
@@ -186,7 +188,8 @@ def _on_whole_model(session: Session, values: np.ndarray) -> Coefficients:
 def _held_out_figures(session: Session) -> tuple[dict[str, Any], int]:
     """Return the ingredients' figures on the held-out set, for run.json, and the number of examples evaluated."""
     outcomes, names = session.individual(), session.inputs.names
-    figures = {names[k]: {"accuracy": outcomes[k].accuracy, "nll": outcomes[k].nll} for k in session.subset}
+    known = {k: {name: getattr(outcomes[k], name) for name in ("accuracy", "nll", "metric")} for k in session.subset}
+    figures = {names[k]: {name: value for name, value in known[k].items() if value is not None} for k in session.subset}
     return {"held_out": figures}, len(session.subset) * len(outcomes[0])
 
 

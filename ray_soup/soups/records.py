@@ -74,6 +74,10 @@ class RunRecord(TypedDict, total=False):
     version: int
     results_version: int
     method: str
+    objective: str
+    unit: str
+    select_by: str
+    loss: str
     seed: int
     exit: int
     error: str

@@ -18,6 +18,7 @@ from ray_soup.soups.evaluations import cosines, figures_of, reported
 from ray_soup.soups.make import Mixture, make, uniform_coefficients
 from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.records import ResultRow, RunRecord
+from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
@@ -95,6 +96,7 @@ def make_soup_in(
         notes += stale_statistics(recipe, inputs)
     record: RunRecord = {
         "method": recipe.method,
+        **recorded(measures_of(recipe)),  # type: ignore[typeddict-item]
         "seed": recipe.learn.seed,
         "exit": 0,
         "parameters": inputs.layout.numel,

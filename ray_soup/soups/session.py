@@ -34,10 +34,10 @@ from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.task import identity
 from ray_soup.task.data import Split, calibration_batches, cut_splits
 from ray_soup.task.evidence import check_evidence
-from ray_soup.task.models import describe
-from ray_soup.task.objective import check_functions
+from ray_soup.task.models import describe, objective_in
 from ray_soup.task.outcomes import Outcome, join_outcomes
-from ray_soup.task.sources import check_sources
+from ray_soup.task.own_functions import check_functions, objective_of
+from ray_soup.task.tokenized import check_data
 
 CALIBRATION = 10_000  # maximum number of examples of fit for the running statistics of a finished soup
 CALIBRATION_WHILE_CHOOSING = 512  # the same while learning and for greedy candidates
@@ -85,8 +85,9 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
         )
     if recipe.data.fit is None and recipe.buffers == "recalibrate":
         raise RecipeError("buffers: recalibrate needs data.fit, held-out data to estimate running statistics on. Add it.")
-    check_sources(recipe.data)
     check_functions(recipe)
+    of_model = objective_in(recipe.model)
+    check_data(recipe.data, objective_of(recipe, of_model).targets, of_model)
     found = open_ingredients(recipe.ingredients, RESERVED_NAMES)
     layout = describe(recipe.model)
     notes = check_evidence(recipe, found, layout)
@@ -95,7 +96,7 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     layout = layout.with_names({alias for ingredient in ingredients for alias in ingredient.aliases})
     check_floats(ingredients, layout.names)
     if needs_fit or not recipe.info.is_reference:
-        check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
+        notes += check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
     return Inputs(tuple(ingredients), layout, tuple(notes))
 
 

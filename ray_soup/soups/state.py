@@ -19,7 +19,7 @@ from ray_soup.io.disk import write_bytes
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import check_version, damaged
 
-VERSION = 2  # 1: the same keys without `version`, written by ray_soup 0.1
+VERSION = 3  # 2: best_nll for best_cost; 1: without `version`, written by ray_soup 0.1
 
 
 @dataclass
@@ -46,14 +46,14 @@ class LearnState:
     """The best `moving` of this turn on select."""
     best_factor: float = 1.0
     """The factor at `best`."""
-    best_nll: float = float("inf")
-    """NLL on select at `best`."""
+    best_cost: float = float("inf")
+    """NLL on select at `best`, or minus the figure that select_by names."""
     statistics: dict[str, torch.Tensor] | None = None
     """Running statistics that the actors use: those at the coordinates that the turn or the epoch began with."""
     fit_loss: float = 0.0
     """Sum of the loss over the examples of this epoch so far."""
-    fit_count: int = 0
-    """The number of those examples."""
+    fit_count: float = 0.0
+    """The sum of the weights of those examples."""
     steps: int = 0
     """Number of steps over all turns."""
     image_passes: int = 0
@@ -121,7 +121,9 @@ def load_state(file: Path | IO[bytes], task: str = "", shape: tuple[int, ...] | 
     except Exception as error:  # torch raises errors of many kinds for damaged files
         raise damaged(name, f"{error}".partition("\n")[0], remedy) from error
     check_version(found, VERSION, name)
-    found.pop("version", None)
+    version = found.pop("version", None)
+    if version in (None, 1, 2) and isinstance(found.get("fit_count"), int):  # the earlier names and types
+        found |= {"fit_count": float(found["fit_count"]), "best_cost": found.pop("best_nll", None)}
     fault = next(_faults(found, shape), None)
     if fault is not None:
         raise damaged(name, fault, remedy)
@@ -183,5 +185,5 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
             yield f"{name} is no list of {kind.__name__}"
 
 
-_COUNTS = ("turn", "epoch", "step", "fit_count", "steps", "image_passes", "wire_bytes")
-_NUMBERS = ("best_factor", "best_nll", "fit_loss", "seconds")
+_COUNTS = ("turn", "epoch", "step", "steps", "image_passes", "wire_bytes")
+_NUMBERS = ("best_factor", "best_cost", "fit_count", "fit_loss", "seconds")

@@ -1,4 +1,4 @@
-"""Examples in an `.npz` file: the arrays `images` and `labels`."""
+"""Examples in an `.npz` file: the arrays `images` and `labels`, or others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ import psutil
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import cached, content_key
-from ray_soup.task.raw_examples import RawExamples, Source, check_finite, check_inputs, identity_of, reason
+from ray_soup.task.raw_examples import (
+    Arrays,
+    RawExamples,
+    Source,
+    check_finite,
+    check_inputs,
+    check_targets,
+    identity_of,
+    reason,
+)
 
+TARGETS = ("labels", "targets")
+"""The array that holds the targets."""
 CHUNK = 1 << 24
 """Bytes read at a time."""
 
@@ -45,57 +57,73 @@ def read_npz(source: Source, path: str) -> Generator[tuple[int, int], None, RawE
     raw = check_npz(source, path)
     try:
         with zipfile.ZipFile(path) as archive:
-            member = _header(archive, "images")
-            images = _mapped(archive, path, member)
-            if images is None:
-                _check_memory(source, member)
-                with np.load(path, allow_pickle=False) as arrays:
-                    images = arrays["images"]
-            if not images.dtype.isnative:
-                images = images.astype(images.dtype.newbyteorder("="))
+            names, _ = _inputs_and_target(source, archive)
+            members = {name: _header(archive, name) for name in names}
+            inputs = {name: _loaded(source, archive, path, name, member) for name, member in members.items()}
     except RecipeError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise almost anything for a damaged file
         raise _unreadable(source, error) from error
     identity = (identity_of(source, [Path(path)]),)
-    if isinstance(images, np.memmap):
-        key = content_key("npz", identity)
-        hold = yield from cached("checked", key, 0, lambda folder: _checked(source, path, member, images))
-        hold.close()
-    else:
-        check_finite(source, images)
-    return RawExamples(source, raw.labels, images, identity=identity)
+    for name, array in inputs.items():
+        if isinstance(array, np.memmap):
+            key = content_key("npz", identity, *([] if name == "images" else [name]))
+            hold = yield from cached("checked", key, 0, partial(_checked, source, path, members[name], array))
+            hold.close()
+        else:
+            check_finite(source, array)
+    return RawExamples(source, raw.labels, _positional(inputs), identity=identity)
+
+
+def _loaded(source: Source, archive: zipfile.ZipFile, path: str, name: str, member: _Member) -> np.ndarray:
+    """Map an array into memory, or read it."""
+    found = _mapped(archive, path, member)
+    if found is None:
+        _check_memory(source, member)
+        with np.load(path, allow_pickle=False) as arrays:
+            found = arrays[name]
+    return found if found.dtype.isnative else found.astype(found.dtype.newbyteorder("="))
+
+
+def _positional(inputs: dict[str, np.ndarray]) -> Arrays:
+    """Return the only array, which is the model's first argument whatever its name; several stay named."""
+    return next(iter(inputs.values())) if len(inputs) == 1 else inputs
+
+
+def _inputs_and_target(source: Source, archive: zipfile.ZipFile) -> tuple[list[str], str]:
+    """Return the names of the arrays of inputs and of targets: `images` and `labels` if they exist. Raises RecipeError."""
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    targets = [name for name in TARGETS if name in names]
+    inputs = ["images"] if "images" in names else [name for name in names if name not in TARGETS]
+    if len(targets) != 1 or not inputs or any(names.count(name) != 1 for name in (*inputs, *targets)):
+        raise source.error(
+            f"found {names[:20]}; expected the arrays 'images' and 'labels', once each; or any names for inputs, and one of "
+            f"{', '.join(TARGETS)} for targets. Save them under these names."
+        )
+    return inputs, targets[0]
 
 
 def check_npz(source: Source, path: str) -> RawExamples:
-    """Read the labels of an .npz file and the header of its images; the images returned are zeros of their shape.
+    """Read the targets of an .npz file and the headers of its inputs; the inputs returned are zeros of their shapes.
 
     Raises RecipeError if the arrays are not labeled examples.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            for name in ("images", "labels"):
-                if names.count(name) != 1:
-                    raise source.error(
-                        f"found {names[:20]}; expected the arrays 'images' and 'labels', once each. Save them under these "
-                        "names."
-                    )
-            headers = {name: _header(archive, name) for name in ("images", "labels")}
-            images, labels = headers["images"], headers["labels"]
-            check_inputs(source, np.broadcast_to(np.zeros((), images.dtype), images.shape))
-            if labels.dtype.hasobject or len(labels.shape) != 1:
-                raise source.error(
-                    f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [n]. Store one integer per example."
-                )
+            names, target = _inputs_and_target(source, archive)
+            members = {name: _header(archive, name) for name in names}
+            for member in members.values():
+                check_inputs(source, np.broadcast_to(np.zeros((), member.dtype), member.shape))
+            of_target = _header(archive, target)
+            check_targets(source, np.broadcast_to(np.zeros((), of_target.dtype), of_target.shape))
         with np.load(path, allow_pickle=False) as arrays:
-            found = arrays["labels"]
+            found = arrays[target]
     except RecipeError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise almost anything for a damaged file
         raise _unreadable(source, error) from error
-    native = np.zeros((), images.dtype.newbyteorder("="))
-    return RawExamples(source, found, np.broadcast_to(native, images.shape))
+    zeros = {n: np.broadcast_to(np.zeros((), m.dtype.newbyteorder("=")), m.shape) for n, m in members.items()}
+    return RawExamples(source, found, _positional(zeros))
 
 
 def _unreadable(source: Source, error: Exception) -> RecipeError:
@@ -149,7 +177,7 @@ def _check_memory(source: Source, member: _Member) -> None:
         )
 
 
-def _checked(source: Source, path: str, member: _Member, images: np.ndarray) -> Iterator[tuple[int, int]]:
+def _checked(source: Source, path: str, member: _Member, images: np.ndarray, folder: Path) -> Iterator[tuple[int, int]]:
     """Compare a stored member with its CRC-32, and check that images are finite. Yields (bytes read, total)."""
     total, crc = member.info.file_size, 0
     try:

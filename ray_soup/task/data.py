@@ -6,7 +6,6 @@ a memory-mapped array: images in uint8 if the rest of the preprocessing is arith
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,15 @@ import numpy as np
 import torch
 
 from ray_soup.errors import RecipeError
-from ray_soup.io.cache import InUse, cached, content_key, lookup
+from ray_soup.io.cache import InUse, cached, content_key
 from ray_soup.recipe import Data
 from ray_soup.task.classes import Classes, differing, reference, renumbering, unlike_image_folder
 from ray_soup.task.decode import Decoder, decoder_of
-from ray_soup.task.preprocess import Preprocess, Tail, input_kind, preprocess_identity
-from ray_soup.task.raw_examples import RawExamples, Source, row_number
-from ray_soup.task.sources import key_of, named_sources, peek_classes, read_source
+from ray_soup.task.objective import IGNORED, Inputs
+from ray_soup.task.preprocess import Preprocess, Tail, preprocess_identity
+from ray_soup.task.raw_examples import Arrays, RawExamples, row_number
+from ray_soup.task.sources import named_sources, peek_classes
+from ray_soup.task.tokenized import open_source
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Examples:
 
     spec: str
     """The source as the recipe names it."""
-    images: np.ndarray
-    """Inputs [n, ...] of any dtype: images or token ids."""
+    images: Arrays
+    """Inputs [n, ...] of any dtype: images or token ids; several arrays by the names of the model's arguments."""
     labels: np.ndarray
-    """int64 [n]."""
+    """Targets: for classification int64 [n], otherwise [n, ...]."""
     tail: Tail | None = None
     """Arithmetic that turns `images` into the model's inputs; None if they already are."""
     classes: Classes | None = None
@@ -63,23 +64,51 @@ class Examples:
     """Describes the place of a row."""
     notes: tuple[str, ...] = ()
     """What was left out of the source, and what was assumed about its labels."""
+    groups: np.ndarray | None = None
+    """Number of the document that each example is a part of, int64 [n]; None: each stands for itself."""
+    bytes: np.ndarray | None = None
+    """Bytes of text that each example scores, float64 [n]; None if examples are not text."""
+    lengths: np.ndarray | None = None
+    """Tokens of each example, int64 [n]: inputs and targets are cut to the longest in a batch. None: they stay whole."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather inputs [n, ...] and labels int64 [n] of `rows`, int [n], on a device."""
-        images, labels = torch.from_numpy(np.ascontiguousarray(self.images[rows])), torch.from_numpy(self.labels[rows])
-        if device.type == "cuda":
-            images, labels = (t.pin_memory().to(device, non_blocking=True) for t in (images, labels))
-        return (images if self.tail is None else self.tail(images)), labels
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Inputs, torch.Tensor]:
+        """Gather inputs [n, ...] and targets [n, ...] of `rows`, int [n], on a device."""
+        end = None if self.lengths is None else int(self.lengths[rows].max(initial=1))
+        whole = self.images.shape[-1] if isinstance(self.images, np.ndarray) else 0
+        per_token = self.labels.dtype == np.int64 and self.labels.ndim > 1 and self.labels.shape[-1] == whole
 
-    def check_labels(self, classes: int) -> None:
+        def gathered(array: np.ndarray, cut: bool = True) -> torch.Tensor:
+            part = torch.from_numpy(np.ascontiguousarray(array[rows][..., : end if cut else None]))
+            return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
+
+        targets = gathered(self.labels, cut=per_token)
+        if isinstance(self.images, dict):
+            return {name: gathered(array) for name, array in self.images.items()}, targets
+        images = gathered(self.images)
+        return (images if self.tail is None else self.tail(images)), targets
+
+    def check_labels(self, classes: int, targets: str = "classes") -> None:
         """Check that all labels are in 0 to classes - 1, and that class folders are the model's classes.
+
+        Args:
+            classes: number of classes of the model.
+            targets: the kind of targets; those that are not classes may contain IGNORED.
 
         Raises RecipeError.
         """
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
+        odd = (self.labels < 0) | (self.labels >= classes)
+        odd = odd if targets == "classes" else (odd & (self.labels != IGNORED)).reshape(len(odd), -1).any(axis=1)
+        wrong = np.flatnonzero(odd)
+        if len(wrong) and targets != "classes":
+            own = self.labels[wrong[0]]
+            raise RecipeError(
+                f"{self.key}: {self.spec}: target {own[(own != IGNORED) & ((own < 0) | (own >= classes))].flat[0]} at "
+                f"{self.where(int(wrong[0]))} ({len(wrong)} examples out of range); the model has {classes} classes, so "
+                f"targets are 0 to {classes - 1}, or {IGNORED} where nothing is scored. Fix the targets or the model."
+            )
         if len(wrong):
             from_one = self.labels.min() == 1 and self.labels.max() == classes
             cure = "The labels seem to count from 1: subtract 1" if from_one else "Fix the labels or the model"
@@ -117,20 +146,25 @@ def check_model_names(examples: Examples, id2label: object) -> None:
             )
 
 
-def load_named(data: Data, name: str, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, Examples]:
+def load_named(
+    data: Data, name: str, preprocess: Preprocess | None, targets: str = "classes"
+) -> Generator[tuple[int, int], None, Examples]:
     """Load train, fit, select, test or test_NAME, with the labels that equal classes have in all sources of the recipe.
 
     The examples are decoded and preprocessed if the cache does not hold them yet.
 
     Yields (examples decoded, total). Raises RecipeError.
     """
-    raw = yield from read_source(named_sources(data)[name], input_kind(preprocess))
-    raw = _renumbered(data, {name: raw})[name]
+    raw = yield from open_source(named_sources(data, targets)[name], preprocess)
+    raw = renumbered(data, {name: raw})[name]
     return (yield from _decoded(raw, preprocess, _decoder(raw, preprocess)))
 
 
 def load_sources(
-    data: Data, preprocess: Preprocess | None, check: Callable[[dict[str, Examples]], object] | None = None
+    data: Data,
+    preprocess: Preprocess | None,
+    check: Callable[[dict[str, Examples]], object] | None = None,
+    targets: str = "classes",
 ) -> Generator[tuple[int, int], None, dict[str, Examples]]:
     """Load the sources of fit, select and test that the recipe names, by the names of Data.sources.
 
@@ -138,13 +172,14 @@ def load_sources(
         data: the recipe's section `data`.
         preprocess: the model's preprocessing.
         check: called before all is decoded, with the labels and the first input of each source.
+        targets: the kind of targets that the objective needs.
 
     Yields (examples decoded, total) of one source at a time. Raises RecipeError.
     """
     raws: dict[str, RawExamples] = {}
     for name in data.sources():
-        raws[name] = yield from read_source(named_sources(data)[name], input_kind(preprocess))
-    raws = _renumbered(data, raws)
+        raws[name] = yield from open_source(named_sources(data, targets)[name], preprocess)
+    raws = renumbered(data, raws)
     decoders = {name: _decoder(raw, preprocess) for name, raw in raws.items()}
     if check is not None:
         check({name: _preview(raw, decoders[name]) for name, raw in raws.items()})
@@ -154,21 +189,23 @@ def load_sources(
     return sources
 
 
-def _renumbered(data: Data, raws: Mapping[str, RawExamples]) -> dict[str, RawExamples]:
+def renumbered(data: Data, raws: Mapping[str, RawExamples]) -> dict[str, RawExamples]:
     """Give equal names of classes equal labels in all sources; the names of local sources that are not in `raws` count too.
 
     Raises RecipeError.
     """
+    if any(raw.source.targets != "classes" for raw in raws.values()):
+        return dict(raws)
     known = []
     for name, source in named_sources(data).items():
         classes = raws[name].classes if name in raws else peek_classes(source)
         if classes is not None:
             known.append(classes)
     shared = reference(known)
-    return dict(raws) if shared is None else {name: _with_labels_of(shared, raw) for name, raw in raws.items()}
+    return dict(raws) if shared is None else {name: with_labels_of(shared, raw) for name, raw in raws.items()}
 
 
-def _with_labels_of(shared: Classes, raw: RawExamples) -> RawExamples:
+def with_labels_of(shared: Classes, raw: RawExamples) -> RawExamples:
     """Renumber a source by the names of its classes."""
     own = raw.classes
     if own is None:
@@ -187,13 +224,16 @@ def _preview(raw: RawExamples, decoder: Decoder | None) -> Examples:
     """Return all labels of a source with its first input only."""
     if decoder is None:
         assert raw.arrays is not None
-        return _examples(raw, raw.arrays[:1])
+        return _examples(raw, {n: a[:1] for n, a in raw.arrays.items()} if isinstance(raw.arrays, dict) else raw.arrays[:1])
     return _examples(raw, decoder.first[None], decoder.tail)
 
 
-def _examples(raw: RawExamples, images: np.ndarray, tail: Tail | None = None, hold: InUse | None = None) -> Examples:
-    source = raw.source
-    return Examples(source.spec, images, raw.labels, tail, raw.classes, hold, source.key, raw.where, raw.notes)
+def _examples(raw: RawExamples, images: Arrays, tail: Tail | None = None, hold: InUse | None = None) -> Examples:
+    source, hold = raw.source, hold or raw.hold
+    return Examples(
+        source.spec, images, raw.labels, tail, raw.classes, hold, source.key, raw.where, raw.notes, raw.groups, raw.bytes,
+        raw.lengths,
+    )  # fmt: skip
 
 
 def _decoder(raw: RawExamples, preprocess: Preprocess | None) -> Decoder | None:
@@ -220,106 +260,13 @@ def _decoded(
                 done += len(part)
                 yield done, count
 
-    hold = yield from cached("data", _key(raw, preprocess), first.nbytes * count, make)
+    hold = yield from cached("data", decoded_key(raw, preprocess), first.nbytes * count, make)
     return _examples(raw, np.load(hold.path / "images.npy", mmap_mode="r"), decoder.tail, hold)
 
 
-def _key(raw: RawExamples, preprocess: Preprocess | None) -> str:
+def decoded_key(raw: RawExamples, preprocess: Preprocess | None) -> str:
+    """Return the cache key of a source's examples, decoded and preprocessed."""
     return content_key("v3", raw.identity, preprocess_identity(preprocess))
-
-
-def digests(spec: str, preprocess: Preprocess | None = None) -> Generator[tuple[int, int], None, np.ndarray]:
-    """Hash each example of a source in its decoded and preprocessed form: uint64 [n], 64-bit BLAKE2b.
-
-    The hashes of files are kept in the cache. Yields (examples hashed, total).
-    """
-    return (yield from _digests((yield from read_source(Source("data", spec), input_kind(preprocess))), preprocess))
-
-
-def _digests(raw: RawExamples, preprocess: Preprocess | None) -> Generator[tuple[int, int], None, np.ndarray]:
-    if not raw.identity:
-        assert raw.arrays is not None
-        return _hashed(raw.arrays)
-    key = content_key("digests", _key(raw, None if raw.arrays is not None else preprocess))
-
-    def make(folder: Path) -> Iterator[tuple[int, int]]:
-        done, found = 0, []
-        for part in _arrays_of(raw, preprocess):
-            found.append(_hashed(part))
-            done += len(part)
-            yield done, len(raw.labels)
-        np.save(folder / "digests.npy", np.concatenate(found))
-
-    hold = yield from cached("digests", key, 0, make)
-    found: np.ndarray = np.load(hold.path / "digests.npy")
-    hold.close()
-    return found
-
-
-def _arrays_of(raw: RawExamples, preprocess: Preprocess | None) -> Iterator[np.ndarray]:
-    """Yield the inputs of a source in parts; decoded ones come from the cache if it has them."""
-    arrays = raw.arrays
-    if arrays is None:
-        hold = lookup("data", _key(raw, preprocess))
-        if hold is None:  # data.train need not be in the cache, and is not put there for its digests alone
-            yield from decoder_of(raw, preprocess).parts()
-            return
-        arrays = np.load(hold.path / "images.npy", mmap_mode="r")
-    yield from (arrays[first : first + 4096] for first in range(0, len(arrays), 4096))
-
-
-def _hashed(arrays: np.ndarray) -> np.ndarray:
-    hashes = (hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8).digest() for array in arrays)
-    return np.frombuffer(b"".join(hashes), np.uint64)
-
-
-def check_leaks(data: Data, preprocess: Preprocess | None = None) -> Generator[tuple[int, int], None, dict[str, np.ndarray]]:
-    """Hash all examples, and check that none is in two of train, fit, select and the test sets; test sets may overlap.
-
-    Yields (examples hashed, total) of one source at a time; the value is the digests of each, uint64 [n]. Raises
-    RecipeError for a shared example.
-    """
-    found: dict[str, np.ndarray] = {}
-    raws: dict[str, RawExamples] = {}
-    sources = named_sources(data)
-    for name, source in sources.items():
-        raw = raws[name] = yield from read_source(source, input_kind(preprocess))
-        found[name] = yield from _digests(raw, preprocess)
-        for other, theirs in found.items():
-            shared = np.flatnonzero(np.isin(found[name], theirs))
-            both_test = name.startswith("test") and other.startswith("test")  # one may contain the other
-            if not both_test and other != name and len(shared):
-                first = shared[0]
-                twin = np.flatnonzero(theirs == found[name][first])[0]
-                raise RecipeError(
-                    f"{key_of(name)} and {key_of(other)} share examples ({len(shared)} of {len(found[name])}): "
-                    f"row {first} of {source.spec} is row {twin} of {sources[other].spec}. Figures on examples that "
-                    "the ingredients were trained on, or that choices were made on, are optimistic. Remove these rows from "
-                    "one of the two."
-                )
-    _check_numbering(data, raws)
-    return found
-
-
-def _check_numbering(data: Data, raws: Mapping[str, RawExamples]) -> None:
-    """Check that classes have the same labels when sources are loaded separately, as data.train is for training.
-
-    The names of a URI or a function are known only to its reader. Raises RecipeError.
-    """
-    used = _renumbered(data, {name: raw for name, raw in raws.items() if name != "train"})
-    used |= _renumbered(data, {name: raw for name, raw in raws.items() if name == "train"})
-    shared = reference([raw.classes for raw in raws.values() if raw.classes is not None])
-    if shared is None:
-        return
-    for name, raw in raws.items():
-        found = _with_labels_of(shared, raw)
-        if not np.array_equal(found.labels, used[name].labels):
-            row = int(np.flatnonzero(found.labels != used[name].labels)[0])
-            raise raw.source.error(
-                f"label {used[name].labels[row]} at {raw.where(row)} is label {found.labels[row]} in {shared.key} "
-                f"({shared.spec}), by the names of the classes: {shared}. Store both with the same classes in the same "
-                "order."
-            )
 
 
 def cut_splits(data: Data, sizes: dict[str, int], fit_digests: np.ndarray | None, seed: int) -> dict[str, Split]:

@@ -25,8 +25,9 @@ MOVED = {"ray_soup.demo:digits_vit": "ray_soup.tune.demo:digits_vit"}
 """Functions of this package that recipes of earlier versions name, and their current places."""
 EXPECTED = {
     "model": "model() without required arguments that returns a torch.nn.Module, or (model, preprocess)",
-    "loss": "loss(logits, labels) that maps float32 [n, classes] and int64 [n] to losses [n], or to their sum",
-    "metric": "metric(logits, labels) that maps float32 [n, classes] and int64 [n] to scores [n]",
+    "loss": "loss(outputs, targets) that maps float32 [n, ...] and targets [n, ...] to losses [n], or to their sum",
+    "metric": "metric(outputs, targets) that maps float32 [n, ...] and targets [n, ...] to scores [n]",
+    "objective": "a class derived from ray_soup.Objective",
     "data": "dataset() without required arguments that returns a sequence of pairs (input, label)",
 }
 """The signature of the function under each recipe key."""

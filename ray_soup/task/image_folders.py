@@ -51,6 +51,11 @@ def read_image_folder(source: Source, folder: Path, scan: FoundFiles, headers_on
 
     notes = [f"{source.key}: {source.spec} was read from its only split, {split}."] if split else []
     notes += _notes(source, scan, [name for name, some in found.items() if not some], len(outside))
+    if source.targets != "classes":
+        raise source.error(
+            "a folder of images has one class for each image, and this recipe's objective needs other targets. Use an .npz "
+            "file, Parquet, or a function."
+        )
     names = Classes(source.key, source.spec, classes, by_position=True)
     return RawExamples(source, labels, None, parts, identity, names, where, tuple(notes))
 

@@ -25,7 +25,10 @@ import torch
 from ray_soup.errors import RecipeError
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
 from ray_soup.task.preprocess import NamedPreprocess, Preprocess
+from ray_soup.task.tokenizing import OF_TOKENS
 from ray_soup.task.transformers_models import transformers_classifier
+from ray_soup.task.transformers_tasks import transformers_objective
+from ray_soup.task.transformers_tokens import transformers_tokens
 from ray_soup.task.zero_shot import make_zero_shot
 
 IMAGE_OPTIONS = {
@@ -46,9 +49,11 @@ class BuiltModel:
     """A model and its preprocessing."""
 
     model: torch.nn.Module
-    """Maps a batch of inputs [n, ...] to logits [n, classes]."""
+    """Maps a batch of inputs [n, ...] to outputs [n, ...]: for classification, logits [n, classes]."""
     preprocess: Preprocess | None = None
     """Maps one PIL image, or one text, to one input; None: the data must be arrays that the model takes unchanged."""
+    objective: str = ""
+    """The objective that the model itself names; empty if it names none."""
 
 
 class ImageClassifier(torch.nn.Module):
@@ -271,12 +276,13 @@ def build_torchvision(spec: ModelSpec) -> BuiltModel:
 
 
 def build_transformers(spec: ModelSpec) -> BuiltModel:
-    """Build `transformers:FOLDER`, an image or sequence classifier, from its config.json."""
-    model, preprocess = transformers_classifier(spec)
+    """Build `transformers:FOLDER`, an image or sequence classifier, or a model of tokens, from its config.json."""
+    objective = transformers_objective(spec)
+    model, preprocess = transformers_tokens(spec) if objective in OF_TOKENS else transformers_classifier(spec)
     if isinstance(preprocess, NamedPreprocess):
         version = spec.import_library().__version__
         preprocess = replace(preprocess, text=f"transformers {version} {preprocess.text}")
-    return BuiltModel(model, preprocess)
+    return BuiltModel(model, preprocess, objective)
 
 
 LIBRARIES: dict[str, Callable[[ModelSpec], BuiltModel]] = {

@@ -7,7 +7,8 @@ import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,8 +23,13 @@ from ray_soup.task.functions import MOVED, as_in_workers, call, import_function,
 from ray_soup.task.identity import FORWARD_HOOKS, PLAIN, identify, own_state, without_addresses
 from ray_soup.task.libraries import LIBRARIES, SIZE_OPTIONS, BuiltModel
 from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.objective import Inputs, Objective
 from ray_soup.task.preprocess import preprocess_identity, visible_settings
+from ray_soup.task.transformers_tasks import transformers_objective
 from ray_soup.task.values import Settings
+
+OUTPUTS = ("logits", "out")
+"""The names under which models return their outputs among others."""
 
 
 def build(spec: str) -> BuiltModel:
@@ -39,7 +45,25 @@ def build(spec: str) -> BuiltModel:
             "package.module:function. Write it in one of these forms."
         )
     _check_state(built.model, spec)
+    built.model.register_forward_pre_hook(_by_name, with_kwargs=True)
+    built.model.register_forward_hook(_outputs_alone)
     return built
+
+
+def _by_name(model: torch.nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass a dictionary of inputs on as arguments by name."""
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return (), {**inputs[0], **named}
+    return inputs, named
+
+
+def _outputs_alone(model: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    """Take the outputs out of what models return with them: `.logits`, an entry `logits` or `out`, the first of a tuple."""
+    if isinstance(output, Mapping):
+        return next((output[name] for name in OUTPUTS if name in output), output)
+    if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not hasattr(output, "_fields"):
+        return output[0]
+    return next((getattr(output, name) for name in OUTPUTS if hasattr(output, name)), output)
 
 
 def _made_by(spec: str) -> BuiltModel:
@@ -90,6 +114,12 @@ def _check_state(model: torch.nn.Module, spec: str) -> None:
         )
 
 
+def objective_in(spec: str) -> str:
+    """Return the objective that a model names by itself, without building it; empty if it names none. Raises RecipeError."""
+    parsed = ModelSpec.parse(spec)
+    return transformers_objective(parsed) if parsed.library == "transformers" else ""
+
+
 def describe(spec: str) -> Layout:
     """Return the layout of the model that `spec` names, without allocating its parameters if the model allows that.
 
@@ -112,21 +142,26 @@ def preprocess_settings(spec: str) -> Settings:
     return {}
 
 
-def logits_of(model: torch.nn.Module, inputs: torch.Tensor, spec: str, source: str) -> torch.Tensor:
-    """Compute the logits of one example, and check what the model returns: float [1, classes].
+def outputs_of(
+    model: torch.nn.Module, inputs: Inputs, targets: torch.Tensor, objective: Objective, spec: str, source: str
+) -> torch.Tensor:
+    """Compute the outputs for one example, and check what the model returns: float [1, ...].
 
     Args:
         model: the model that `spec` names.
         inputs: one example, [1, ...].
+        targets: its targets, [1, ...].
+        objective: what the outputs are for.
         spec: the recipe key `model`.
         source: where the example comes from, for messages.
 
     Raises RecipeError.
     """
-    example = f"one example of {source}, {inputs.dtype} {list(inputs.shape[1:])}"
+    named = inputs.items() if isinstance(inputs, Mapping) else (("", inputs),)
+    example = f"one example of {source}, " + ", ".join(f"{n} {t.dtype} {list(t.shape[1:])}".strip() for n, t in named)
     try:
         with torch.inference_mode():
-            logits = call("model", spec, model, inputs)
+            outputs = call("model", spec, model, inputs)
     except RecipeError as error:
         cause = error.__cause__
         if cause is None:
@@ -136,19 +171,23 @@ def logits_of(model: torch.nn.Module, inputs: torch.Tensor, spec: str, source: s
             f"model: {spec} cannot process {example}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
             f"{lines}\nChange `model:`{_size_option(spec)} or the data."
         ) from cause
-    if not isinstance(logits, torch.Tensor):
-        more = [name for name in ("logits", "out") if hasattr(logits, name) or (isinstance(logits, dict) and name in logits)]
-        cure = f"Return its entry '{more[0]}'" if more else "Return the logits alone"
+    if not isinstance(outputs, torch.Tensor):
         raise RecipeError(
-            f"model: {spec} returned {type(logits).__name__} for {example}; expected a tensor of logits [1, classes]. "
-            f"{cure} from the model's forward."
+            f"model: {spec} returned {type(outputs).__name__} for {example}; expected a tensor, alone, first in a tuple, or "
+            "as `logits` or `out`. Change what the model's forward returns."
         )
-    if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 1 or not logits.is_floating_point():
+    is_one = outputs.ndim >= 1 and len(outputs) == 1 and outputs.is_floating_point()
+    expected = objective.check(outputs, targets) if is_one else "floats with one entry for each example"
+    if expected is not None:
+        if objective.name == "classification":
+            expected, cure = "float logits [1, classes]", "If the task is not classification, set `objective:`"
+        else:
+            cure = f"The objective is {objective.name}: change the recipe key `objective`, or the data"
         raise RecipeError(
-            f"model: {spec} returned {logits.dtype} {list(logits.shape)} for {example}; expected float logits [1, classes]. "
-            "Change what the model returns."
+            f"model: {spec} returned {outputs.dtype} {list(outputs.shape)} for {example}; expected {expected}. {cure}. "
+            "Otherwise change what the model returns."
         )
-    return logits
+    return outputs
 
 
 def _size_option(spec: str) -> str:

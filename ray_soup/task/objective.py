@@ -1,125 +1,274 @@
-"""The loss and the metric: by default cross-entropy and none, otherwise functions that the recipe names."""
+"""What a model is trained for: the contract between outputs and targets, losses, weights, and what is right.
+
+Losses are sums over an example, and weights say over how many units: 1 for a classified image, the number of tokens that a
+text scores, of pixels that are labeled. Whoever adds losses up divides once, by the sum of the weights, so that figures do
+not depend on how examples are cut into batches and spread over actors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
-from ray_soup.recipe import Recipe
-from ray_soup.task.functions import call, import_function
 
-Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Maps logits float32 [n, classes] and labels int64 [n] to losses or scores."""
+Inputs = torch.Tensor | dict[str, torch.Tensor]
+"""What a model is called with: one tensor [n, ...], or several by the names of its arguments."""
+IGNORED = -100
+"""The target of a unit that is not scored, as in torch and transformers."""
+VOID = 255
+"""The class of a pixel that is not scored, as in PASCAL VOC and torchvision."""
+TARGETS = ("classes", "units", "pixels", "labels", "numbers")
+"""Kinds of targets: one class for each example; one class, or IGNORED, for each of its units; the same with VOID; 0 or 1,
+or negative where unknown; any numbers."""
 
 
-def check_functions(recipe: Recipe) -> None:
-    """Import the recipe's loss and metric, so that a misspelled one is found before anything else is done.
+class Objective(ABC):
+    """What a model is trained for. Outputs are float32 [n, ...] and targets [n, ...], for n examples.
 
-    Raises RecipeError.
+    Subclass it and name the class in the recipe (`objective: package.module:Class`) for a task that is not built in.
     """
-    for key, spec in (("loss", recipe.loss), ("metric", recipe.metric)):
-        if spec is not None:
-            import_function(spec, key)
 
+    name: ClassVar[str] = "own"
+    unit: ClassVar[str] = "example"
+    """What a loss is counted per."""
+    targets: ClassVar[str] = "numbers"
+    """The kind of targets, one of TARGETS."""
+    classes_at: ClassVar[int | None] = None
+    """The dimension of the outputs that has one entry for each class; None if they are not logits of classes."""
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Compute the cross-entropy of logits float32 [n, classes] and labels int64 [n], summed over the examples."""
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    @abstractmethod
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the loss of each example, summed over its units: float [n], differentiable."""
 
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the number of units of each example that have a loss: float or int [n]."""
+        return torch.ones(len(targets), dtype=torch.int64, device=targets.device)
 
-def loss_of(recipe: Recipe, classes: int, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return the recipe's loss, summed over the examples, after checking it on synthetic logits.
-
-    The loss is called with logits float32 [n, classes], labels int64 [n] and, for cross-entropy, label smoothing. Raises
-    RecipeError if a loss that the recipe names fails, has no gradient, or is not a sum over examples.
-    """
-    if recipe.loss is None:
-        return cross_entropy
-    spec, function = recipe.loss, import_function(recipe.loss, "loss")
-
-    def summed(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        found = call("loss", spec, function, logits, labels)
-        if not isinstance(found, torch.Tensor) or found.shape not in ((), labels.shape) or not found.is_floating_point():
-            raise RecipeError(
-                f"loss: {spec} returned {_shape(found)}; expected float losses [{len(labels)}], or their sum. Change "
-                "what the function returns."
-            )
-        return found.sum()
-
-    logits, labels = _synthetic(classes, device)
-    logits.requires_grad_()
-    whole = _checked("loss", spec, summed, logits, labels)
-    first, rest = (_checked("loss", spec, summed, logits[some], labels[some]) for some in (slice(1), slice(1, None)))
-    parts = first + rest
-    gradient = torch.autograd.grad(whole, logits, allow_unused=True)[0] if whole.requires_grad else None
-    if gradient is None:
-        raise RecipeError(
-            f"loss: {spec} has no gradient with respect to the logits; expected a differentiable loss. Compute "
-            "it from the logits with torch operations that have gradients."
-        )
-    if not torch.allclose(whole, parts, rtol=1e-3):
-        raise RecipeError(
-            f"loss: {spec} of three examples is {whole.item():.4g}, but the losses of the first and of the other two "
-            f"add up to {parts.item():.4g}. Return losses [n], or their sum (reduction='sum'), with each loss a function of "
-            "its own example only."
-        )
-    if not torch.isfinite(gradient).all():
-        raise RecipeError(
-            f"loss: {spec} has a gradient that is not finite with synthetic logits {list(logits.shape)}; expected finite "
-            "gradients. Fix the function."
-        )
-    return summed
-
-
-def metric_of(recipe: Recipe, classes: int, device: torch.device) -> Function | None:
-    """Return the recipe's metric, after checking it on synthetic logits; None if the recipe names none.
-
-    The metric maps logits float32 [n, classes] and labels int64 [n] to scores float32 [n]. Raises RecipeError if it fails or
-    does not return one score per example.
-    """
-    if recipe.metric is None:
+    def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
+        """Return how many units of each example are right: [n]. None: accuracy has no meaning for this objective."""
         return None
-    spec, function = recipe.metric, import_function(recipe.metric, "metric")
 
-    def scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        found = call("metric", spec, function, logits, labels)
-        if not isinstance(found, torch.Tensor) or found.shape != labels.shape or found.is_complex():
-            raise RecipeError(
-                f"metric: {spec} returned {_shape(found)}; expected a score for each of {len(labels)} examples. "
-                "Change what the function returns."
-            )
-        return found.float()
+    def confidence(self, outputs: torch.Tensor) -> torch.Tensor | None:
+        """Return the probability of the predicted class, float [n]; None unless each example has one class."""
+        return None
 
-    _checked("metric", spec, scores, *_synthetic(classes, device))
-    return scores
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the losses summed over the examples."""
+        return self.losses(outputs, targets, label_smoothing).sum()
+
+    def scaled(self, outputs: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+        """Multiply logits by a factor; other outputs do not change."""
+        return outputs if self.classes_at is None else outputs * factor
+
+    def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+        """Return what was expected instead of these outputs of a model for one example; None if they suit its targets."""
+        return None
+
+    # An ensemble
+
+    def member(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return what an ensemble averages over its members: by default the outputs."""
+        return outputs
+
+    def of_members(self, mean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return losses and what is correct, each [n], from the mean over the members."""
+        return self.losses(mean, targets), self.correct(mean, targets)
+
+    members_are_outputs: ClassVar[bool] = True
+    """Whether the mean over the members stands for the outputs of one model."""
 
 
-def _shape(found: object) -> str:
-    if isinstance(found, torch.Tensor):
-        return f"{list(found.shape)}" + ("" if found.is_floating_point() else f" of {found.dtype}")
-    return f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+class Classification(Objective):
+    """One class for each example: outputs are logits [n, classes], targets int64 [n]."""
+
+    name = "classification"
+    targets = "classes"
+    classes_at = 1
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the cross-entropy of each example."""
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the cross-entropy summed over the examples."""
+        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=label_smoothing)
+
+    def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return whether the label has the largest logit: bool [n]."""
+        return outputs.argmax(dim=1) == targets
+
+    def confidence(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the probability of the predicted class."""
+        return F.log_softmax(outputs, dim=1).max(dim=1).values.exp()
+
+    def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+        """Check that the outputs are logits [1, classes]."""
+        fits = outputs.ndim == 2 and outputs.shape[1] >= 1
+        return None if fits else "float logits [1, classes]"
 
 
-def _synthetic(classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make random logits float32 [3, classes] and labels int64 [3]. The logits are probabilities too, for a loss of them."""
-    values = torch.randn(3, classes, generator=torch.Generator().manual_seed(0))
-    logits = values.softmax(1) if classes > 1 else values.sigmoid()
-    return logits.to(device), torch.tensor([0, classes - 1, 0], device=device)
+class _Units(Objective):
+    """One class for each unit of an example, such as a token or a pixel; targets of IGNORED are not scored."""
 
+    targets = "units"
+    members_are_outputs = False
 
-def _checked(key: str, spec: str, function: Function, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Call a function of the recipe, and check that its result is finite and its arguments are as before."""
-    before = logits.detach().clone(), labels.clone()
-    found = function(logits, labels)
-    for name, now, then in zip(("logits", "labels"), (logits, labels), before, strict=True):
-        if not torch.equal(now, then):
-            raise RecipeError(f"{key}: {spec} changes its argument '{name}' in place. Work on a copy of it.")
-    if not torch.isfinite(found).all():
-        raise RecipeError(
-            f"{key}: {spec} returned {found.detach().flatten()[~torch.isfinite(found).flatten()][0].item()} for synthetic "
-            f"logits {list(logits.shape)} and labels {labels.tolist()}; expected finite values. Fix the function."
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the cross-entropy of each example, summed over its units."""
+        found = F.cross_entropy(
+            self._classes_second(outputs), targets, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
         )
-    return found
+        return found.flatten(1).sum(1)
+
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the number of units that are scored."""
+        return (targets != IGNORED).flatten(1).sum(1)
+
+    def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the number of units whose target has the largest logit."""
+        return (self._classes_second(outputs).argmax(1) == targets).flatten(1).sum(1)
+
+    def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+        """Check that there is one vector of logits for each target."""
+        found = self._classes_second(outputs)
+        if found.ndim == targets.ndim + 1 and found.shape[2:] == targets.shape[1:]:
+            return None
+        wanted = "[1, classes, ...]" if self.classes_at == 1 else "[1, ..., classes]"
+        return f"float logits {wanted} for targets {list(targets.shape)}"
+
+    def member(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the probability of each target, 1 for one that is not scored: a number per unit, not per class."""
+        logits = self._classes_second(outputs)
+        loss = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+        return loss.double().neg().exp()  # a probability of 1e-130 is 0 in float32
+
+    def of_members(self, mean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the losses of the mean probabilities; which class is the most probable is not known."""
+        return mean.log().neg().flatten(1).sum(1), None
+
+    def _classes_second(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs if self.classes_at == 1 else outputs.movedim(-1, 1)
+
+
+class TokenClassification(_Units):
+    """One class for each token: outputs are logits [n, tokens, classes], targets int64 [n, tokens]."""
+
+    name = "token_classification"
+    unit = "token"
+    classes_at = -1
+
+
+class MaskedLM(TokenClassification):
+    """The token at each masked place: outputs are logits [n, tokens, vocabulary], targets int64 [n, tokens]."""
+
+    name = "masked_lm"
+
+
+class CausalLM(TokenClassification):
+    """The next token at each place: outputs are logits [n, tokens, vocabulary], targets int64 [n, tokens].
+
+    The data, not the objective, moves the targets: the target of a place is the token after it.
+    """
+
+    name = "causal_lm"
+
+
+class Segmentation(_Units):
+    """One class for each pixel: outputs are logits [n, classes, H, W], targets int64 [n, H, W]."""
+
+    name = "segmentation"
+    unit = "pixel"
+    targets = "pixels"
+    classes_at = 1
+
+    def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+        """Check that there is one vector of logits for each pixel."""
+        if outputs.ndim > 1 and outputs.shape[1] > VOID:
+            return f"at most {VOID} classes, because pixels of class {VOID} are not scored"
+        return super().check(outputs, targets)
+
+
+class MultiLabel(Objective):
+    """Any number of labels for each example: outputs are logits [n, labels], targets 0 or 1 [n, labels].
+
+    The loss is the binary cross-entropy, as BCEWithLogitsLoss computes it: per label. A label is right if its logit is
+    positive exactly where its target is 1. A negative target is not scored.
+    """
+
+    name = "multi_label"
+    targets = "labels"
+    unit = "label"
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the binary cross-entropy of each example, summed over its labels."""
+        scored = targets >= 0
+        wanted = torch.where(scored, targets, torch.zeros_like(targets)).to(outputs.dtype)
+        found = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
+        return (found * scored).flatten(1).sum(1)
+
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the number of labels that are scored."""
+        return (targets >= 0).flatten(1).sum(1)
+
+    def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the number of labels that are predicted right."""
+        return (((outputs > 0) == (targets > 0.5)) & (targets >= 0)).flatten(1).sum(1)
+
+    def scaled(self, outputs: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+        """Multiply the logits by a factor."""
+        return outputs * factor
+
+    def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+        """Check that there is one logit for each target."""
+        return _same_shape(outputs, targets)
+
+
+class Regression(Objective):
+    """Numbers: outputs and targets are float [n, ...]. The loss is the squared error, as MSELoss computes it: per number.
+
+    A target that is NaN is not scored.
+    """
+
+    name = "regression"
+    unit = "number"
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the squared error of each example, summed over its numbers."""
+        shaped = targets.view(outputs.shape)
+        scored = ~shaped.isnan()
+        wanted = torch.where(scored, shaped, outputs.detach().to(shaped.dtype)).to(outputs.dtype)
+        return ((outputs - wanted) ** 2).flatten(1).sum(1)
+
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the number of numbers that are scored."""
+        return (~targets.isnan()).reshape(len(targets), -1).sum(1)
+
+    def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+        """Check that there is one output for each target."""
+        return _same_shape(outputs, targets)
+
+
+def _same_shape(outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
+    if outputs.shape == targets.shape or (outputs.shape == (len(targets), 1) and targets.ndim == 1):
+        return None
+    return f"one output for each of the targets {list(targets.shape)}"
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind
+    for kind in (Classification, TokenClassification, Segmentation, MaskedLM, CausalLM, MultiLabel, Regression)
+}
+"""The built-in objectives by name."""
+
+
+def check_smoothing(objective: Objective, label_smoothing: float) -> None:
+    """Check that label smoothing means something for an objective. Raises RecipeError."""
+    if label_smoothing and objective.classes_at is None:
+        raise RecipeError(
+            f"learn.label_smoothing is {label_smoothing}; the objective {objective.name} has no classes to smooth over. "
+            "Remove this key."
+        )

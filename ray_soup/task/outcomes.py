@@ -1,4 +1,4 @@
-"""Outcomes of a model on a split, example by example: accuracy, NLL and calibration. Does not import torch."""
+"""Outcomes of a model on a split, example by example: loss, accuracy and calibration. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,23 +26,35 @@ class Score:
 
     loss: float = 0.0
     """Sum of the losses."""
-    correct: int = 0
-    """Number of examples whose label has the largest logit."""
+    correct: float | None = 0
+    """Sum of what is correct: examples whose label has the largest logit, tokens, pixels; None if nothing can be."""
+    weight: float = 0
+    """Sum of the weights: the number of examples, tokens, pixels."""
+    metric: float | None = 0
+    """Sum of the recipe's metric; None if the recipe has none."""
     count: int = 0
     """Number of examples."""
 
     def __add__(self, other: Score) -> Score:
-        return Score(self.loss + other.loss, self.correct + other.correct, self.count + other.count)
+        correct = None if self.correct is None or other.correct is None else self.correct + other.correct
+        metric = None if self.metric is None or other.metric is None else self.metric + other.metric
+        loss, weight = self.loss + other.loss, self.weight + other.weight
+        return Score(loss, correct, weight, metric, self.count + other.count)
 
     @property
     def nll(self) -> float:
-        """Mean loss of an example: the NLL if the loss is cross-entropy."""
-        return self.loss / self.count
+        """Mean loss per unit of weight: the NLL if the loss is cross-entropy."""
+        return self.loss / self.weight if self.weight else 0.0
 
     @property
-    def accuracy(self) -> float:
-        """Share of examples that are correct."""
-        return self.correct / self.count
+    def accuracy(self) -> float | None:
+        """Share of the weight that is correct, if that means something."""
+        return None if self.correct is None else self.correct / self.weight if self.weight else 0.0
+
+    @property
+    def mean_metric(self) -> float | None:
+        """Mean of the recipe's metric over the examples, if the recipe has one."""
+        return None if self.metric is None else self.metric / max(1, self.count)
 
 
 @dataclass(frozen=True)
@@ -50,40 +62,61 @@ class Outcome:
     """The results of a model on a split, example by example."""
 
     loss: np.ndarray
-    """NLL float32 [n]."""
-    correct: np.ndarray
-    """Whether the prediction was right, bool [n]."""
-    confidence: np.ndarray
-    """Probability of the predicted class, float32 [n]."""
+    """Sum of the losses of each example, float [n]: for classification its NLL."""
+    correct: np.ndarray | None = None
+    """What was right, [n]: for classification bool; otherwise the number of tokens, pixels or labels. None: no accuracy."""
+    confidence: np.ndarray | None = None
+    """Probability of the predicted class, float32 [n]; None unless each example has one."""
     factored: np.ndarray | None = None
     """NLL with the logits times exp(LOG_FACTORS), float32 [n, 41]; None if it was not computed."""
     scores: np.ndarray | None = None
     """The recipe's metric, float32 [n]; None if the recipe has none."""
+    weight: np.ndarray | None = None
+    """Number of tokens, pixels or labels that each loss is a sum over, float64 [n]; None: 1 each."""
+    group: np.ndarray | None = None
+    """Number of the document that each example belongs to, int64 [n]; None: examples are independent."""
+    size: np.ndarray | None = None
+    """Bytes of text that each example scores, float64 [n]; None if it is not text."""
 
     def __len__(self) -> int:
         return len(self.loss)
 
     @property
     def nll(self) -> float:
-        """Mean NLL of an example."""
-        return float(self.loss.mean(dtype=np.float64))
+        """Mean loss per unit of weight: of an example, a token, a pixel."""
+        if self.weight is None:
+            return float(self.loss.mean(dtype=np.float64))
+        return float(self.loss.sum(dtype=np.float64) / max(self.weight.sum(), 1e-300))
 
     @property
-    def accuracy(self) -> float:
-        """Share of examples that are correct."""
-        return float(self.correct.mean())
+    def accuracy(self) -> float | None:
+        """Share of the examples, tokens or pixels that are correct; None if it has no meaning."""
+        if self.correct is None:
+            return None
+        return float(self.correct.mean() if self.weight is None else self.correct.sum() / max(self.weight.sum(), 1e-300))
+
+    @property
+    def metric(self) -> float | None:
+        """Mean of the recipe's metric over the examples."""
+        return None if self.scores is None else float(self.scores.mean(dtype=np.float64))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Loss in bits per byte of text, if the examples are texts."""
+        if self.size is None:
+            return None
+        return float(self.loss.sum(dtype=np.float64) / np.log(2) / max(self.size.sum(), 1e-300))
 
     def at(self, rows: np.ndarray) -> Outcome:
         """Select the examples at `rows`, int [m]."""
-        optional = (None if array is None else array[rows] for array in (self.factored, self.scores))
-        return Outcome(self.loss[rows], self.correct[rows], self.confidence[rows], *optional)
+        return Outcome(*(None if array is None else array[rows] for array in self.arrays()))  # type: ignore[arg-type]
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
         """Return the fields in order, loss first."""
-        return self.loss, self.correct, self.confidence, self.factored, self.scores
+        return tuple(getattr(self, f.name) for f in fields(self))
 
 
-NO_OUTCOME = Outcome(np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.float32))
+NO_OUTCOME = Outcome(np.zeros(0, np.float32))
 """The outcome of no examples."""
 
 
@@ -91,16 +124,10 @@ def join_outcomes(parts: Sequence[Outcome]) -> Outcome:
     """Concatenate the outcomes of parts of a split."""
     parts = [part for part in parts if len(part)] or [NO_OUTCOME]
 
-    def joined(columns: list[np.ndarray | None]) -> np.ndarray | None:
-        return None if columns[0] is None else np.concatenate(cast(list[np.ndarray], columns))
+    def joined(columns: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        return None if columns[0] is None else np.concatenate(cast(Sequence[np.ndarray], columns))
 
-    return Outcome(
-        np.concatenate([part.loss for part in parts]),
-        np.concatenate([part.correct for part in parts]),
-        np.concatenate([part.confidence for part in parts]),
-        joined([part.factored for part in parts]),
-        joined([part.scores for part in parts]),
-    )
+    return Outcome(*map(joined, zip(*(part.arrays() for part in parts), strict=True)))  # type: ignore[arg-type]
 
 
 def test_sets(splits: Iterable[str]) -> list[str]:
@@ -165,7 +192,9 @@ def scaled_nll(outcome: Outcome, log_factor: float) -> float:
 
 
 def reliability(outcome: Outcome) -> list[dict[str, float]]:
-    """Compute count, mean confidence and accuracy of each non-empty bin of confidence."""
+    """Compute count, mean confidence and accuracy of each non-empty bin of confidence. Requires `outcome.confidence`."""
+    assert outcome.confidence is not None
+    assert outcome.correct is not None
     number = np.minimum((outcome.confidence * BINS).astype(int), BINS - 1)
     return [
         {

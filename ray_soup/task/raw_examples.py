@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.cache import InUse
 from ray_soup.task.classes import Classes
 
 KINDS = (
@@ -20,9 +21,12 @@ KINDS = (
 )
 PART = 256
 """Number of examples decoded between two reports of progress."""
+Arrays = np.ndarray | dict[str, np.ndarray]
+"""Inputs [n, ...]: one array, or several by the names of the model's arguments."""
 NUMBERS = "biuf"
 """Kinds of dtype that inputs may have: bool, integers and real numbers."""
 LARGEST = np.iinfo(np.int64).max
+IGNORED, VOID = -100, 255  # as in task/objective.py, which imports torch
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Source:
     """The recipe key, such as data.fit."""
     spec: str
     """A path, a URI or `module:function`."""
+    targets: str = "classes"
+    """The kind of targets that the objective needs."""
 
     def error(self, text: str) -> RecipeError:
         """Return the error `text` about this source."""
@@ -46,13 +52,13 @@ def row_number(row: int) -> str:
 
 @dataclass(frozen=True)
 class RawExamples:
-    """Labels, and inputs that are either arrays or still to be preprocessed. Raises RecipeError for unusable labels."""
+    """Targets, and inputs that are either arrays or still to be preprocessed. Raises RecipeError for unusable targets."""
 
     source: Source
     """The source as the recipe names it."""
     labels: np.ndarray
-    """int64 [n]."""
-    arrays: np.ndarray | None = None
+    """Targets: for classification int64 [n], otherwise [n, ...]."""
+    arrays: Arrays | None = None
     """Inputs [n, ...] of any numeric dtype, passed to the model unchanged."""
     parts: Callable[[], Iterator[list[Any]]] = lambda: iter(())
     """If `arrays` is None: yields the source in parts, lists of encoded images, paths of image files, or texts."""
@@ -64,28 +70,81 @@ class RawExamples:
     """Describes the place of a row, as in "row 3 of b.parquet"."""
     notes: tuple[str, ...] = ()
     """What was left out of the source, and what was assumed about it."""
+    groups: np.ndarray | None = None
+    """Number of the document that each example is a part of, int64 [n]; None: each stands for itself."""
+    bytes: np.ndarray | None = None
+    """Bytes of text that each example scores, float64 [n]; None if examples are not text."""
+    lengths: np.ndarray | None = None
+    """Tokens of each example, int64 [n]; None if examples are not padded."""
+    hold: InUse | None = None
+    """The cache entry of `arrays`, if they are in the cache: it must not be evicted while they are in use."""
 
     def __post_init__(self) -> None:
         error, labels = self.source.error, self.labels
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        check_targets(self.source, labels)
+        arrays = [] if self.arrays is None else parts_of(self.arrays)
+        for part in arrays:
+            check_inputs(self.source, part)
+        wrong = [len(part) for part in arrays if len(part) != len(labels)]
+        if len(labels) == 0 or wrong:
             raise error(
-                f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [n]. Store one integer per example."
+                f"{wrong[0] if wrong else 0} inputs and {len(labels)} labels; expected one label per input, and at least "
+                "one of each. Save the data again."
             )
-        if self.arrays is not None:
-            check_inputs(self.source, self.arrays)
-        if len(labels) == 0 or (self.arrays is not None and len(self.arrays) != len(labels)):
-            count = len(labels) if self.arrays is None else len(self.arrays)
-            raise error(
-                f"{count} inputs and {len(labels)} labels; expected one label per input, and at least one of each. Save "
-                "the data again."
-            )
-        wrong = np.flatnonzero((labels < 0) | (labels > LARGEST))
-        if len(wrong):
-            raise error(
-                f"label {labels[wrong[0]]} at {self.where(int(wrong[0]))} ({len(wrong)} out of range); expected the number "
-                "of a class, counted from 0. Remove unlabeled examples, or fix the labels."
-            )
-        object.__setattr__(self, "labels", labels.astype(np.int64))
+        object.__setattr__(self, "labels", usable_targets(self.source, labels, self.where))
+
+
+def parts_of(arrays: Arrays) -> list[np.ndarray]:
+    """Return the arrays of inputs, of which there is one unless they have names."""
+    return list(arrays.values()) if isinstance(arrays, dict) else [arrays]
+
+
+def check_targets(source: Source, targets: np.ndarray) -> None:
+    """Check shape and dtype of targets. Raises RecipeError."""
+    kinds = {"classes": "iu", "units": "iu", "pixels": "iu"}.get(source.targets, NUMBERS)
+    one_each = source.targets == "classes"
+    fits = targets.ndim == 1 if one_each else targets.ndim >= 1
+    if fits and targets.dtype.kind in kinds and targets.dtype.itemsize <= 8:
+        return
+    if one_each:
+        raise source.error(
+            f"labels are {targets.dtype} {list(targets.shape)}; expected int64 [n]. Store one integer per example, or set "
+            "`objective:` in the recipe if the task is not classification."
+        )
+    wanted = "integers [n, ...]" if kinds == "iu" else "numbers [n, ...]"
+    raise source.error(f"targets are {targets.dtype} {list(targets.shape)}; expected {wanted}. Convert them.")
+
+
+def usable_targets(source: Source, targets: np.ndarray, where: Callable[[int], str] = row_number) -> np.ndarray:
+    """Check the values of targets, and return them as int64, or float32 if the objective takes any numbers.
+
+    Raises RecipeError, which names the row.
+    """
+    kind = source.targets
+    if kind == "numbers":
+        found = targets if targets.dtype.kind in "iu" else targets.astype(np.float32)
+        wrong = np.isinf(found) if found.dtype.kind == "f" else np.zeros(0, bool)
+        expected = "finite numbers, or NaN for a target that is not known. Fix the targets."
+    elif kind == "labels":
+        found = targets.astype(np.float32)
+        wrong = ~(found <= 1)
+        expected = "0 or 1 for each label, or a negative number where it is not known. Fix the targets."
+    else:
+        found = targets.astype(np.int64)
+        if kind == "pixels":
+            found[targets == VOID] = IGNORED
+        large = targets > LARGEST if targets.dtype.kind == "u" else np.zeros(targets.shape, bool)
+        wrong = ((found < 0) & ((found != IGNORED) | (kind == "classes"))) | large
+        expected = "the number of a class, counted from 0. Remove unlabeled examples, or fix the labels."
+        if kind != "classes":
+            expected = f"the number of a class, counted from 0, or {IGNORED} where nothing is scored. Fix the targets."
+    if wrong.any():
+        rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))
+        row = int(rows[0])
+        value = targets[row][wrong[row]].flat[0] if targets.ndim > 1 else targets[row]
+        what = "label" if kind == "classes" else "target"
+        raise source.error(f"{what} {value} at {where(row)} ({len(rows)} out of range); expected {expected}")
+    return found
 
 
 def check_inputs(source: Source, arrays: np.ndarray) -> None:

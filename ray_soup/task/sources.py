@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from ray_soup.io import storage
@@ -32,10 +32,10 @@ def key_of(name: str) -> str:
     return "data." + name.replace("test_", "test.", 1)
 
 
-def named_sources(data: Data) -> dict[str, Source]:
-    """List the sources that a recipe names, by train, fit, select, test or test_NAME."""
+def named_sources(data: Data, targets: str = "classes") -> dict[str, Source]:
+    """List the sources that a recipe names, by train, fit, select, test or test_NAME, with their kind of targets."""
     specs = {**({"train": data.train} if data.train is not None else {}), **data.sources()}
-    return {name: Source(key_of(name), spec) for name, spec in specs.items()}
+    return {name: Source(key_of(name), spec, targets) for name, spec in specs.items()}
 
 
 def read_source(source: Source, kind: str = "image") -> Generator[tuple[int, int], None, RawExamples]:
@@ -49,24 +49,24 @@ def read_source(source: Source, kind: str = "image") -> Generator[tuple[int, int
     """
     if is_function(source.spec):
         return (yield from read_function(source))
-    path = yield from _local_path(source)
+    path = yield from local_path(source)
     if isinstance(path, str) and path.endswith(".npz") and not os.path.isdir(path):
         check_regular(source, path)
         return (yield from read_npz(source, path))
     return _read_local(source, path, kind)
 
 
-def check_sources(data: Data) -> None:
+def check_sources(data: Data, targets: str = "classes") -> None:
     """Check the local sources of a recipe on this machine: headers, labels and names of classes; nothing is decoded.
 
     Raises RecipeError.
     """
     known: list[tuple[Classes, RawExamples]] = []
-    sources = named_sources(data)
+    sources = named_sources(data, targets)
     for source in sources.values():
-        if not _is_local(source):
+        if not is_local(source):
             continue
-        path = _existing(source)
+        path = existing(source)
         if isinstance(path, str) and path.endswith(".npz") and not os.path.isdir(path):
             check_regular(source, path)
             raw = check_npz(source, path)
@@ -74,7 +74,7 @@ def check_sources(data: Data) -> None:
             raw = _read_local(source, path, None, headers_only=True)
         if raw.classes is not None:
             known.append((raw.classes, raw))
-    if all(map(_is_local, sources.values())):  # the numbering may depend on every source
+    if all(map(is_local, sources.values())):  # the numbering may depend on every source
         shared = reference([classes for classes, _ in known])
         for classes, raw in known:
             assert shared is not None
@@ -86,9 +86,9 @@ def peek_classes(source: Source) -> Classes | None:
 
     Raises RecipeError if the source is damaged.
     """
-    if not _is_local(source) or not _matching(source.spec):
+    if not is_local(source) or not _matching(source.spec):
         return None
-    path = _existing(source)
+    path = existing(source)
     if isinstance(path, str) and (path.endswith(".npz") or not os.path.exists(path)):
         return None
     of_files = isinstance(path, str) and os.path.isdir(path) and not os.path.exists(os.path.join(path, "state.json"))
@@ -97,7 +97,8 @@ def peek_classes(source: Source) -> Classes | None:
     return _read_local(source, path, None, headers_only=True).classes
 
 
-def _is_local(source: Source) -> bool:
+def is_local(source: Source) -> bool:
+    """Return whether a source is a path on this machine."""
     return not is_function(source.spec) and not storage.is_remote(source.spec)
 
 
@@ -108,14 +109,17 @@ def _matching(spec: str) -> list[str]:
     return sorted(storage.glob(spec)) if glob.has_magic(spec) else []
 
 
-def _local_path(source: Source) -> Generator[tuple[int, int], None, str | list[Path]]:
-    """Return the path of a source on this machine, or the files of a glob. Raises RecipeError."""
+def local_path(source: Source, suffixes: Sequence[str] = (PARQUET,)) -> Generator[tuple[int, int], None, str | list[Path]]:
+    """Return the path of a source on this machine, or the files of a glob, all with one of `suffixes`.
+
+    Raises RecipeError.
+    """
     spec = source.spec
     if not storage.is_remote(spec):
-        return _existing(source)
+        return existing(source, suffixes)
     if glob.has_magic(spec) and not storage.exists(spec):
         files, found = [], sorted(storage.glob(spec))
-        _only_parquet(source, [Path(uri) for uri in found])
+        _only_tables(source, [Path(uri) for uri in found], suffixes)
         for uri in found:
             files.append(Path((yield from storage.local_copy(uri))))
         return files
@@ -125,20 +129,21 @@ def _local_path(source: Source) -> Generator[tuple[int, int], None, str | list[P
         raise source.error(_missing()) from None
 
 
-def _existing(source: Source) -> str | list[Path]:
+def existing(source: Source, suffixes: Sequence[str] = (PARQUET,)) -> str | list[Path]:
     """Return the path of a local source, or the files of a glob. Raises RecipeError if there is none."""
     found = _matching(source.spec)
     if found == [source.spec]:
         return source.spec
-    return _only_parquet(source, [Path(path) for path in found])
+    return _only_tables(source, [Path(path) for path in found], suffixes)
 
 
-def _only_parquet(source: Source, files: list[Path]) -> list[Path]:
+def _only_tables(source: Source, files: list[Path], suffixes: Sequence[str]) -> list[Path]:
     if not files:
         raise source.error(_missing())
-    other = [file for file in files if file.suffix != PARQUET]
+    other = [file for file in files if file.suffix not in suffixes]
     if other:
-        raise source.error(f"{other[0].name} is not a Parquet file. A pattern may match Parquet files only: extend it.")
+        kinds = "Parquet" if len(suffixes) == 1 else "Parquet or JSON"
+        raise source.error(f"{other[0].name} is not a {kinds} file. A pattern may match {kinds} files only: extend it.")
     fixed = re.split(r"[*?\[]", source.spec, maxsplit=1)[0]
     above = os.path.expanduser(fixed[: fixed.rfind("/") + 1])
     hub.one_split(source, Path(above), files, above)
@@ -164,14 +169,23 @@ def _read_local(source: Source, path: str | list[Path], kind: str | None, header
     raise source.error(f"is not a supported source. Expected {KINDS}. Convert it to one of these.")
 
 
+def only_split(source: Source, folder: Path) -> Path:
+    """Return the folder of the only split that `save_to_disk` wrote into a folder; the folder itself if it has no splits.
+
+    Raises RecipeError if there are several splits.
+    """
+    if not (folder / "dataset_dict.json").exists():
+        return folder
+    splits = hub.read_json(source, folder / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list) or not splits or not all(_is_name(split) for split in splits):
+        raise source.error("dataset_dict.json names no splits. Save the dataset again.")
+    if len(splits) == 1:
+        return only_split(source, folder / splits[0])
+    raise source.error(f"contains the splits {', '.join(splits)}. Choose one, as in {source.spec}/{splits[0]}.")
+
+
 def _folder(source: Source, folder: Path, kind: str | None, headers_only: bool) -> RawExamples:
-    if (folder / "dataset_dict.json").exists():
-        splits = hub.read_json(source, folder / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or not splits or not all(_is_name(split) for split in splits):
-            raise source.error("dataset_dict.json names no splits. Save the dataset again.")
-        if len(splits) == 1:
-            return _folder(source, folder / splits[0], kind, headers_only)
-        raise source.error(f"contains the splits {', '.join(splits)}. Choose one, as in {source.spec}/{splits[0]}.")
+    folder = only_split(source, folder)
     if (folder / "state.json").exists():
         return read_saved(source, folder, kind)
     scan = find_files(source, folder, (*IMAGES, PARQUET))

@@ -17,13 +17,17 @@ from ray_soup.task.classes import Classes
 from ray_soup.task.hub import class_names, features_of, lfs_hint, listed_files, read_json
 from ray_soup.task.raw_examples import LARGEST, PART, RawExamples, Source, identity_of, reason
 
-NAMES = {"image": ("image", "img", "images"), "text": ("text", "sentence"), "label": ("label", "labels", "cls")}
+NAMES = {
+    "image": ("image", "img", "images"),
+    "text": ("text", "sentence"),
+    "label": ("label", "labels", "cls", "target", "targets"),
+}
 """Names of columns, in order of preference."""
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True)
-class _Format:
+class Format:
     """How to read the files of a table."""
 
     name: str
@@ -36,6 +40,11 @@ class _Format:
 
 def read_parquet(source: Source, root: Path, files: Sequence[Path], kind: str | None) -> RawExamples:
     """Read Parquet files below the folder `root`. Raises RecipeError."""
+    return _read(source, root, files, kind, parquet())
+
+
+def parquet() -> Format:
+    """Return how to read a Parquet file."""
     import pyarrow.parquet as pq
 
     def batches(file: Path, column: str) -> Iterator[Any]:
@@ -53,7 +62,7 @@ def read_parquet(source: Source, root: Path, files: Sequence[Path], kind: str | 
                 return True
         return False
 
-    return _read(source, root, files, kind, _Format("Parquet", pq.read_schema, batches, has_nulls))
+    return Format("Parquet", pq.read_schema, batches, has_nulls)
 
 
 def read_saved(source: Source, folder: Path, kind: str | None) -> RawExamples:
@@ -61,6 +70,13 @@ def read_saved(source: Source, folder: Path, kind: str | None) -> RawExamples:
 
     Raises RecipeError.
     """
+    info = folder / "dataset_info.json"
+    features = read_json(source, info).get("features") if info.exists() else None
+    return _read(source, folder, listed_files(source, folder), kind, arrow(), features)
+
+
+def arrow() -> Format:
+    """Return how to read an Arrow file that `save_to_disk` wrote."""
     import pyarrow as pa
 
     def opened(file: Path) -> Any:
@@ -82,14 +98,11 @@ def read_saved(source: Source, folder: Path, kind: str | None) -> RawExamples:
     def schema(file: Path) -> Any:
         return opened(file).schema
 
-    files = listed_files(source, folder)
-    info = folder / "dataset_info.json"
-    features = read_json(source, info).get("features") if info.exists() else None
-    return _read(source, folder, files, kind, _Format("Arrow", schema, batches, lambda file, column: True), features)
+    return Format("Arrow", schema, batches, lambda file, column: True)
 
 
 def _read(
-    source: Source, root: Path, files: Sequence[Path], kind: str | None, how: _Format, features: Any = None
+    source: Source, root: Path, files: Sequence[Path], kind: str | None, how: Format, features: Any = None
 ) -> RawExamples:
     """Read files of columns, one of which holds images or texts and one labels.
 
@@ -123,7 +136,7 @@ def _read(
         for file in files:
             yield from table.values(file)
 
-    names = _names(source, files, schemas, of_labels, features)
+    names = _names(source, files, schemas, of_labels, features) if source.targets == "classes" else None
     joined = np.concatenate(labels)
     if names is not None:
         beyond = np.flatnonzero(joined >= len(names.names))
@@ -142,7 +155,7 @@ class _Table:
 
     source: Source
     root: Path
-    how: _Format
+    how: Format
     column: str
 
     def values(self, file: Path) -> Iterator[list[Any]]:
@@ -191,7 +204,7 @@ class _Table:
         )
 
 
-def _checked(source: Source, file: Path, how: _Format, column: str) -> Iterator[Any]:
+def _checked(source: Source, file: Path, how: Format, column: str) -> Iterator[Any]:
     """Yield validated arrays of a column, with the values of dictionaries in place. Raises RecipeError."""
     import pyarrow as pa
 
@@ -210,7 +223,17 @@ def _checked(source: Source, file: Path, how: _Format, column: str) -> Iterator[
         row += len(array)
 
 
-def _guarded(source: Source, file: Path, how: _Format, action: Callable[[], Any]) -> Any:
+def columns_of(source: Source, file: Path, how: Format) -> list[str]:
+    """Return the names of the columns of a file. Raises RecipeError if it is damaged."""
+    return list(_guarded(source, file, how, partial(_decoded, how, file)).names)
+
+
+def values_of(source: Source, file: Path, how: Format, column: str) -> Iterator[Any]:
+    """Yield the values of a column as Python objects. Raises RecipeError if the file is damaged."""
+    return (value for array in _checked(source, file, how, column) for value in array.to_pylist())
+
+
+def _guarded(source: Source, file: Path, how: Format, action: Callable[[], Any]) -> Any:
     """Call pyarrow on a file, which may be damaged. Raises RecipeError."""
     try:
         return action()
@@ -222,15 +245,17 @@ def _guarded(source: Source, file: Path, how: _Format, action: Callable[[], Any]
         ) from error
 
 
-def _decoded(how: _Format, file: Path) -> Any:
+def _decoded(how: Format, file: Path) -> Any:
     """Return the schema of a file, after trying to decode the names in it."""
     schema = how.schema(file)
     _ = [(name, _kind(field.type)) for name, field in zip(schema.names, schema, strict=True)]
     return schema
 
 
-def _labels(source: Source, file: Path, how: _Format, column: str) -> np.ndarray:
-    """Read the labels of a file, int64 [n]. Raises RecipeError for nulls, and for labels that are too large."""
+def _labels(source: Source, file: Path, how: Format, column: str) -> np.ndarray:
+    """Read the targets of a file: for classification int64 [n]. Raises RecipeError for nulls and for unusable targets."""
+    if source.targets != "classes":
+        return _targets(source, file, how, column)
     found, row = [np.zeros(0, np.int64)], 0
     for array in _checked(source, file, how, column):
         if array.null_count:
@@ -247,6 +272,25 @@ def _labels(source: Source, file: Path, how: _Format, column: str) -> np.ndarray
         found.append(values.astype(np.int64))
         row += len(array)
     return np.concatenate(found)
+
+
+def _targets(source: Source, file: Path, how: Format, column: str) -> np.ndarray:
+    """Read numbers, or lists of numbers that are equally long, [n, ...]. Raises RecipeError."""
+    found: list[np.ndarray] = []
+    for array in _checked(source, file, how, column):
+        row, values = sum(map(len, found)), array.to_pylist()
+        for number, value in enumerate(values):
+            if value is None or (isinstance(value, list) and None in value):
+                raise source.error(f"row {row + number} of {file.name} has no target: '{column}' is null. Remove the row.")
+        lengths = {len(value) if isinstance(value, list) else -1 for value in values}
+        lengths |= {part.shape[1] if part.ndim > 1 else -1 for part in found[:1]}
+        if len(lengths) > 1:
+            raise source.error(
+                f"the lists of column '{column}' of {file.name} have {min(lengths)} to {max(lengths)} numbers; expected "
+                "equally long ones, one number for each label. Save multi-hot lists."
+            )
+        found.append(np.asarray(values))
+    return np.concatenate(found) if found else np.zeros(0)
 
 
 def _names(source: Source, files: Sequence[Path], schemas: Sequence[Any], column: str, features: Any) -> Classes | None:
@@ -288,6 +332,15 @@ def _check_schema(source: Source, first_file: Path, first: Any, file: Path, sche
             )
 
 
+def _is_target(column: Any) -> bool:
+    """Return whether a column of this Arrow type can hold targets that are not classes: numbers, or lists of them."""
+    from pyarrow import types
+
+    while types.is_list(column) or types.is_large_list(column) or types.is_fixed_size_list(column):
+        column = column.value_type
+    return bool(types.is_integer(column) or types.is_floating(column) or types.is_boolean(column))
+
+
 def _kind(column: Any) -> str:
     """Return what a column of this Arrow type can hold: "image", "text", "label" or nothing."""
     from pyarrow import types
@@ -318,12 +371,15 @@ def _columns(source: Source, schema: Any, kind: str | None) -> tuple[str, str]:
     chosen = []
     for what in (kind, "label"):
         found = [field.name for field, holds in zip(schema, kinds, strict=True) if holds == what]
+        if what == "label" and source.targets != "classes":
+            found = [field.name for field in schema if _is_target(field.type)]
         named = [name for name in NAMES[what] if name in found]
         if not named and len(set(found)) != 1:
             has = f"several candidate columns: {', '.join(found)}" if found else f"the columns are {', '.join(schema.names)}"
             values = "texts" if kind == "text" else "image bytes"
+            wanted = "integer labels" if source.targets == "classes" else "numbers or lists of numbers"
             raise source.error(
-                f"{has}; expected one column of {values} and one of integer labels. If there are several, call the right "
+                f"{has}; expected one column of {values} and one of {wanted}. If there are several, call the right "
                 f"one {' or '.join(NAMES[what])}."
             )
         chosen.append((named or found)[0])

@@ -25,6 +25,7 @@ from ray_soup.io.ingredient import Ingredient
 from ray_soup.recipe.plain import shown
 from ray_soup.task.libraries import structure
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
+from ray_soup.task.tokenizing import DEFAULT_LENGTH, UNLIMITED
 from ray_soup.task.transformers_models import (
     TOKENIZER_FILES,
     length_of,
@@ -33,9 +34,8 @@ from ray_soup.task.transformers_models import (
     load_tokenizer,
     model_of,
     pixels,
-    task_of,
-    tokens,
 )
+from ray_soup.task.transformers_tasks import AUTO, auto_task
 
 CONFIG = "config.json"
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -89,9 +89,9 @@ def check_folders(spec: ModelSpec, ingredients: Sequence[Ingredient], preprocess
     """
     transformers = spec.import_library()
     config = load_config(transformers, spec)
-    task = task_of(config, spec)
+    task = auto_task(config, spec)
     names = () if not preprocessed else IMAGE_FILES if task == "ForImageClassification" else TEXT_FILES
-    length = length_of(spec, config) if names == TEXT_FILES else 0
+    length = _length(transformers, spec, config, task) if names == TEXT_FILES else 0
     own = _files(spec.name, (CONFIG, *names)) if os.path.isdir(spec.name) else {}
     folders: dict[tuple[tuple[str, bytes], ...], _Folder] = {}  # one of each content
     for path in dict.fromkeys(_folder_of(ingredient) for ingredient in ingredients):
@@ -211,7 +211,7 @@ def _compare_tokenizers(transformers: Any, spec: ModelSpec, length: int, copy: s
     if odd is not None:
         one, other = (f"{shown(odd)} as token {found[odd]}" if odd in found else f"no {shown(odd)}" for found in words)
         folder.differences.append((file, "in its vocabulary", one, other))
-    text = next((text for text in TEXTS if not _same(tokens, theirs, ours, length, text)), None)
+    text = next((text for text in TEXTS if not _same(_tokens, theirs, ours, length, text)), None)
     merges = next(((a, b) for a, b in zip_longest(_merges(theirs), _merges(ours)) if a != b), None)
     if merges is not None:
         folder.differences.append((file, "the merge", shown(merges[0]), shown(merges[1])))
@@ -221,6 +221,18 @@ def _compare_tokenizers(transformers: Any, spec: ModelSpec, length: int, copy: s
     folder.differences += [(file, name, *values) for name, values in _differing(*settings).items()]
     if not folder.differences:
         folder.differences.append((file, "other tokens", f"for the text {shown(text)}", "its own"))
+
+
+def _tokens(tokenizer: Any, length: int, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, truncation=True, max_length=length)["input_ids"])
+
+
+def _length(transformers: Any, spec: ModelSpec, config: Any, task: str) -> int:
+    """Return the most tokens of an example. Raises RecipeError."""
+    with no_weight_warnings(), torch.device("meta"):
+        model = model_of(transformers, config, task)
+    most = DEFAULT_LENGTH if task == AUTO["causal_lm"] else UNLIMITED
+    return length_of(spec, model, most)
 
 
 def _loaded(load: Callable[[Any, Any], Any], transformers: Any, name: Any) -> Any:

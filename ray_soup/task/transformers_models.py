@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import re
@@ -14,6 +13,7 @@ import torch
 from ray_soup.errors import RecipeError
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
 from ray_soup.task.preprocess import NamedPreprocess, Preprocess
+from ray_soup.task.tokenizing import UNLIMITED, Tokenizing, default_length, identity_of_tokenizer, most_tokens
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
@@ -33,24 +33,24 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
     task = task_of(config, spec)
     with no_weight_warnings():
         model = model_of(transformers, config, task)
-    model.names_in_files = _names_in_files(model)
-    model.old_names = _old_names(model)
-    model.constants_in_files = _constants(model)
+    describe_files(model)
     model.register_forward_hook(lambda module, inputs, output: output.logits)
     if task == "ForImageClassification":
         model.register_forward_pre_hook(_image_inputs, with_kwargs=True)
         return model, _image_preprocess(transformers, spec.name)
     model.register_forward_pre_hook(_text_inputs, with_kwargs=True)
-    return model, _text_preprocess(transformers, spec.name, length_of(spec, config))
+    return model, _text_preprocess(transformers, spec.name, length_of(spec, model))
 
 
-def length_of(spec: ModelSpec, config: Any) -> int:
-    """Return the number of tokens of each text: the option `length`, otherwise 128 or what the model takes.
+def length_of(spec: ModelSpec, model: Any, most: int = UNLIMITED) -> int:
+    """Return the most tokens of a text: the option `length`, otherwise what the model and its tokenizer take, up to `most`.
 
     Raises RecipeError if the model does not take that many.
     """
-    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
-    length = spec.count("length", f"transformers:{spec.name}?length=128", default=min(128, limit))
+    tokenizer, limit = load_tokenizer(spec.import_library(), spec.name), most_tokens(model)
+    length = spec.count(
+        "length", f"transformers:{spec.name}?length=128", default=min(most, default_length(model, tokenizer))
+    )
     if length > limit:
         raise RecipeError(
             f"model: {spec.text}: length is {length}; the model takes at most {limit} tokens. Choose a smaller length."
@@ -58,9 +58,10 @@ def length_of(spec: ModelSpec, config: Any) -> int:
     return length
 
 
-def model_of(transformers: Any, config: Any, task: str) -> Any:
+def model_of(transformers: Any, config: Any, task: str, **options: Any) -> Any:
     """Create the model of a config, with random parameters in float32."""
-    return getattr(transformers, f"AutoModel{task}").from_config(config, **{dtype_name(transformers): torch.float32})
+    dtype = {dtype_name(transformers): torch.float32}
+    return getattr(transformers, f"AutoModel{task}").from_config(config, **dtype, **options)
 
 
 def dtype_name(transformers: Any) -> str:
@@ -127,6 +128,13 @@ def task_of(config: Any, spec: ModelSpec) -> str:
             "classification or sequence classification. Choose another model."
         )
     return found[0]
+
+
+def describe_files(model: Any) -> None:
+    """Note on a model by which other names its files may have tensors, and which tensors in them it does not need."""
+    model.names_in_files = _names_in_files(model)
+    model.old_names = _old_names(model)
+    model.constants_in_files = _constants(model)
 
 
 def _names_in_files(model: Any) -> dict[str, str]:
@@ -198,23 +206,24 @@ def pixels(processor: Any, image: Any) -> torch.Tensor:
     return values
 
 
-def tokens(tokenizer: Any, length: int, text: str) -> torch.Tensor:
-    """Preprocess a text: token ids and attention mask, int64 [2, length]."""
-    found = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return torch.stack([found["input_ids"][0], found["attention_mask"][0]])
-
-
 def _image_preprocess(transformers: Any, name: str) -> Preprocess | None:
     processor = load_image_processor(transformers, name)
     return None if processor is None else NamedPreprocess(partial(pixels, processor), repr(processor))
 
 
 def _text_preprocess(transformers: Any, name: str, length: int) -> Preprocess | None:
+    """Return the tokenization, which maps a text to int64 [2, length], token ids and attention mask."""
     tokenizer = load_tokenizer(transformers, name)
     if tokenizer is None:
         return None
+    tokenizer.padding_side = "right"  # outputs must not depend on the other texts of a batch
     if tokenizer.pad_token is None:
         raise RecipeError(f"model: the tokenizer of {name} has no padding token. Set its pad_token and save it again.")
-    tokens(tokenizer, length, "")  # the first call sets padding and truncation; afterwards threads may share the tokenizer
-    words = hashlib.sha256(f"{sorted(tokenizer.get_vocab().items())}".encode()).hexdigest()
-    return NamedPreprocess(partial(tokens, tokenizer, length), f"{length} {words} {tokenizer!r}", takes="text")
+
+    def tokens(text: str) -> torch.Tensor:
+        found = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return torch.stack([found["input_ids"][0], found["attention_mask"][0]])
+
+    tokens("")  # the first call sets padding and truncation; afterwards threads may share the tokenizer
+    text = f"{length} {identity_of_tokenizer(tokenizer)}"
+    return Tokenizing(tokens, text, "text", tokenizer, length, padding=tokenizer.pad_token_id)

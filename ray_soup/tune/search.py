@@ -24,6 +24,8 @@ from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
+from ray_soup.task.models import objective_in
+from ray_soup.task.own_functions import objective_of
 from ray_soup.tune.trainable import Config, bundles, keys_of, soup_resources, soup_trainable
 from ray_soup.tune.trials import (
     PercentProgress,
@@ -36,7 +38,7 @@ from ray_soup.tune.trials import (
     wait_for_room,
 )
 
-MODES = {"select_nll": "min", "select_accuracy": "max"}
+MODES = {"select_nll": "min", "select_accuracy": "max", "select_metric": "max"}
 """Metrics that a search may optimize, and in which direction."""
 
 Trials = list[dict[str, Any]]
@@ -44,6 +46,21 @@ Trials = list[dict[str, Any]]
 
 
 # The search space
+
+
+def optimized(recipe: Recipe) -> str:
+    """Return the figure that a search goes by, a key of MODES. Raises RecipeError if there is no such figure."""
+    chosen = recipe.search.metric
+    if chosen == "auto":
+        return f"select_{recipe.select_by}" if recipe.select_by in ("accuracy", "metric") else "select_nll"
+    if chosen == "select_metric" and recipe.select_by != "metric":
+        raise RecipeError(
+            "search.metric: select_metric needs trials that compute the metric on select. Add `select_by: metric`, and "
+            "`metric: package.module:function`."
+        )
+    if chosen == "select_accuracy":
+        objective_of(with_changes(recipe, {"select_by": "accuracy"}), objective_in(recipe.model))  # which refuses it
+    return chosen
 
 
 def default_space(ingredients: int) -> dict[str, Any]:
@@ -98,6 +115,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     subclasses for errors in the recipe and the ingredients.
     """
     inputs = open_inputs(recipe, needs_fit=True)
+    optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, kind="search"))
@@ -121,15 +139,15 @@ def _search(recipe: Recipe, inputs: Inputs, configs: list[Config], output: Outpu
     states = output.uri_of("state", "trials")
     with quiet_tune(output.state("tune")):
         trials = _run_trials(recipe, configs, output, states, progress)
-    best = _best(trials, recipe.search.metric)
-    keys = list(configs[0])
+    metric, keys = optimized(recipe), list(configs[0])
+    best = _best(trials, metric)
     write_bytes(output.state("learn.pt"), storage.read_bytes(storage.join(states, f"{best['id']}.pt")))
     more = {
         "search": {
             "keys": keys,
-            "metric": recipe.search.metric,
+            "metric": metric,
             "trials": trials,
-            "pareto": pareto(trials),
+            "pareto": pareto(trials, metric),
             "best": best["trial"],
         }
     }
@@ -176,8 +194,8 @@ def _new_tuner(recipe: Recipe, configs: list[Config], output: Output, trainable:
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric=options.metric,
-            mode=MODES[options.metric],
+            metric=optimized(recipe),
+            mode=MODES[optimized(recipe)],
             scheduler=scheduler,
             search_alg=algorithm,
             num_samples=1 if algorithm is None else options.trials,
@@ -258,7 +276,8 @@ def _trials_of(grid: tune.ResultGrid, configs: list[Config], in_order: bool) -> 
         if error is not None:
             kept |= dict.fromkeys(MODES)
         found.append({"trial": number, "id": metrics.get("trial_id"), **config, **kept, "error": error})
-    return found
+    known = {key for trial in found for key in MODES if trial[key] is not None} | {"select_nll"}
+    return [{key: value for key, value in trial.items() if key not in MODES or key in known} for trial in found]
 
 
 def _best(trials: Trials, metric: str) -> dict[str, Any]:
@@ -270,16 +289,18 @@ def _best(trials: Trials, metric: str) -> dict[str, Any]:
     return (min if MODES[metric] == "min" else max)(done, key=lambda trial: trial[metric])
 
 
-def pareto(trials: Trials) -> Trials:
-    """Return the Pareto front of the trials in NLL on select, peak memory and seconds.
+def pareto(trials: Trials, metric: str = "select_nll") -> Trials:
+    """Return the Pareto front of the trials in the figure `metric` on select, peak memory and seconds.
 
     Trials that were stopped early do not count. Memory and seconds that differ by less than 3 % are considered equal.
     """
-    slack = {"select_nll": 1.0, "peak_memory_bytes": 1.03, "seconds": 1.03}
-    done = [t for t in trials if t.get("select_nll") is not None and t["percent"] == 100]
+    done = [t for t in trials if t.get(metric) is not None and t["percent"] == 100]
+    sign = 1 if MODES[metric] == "min" else -1
 
     def beaten(t: dict[str, Any], by: dict[str, Any]) -> bool:
-        return all(by[a] <= t[a] * s for a, s in slack.items()) and any(by[a] * s < t[a] for a, s in slack.items())
+        pairs = [(sign * by[metric], sign * t[metric], 1.0)]
+        pairs += [(by[key], t[key], 1.03) for key in ("peak_memory_bytes", "seconds")]
+        return all(a <= b * slack for a, b, slack in pairs) and any(a * slack < b for a, b, slack in pairs)
 
     return [t for t in done if not any(beaten(t, other) for other in done)]
 

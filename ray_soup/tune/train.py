@@ -19,12 +19,15 @@ from safetensors.torch import save
 
 from ray_soup.actors.precision import autocast, choose_precision, micro_batch_size
 from ray_soup.actors.replica import check_examples
-from ray_soup.errors import SoupError
+from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.disk import replacing, write_bytes
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import damaged
 from ray_soup.task.data import Examples, batch_positions, load_named
+from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.models import build, load_checkpoint
+from ray_soup.task.objective import Inputs
+from ray_soup.task.own_functions import objective_of
 from ray_soup.tune.augment import Augment, check_augmentation
 from ray_soup.tune.records import (
     TRAINING_VERSION,
@@ -136,13 +139,13 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
     if init is not None:
         load_checkpoint(model, init, recipe.ignore)
     examples = yield from load_named(recipe.data, "train", built.preprocess)
-    check_examples(recipe, model.eval(), {"train": examples}, device)
+    images = _trainable_on(recipe, built, examples, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=hyper["lr"], weight_decay=hyper["wd"], fused=True)
     training = Training(model, optimizer)
     if state_file.exists():
         training.restore(state_file, device)
     check_augmentation(built.preprocess, hyper)
-    images_of = Augment(examples.images, hyper, examples.tail)
+    images_of = Augment(images, hyper, examples.tail)
     setup = TrainingSetup(hyper, images_of, examples.labels, recipe.finetune.batch_size, worker, device)
     if not training.precision:
         training.precision = _shared_precision(recipe, model, setup)
@@ -236,12 +239,24 @@ def _shared_precision(recipe: Recipe, model: torch.nn.Module, setup: TrainingSet
     return chosen[0]
 
 
+def _trainable_on(recipe: Recipe, built: BuiltModel, examples: Examples, device: torch.device) -> np.ndarray:
+    """Check that the task is classification, and that the model fits the data; return its inputs. Raises RecipeError."""
+    objective = objective_of(recipe, built.objective)
+    if objective.name != "classification" or isinstance(examples.images, dict):
+        raise RecipeError(
+            f"finetune trains classifiers of one input, and this recipe's objective is {objective.name}. Train the "
+            "checkpoints with the library's own script, and name them under `ingredients`."
+        )
+    check_examples(recipe, objective, built.model.eval(), {"train": examples}, device)
+    return examples.images
+
+
 def write_model(model: torch.nn.Module, file: Path) -> None:
     """Write the state dict to `file` atomically."""
     write_bytes(file, save({name: t.contiguous() for name, t in model.state_dict().items()}))
 
 
-def batches_in_order(examples: Examples, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches_in_order(examples: Examples, device: torch.device) -> Iterator[tuple[Inputs, torch.Tensor]]:
     """Yield all examples in order, as batches (inputs, labels) of up to 256."""
     for first in range(0, len(examples), 256):
         yield examples.batch(np.arange(first, min(first + 256, len(examples))), device)

@@ -29,6 +29,7 @@ from ray_soup.soups.run import run
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session, open_inputs, requested_model_batch
 from ray_soup.soups.state import LearnState
 from ray_soup.task import identity
+from ray_soup.task.choices import cost_in
 from ray_soup.task.functions import look_in
 
 Config = dict[str, Any]
@@ -78,8 +79,8 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
     """Return a function trainable for `tune.Tuner` that learns one soup by the recipe with the values of its config.
 
     A config is a mapping of recipe keys, as in {"learn.lr": 0.02, "learn.model_batch": 6}. After every epoch the trial
-    reports select_nll and select_accuracy of the best point so far, percent (of its steps), seconds and
-    peak_memory_bytes; if it fails, `error`.
+    reports select_nll, select_accuracy and select_metric of the best point so far, as far as these exist, percent (of its
+    steps), seconds and peak_memory_bytes; if it fails, `error`.
 
     Args:
         recipe: the recipe of all trials; `soup_resources` returns the resources of each.
@@ -116,7 +117,7 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
             except DiskError:  # a rerun can succeed
                 raise
             except SoupError as error:  # the recipe or the data is wrong, not Ray: a retry would fail too
-                worst = {"select_nll": float("inf"), "select_accuracy": 0.0}
+                worst = {"select_nll": float("inf"), "select_accuracy": 0.0, "select_metric": float("-inf")}
                 tune.report({**worst, "percent": 100, "seconds": 0.0, "peak_memory_bytes": 0, "error": str(error)})
 
     return soup_trial
@@ -134,10 +135,10 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
         session = session.with_soup(splits=session.cut(recipe.learn.seed))
 
         def report(step: int, steps: int, state: LearnState) -> None:
-            best = min(state.curve, key=lambda line: line["select_nll"])
-            metrics = {
+            best = min(state.curve, key=lambda line: cost_in(line, recipe.select_by))
+            metrics: dict[str, Any] = {
                 "select_nll": best["select_nll"],
-                "select_accuracy": best["select_accuracy"],
+                **{key: best[key] for key in ("select_accuracy", "select_metric") if key in best},
                 "percent": round(100 * step / steps),
                 "seconds": state.seconds,
                 "peak_memory_bytes": max(pool.peak_memory()),

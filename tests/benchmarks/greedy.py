@@ -72,7 +72,7 @@ def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
                 order = ranking(held_out)  # noqa: B023
                 kept, best = [order[0]], int(held_out[order[0]].correct.sum())  # noqa: B023
                 for k in order[1:]:
-                    correct = pool.try_candidate(tuple(kept), k, splits)  # noqa: B023
+                    correct = pool.try_candidate(tuple(kept), k, splits).correct  # noqa: B023
                     if correct >= best:
                         kept, best = [*kept, k], correct
                 pool.forget()  # noqa: B023

@@ -109,7 +109,7 @@ def ours(recipe: Any, goal: float) -> dict[str, float]:
             "seconds": seconds,
             "steps": steps,
             "all": time.perf_counter() - begins[0],
-            "nll": state.best_nll,
+            "nll": state.best_cost,
         }
     finally:
         pool.close()

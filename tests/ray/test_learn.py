@@ -57,7 +57,7 @@ def test_meshes_agree_and_the_same_mesh_is_bit_identical(zoo: Path, tmp_path: Pa
         file = tmp_path / f"{number}.pt"
         found[number], state = learned(zoo, file, mesh, learn__epochs=3, learn__model_batch=8)
         assert state.steps == 24
-        assert state.best_nll < state.curve[0]["select_nll"]
+        assert state.best_cost < state.curve[0]["select_nll"]
     np.testing.assert_array_equal(found[0], found[1])
     for number in (2, 3, 4):
         assert np.linalg.norm(found[number] - found[0]) <= 1e-4 * np.linalg.norm(found[0])
@@ -75,7 +75,7 @@ def test_micro_batches_change_rounding_only_and_model_batches_take_turns(zoo: Pa
     assert state.turn == 3
     assert [c["turn"] for c in state.curve] == [0, 0, 0, 1, 1, 2, 2]
     best = min(c["select_nll"] for c in state.curve)
-    assert state.best_nll == best
+    assert state.best_cost == best
 
 
 @pytest.mark.usefixtures("cluster")

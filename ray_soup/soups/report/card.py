@@ -10,7 +10,8 @@ import yaml
 from ray_soup.io.redact import redact
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, dump_recipe
-from ray_soup.soups.report.tables import COST, Row, legend, markdown, quality, table
+from ray_soup.soups.report.measures import measures_in
+from ray_soup.soups.report.tables import Row, cost, legend, markdown, quality, table
 from ray_soup.soups.report.text import markdown_block, markdown_code, markdown_paragraph, markdown_text
 
 HUB_LIBRARIES = ("open_clip", "timm", "transformers")
@@ -27,10 +28,10 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
         record: run.json.
         load: the line of Python that loads the model from its folder.
     """
-    used = len(coefficients.used())
+    used, measures = len(coefficients.used()), measures_in(record)
     factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
     notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
-    explained = markdown_paragraph(legend(record)) if record.get("examples") else ""
+    explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     return f"""{_front_matter(recipe)}
 # A model soup of {used} ingredients
 
@@ -42,7 +43,7 @@ weights that sum to 1.{factor} To load it from its folder:
 
 ## Results
 
-{markdown(*table(rows, [*quality(rows), *COST]))}
+{markdown(*table(rows, [*quality(rows, measures), *cost(measures)]))}
 
 {explained}{notes}
 

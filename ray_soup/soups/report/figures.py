@@ -22,6 +22,7 @@ from ray_soup.recipe import BEST_SINGLE, METHODS
 from ray_soup.soups.report.statistics import accuracy_interval
 from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, Row
 from ray_soup.soups.report.text import label, one_line, shortened
+from ray_soup.task.choices import cost_in
 from ray_soup.task.outcomes import Outcome, calibration_error, reliability
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
@@ -91,30 +92,40 @@ def is_reference(name: str) -> bool:
     return name in (MEAN_SINGLE, ENSEMBLE) or (name in METHODS and METHODS[name].is_reference)
 
 
-def accuracy_by_method(rows: Sequence[Row], split: str, count: int) -> str:
-    """Draw the accuracy of each row with its 95 % interval, and the best single ingredient as a dotted line.
+def by_method(
+    rows: Sequence[Row], key: str, axis_label: str, intervals: Mapping[str, tuple[float, float]], percent: bool
+) -> str:
+    """Draw a figure of each row with its 95 % interval, and that of the best single ingredient as a dotted line.
 
     Args:
-        rows: rows of the results table; those without this split are skipped.
-        split: the split whose accuracy is drawn.
-        count: number of examples in it.
+        rows: rows of the results table; those without this figure are skipped.
+        key: the figure, as in `test_accuracy`.
+        axis_label: what the axis shows.
+        intervals: the ends of the intervals, by the name of the row; a row without one is a mere point.
+        percent: True to draw shares in percent.
     """
-    shown = [row for row in rows if f"{split}_accuracy" in row]
+    shown, scale = [row for row in rows if row.get(key) is not None], 100 if percent else 1
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, row in enumerate(reversed(shown)):
-            accuracy = row[f"{split}_accuracy"]
-            low, high = accuracy_interval(round(accuracy * count), count)
-            soup = not is_reference(row["model_name"])
-            axes.plot([100 * low, 100 * high], [place, place], color=BLUE if soup else GREY, linewidth=2)
-            axes.plot([100 * accuracy], [place], "o" if soup else "D", color=BLUE if soup else GREY)
-            if row["model_name"] == BEST_SINGLE:
-                axes.axvline(100 * accuracy, color=GREY, linewidth=1, linestyle=":")
+            name, value = row["model_name"], scale * row[key]
+            soup = not is_reference(name)
+            if name in intervals:
+                low, high = intervals[name]
+                axes.plot([scale * low, scale * high], [place, place], color=BLUE if soup else GREY, linewidth=2)
+            axes.plot([value], [place], "o" if soup else "D", color=BLUE if soup else GREY)
+            if name == BEST_SINGLE:
+                axes.axvline(value, color=GREY, linewidth=1, linestyle=":")
         axes.set_yticks(range(len(shown)), [label(row["model_name"]) for row in reversed(shown)])
-        axes.set_xlabel(f"{label(split)} accuracy, % ({count:,} examples)")
+        axes.set_xlabel(axis_label)
 
     return drawn(0.8 + 0.3 * len(shown), draw)
+
+
+def wilson(rows: Sequence[Row], key: str, count: int) -> dict[str, tuple[float, float]]:
+    """Return the 95 % Wilson interval of each row's accuracy over `count` examples, by the name of the row."""
+    return {row["model_name"]: accuracy_interval(round(row[key] * count), count) for row in rows if key in row}
 
 
 def heat_map(coefficients: Coefficients) -> str:
@@ -175,10 +186,10 @@ def distribution(coefficients: Mapping[str, Coefficients]) -> str:
     return drawn(0.4 + 1.6 * -(-len(coefficients) // 2), draw)
 
 
-def learning_curves(curves: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Draw NLL on fit and select by step for each soup, with a ring at the point that was kept.
+def learning_curves(curves: Mapping[str, list[dict[str, Any]]], loss: str = "NLL", select_by: str = "auto") -> str:
+    """Draw the loss on fit and select by step for each soup, with a ring at the point that was kept.
 
-    Lines are interrupted where a model batch ends.
+    Lines are interrupted where a model batch ends. `select_by` is the recipe key.
     """
 
     def draw(figure: Figure) -> None:
@@ -188,46 +199,47 @@ def learning_curves(curves: Mapping[str, list[dict[str, Any]]]) -> str:
                     some = [p for p in points if key in p]
                     xy = ([p["steps"] for p in some], [p[key] for p in some])
                     axes.plot(*xy, style, color=color, markersize=4, label=name if not turn else None)
-            best = min(curve, key=lambda p: p["select_nll"])
+            best = min(curve, key=lambda p: cost_in(p, select_by))
             axes.plot([best["steps"]], [best["select_nll"]], "o", markersize=11, fillstyle="none", color="black")
             axes.set_xlabel("steps")
-            axes.set_ylabel("NLL")
+            axes.set_ylabel(loss)
         figure.axes[0].legend(frameon=False, fontsize=8)
 
     return drawn(0.4 + 2.1 * -(-len(curves) // 2), draw)
 
 
-def by_count(rows: Sequence[Row], split: str) -> str:
-    """Draw accuracy on a split against the number of ingredients, one line for each method."""
-    styles = itertools.cycle(((BLUE, "o-"), (ORANGE, "s--"), (GREY, "^:")))
+def by_count(rows: Sequence[Row], key: str, axis_label: str, percent: bool) -> str:
+    """Draw a figure such as `test_accuracy` against the number of ingredients, one line for each method."""
+    styles, scale = itertools.cycle(((BLUE, "o-"), (ORANGE, "s--"), (GREY, "^:"))), 100 if percent else 1
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for method in dict.fromkeys(row["model_name"] for row in rows):
-            points = sorted((r["count"], 100 * r[f"{split}_accuracy"]) for r in rows if r["model_name"] == method)
+            points = sorted((r["count"], scale * r[key]) for r in rows if r["model_name"] == method)
             color, style = next(styles)
             axes.plot(*zip(*points, strict=True), style, color=color, label=label(method))
         axes.set_xticks(sorted({row["count"] for row in rows}))
         axes.set_xlabel("ingredients")
-        axes.set_ylabel(f"{label(split)} accuracy, %")
+        axes.set_ylabel(axis_label)
         axes.legend(frameon=False)
 
     return drawn(3.0, draw)
 
 
-def search_plane(trials: Sequence[Row]) -> str:
-    """Draw the trials of a search by learning rate and model batch; size and color show NLL on select."""
-    shown = [t for t in trials if t.get("select_nll") is not None]
+def search_plane(trials: Sequence[Row], key: str = "select_nll") -> str:
+    """Draw the trials of a search by learning rate and model batch; size and color show the figure `key`."""
+    shown = [t for t in trials if t.get(key) is not None]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        nll = np.array([t["select_nll"] for t in shown])
-        good = 1 - (nll - nll.min()) / max(float(np.ptp(nll)), 1e-12)
+        value = np.array([t[key] for t in shown])
+        cost = value if key == "select_nll" else -value
+        good = 1 - (cost - cost.min()) / max(float(np.ptp(cost)), 1e-12)
         x, y = [t["learn.lr"] for t in shown], [t["learn.model_batch"] for t in shown]
         axes.scatter(x, y, s=20 + 160 * good, c=good, cmap="cividis_r", vmin=-0.2, edgecolors="black", linewidths=0.5)
-        best = int(nll.argmin())
+        best = int(cost.argmin())
         axes.plot([x[best]], [y[best]], "o", markersize=18, fillstyle="none", color="black")
-        axes.annotate(f"{nll.min():.4f}", (x[best], y[best]), xytext=(12, 8), textcoords="offset points")
+        axes.annotate(f"{value[best]:.4f}", (x[best], y[best]), xytext=(12, 8), textcoords="offset points")
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
         axes.set_yticks(sorted(set(y)))

@@ -11,25 +11,27 @@ from typing import Any
 import numpy as np
 
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import BASELINES, Recipe, dump_recipe
+from ray_soup.recipe import BASELINES, BEST_SINGLE, Recipe, dump_recipe
+from ray_soup.soups.report.measures import Measures, measures_in
+from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.report.tables import (
-    COST,
-    COUNTS_LEGEND,
-    DROPPED_LEGEND,
-    PARETO_LEGEND,
-    TESTS_LEGEND,
     TRIALS_LEGEND,
     Row,
     Table,
+    cost,
     legend,
+    paired_legend,
+    paired_table,
+    pareto_legend,
     quality,
+    searched_for,
+    series_legend,
     series_table,
     table,
-    tests_table,
     titled,
     trials_table,
 )
-from ray_soup.soups.report.text import plain
+from ray_soup.soups.report.text import label, plain
 from ray_soup.task.outcomes import Outcome, judged, test_sets
 
 DUPLICATE_COSINE = 0.999
@@ -53,7 +55,8 @@ class Report:
     curves: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Learning curves, by the soup's label."""
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
-    """Outcomes on the first test set (on select if there is none) for the reliability diagram, by the model's label."""
+    """Outcomes on the first test set (on select if there is none), by the model's label: for the reliability diagram, and
+    for intervals where no paired tests were made."""
     similarity: np.ndarray | None = None
     """Cosines of the ingredients' directions, float64 [K, K]."""
 
@@ -61,6 +64,11 @@ class Report:
     def splits(self) -> list[str]:
         """The test sets, or select if there is none."""
         return judged(self.record.get("examples", {}))
+
+    @property
+    def measures(self) -> Measures:
+        """What the figures are called."""
+        return measures_in(self.record)
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,9 @@ def html(report: Report) -> str:
         title=report.title,
         subtitle=f"{record['parameters']:,} parameters; model {report.recipe.model}; total time {record['wall_s']:.0f} s.",
         notes=record["notes"],
-        table=table(report.rows, [*quality(report.rows), *COST]),
+        table=table(report.rows, [*quality(report.rows, report.measures), *cost(report.measures)]),
         chosen=record.get("chosen"),
-        legend=legend(record),
+        legend=legend(record, report.rows),
         sections=list(_sections(report)),
         plots=list(_plots(report)),
         recipe=dump_recipe(report.recipe).strip(),
@@ -124,46 +132,84 @@ def _shown(value: Any) -> Any:
 
 
 def _sections(report: Report) -> Iterator[Section]:
-    record = report.record
+    record, measures = report.record, report.measures
     for split in report.splits:
         where = f", on {titled(split)}" if len(report.splits) > 1 else ""
         if record.get("tests"):
             for baseline in BASELINES:
-                text = TESTS_LEGEND if baseline == BASELINES[-1] else ""
-                yield Section(f"Compared with {baseline}{where}", tests_table(record["tests"], baseline, split), text)
-        if record.get("eliminations"):
-            found = series_table(record["eliminations"], "dropped", split)
-            yield Section(f"Without the best ingredients{where}", found, DROPPED_LEGEND)
-        if record.get("counts"):
-            yield Section(f"By number of ingredients{where}", series_table(record["counts"], "count", split), COUNTS_LEGEND)
-    if record.get("search"):
-        yield Section("Trials of the search", trials_table(record["search"], "trials"), TRIALS_LEGEND)
-        if record["search"]["pareto"]:  # empty if the time budget ended every trial
-            yield Section("Pareto front", trials_table(record["search"], "pareto"), PARETO_LEGEND)
+                text = paired_legend(record["tests"], measures) if baseline == BASELINES[-1] else ""
+                found = paired_table(record["tests"], baseline, split, measures)
+                yield Section(f"Compared with {baseline}{where}", found, text)
+        for name, key, title in (
+            ("eliminations", "dropped", "Without the best ingredients"),
+            ("counts", "count", "By number of ingredients"),
+        ):
+            if record.get(name):
+                found = series_table(record[name], key, split, measures)
+                yield Section(f"{title}{where}", found, series_legend(record[name], key, split, measures))
+    search = record.get("search")
+    if search:
+        yield Section("Trials of the search", trials_table(search, "trials", measures), TRIALS_LEGEND)
+        if search["pareto"]:  # empty if the time budget ended every trial
+            yield Section("Pareto front", trials_table(search, "pareto", measures), pareto_legend(search, measures))
 
 
 def _plots(report: Report) -> Iterator[Plot]:
-    yield from _plots_of_accuracy(report)
+    yield from _plots_of_quality(report)
     yield from _plots_of_learning(report)
     yield from _plots_of_models(report)
 
 
-def _plots_of_accuracy(report: Report) -> Iterator[Plot]:
+def _plots_of_quality(report: Report) -> Iterator[Plot]:
     from ray_soup.soups.report import figures  # matplotlib is slow to import
 
-    record = report.record
-    if len(report.rows) > 1:
-        text = (
-            "95 % Wilson intervals. Dots: soups; diamonds: references. Dotted line: the best single ingredient."
-            f"{_optimistic(report)}"
-        )
-        for split in report.splits:
-            title = f"Accuracy by method on {titled(split)}" if len(report.splits) > 1 else "Accuracy by method"
-            yield Plot(title, text, figures.accuracy_by_method(report.rows, split, record["examples"][split]))
-    if record.get("counts"):
-        for split in report.splits:
-            text = f"On {titled(split)}, with the first N ingredients of a shuffled list.{_optimistic(report)}"
-            yield Plot("Accuracy by number of ingredients", text, figures.by_count(record["counts"], split))
+    record, measures = report.record, report.measures
+    for split in report.splits if len(report.rows) > 1 else ():
+        count, figure = record["examples"][split], measures.leading(report.rows, split)
+        key, name = f"{split}_{figure}", _capital(measures.name_of(figure))
+        if figure == "accuracy" and measures.objective == "classification":
+            intervals, text = figures.wilson(report.rows, key, count), "95 % Wilson intervals."
+        else:
+            intervals = _paired_intervals(report, split, figure)
+            text = (
+                "Lines: 95 % bootstrap intervals of the paired difference from the best single ingredient; if one contains "
+                "the dotted line, the difference is not significant."
+            )
+        text += f" Dots: soups; diamonds: references. Dotted line: the best single ingredient.{_optimistic(report)}"
+        title = f"{name} by method on {titled(split)}" if len(report.splits) > 1 else f"{name} by method"
+        axis = f"{_axis(measures, figure, split)} ({count:,} examples)"
+        yield Plot(title, text, figures.by_method(report.rows, key, axis, intervals, figure == "accuracy"))
+    for split in report.splits if record.get("counts") else ():
+        text = f"On {titled(split)}, with the first N ingredients of a shuffled list.{_optimistic(report)}"
+        figure = measures.leading(record["counts"], split)
+        axis, percent = _axis(measures, figure, split), figure == "accuracy"
+        title = f"{_capital(measures.name_of(figure))} by number of ingredients"
+        yield Plot(title, text, figures.by_count(record["counts"], f"{split}_{figure}", axis, percent))
+
+
+def _capital(name: str) -> str:
+    return f"{name[0].upper()}{name[1:]}"
+
+
+def _axis(measures: Measures, figure: str, split: str) -> str:
+    """Return the label of an axis."""
+    return f"{label(titled(split))} {measures.name_of(figure)}{', %' if figure == 'accuracy' else ''}"
+
+
+def _paired_intervals(report: Report, split: str, figure: str) -> dict[str, tuple[float, float]]:
+    """Return for each row the interval of its difference from the best single ingredient, around the row's own figure."""
+    tests = {
+        t["model_name"]: t for t in report.record.get("tests", ()) if (t["against"], t["split"]) == (BEST_SINGLE, split)
+    }
+    if not tests and split == report.splits[0] and BEST_SINGLE in report.outcomes:
+        single = report.outcomes[BEST_SINGLE]
+        tests = {name: paired_test(ours, single) for name, ours in report.outcomes.items() if name != BEST_SINGLE}
+    values = {row["model_name"]: row.get(f"{split}_{figure}") for row in report.rows}
+    return {
+        name: (values[name] - t[figure] + t[f"{figure}_low"], values[name] - t[figure] + t[f"{figure}_high"])
+        for name, t in tests.items()
+        if figure in t and values.get(name) is not None
+    }
 
 
 def _optimistic(report: Report) -> str:
@@ -174,23 +220,25 @@ def _optimistic(report: Report) -> str:
 def _plots_of_learning(report: Report) -> Iterator[Plot]:
     from ray_soup.soups.report import figures
 
-    search = report.record.get("search", {})
+    search, measures = report.record.get("search", {}), report.measures
     if {"learn.lr", "learn.model_batch"} <= set(search.get("keys", ())):
-        text = "Larger and darker points have a lower NLL on select; the ring marks the best trial."
-        yield Plot("Learning rate and model batch", text, figures.search_plane(search["trials"]))
+        better = f"{'lower' if search['metric'] == 'select_nll' else 'higher'} {searched_for(search, measures)}"
+        text = f"Larger and darker points have a {better} on select; the ring marks the best trial."
+        yield Plot("Learning rate and model batch", text, figures.search_plane(search["trials"], search["metric"]))
     if report.curves:
         text = (
-            "NLL on fit (dashed) and select (solid); the ring marks the point that was kept. Both are optimistic: "
-            "coefficients are learned on fit and stopped on select."
+            f"{_capital(measures.learned)} on fit (dashed) and select (solid); the ring marks the point that was kept. Both "
+            "are optimistic: coefficients are learned on fit and stopped on select."
         )
-        yield Plot("Learning curves", text, figures.learning_curves(report.curves))
+        drawn = figures.learning_curves(report.curves, measures.learned, measures.select_by)
+        yield Plot("Learning curves", text, drawn)
     if report.coefficients:
         text = "Hatched bars: negative coefficients. Dotted line: 1/K, the uniform soup."
         yield Plot("Distribution of coefficients", text, figures.distribution(report.coefficients))
-    for label, coefficients in report.coefficients.items():
+    for name, coefficients in report.coefficients.items():
         if coefficients.values.shape[1] > 1:
             text = "One row per ingredient, one column per block; white is 1/K, the uniform soup."
-            yield Plot(f"Coefficients of {label}", text, figures.heat_map(coefficients))
+            yield Plot(f"Coefficients of {name}", text, figures.heat_map(coefficients))
 
 
 def _plots_of_models(report: Report) -> Iterator[Plot]:
@@ -203,7 +251,7 @@ def _plots_of_models(report: Report) -> Iterator[Plot]:
         duplicates = f"Crosses mark near-duplicates ({listed})." if pairs else "There are no near-duplicates."
         text = f"Rows and columns: ingredients minus their mean, in the order of the list below. {duplicates}"
         yield Plot("Cosines of directions", text, figures.similarity(report.similarity, names, pairs))
-    if report.outcomes:
+    if report.outcomes and all(o.confidence is not None and o.correct is not None for o in report.outcomes.values()):
         split = titled(report.splits[0])
         text = (
             f"Accuracy against confidence on {split}; points on the dotted line are perfectly calibrated."

@@ -44,11 +44,43 @@ def mean_interval(differences: np.ndarray) -> tuple[float, float, float]:
     return mean, float(found.low), float(found.high)
 
 
+def ratio_interval(
+    differences: np.ndarray, weight: np.ndarray | None = None, group: np.ndarray | None = None
+) -> tuple[float, float, float]:
+    """Return the sum of paired differences over the sum of the weights, and its 95 % percentile bootstrap interval.
+
+    Args:
+        differences: float64 [n], one difference for each example, summed over its tokens or pixels.
+        weight: float64 [n], the number of these; None: 1 each, so the ratio is the mean.
+        group: int64 [n], the document of each example, which is resampled as a whole; None: each stands for itself.
+
+    Returns:
+        Ratio, lower bound and upper bound.
+    """
+    from scipy.stats import bootstrap
+
+    if weight is None and group is None:
+        return mean_interval(differences)
+    weight = np.ones(len(differences)) if weight is None else weight
+    if group is not None:
+        places = np.unique(group, return_inverse=True)[1]
+        differences, weight = np.bincount(places, differences), np.bincount(places, weight)
+    ratio = float(differences.sum() / max(weight.sum(), 1e-300))
+    if len(differences) < 2 or not np.ptp(differences):
+        return ratio, ratio, ratio
+    found = bootstrap(
+        (differences, weight), lambda d, w, axis=-1: d.sum(axis) / np.maximum(w.sum(axis), 1e-300), n_resamples=RESAMPLES,
+        batch=64, method="percentile", paired=True, random_state=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return ratio, float(found.low), float(found.high)
+
+
 def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     """Compare two models on the same examples.
 
-    Differences are ours minus theirs, with paired bootstrap intervals (95 %). The p-value is that of the exact McNemar test:
-    of the examples that only one of the two models got right, how many were ours?
+    Differences are ours minus theirs, with paired bootstrap intervals (95 %) over the examples, or over the documents that
+    they belong to. The p-value is that of the exact McNemar test: of the examples that only one of the two models got right,
+    how many were ours? It exists if each example is either right or wrong.
 
     Args:
         ours: outcome on n examples.
@@ -56,18 +88,23 @@ def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
 
     Returns:
         `gained` and `lost` (examples that only ours or only theirs got right), `mcnemar_p`, and `accuracy`, `accuracy_low`,
-        `accuracy_high`, `nll`, `nll_low`, `nll_high`.
+        `accuracy_high`, `nll`, `nll_low`, `nll_high`, and the same for `metric`; those of accuracy only if it has a meaning,
+        those of the metric only if the recipe has one.
     """
     from scipy.stats import binomtest
 
-    gained = int((ours.correct & ~theirs.correct).sum())
-    lost = int((theirs.correct & ~ours.correct).sum())
-    accuracy = mean_interval(ours.correct.astype(float) - theirs.correct)
-    nll = mean_interval(ours.loss.astype(np.float64) - theirs.loss)
-    return {
-        "gained": gained,
-        "lost": lost,
-        "mcnemar_p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
-        **dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True)),
-        **dict(zip(("nll", "nll_low", "nll_high"), nll, strict=True)),
-    }
+    nll = ratio_interval(ours.loss.astype(np.float64) - theirs.loss, ours.weight, ours.group)
+    found = dict(zip(("nll", "nll_low", "nll_high"), nll, strict=True))
+    if ours.scores is not None and theirs.scores is not None:
+        metric = ratio_interval(ours.scores.astype(np.float64) - theirs.scores, None, ours.group)
+        found |= dict(zip(("metric", "metric_low", "metric_high"), metric, strict=True))
+    if ours.correct is None or theirs.correct is None:
+        return found
+    difference = ours.correct.astype(np.float64) - theirs.correct
+    accuracy = ratio_interval(difference, ours.weight, ours.group)
+    found |= dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True))
+    if ours.weight is not None:
+        return found
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return {"gained": gained, "lost": lost, "mcnemar_p": p, **found}

@@ -10,6 +10,7 @@ from typing import Any
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_bytes
 from ray_soup.recipe import BASELINES
+from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, markdown_paragraph, markdown_text
 from ray_soup.task.outcomes import judged, test_sets
 
@@ -23,37 +24,16 @@ Table = tuple[list[str], list[list[str]]]
 MEAN_SINGLE = "mean single"
 """Name of the row with the mean of the ingredients' own figures; not a model."""
 ENSEMBLE = "ensemble"
-"""Name of the row of the logit ensemble of all ingredients; not a soup."""
+"""Name of the row of the ensemble of all ingredients; not a soup."""
 
 MODEL = ("model_name", "model", "{}")
-COST = (
-    ("steps", "steps", "{:,.0f}"),
-    ("image_passes", "images", "{:,.0f}"),
-    ("seconds", "seconds", "{:.1f}"),
-    ("peak_memory_bytes", "peak MB", "{:,.0f}"),
-    ("ingredients_used", "used", "{:.3g}"),
-)
-TRIAL = (
-    ("select_nll", "select NLL", "{:.4f}"),
-    ("select_accuracy", "select %", "{:.2f}"),
-    ("seconds", "seconds", "{:.1f}"),
-    ("peak_memory_bytes", "peak MB", "{:,.0f}"),
-    ("percent", "done %", "{:.0f}"),
-    ("error", "error", "{}"),
-)
+COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")
+"""Keys of what it costs to make a soup."""
 
-TESTS_LEGEND = (
-    "Paired tests on the test set: differences in accuracy (percentage points) and in NLL with 95 % bootstrap intervals, "
-    "and the p-value of the exact McNemar test on accuracy. A negative NLL difference is an improvement. If an interval "
-    "contains 0, the difference is not significant."
-)
-DROPPED_LEGEND = "Accuracy in percent without the N best ingredients; each column is one N."
-COUNTS_LEGEND = "Accuracy in percent with the first N ingredients of a shuffled list; each column is one N."
 TRIALS_LEGEND = (
-    "Trial 0 is the unchanged recipe. NLL and accuracy are measured on select, at the stopping point, and are "
-    "optimistic; test was not used."
+    "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
+    "used."
 )
-PARETO_LEGEND = "Trials that no other trial beats in NLL, memory and time at once."
 UNBIASED = ("uniform", MEAN_SINGLE, ENSEMBLE)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
@@ -62,7 +42,8 @@ MARK = "<!-- ray-soup compare -->"
 
 def splits_of(rows: Iterable[Row]) -> list[str]:
     """Return the splits that the rows have figures for, in order of appearance."""
-    return list(dict.fromkeys(k.removesuffix("_accuracy") for row in rows for k in row if k.endswith("_accuracy")))
+    figures = (key.rpartition("_") for row in rows for key in row)
+    return list(dict.fromkeys(split for split, _, figure in figures if figure in ("accuracy", "nll")))
 
 
 def titled(split: str) -> str:
@@ -70,18 +51,30 @@ def titled(split: str) -> str:
     return split.removeprefix("test_")
 
 
-def quality(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Return the columns of model quality: accuracy, metric, NLL and scaled NLL for each split in the rows."""
+def quality(rows: Sequence[Row], measures: Measures = Measures()) -> list[tuple[str, str, str]]:
+    """Return the columns of model quality for each split in the rows: accuracy, metric, loss, and what follows from it."""
     columns, splits = [MODEL], splits_of(rows)
+    tests = test_sets(splits)
     for split in splits:
-        name, one = titled(split), len(test_sets(splits)) < 2
+        name, one = titled(split), len(tests) < 2
         columns += [
-            (f"{split}_accuracy", f"{name} %", "{:.2f}"),
+            (f"{split}_accuracy", f"{name} {measures.accuracy_heading}", "{:.2f}"),
             (f"{split}_metric", f"{name} metric", "{:.4f}"),
-            (f"{split}_nll", f"{name} NLL", "{:.4f}"),
+            (f"{split}_nll", f"{name} {measures.loss_heading}", f"{{:{measures.loss_format}}}"),
             (f"{split}_nll_scaled", "NLL scaled" if one else f"{name} scaled", "{:.4f}"),
         ]
+        if split != "select" or not tests:
+            columns += [
+                (f"{split}_perplexity", "perplexity" if one else f"{name} perplexity", "{:.4g}"),
+                (f"{split}_bits_per_byte", "bits/byte" if one else f"{name} bits/byte", "{:.4f}"),
+            ]
     return columns
+
+
+def cost(measures: Measures = Measures()) -> list[tuple[str, str, str]]:
+    """Return the columns of what it cost to make the models."""
+    headings = ("steps", measures.examples, "seconds", "peak MB", "used")
+    return list(zip(COSTS, headings, ("{:,.0f}", "{:,.0f}", "{:.1f}", "{:,.0f}", "{:.3g}"), strict=True))
 
 
 def table(rows: Sequence[Row], columns: Columns) -> Table:
@@ -116,33 +109,102 @@ def _display_scale(key: str) -> float:
     return 100 if key.endswith("_accuracy") else 1e-6 if key == "peak_memory_bytes" else 1
 
 
-def tests_table(tests: Iterable[Row], against: str, split: str) -> Table:
-    """Format paired tests on a split: differences from the baseline `against`, with intervals and p-values."""
-    head = [f"minus {against}", "points (95 %)", "p", "NLL (95 %)"]
-    return head, [
-        [
-            t["model_name"],
-            f"{100 * t['accuracy']:+.2f} ({100 * t['accuracy_low']:+.2f}, {100 * t['accuracy_high']:+.2f})",
-            f"{t['mcnemar_p']:.2g}",
-            f"{t['nll']:+.4f} ({t['nll_low']:+.4f}, {t['nll_high']:+.4f})",
-        ]
-        for t in tests
-        if (t["against"], t["split"]) == (against, split)
+def paired_table(tests: Iterable[Row], against: str, split: str, measures: Measures) -> Table:
+    """Format paired tests on a split: differences from the baseline `against`, with intervals and p-values.
+
+    Accuracy, or the recipe's metric if it makes the choices, stands before the loss.
+    """
+    some = [t for t in tests if (t["against"], t["split"]) == (against, split)]
+    first = _first_tested(some, measures)
+    cells: list[tuple[str, str, Callable[[Row], str]]] = [
+        ("model_name", f"minus {against}", lambda t: t["model_name"]),
+        (first, "metric (95 %)" if first == "metric" else "points (95 %)", partial(_difference, first, measures)),
+        ("mcnemar_p", "p", lambda t: f"{t['mcnemar_p']:.2g}"),
+        ("nll", f"{measures.loss_heading} (95 %)", partial(_difference, "nll", measures)),
     ]
+    shown = [c for c in cells if any(c[0] in t for t in some) and (c[0] != "mcnemar_p" or first == "accuracy")]
+    return [heading for _, heading, _ in shown], [[cell(t) for _, _, cell in shown] for t in some]
 
 
-def series_table(rows: Sequence[Row], key: str, split: str) -> Table:
-    """Format accuracy on a split in percent, with a row for each method and a column for each value of `key`."""
-    values = list(dict.fromkeys(row[key] for row in rows))
-    found = {(row["model_name"], row[key]): _cell(row, f"{split}_accuracy", "{:.2f}") for row in rows}
+def _difference(figure: str, measures: Measures, test: Row) -> str:
+    """Format the difference in a figure with its interval; that of accuracy in percentage points."""
+    difference, low, high = (test[key] for key in (figure, f"{figure}_low", f"{figure}_high"))
+    if figure == "accuracy":
+        return f"{100 * difference:+.2f} ({100 * low:+.2f}, {100 * high:+.2f})"
+    shown = [measures.shown(figure, value, "+") for value in (difference, low, high)]
+    return f"{shown[0]} ({shown[1]}, {shown[2]})"
+
+
+def paired_legend(tests: Sequence[Row], measures: Measures) -> str:
+    """Return the legend of the paired tests."""
+    first = _first_tested(tests, measures)
+    points = f"{measures.accuracy} (percentage points)" if first == "accuracy" else "the metric"
+    what = [points] if any(first in test for test in tests) else []
+    has_p = first == "accuracy" and any("mcnemar_p" in test for test in tests)
+    return (
+        f"Paired tests on the test set: differences in {' and in '.join([*what, measures.loss_per_unit])} with 95 % "
+        f"bootstrap intervals{', and the p-value of the exact McNemar test on accuracy' if has_p else ''}. A negative "
+        f"{measures.loss} difference is an improvement. If an interval contains 0, the difference is not significant."
+    )
+
+
+def _first_tested(tests: Sequence[Row], measures: Measures) -> str:
+    """Return the figure that stands before the loss in a table of tests."""
+    return "metric" if measures.select_by == "metric" and any("metric" in test for test in tests) else "accuracy"
+
+
+def series_table(rows: Sequence[Row], key: str, split: str, measures: Measures = Measures()) -> Table:
+    """Format the leading figure on a split, with a row for each method and a column for each value of `key`."""
+    values, figure = list(dict.fromkeys(row[key] for row in rows)), measures.leading(rows, split)
+    form = {"accuracy": "{:.2f}", "nll": f"{{:{measures.loss_format}}}"}.get(figure, "{:.4f}")
+    found = {(row["model_name"], row[key]): _cell(row, f"{split}_{figure}", form) for row in rows}
     names = list(dict.fromkeys(row["model_name"] for row in rows))
     return ["model", *map(str, values)], [[n, *(found[n, v] for v in values)] for n in names]
 
 
-def trials_table(search: Mapping[str, Any], which: str) -> Table:
-    """Format the `trials` of a search, or its `pareto` front."""
+def series_title(rows: Sequence[Row], split: str, measures: Measures) -> str:
+    """Return what `series_table` shows: `Accuracy on v2 in percent`."""
+    figure = measures.leading(rows, split)
+    name = measures.name_of(figure)
+    return f"{name[0].upper()}{name[1:]} on {titled(split)}{' in percent' if figure == 'accuracy' else ''}"
+
+
+def series_legend(rows: Sequence[Row], key: str, split: str, measures: Measures = Measures()) -> str:
+    """Return the legend of `series_table`."""
+    figure = measures.leading(rows, split)
+    name = measures.name_of(figure) + (" in percent" if figure == "accuracy" else "")
+    which = "without the N best ingredients" if key == "dropped" else "with the first N ingredients of a shuffled list"
+    return f"{name[0].upper()}{name[1:]} {which}; each column is one N."
+
+
+def trials_table(search: Mapping[str, Any], which: str, measures: Measures = Measures(), everything: bool = True) -> Table:
+    """Format the `trials` of a search, or its `pareto` front; of the figures all, or only the one that was optimized."""
     keys = [(key, key.rpartition(".")[2], "{:.4g}") for key in search["keys"]]
-    return table(search[which], (("trial", "trial", "{}"), *keys, *TRIAL))
+    loss = "loss" if measures.own_loss else measures.loss_heading
+    figures = [
+        ("select_nll", f"select {loss}", f"{{:{measures.loss_format}}}"),
+        ("select_accuracy", f"select {measures.accuracy_heading}", "{:.2f}"),
+        ("select_metric", "select metric", "{:.4f}"),
+    ]
+    costs = [
+        ("seconds", "seconds", "{:.1f}"),
+        ("peak_memory_bytes", "peak MB", "{:,.0f}"),
+        ("percent", "done %", "{:.0f}"),
+        ("error", "error", "{}"),
+    ]
+    shown = figures if everything else [figure for figure in figures if figure[0] == search["metric"]]
+    return table(search[which], [("trial", "trial", "{}"), *keys, *shown, *costs])
+
+
+def searched_for(search: Mapping[str, Any], measures: Measures) -> str:
+    """Return the name of the figure that a search optimized."""
+    figure = search["metric"].removeprefix("select_")
+    return measures.learned if figure == "nll" else measures.name_of(figure)
+
+
+def pareto_legend(search: Mapping[str, Any], measures: Measures = Measures()) -> str:
+    """Return the legend of the Pareto front of a search."""
+    return f"Trials that no other trial beats in {searched_for(search, measures)}, memory and time at once."
 
 
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -158,7 +220,7 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     Args:
         record: run.json of a comparison.
     """
-    splits = judged(record["examples"])
+    splits, measures, rows = judged(record["examples"]), measures_in(record), record["table"]
 
     def each(table_on: Callable[[str], Table]) -> list[str]:
         """Format one table for each test set, under the set's name if there are several."""
@@ -168,15 +230,15 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
             found.append(markdown(*table_on(split)))
         return found
 
-    parts = [markdown(*table(record["table"], [*quality(record["table"]), *COST])), markdown_paragraph(legend(record))]
+    parts = [markdown(*table(rows, [*quality(rows, measures), *cost(measures)])), markdown_paragraph(legend(record, rows))]
     if record["tests"]:
         for baseline in BASELINES:
-            parts += each(partial(tests_table, record["tests"], baseline))
-        parts.append(TESTS_LEGEND)
-    if record["eliminations"]:
-        parts += [*each(partial(series_table, record["eliminations"], "dropped")), DROPPED_LEGEND]
-    if record["counts"]:
-        parts += [*each(partial(series_table, record["counts"], "count")), COUNTS_LEGEND]
+            parts += each(partial(paired_table, record["tests"], baseline, measures=measures))
+        parts.append(paired_legend(record["tests"], measures))
+    for name, key in (("eliminations", "dropped"), ("counts", "count")):
+        if record[name]:
+            parts += each(partial(series_table, record[name], key, measures=measures))
+            parts.append(series_legend(record[name], key, splits[0], measures))
     return "\n\n".join(parts)
 
 
@@ -201,17 +263,34 @@ def insert(text: str, file: str) -> None:
     path.chmod(mode)
 
 
-def legend(record: Mapping[str, Any]) -> str:
-    """Return the legend of the main table: what its figures were measured on and what its columns mean."""
-    seeds, examples = record.get("seeds", []), record.get("examples", {})
+def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
+    """Return the legend of the main table: what its figures were measured on and what its columns mean.
+
+    Args:
+        record: run.json.
+        rows: the rows of the table, whose columns are explained.
+    """
+    seeds, examples, measures = record.get("seeds", []), record.get("examples", {}), measures_in(record)
     sizes = ", ".join(f"{name} {count:,}" for name, count in examples.items())
+
+    def has(figure: str) -> bool:
+        return any(key.endswith(f"_{figure}") for row in rows for key in row)
+
+    about = [measures.explained(has("accuracy"))]
+    about += ["Metric: mean of the recipe's metric over the examples."] if has("metric") else []
+    about += ["Perplexity: exp of the NLL per token."] if has("perplexity") else []
+    about += ["Bits/byte: NLL in bits per byte of the texts."] if has("bits_per_byte") else []
+    about += (
+        ["NLL scaled: test NLL after temperature scaling fitted on select."]
+        if measures.objective == "classification"
+        else []
+    )
     text = (
         f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} "
-        "Test was used for reporting only. "
-        "NLL scaled: test NLL after temperature "
-        "scaling fitted on select. Images: forward passes needed to make the soup; for best_single and greedy they include "
-        "evaluating the ingredients. Seconds: time beyond the steps that all methods share. A suffix -mN: N ingredients per "
-        f"model batch. {MEAN_SINGLE}: mean of the ingredients' own figures."
+        f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "
+        "passes needed to make the soup; for best_single and greedy they include evaluating the ingredients. Seconds: time "
+        f"beyond the steps that all methods share. A suffix -mN: N ingredients per model batch. {MEAN_SINGLE}: mean of the "
+        "ingredients' own figures."
     )
     if len(seeds) > 1:
         text += (

@@ -40,7 +40,7 @@ def scalars(board: Path) -> Callable[[int, int, LearnState], None]:
                 board.mkdir(parents=True, exist_ok=True)
                 writer = EventsWriter(str(board / "events"))
             for line in state.curve[written:]:
-                for name in ("fit_nll", "select_nll", "select_accuracy", "lr"):
+                for name in ("fit_nll", "select_nll", "select_accuracy", "select_metric", "lr"):
                     if name in line:
                         writer.write_event(_event(name, line[name], int(line["steps"])))
             written = len(state.curve)

@@ -19,14 +19,18 @@ from ray_soup.errors import OutputClosed, SoupError
 from ray_soup.io.disk import json_text
 from ray_soup.io.redact import printable, redact
 from ray_soup.recipe import BASELINES, BEST_SINGLE
+from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.tables import (
-    COST,
+    Columns,
     comparison_markdown,
+    cost,
     insert,
+    paired_table,
     quality,
+    searched_for,
     series_table,
+    series_title,
     table,
-    tests_table,
     titled,
     trials_table,
 )
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
 LOG_INTERVAL_S = 10
 NARROWEST = 20
 """Terminal columns below which a width cannot be true."""
+WIDTH = 80
+"""Terminal columns that tables fit into."""
 LONGEST_NAME = 120
 """Terminal columns of the longest name that is shown whole."""
 
@@ -191,9 +197,9 @@ def print_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     _echo_styled(captured.get().removesuffix("\n"))
 
 
-def print_row(*rows: Mapping[str, Any]) -> None:
+def print_row(*rows: Mapping[str, Any], measures: Measures = Measures()) -> None:
     """Print the figures of one model or two, one figure per line: side by side they do not fit into 80 columns."""
-    head, cells = table(rows, [*quality(rows), *COST])
+    head, cells = table(rows, [*quality(rows, measures), *cost(measures)])
     first, *lines = zip(head, *cells, strict=True)
     print_table(first, lines)
     _explain_marks(cells)
@@ -221,7 +227,7 @@ def print_soup(soup: Soup, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
         return
-    print_row(*_rows_of(soup))
+    print_row(*_rows_of(soup), measures=measures_in(soup.record))
     model = max((name for name in soup.record["files"] if name.startswith("model")), default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
 
@@ -255,12 +261,15 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     )
 
 
-def print_trials(found: Mapping[str, Any]) -> None:
-    """Print the trials of a search, its Pareto front, and which trial is best."""
-    for title, which in (("Trials", "trials"), ("Pareto front of NLL, memory and time", "pareto")):
+def print_trials(record: Mapping[str, Any]) -> None:
+    """Print the trials of the search in run.json, its Pareto front, and which trial is best."""
+    found, measures = record["search"], measures_in(record)
+    front = f"Pareto front of {searched_for(found, measures)}, memory and time"
+    for title, which in (("Trials", "trials"), (front, "pareto")):
         echo(f"{title}:")
-        print_table(*trials_table(found, which))
-    _explain_marks(trials_table(found, "trials")[1])
+        whole = trials_table(found, which, measures)
+        print_table(*(whole if _fits(*whole) else trials_table(found, which, measures, everything=False)))
+    _explain_marks(trials_table(found, "trials", measures)[1])
     echo(f"Best: trial {found['best']}.")
 
 
@@ -300,30 +309,47 @@ def _print_notes(soup: Soup) -> None:
 
 
 def _print_methods(record: Mapping[str, Any]) -> None:
-    splits, rows = judged(record["examples"]), record["table"]
-    columns = [column for column in quality(rows) if column[0] != "select_accuracy"]  # without it: 80 columns
+    splits, rows, measures = judged(record["examples"]), record["table"], measures_in(record)
+    everything = quality(rows, measures)
+    accuracy = [c for c in everything if c[0] == "select_accuracy"]
+    columns = [c for c in everything if c not in accuracy]  # without it: 80 columns
     if len(splits) == 1:
-        print_table(*table(rows, columns))
+        for part in _parts(rows, columns):
+            print_table(*table(rows, part))
     else:  # one table for each figure, with a column for each test set
-        print_table(*table(rows, [columns[0], *(c for c in columns if c[0].endswith("_accuracy"))]))
-        for figure in ("_metric", "_nll"):
+        for figure in ("_accuracy", "_metric", "_nll", "_perplexity", "_bits_per_byte"):
             some = [c for c in columns if c[0].endswith(figure) and any(c[0] in row for row in rows)]
             if some:
                 print_table(*table(rows, [columns[0], *some]))
-    print_table(*table(rows, [*quality(rows)[:2], *COST]))
-    _explain_marks(table(rows, quality(rows))[1])
+    print_table(*table(rows, [columns[0], *accuracy, *cost(measures)]))
+    _explain_marks(table(rows, everything)[1])
+
+
+def _parts(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[Columns]:
+    """Cut a table at the end of the figures on select if it is too wide; each part begins with the model's name."""
+    if _fits(*table(rows, columns)):
+        return [columns]
+    on_select = [column for column in columns if column[0].startswith("select_")]
+    rest = [column for column in columns[1:] if column not in on_select]
+    return [[columns[0], *part] for part in (on_select, rest) if part]
+
+
+def _fits(head: Sequence[str], cells: Sequence[Sequence[str]]) -> bool:
+    """Return whether a table fits into WIDTH columns."""
+    return sum(max(map(len, column)) + 2 for column in zip(head, *cells, strict=True)) < WIDTH
 
 
 def _print_series(record: Mapping[str, Any]) -> None:
     series = (("without the N best ingredients", "dropped", "eliminations"), ("with N ingredients", "count", "counts"))
+    measures = measures_in(record)
     for which, key, name in series:
         for split in judged(record["examples"]) if record[name] else ():
-            echo(f"Accuracy on {titled(split)} in percent, {which}:")
-            print_table(*series_table(record[name], key, split))
+            echo(f"{series_title(record[name], split, measures)}, {which}:")
+            print_table(*series_table(record[name], key, split, measures))
 
 
 def _print_tests(record: Mapping[str, Any]) -> None:
     for split in judged(record["examples"]) if record["tests"] else ():
         for baseline in BASELINES:
             echo(f"Paired tests against {baseline} on {titled(split)}:")
-            print_table(*tests_table(record["tests"], baseline, split))
+            print_table(*paired_table(record["tests"], baseline, split, measures_in(record)))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.in_memory import mix_state_dicts
 from ray_soup.task.data import Split
 from tests.conftest import InProcess, values
+from tests.tiny import TinyConv, digits
 
 
 def test_a_candidate_is_the_same_on_any_actor(zoo: Path) -> None:
@@ -42,3 +44,41 @@ def test_a_search_that_starts_over_forgets_its_sum(zoo: Path) -> None:
     pool.try_candidate((4, 2), 0, split)
     fresh.try_candidate((4, 2), 0, split)
     assert torch.equal(pool.shards[0].replica.theta, fresh.shards[0].replica.theta)
+
+
+class Counting(TinyConv):
+    """BatchNorm layers, and a counter of steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
+
+
+def test_integers_that_differ_are_those_of_the_first_ingredient_beside_re_estimated_statistics(
+    conv_zoo: Path, tmp_path: Path
+) -> None:
+    """The first by position, as in the soup that is written, in whatever order the search kept ingredients."""
+    for k in range(4):
+        state = load_file(conv_zoo / "zoo" / f"model_{k}.safetensors")
+        save_file({**state, "steps": torch.tensor(10 * k)}, tmp_path / f"model_{k}.safetensors")
+    changes = {"ingredients": str(tmp_path), "model": "tests.unit.actors.test_candidates:Counting"}
+    pool = InProcess(make_recipe(values(conv_zoo, method="greedy", **changes)))
+    (note,) = pool.inputs.notes
+    assert note.startswith("Integer buffers differ between ingredients and have no mean: steps, as in")
+    assert pool.inputs.recalibrated(pool.shards[0].recipe) == ("norm", "norm1d")
+    split = Split("fit", np.arange(61, dtype=np.int32))
+    pool.try_candidate((3, 1), 2, [split], [split])
+    model = pool.shards[0].replica.model
+    assert model.steps == 10
+    states = [load_file(tmp_path / f"model_{k}.safetensors") for k in (1, 2, 3)]
+    averaged = torch.stack([state["norm.running_mean"] for state in states]).mean(0)
+    assert not torch.allclose(model.norm.running_mean, averaged, atol=1e-4)  # it was re-estimated
+
+
+def test_a_soup_of_integers_that_differ_is_made_in_memory(conv_zoo: Path) -> None:
+    loaded = [load_file(conv_zoo / "zoo" / f"model_{k}.safetensors") for k in range(3)]
+    states = [{**state, "steps": torch.tensor(5 + k)} for k, state in enumerate(loaded)]
+    images, labels = (torch.from_numpy(array[600:800]) for array in digits())
+    soup = mix_state_dicts(Counting(), states, [(images, labels)], method="uniform")
+    assert soup.state_dict()["steps"] == 5
+    assert any(note.startswith("Integer buffers differ") for note in soup.notes)

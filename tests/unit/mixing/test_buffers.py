@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,9 @@ def written(folder: Path, models: list[nn.Module]) -> list[Ingredient]:
     return [open_ingredient(str(file)) for file in files]
 
 
-def check(ingredients: list[Ingredient], model: nn.Module, policy: str = "auto") -> None:
+def check(ingredients: list[Ingredient], model: nn.Module, policy: str = "auto") -> list[str]:
     layout = layout_of(model)
-    check_buffers(ingredients, layout.other_buffers, layout.owners, policy)
+    return check_buffers(ingredients, layout.other_buffers, layout.owners, policy)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +70,21 @@ def test_the_range_of_a_quantization_observer_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("policy", ["auto", "average", "recalibrate"])
-def test_integer_buffers_that_differ_are_refused_before_anything_is_learned(tmp_path: Path, policy: str) -> None:
-    models = [nn.Sequential(Owner(torch.tensor([k]), "steps")) for k in range(2)]
-    with pytest.raises(IngredientError, match=r"1\.safetensors: the integer buffer 0\.steps differs.*buffers: first"):
-        check(written(tmp_path, models), models[0], policy)
-    check(written(tmp_path, models), models[0], "first")
+def test_integer_buffers_that_differ_are_those_of_the_first_ingredient_and_noted(tmp_path: Path, policy: str) -> None:
+    models = [nn.Sequential(Owner(torch.tensor([k // 2]), "steps"), Owner(torch.tensor(k > 1), "on")) for k in range(4)]
+    ingredients = written(tmp_path, models)
+    (note,) = check(ingredients, models[0], policy)
+    assert re.search(r"no mean: 0\.steps and 1 more, as in \S+/0\.safetensors and \S+/2\.safetensors\. A soup has", note)
+    assert check(ingredients, models[0], "first") == check(ingredients[:2], models[0], policy) == []
+    for first in (0, 3):
+        assert mixed_buffer([ingredients[first], ingredients[1]], "0.steps", "average").tolist() == [first // 2]
+
+
+def test_a_float_that_differs_is_refused_whatever_integers_do(tmp_path: Path) -> None:
+    models = [nn.Sequential(Owner(torch.tensor([k]), "steps"), Owner(torch.tensor([float(k)]))) for k in range(2)]
+    with pytest.raises(IngredientError, match=r"the buffer 1\.codebook of a Owner differs"):
+        check(written(tmp_path, models), models[0])
+    assert len(check(written(tmp_path, models), models[0], "average")) == 1
 
 
 def test_equal_buffers_are_copied_whatever_they_hold(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_a_damaged_state_is_never_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"turn": -1}, {"steps": 1.5}, {"best_nll": float("nan")}, {"y": [[0.0]]}, {"factor": None}, {"precision": 3},
+        {"turn": -1}, {"steps": 1.5}, {"best_cost": float("nan")}, {"y": [[0.0]]}, {"factor": None}, {"precision": 3},
         {"y": torch.full((3, 2), float("nan"), dtype=torch.float64)}, {"y": torch.zeros(3, 2)}, {"curve": [1]},
         {"optimizer": [1]}, {"statistics": {"a": 1}}, {"version": "2"}, {"version": 0}, {"more": 1},
     ],

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from ray_soup.actors.evaluation import outcome_of
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.greedy import greedy, ranking
+from ray_soup.soups.greedy import greedy
 from ray_soup.soups.make import mean_of
+from ray_soup.task.choices import ranking
 from ray_soup.task.data import Split, calibration_batches
+from ray_soup.task.objective import Classification
 from ray_soup.task.outcomes import Outcome
 from tests import tiny
 from tests.conftest import InProcess, values
@@ -40,7 +42,7 @@ def write_random_zoo(source: Path, folder: Path, seed: int) -> None:
 
 def outcome_on(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Outcome:
     with torch.inference_mode():
-        return outcome_of(model(images), labels)
+        return outcome_of(Classification(), model(images), labels)
 
 
 def plain_greedy(states: list[dict[str, torch.Tensor]], held_out: list[Outcome], strict: bool) -> list[int]:
@@ -122,7 +124,7 @@ def test_the_search_equals_the_plain_loop_with_running_statistics_of_each_candid
             kept, best = [*kept, k], right([*kept, k]).sum()
     for size in (1, 2):
         search = greedy(InProcess(recipe, size), held_out, [split], calibration=calibration)
-        assert (search.kept, search.correct) == (kept, best)
+        assert (search.kept, search.gain) == (kept, best)
 
 
 def test_the_mean_of_some_ingredients_gives_them_equal_coefficients() -> None:

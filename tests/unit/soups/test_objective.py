@@ -144,12 +144,12 @@ def test_epochs_are_stale_since_the_last_improvement_in_this_turn(tmp_path: Path
         return LearnState(torch.zeros(1, 1, dtype=torch.float64), turn=turn, curve=curve)
 
     first = [(0, -1, 5.0), (0, 0, 4.0), (0, 1, 4.5), (0, 2, 4.5)]
-    assert stale_epochs(state(0)) == 0
-    assert stale_epochs(state(0, *first[:1])) == 0
-    assert stale_epochs(state(0, *first[:2])) == 0
-    assert stale_epochs(state(0, *first)) == 2
-    assert stale_epochs(state(1, *first)) == 0
-    assert stale_epochs(state(1, *first, (1, 0, 4.1))) == 1
-    assert stale_epochs(state(1, *first, (1, 0, 4.1), (1, 1, 3.9))) == 0
+    assert stale_epochs(state(0), "auto") == 0
+    assert stale_epochs(state(0, *first[:1]), "auto") == 0
+    assert stale_epochs(state(0, *first[:2]), "auto") == 0
+    assert stale_epochs(state(0, *first), "auto") == 2
+    assert stale_epochs(state(1, *first), "auto") == 0
+    assert stale_epochs(state(1, *first, (1, 0, 4.1)), "auto") == 1
+    assert stale_epochs(state(1, *first, (1, 0, 4.1), (1, 1, 3.9)), "auto") == 0
     save_state(state(0, *first), tmp_path / "s.pt")
-    assert stale_epochs(load_state(tmp_path / "s.pt")) == 2
+    assert stale_epochs(load_state(tmp_path / "s.pt"), "auto") == 2

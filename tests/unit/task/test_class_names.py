@@ -17,7 +17,8 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.progress import drain
 from ray_soup.recipe import Data
 from ray_soup.task.classes import Classes, in_order, reference, renumbering
-from ray_soup.task.data import Examples, check_leaks, check_model_names, load_named, load_sources
+from ray_soup.task.data import Examples, check_model_names, load_named, load_sources
+from ray_soup.task.leaks import check_leaks
 from ray_soup.task.sources import check_sources
 from tests.unit.task.images import as_tensor, png
 

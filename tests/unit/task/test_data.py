@@ -9,7 +9,8 @@ from PIL import Image
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import drain
 from ray_soup.recipe import Data
-from ray_soup.task.data import Split, batch_positions, calibration_batches, check_leaks, cut_splits, load_sources
+from ray_soup.task.data import Split, batch_positions, calibration_batches, cut_splits, load_sources
+from ray_soup.task.leaks import check_leaks
 from tests.tiny import digits
 from tests.unit.task.images import as_tensor, repeated, write_parquet
 

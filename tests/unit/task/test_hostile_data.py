@@ -196,7 +196,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "item exits": (lambda: Items(ONE, lambda: exit(0)), r"item 1 of its dataset tried to exit|item 1 .* SystemExit"),
     "one array": (lambda: Items(np.zeros(3)), r"item 0 of its dataset is a ndarray; expected"),
     "three values": (lambda: Items((*ONE, 2)), r"item 0 of its dataset is a tuple of 3; expected"),
-    "a dict": (lambda: Items({"image": 1, "label": 2}), r"item 0 of its dataset is a dict of 2; expected"),
+    "a dict": (lambda: Items({"image": 1, "mask": 2}), r"has the entries image, mask; expected inputs and"),
     "ragged": (lambda: Items(ONE, (np.zeros((2, 3), np.float32), 1)), r"item 1 is float32 \[2, 3\], and that of item 0 is"),
     "other dtype": (lambda: Items(ONE, (np.zeros((2, 2)), 1)), r"item 1 is float64 \[2, 2\], and that of item 0 is float32"),
     "a text": (lambda: Items(("cat", 1)), r"the input of item 0 is a str of <U3; expected an array of numbers"),

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Recipe, make_recipe
-from ray_soup.task.objective import loss_of, metric_of
+from ray_soup.task.objective import Classification
+from ray_soup.task.own_functions import loss_of, metric_of
 from tests.unit.task.objectives import focal, in_top_2
 
-CPU = torch.device("cpu")
 LOGITS = torch.randn(20, 10, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(20) % 10
+CLASSES, EXAMPLE = Classification(), (LOGITS[:1], LABELS[:1])
 
 
 def recipe_of(**changes: str) -> Recipe:
@@ -21,30 +22,31 @@ def recipe_of(**changes: str) -> Recipe:
 
 
 def test_the_default_loss_is_the_summed_cross_entropy_with_label_smoothing() -> None:
-    loss = loss_of(recipe_of(), 10, CPU)
+    loss = loss_of(recipe_of(), CLASSES, *EXAMPLE)
     expected = F.cross_entropy(LOGITS, LABELS, label_smoothing=0.2, reduction="sum")
     assert torch.equal(loss(LOGITS, LABELS, 0.2), expected)
 
 
 @pytest.mark.parametrize("name", ["summed", "each"])
 def test_a_loss_may_return_the_losses_or_their_sum(name: str) -> None:
-    found = loss_of(recipe_of(loss=name), 10, CPU)(LOGITS, LABELS)
+    found = loss_of(recipe_of(loss=name), CLASSES, *EXAMPLE)(LOGITS, LABELS)
     torch.testing.assert_close(found, F.cross_entropy(LOGITS, LABELS, reduction="sum"))
-    assert torch.equal(loss_of(recipe_of(loss="focal"), 10, CPU)(LOGITS, LABELS), focal(LOGITS, LABELS).sum())
+    assert torch.equal(loss_of(recipe_of(loss="focal"), CLASSES, *EXAMPLE)(LOGITS, LABELS), focal(LOGITS, LABELS).sum())
 
 
 @pytest.mark.parametrize("classes", [1, 10])
 def test_a_loss_may_take_the_logarithm_of_what_the_model_returns(classes: int) -> None:
-    found = loss_of(recipe_of(loss="of_probabilities"), classes, CPU)(torch.full((2, classes), 0.5), LABELS[:2] * 0)
+    loss = loss_of(recipe_of(loss="of_probabilities"), CLASSES, torch.zeros(1, classes), LABELS[:1])
+    found = loss(torch.full((2, classes), 0.5), LABELS[:2] * 0)
     torch.testing.assert_close(found, torch.tensor(2 * (classes + 1) * math.log(2)))
 
 
 def test_a_metric_gives_one_float_score_per_example() -> None:
-    metric = metric_of(recipe_of(metric="in_top_2"), 10, CPU)
+    metric = metric_of(recipe_of(metric="in_top_2"), CLASSES, *EXAMPLE)
     assert metric is not None
     assert metric(LOGITS, LABELS).dtype == torch.float32
     assert torch.equal(metric(LOGITS, LABELS), in_top_2(LOGITS, LABELS).float())
-    assert metric_of(recipe_of(), 10, CPU) is None
+    assert metric_of(recipe_of(), CLASSES, *EXAMPLE) is None
 
 
 @pytest.mark.parametrize(
@@ -60,4 +62,4 @@ def test_a_metric_gives_one_float_score_per_example() -> None:
 def test_an_unsound_loss_or_metric_is_refused(changes: dict[str, str], said: str) -> None:
     recipe = recipe_of(**changes)
     with pytest.raises(RecipeError, match=f"(?is){said}"):
-        metric_of(recipe, 10, CPU) if recipe.metric else loss_of(recipe, 10, CPU)
+        metric_of(recipe, CLASSES, *EXAMPLE) if recipe.metric else loss_of(recipe, CLASSES, *EXAMPLE)

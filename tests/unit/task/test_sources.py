@@ -16,7 +16,8 @@ from PIL import Image
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import drain
 from ray_soup.recipe import Data
-from ray_soup.task.data import Examples, digests, load_named, load_sources
+from ray_soup.task.data import Examples, load_named, load_sources
+from ray_soup.task.leaks import digests
 from ray_soup.task.raw_examples import Source
 from ray_soup.task.sources import check_sources, read_source
 from tests.tiny import digits
@@ -142,7 +143,7 @@ ODD: dict[str, tuple[Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]], 
     "one-hot labels": (lambda x, y: {"images": x, "labels": np.eye(10, dtype=int)[y]}, r"labels are int64 \[600, 10\]"),
     "no examples": (lambda x, y: {"images": x[:0], "labels": y[:0]}, "0 inputs and 0 labels; expected one label per input"),
     "objects": (lambda x, y: {"images": np.array([None] * 600), "labels": y}, r"images are object \[600\]; expected an"),
-    "another name": (lambda x, y: {"x": x, "labels": y}, r"found \['x', 'labels'\]; expected the arrays 'images' and"),
+    "another name": (lambda x, y: {"x": x, "y": y}, r"found \['x', 'y'\]; expected the arrays 'images' and"),
 }  # fmt: skip
 
 

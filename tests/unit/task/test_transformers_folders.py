@@ -122,11 +122,6 @@ def test_settings_that_are_not_in_use_may_differ(tmp_path: Path, zoo: Path) -> N
             {"do_lower_case": False},
             "do_lower_case false; {}, which the recipe's model uses, has true",
         ),
-        (
-            "tokenizer_config.json",
-            {"padding_side": "left"},
-            "padding_side 'left'; {}, which the recipe's model uses, has 'right'",
-        ),
         ("tokenizer_config.json", {"cls_token": "[MASK]", "sep_token": "[MASK]"}, "cls_token '[MASK]'; {}, which the"),
     ],
 )

@@ -16,10 +16,11 @@ from ray_soup.errors import RecipeError
 from ray_soup.recipe import make_recipe
 from ray_soup.task import models
 from ray_soup.task.functions import call, failure, import_function, installed_first, look_in
-from ray_soup.task.models import build, describe, logits_of
-from ray_soup.task.objective import loss_of, metric_of
+from ray_soup.task.models import build, describe, outputs_of
+from ray_soup.task.objective import Classification
+from ray_soup.task.own_functions import loss_of, metric_of
 
-CPU = torch.device("cpu")
+LABEL = torch.zeros(1, dtype=torch.int64)
 HOSTILE = '''
 import sys
 import torch
@@ -68,6 +69,7 @@ class Given(Net):
     def forward(self, x): return self.made(super().forward(x))
 def in_tuple(): return Given(lambda y: (y,))
 def in_dict(): return Given(lambda y: {"logits": y})
+def nameless(): return Given(lambda y: {"scores": y})
 def integers(): return Given(lambda y: y.argmax(1, keepdim=True))
 def flat(): return Given(lambda y: y[0])
 def exits_in_forward(): return Given(lambda y: sys.exit(0))
@@ -167,8 +169,7 @@ def test_a_model_function_that_fails_is_described(spec: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("in_tuple", r"returned tuple for one example of data\.npz.*expected a tensor of logits \[1, classes\]"),
-        ("in_dict", r"returned dict .* Return its entry 'logits'"),
+        ("nameless", r"returned dict for one example of data\.npz.*expected a tensor, alone, first in a tuple, or as `log"),
         ("integers", r"returned torch.int64 \[1, 1\]"),
         ("flat", r"returned torch.float32 \[3\]"),
         ("none_in_forward", "returned NoneType"),
@@ -179,11 +180,13 @@ def test_a_model_that_does_not_return_logits_is_described(name: str, said: str) 
     spec = f"hostile_functions:{name}"
     model = build(spec).model
     with pytest.raises(RecipeError, match=f"(?s){said}"):
-        logits_of(model, torch.zeros(1, 4), spec, "data.npz")
+        outputs_of(model, torch.zeros(1, 4), LABEL, Classification(), spec, "data.npz")
 
 
-def test_a_model_that_returns_logits_passes() -> None:
-    assert logits_of(build("hostile_functions:Net").model, torch.zeros(1, 4), "hostile_functions:Net", "a").shape == (1, 3)
+@pytest.mark.parametrize("name", ["Net", "in_tuple", "in_dict"])
+def test_a_model_that_returns_logits_alone_or_with_others_passes(name: str) -> None:
+    spec = f"hostile_functions:{name}"
+    assert outputs_of(build(spec).model, torch.zeros(1, 4), LABEL, Classification(), spec, "a").shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +205,12 @@ def test_a_model_that_returns_logits_passes() -> None:
         ("metric", "metric_in_place", "changes its argument 'logits' in place"),
         ("metric", "metric_nan", "returned nan for synthetic logits"),
         ("metric", "metric_recurses", "raised RecursionError"),
-        ("metric", "count", "is of type int; expected metric(logits, labels)"),
+        ("metric", "count", "is of type int; expected metric(outputs, targets)"),
     ],
 )
 def test_a_loss_or_metric_that_fails_is_described(key: str, name: str, said: str) -> None:
     recipe = make_recipe({"model": "tests.tiny:build", key: f"hostile_functions:{name}"})
-    message = refused(loss_of if key == "loss" else metric_of, recipe, 5, CPU)
+    message = refused(loss_of if key == "loss" else metric_of, recipe, Classification(), torch.zeros(1, 5), LABEL)
     assert message.startswith(f"{key}: hostile_functions:{name} ")
     assert said in message
 

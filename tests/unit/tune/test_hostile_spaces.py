@@ -115,7 +115,7 @@ def test_a_hyperparameter_that_training_would_refuse_is_refused(key: str, value:
     [
         ({"trials": 10**9}, "search.trials: found 1000000000. Expected an integer from 1 to 10,000."),
         ({"trials": True}, "search.trials: found true."),
-        ({"metric": "test_nll"}, "search.metric: found 'test_nll'. Expected select_nll or select_accuracy."),
+        ({"metric": "test_nll"}, "search.metric: found 'test_nll'. Expected auto or select_nll or select_accuracy or"),
         ({"algorithm": "bayes"}, "Expected random or optuna."),
         ({"scheduler": "pbt"}, "Expected asha or none."),
         ({"loggers": ["wandb", "wandb"]}, "search.loggers: found wandb twice."),
