@@ -180,15 +180,23 @@ def print_json(found: object) -> None:
     echo(json_text(found))
 
 
-def print_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """Print a table, all columns but the first aligned to the right."""
+def print_table(head: Sequence[str], cells: Sequence[Sequence[str]], whole: bool = False) -> None:
+    """Print a table, all columns but the first aligned to the right.
+
+    Args:
+        head: the headings.
+        cells: the cells of each row.
+        whole: True to cut other columns, and not the first, if the table is too wide.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: a table should fit into 80 columns
+    longest = max((len(name_of(line[0])) for line in cells), default=0) if whole else 0
     for number, name in enumerate(head):
-        shown.add_column(Text(name_of(name)), justify="right" if number else "left", no_wrap=True)
+        least = None if number else longest
+        shown.add_column(Text(name_of(name)), justify="right" if number else "left", no_wrap=True, min_width=least)
     for line in cells:
         shown.add_row(*(Text(name_of(cell)) for cell in line))
     console = _console()
@@ -201,7 +209,7 @@ def print_row(*rows: Mapping[str, Any], measures: Measures = Measures()) -> None
     """Print the figures of one model or two, one figure per line: side by side they do not fit into 80 columns."""
     head, cells = table(rows, [*quality(rows, measures), *cost(measures)])
     first, *lines = zip(head, *cells, strict=True)
-    print_table(first, lines)
+    print_table(first, lines, whole=True)  # a long path must not cut the names of the figures
     _explain_marks(cells)
 
 
