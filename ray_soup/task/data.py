@@ -18,9 +18,9 @@ from ray_soup.io.cache import InUse, cached, content_key
 from ray_soup.recipe import Data
 from ray_soup.task.classes import Classes, differing, reference, renumbering, unlike_image_folder
 from ray_soup.task.decode import Decoder, decoder_of
-from ray_soup.task.objective import IGNORED, Inputs
+from ray_soup.task.objective import Inputs
 from ray_soup.task.preprocess import Preprocess, Tail, preprocess_identity
-from ray_soup.task.raw_examples import Arrays, RawExamples, row_number
+from ray_soup.task.raw_examples import IGNORED, Arrays, RawExamples, row_number
 from ray_soup.task.sources import named_sources, peek_classes
 from ray_soup.task.tokenized import open_source
 

@@ -14,13 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
+from ray_soup.task.raw_examples import IGNORED, VOID
 
 Inputs = torch.Tensor | dict[str, torch.Tensor]
 """What a model is called with: one tensor [n, ...], or several by the names of its arguments."""
-IGNORED = -100
-"""The target of a unit that is not scored, as in torch and transformers."""
-VOID = 255
-"""The class of a pixel that is not scored, as in PASCAL VOC and torchvision."""
 TARGETS = ("classes", "units", "pixels", "labels", "numbers")
 """Kinds of targets: one class for each example; one class, or IGNORED, for each of its units; the same with VOID; 0 or 1,
 or negative where unknown; any numbers."""

@@ -26,7 +26,10 @@ Arrays = np.ndarray | dict[str, np.ndarray]
 NUMBERS = "biuf"
 """Kinds of dtype that inputs may have: bool, integers and real numbers."""
 LARGEST = np.iinfo(np.int64).max
-IGNORED, VOID = -100, 255  # as in task/objective.py, which imports torch
+IGNORED = -100
+"""The target of a unit that is not scored, as in torch and transformers."""
+VOID = 255
+"""The class of a pixel that is not scored, as in PASCAL VOC and torchvision."""
 
 
 @dataclass(frozen=True)
