@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ray_soup import __version__
 from ray_soup.errors import RecipeError
-from ray_soup.exits import Shell, common_options, run_task
+from ray_soup.exits import Shell, check_improvement, common_options, run_task
 from ray_soup.recipe import LEARNED, METHODS, RESERVED_NAMES, Recipe, load_recipe
-from ray_soup.soups.report.measures import measures_in
 from ray_soup.soups.report.terminal import (
     ProgressBar,
     echo,
     print_comparison,
+    print_evaluation,
     print_ingredients,
     print_json,
-    print_row,
     print_soup,
     print_trials,
     print_zoo,
     say,
 )
-
-if TYPE_CHECKING:
-    from ray_soup.soups.output import Soup
 
 require_improvement_option = click.option(
     "--require-improvement", is_flag=True, help="Exit with code 4 if the soup does not beat the best ingredient on select."
@@ -105,21 +101,25 @@ def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> N
     Shows names, shapes, dtypes and sizes. Reads headers only.
     """
     from ray_soup.io.check import check_floats, check_together, common_shapes, left_out_notes
-    from ray_soup.io.find import open_ingredients
+    from ray_soup.io.find import find_sweeps, open_ingredients
 
-    found = open_ingredients(list(ingredients) if len(ingredients) > 1 else ingredients[0], RESERVED_NAMES)
+    spec: Any = list(ingredients) if len(ingredients) > 1 else ingredients[0]
+    notes: list[str] = []
+    found = open_ingredients(spec, RESERVED_NAMES, notes)
+    notes += [note for sweep in find_sweeps(spec) if (note := sweep.note())]
     names: Iterable[str]
     if model:
         from ray_soup.task.models import describe
+        from ray_soup.task.other_models import advice_for
 
-        layout = describe(model)
-        bound = check_together(found, layout.state_shapes, layout.known_names, layout.in_files.unsaved)
+        layout, advise = describe(model), advice_for(model)
+        bound = check_together(found, layout.state_shapes, layout.known_names, layout.in_files.unsaved, advise=advise)
         names = layout.state_shapes
         check_floats(bound, layout.names)
     else:
         bound, (names, _) = check_together(found), common_shapes(found)
     print_ingredients(bound, list(names), as_json)
-    for note in left_out_notes(bound):
+    for note in (*notes, *left_out_notes(bound)):
         say(note)
 
 
@@ -132,25 +132,6 @@ def _comparable(recipe: Recipe, required: bool) -> Recipe:
             "Change the recipe, or omit the option."
         )
     return recipe
-
-
-def _check_improvement(required: bool, soup: Soup) -> None:
-    """End with exit code 4 if an improvement is required and the soup is not better than the best ingredient on select.
-
-    Raises RecipeError if the finished soup was never compared with it.
-    """
-    if not required:
-        return
-    change, measures = soup.record.get("improvement"), measures_in(soup.record)
-    if not change:
-        raise RecipeError(
-            f"{soup.out}/run.json does not compare the soup with the best ingredient: an older ray_soup wrote it. Choose a "
-            "new folder, or omit --require-improvement."
-        )
-    if not measures.improved(change):
-        better = measures.better(measures.decisive(change))
-        say(f"ray-soup: the soup does not have a {better} on select than the best single ingredient. Use that one.")
-        click.get_current_context().exit(4)
 
 
 def _soup_command(name: str, method: str | None, text: str) -> None:
@@ -176,7 +157,7 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
 
         soup = run_task(task)
         print_soup(soup, as_json)
-        _check_improvement(required, soup)
+        check_improvement(required, soup)
 
     if method is None or not METHODS[method].is_reference:
         command = require_improvement_option(command)
@@ -239,7 +220,7 @@ def compare(
     if soup.was_complete:
         say(f"{soup.out} is complete; nothing was run.")
     print_comparison(soup, as_json, markdown, into)
-    _check_improvement(require_improvement, soup)
+    check_improvement(require_improvement, soup)
 
 
 @main.command()
@@ -288,7 +269,7 @@ def search(recipe: str, out: str, overrides: tuple[str, ...], require_improvemen
     if not as_json:
         print_trials(soup.record)
     print_soup(soup, as_json)
-    _check_improvement(require_improvement, soup)
+    check_improvement(require_improvement, soup)
 
 
 @main.command()
@@ -325,7 +306,8 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as_json: bool) -> None:
     """Evaluate a checkpoint or a soup on a split of the data.
 
-    Prints the figures of MODEL, which is a checkpoint or the folder of a soup.
+    Prints the figures of MODEL, which is a checkpoint or the folder of a soup. If it is a folder, the recipe's function
+    `evaluate` is called too.
     """
 
     def task(progress: ProgressBar) -> dict[str, Any]:
@@ -333,8 +315,7 @@ def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as
 
         return run_evaluate(load_recipe(recipe, overrides), model, split, progress)
 
-    row = run_task(task)
-    print_json(row) if as_json else print_row(row, measures=measures_in(row))
+    print_evaluation(run_task(task), as_json)
 
 
 @main.command()

@@ -12,14 +12,18 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ray_soup.errors import OutputClosed, Stopped, explain
+from ray_soup.errors import OutputClosed, RecipeError, Stopped, explain
 from ray_soup.io.environment import check_environment, wants_traceback
 from ray_soup.io.signals import catching_signals
+from ray_soup.soups.report.measures import measures_in
 from ray_soup.soups.report.terminal import ProgressBar, flush, print_json, say, unwritable
+
+if TYPE_CHECKING:
+    from ray_soup.soups.output import Soup
 
 T = TypeVar("T")
 
@@ -43,6 +47,25 @@ def run_task(task: Callable[[ProgressBar], T]) -> T:
     with ProgressBar() as progress:
         progress("starting", 0, 1)  # importing Ray and torch takes seconds
         return task(progress)
+
+
+def check_improvement(required: bool, soup: Soup) -> None:
+    """End with exit code 4 if an improvement is required and the soup is not better than the best ingredient on select.
+
+    Raises RecipeError if the finished soup was never compared with it.
+    """
+    if not required:
+        return
+    change, measures = soup.record.get("improvement"), measures_in(soup.record)
+    if not change:
+        raise RecipeError(
+            f"{soup.out}/run.json does not compare the soup with the best ingredient: an older ray_soup wrote it. Choose a "
+            "new folder, or omit --require-improvement."
+        )
+    if not measures.improved(change):
+        better = measures.better(measures.decisive(change))
+        say(f"ray-soup: the soup does not have a {better} on select than the best single ingredient. Use that one.")
+        click.get_current_context().exit(4)
 
 
 class _Failure(click.ClickException):

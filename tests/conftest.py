@@ -31,10 +31,31 @@ from ray_soup.actors.messages import Mesh, StoreInfo  # noqa: E402
 from ray_soup.errors import SoupError  # noqa: E402
 from ray_soup.io import storage  # noqa: E402
 from ray_soup.io.progress import no_progress  # noqa: E402
-from ray_soup.recipe import Recipe  # noqa: E402
+from ray_soup.recipe import Recipe, make_recipe  # noqa: E402
+from ray_soup.soups.run import run  # noqa: E402
 from ray_soup.soups.session import open_inputs  # noqa: E402
 from ray_soup.soups.state import load_state  # noqa: E402
 from tests import tiny  # noqa: E402
+
+LONGEST = (
+    "ray/test_search.py", "ray/test_train.py", "system/test_storage.py", "ray/test_hosts.py", "system/test_demo.py",
+    "system/test_signals.py", "ray/test_learn.py", "ray/test_disk_faults.py", "system/test_jobs.py", "ray/test_any_task.py",
+    "ray/test_compare.py", "system/test_fuzz.py", "ray/test_memory.py", "system/test_improvement.py",
+    "ray/test_language_models.py", "unit/soups/test_disk_faults.py",
+)  # fmt: skip
+"""Files whose tests take a minute or more, slowest first."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # the order of pytest-xdist: files with few tests last
+    assert all((ROOT / "tests" / name).exists() for name in LONGEST)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one of them at the end."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_unconfigure() -> None:
@@ -78,6 +99,14 @@ def cluster() -> Iterator[None]:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
         with connect():
             yield
+
+
+@pytest.fixture(scope="session")
+def soup(zoo: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """Learn a mehl+ soup of the zoo; the value is its folder, which tests only read."""
+    out = tmp_path_factory.mktemp("soup") / "out"
+    run(make_recipe(values(zoo, learn__lr=0.05)), out)
+    return out
 
 
 def free_port() -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -67,6 +67,8 @@ class SetupInfo:
     """The host that the actor runs on."""
     notes: tuple[str, ...] = ()
     """What was left out of the data, and what was assumed about its labels."""
+    cut: Mapping[str, float] = field(default_factory=dict)
+    """Of sources of text: the share of the texts or documents that have more tokens than fit into one example."""
 
 
 @dataclass(frozen=True)

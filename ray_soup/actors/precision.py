@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from ray_soup.recipe import Recipe
+from ray_soup.task.logits import MOST_OUTPUTS
 from ray_soup.task.objective import Inputs
 
 LARGE_MODEL = 5_000_000  # parameters
 MICRO_BATCH_LARGE = 16
 MICRO_BATCH_SMALL = 128
-MOST_OUTPUTS = 1 << 26  # numbers that a model returns for a micro-batch: 268 MB in float32
 
 
 def micro_batch_size(recipe: Recipe, parameters: int, outputs: int = 1) -> int:

@@ -30,9 +30,11 @@ from ray_soup.task import models
 from ray_soup.task.data import Examples, Split, check_model_names, load_sources
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
-from ray_soup.task.objective import Inputs, Objective
+from ray_soup.task.logits import hold_back, sampled
+from ray_soup.task.objective import OBJECTIVES, Inputs, Objective
 from ray_soup.task.own_functions import loss_of, metric_of, objective_of
 from ray_soup.task.preprocess import preprocess_identity
+from ray_soup.task.preprocess_key import build_for, model_of
 
 
 class Replica:
@@ -70,7 +72,7 @@ class Replica:
 
         `outside` receives the names of what cannot be identified.
         """
-        found = models.fingerprint(self.recipe.model, self.built, outside)
+        found = models.fingerprint(model_of(self.recipe), self.built, outside)
         found += self.objective.name if self.objective.name != "classification" else ""
         for spec in (self.recipe.metric, self.recipe.objective):
             if spec is not None and is_function(spec):
@@ -112,7 +114,7 @@ class Replica:
         modules = [name for name, module in self.model.named_modules() if any(True for _ in module.parameters(False))]
         images, _ = next(iter(self.examples.values())).batch(np.zeros(1, np.int64), self.device)
         with torch.no_grad():
-            logits = self.model(images)
+            logits = sampled(self.model(images))
             for module in reversed(modules):
                 prefix = f"{module}." if module else ""
                 names = [
@@ -125,7 +127,7 @@ class Replica:
                 parameters = [self.model.get_parameter(name) for name in names]
                 for parameter in parameters:
                     parameter.mul_(2)
-                doubled = torch.allclose(self.model(images), 2 * logits, rtol=1e-4, atol=1e-6)
+                doubled = torch.allclose(sampled(self.model(images)), 2 * logits, rtol=1e-4, atol=1e-6)
                 for parameter in parameters:
                     parameter.div_(2)
                 if doubled:
@@ -232,7 +234,7 @@ def load_replica(
 
     Raises RecipeError if model and data do not fit together.
     """
-    built = models.build(recipe.model)
+    built = build_for(recipe)
     built.model.to(device).eval()
     layout = layout_of(built.model)
 
@@ -240,6 +242,8 @@ def load_replica(
         check_examples(recipe, objective, built.model, first, device)
 
     objective = objective_of(recipe, built.objective)
+    if recipe.loss is recipe.metric is None and type(objective) is OBJECTIVES.get(built.objective):
+        hold_back(built.model, device)  # functions of the user get all logits
     examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess, check, objective.targets))
     return Replica(recipe, built, layout, examples, device, ingredients)
 

@@ -27,6 +27,7 @@ from ray_soup.actors.replica import load_replica, tensor_of
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.cache import content_key
+from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import labelled
 from ray_soup.mixing import directions
@@ -36,6 +37,7 @@ from ray_soup.mixing.hyperplane import Hyperplane, decompressed
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
 from ray_soup.task import models
+from ray_soup.task.checkpointing import checkpoint_layers
 from ray_soup.task.data import Split
 from ray_soup.task.identity import notes_on
 from ray_soup.task.leaks import check_leaks
@@ -65,6 +67,8 @@ class Shard:
         actor also if two splits share examples.
         """
         self._check_paths(seen)
+        files = [file for ingredient in self.ingredients for file in ingredient.files]
+        yield from labelled("downloading ingredients", download_all(files))
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
@@ -77,6 +81,8 @@ class Shard:
         self.ensemble = Ensemble(self.replica)
         examples, outside = self.replica.examples, list[str]()
         fingerprint = self.replica.fingerprint(outside)
+        if self.recipe.learn.gradient_checkpointing:
+            checkpoint_layers(self.replica.model, self.recipe.model)
         notes = [*(note for e in examples.values() for note in e.notes), *notes_on(outside)]
         yield SetupInfo(
             {name: len(e) for name, e in examples.items()},
@@ -85,6 +91,7 @@ class Shard:
             fingerprint,
             socket.gethostname(),
             tuple(dict.fromkeys(notes)),
+            {name: e.cut for name, e in examples.items() if e.cut is not None},
         )
 
     def _check_paths(self, seen: tuple[str, ...]) -> None:

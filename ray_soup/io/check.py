@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -13,9 +14,15 @@ from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.binding import Ignored, Tensors, without_shared_prefix
 from ray_soup.io.formats import FLOATS
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.leftovers import groups_of
 
 Shapes = Mapping[str, tuple[int, ...]]
+Advice = Callable[[Ingredient], str]
+"""Says what to do about an ingredient that does not fit the model, as a sentence; empty if nothing is known."""
 CANDIDATES = 8  # different sets of shapes that are compared to find the common one
+PAIRS = 3  # names that a file lacks for which the closest name in it is shown
+TRIED, COMPARED = 20, 300  # such names that are tried, and names of a file that each of them is compared with
+ALIKE = 0.6  # likeness of two names from which on they are shown
 
 
 def check_together(
@@ -24,6 +31,7 @@ def check_together(
     tied: Mapping[str, str] | None = None,
     ignore: Ignored = (),
     strict: bool = True,
+    advise: Advice | None = None,
 ) -> list[Ingredient]:
     """Bind all ingredients to a model and compare their names, shapes and dtypes with it.
 
@@ -33,6 +41,7 @@ def check_together(
         tied: maps the second name of a tied tensor to its first.
         ignore: tensors to leave out if the model does not have them: glob patterns of names, or expressions.
         strict: False leaves out all tensors that are not in `shapes`, as for a finished soup, whose run checked them.
+        advise: called with the first ingredient that does not fit, bound as well as possible; says what may help.
 
     Returns the bound ingredients, in order. Raises IngredientError, which lists the differences file by file, and
     RecipeError for fewer than two ingredients.
@@ -53,12 +62,13 @@ def check_together(
     faults = [fault for i in bound if (fault := _fault(i, shapes, whose, floats))]
     if faults:
         more_files = f"\n  and {len(faults) - 5} more files" if len(faults) > 5 else ""
+        first = next(i for i in bound if _differences(i, shapes, whose, floats))
         raise IngredientError(
             f"{len(faults)} of {len(ingredients)} ingredients do not fit together with {whose}:\n  "
             + "\n  ".join(faults[:5])
             + more_files
             + "\nExclude these files, list tensors that the model does not have under `ignore:`, or set `model:` to the "
-            "model that they belong to."
+            f"model that they belong to.{_cure(first, shapes, advise)}"
         )
     return bound
 
@@ -75,7 +85,9 @@ def _check_distinct(bound: Sequence[Ingredient]) -> None:
         by_files[ingredient.files].append(ingredient)
 
 
-def check_fits(ingredient: Ingredient, shapes: Shapes, tied: Mapping[str, str], ignore: Ignored = ()) -> Ingredient:
+def check_fits(
+    ingredient: Ingredient, shapes: Shapes, tied: Mapping[str, str], ignore: Ignored = (), advise: Advice | None = None
+) -> Ingredient:
     """Bind one checkpoint to a model, with arguments as in `check_together`.
 
     Raises IngredientError, which lists the differences.
@@ -85,7 +97,7 @@ def check_fits(ingredient: Ingredient, shapes: Shapes, tied: Mapping[str, str], 
     if lines:
         raise IngredientError(
             f"{bound.path} does not fit the model:{_shortened(lines)}\nUse a checkpoint of this model, or list tensors that "
-            "the model does not have under `ignore:`."
+            f"the model does not have under `ignore:`.{_cure(bound, shapes, advise)}"
         )
     return bound
 
@@ -162,6 +174,41 @@ def _differences(ingredient: Ingredient, shapes: Shapes, whose: str, floats: Map
         elif name in shapes and name in floats and (info.dtype in FLOATS) != floats[name]:
             expected = "floats" if floats[name] else "integers"
             lines.append(f"dtype: {name} is {info}, the other ingredients have {expected}")
+    return lines
+
+
+def _cure(ingredient: Ingredient, shapes: Shapes, advise: Advice | None) -> str:
+    """Say more about a bound ingredient that does not fit: the closest names, the line to write, and the advice."""
+    found = [name for name in ingredient.tensors if name not in shapes]
+    missing = [name for name in shapes if name not in ingredient.tensors]
+    lines = []
+    if found and not missing and not ingredient.unclear:
+        patterns = ", ".join(f'"{group}"' for group in groups_of(found))
+        if len(patterns) < 200:
+            lines.append(f"If the model computes the same without them, write in the recipe\n    ignore: [{patterns}]")
+    pairs = _closest({name: shapes[name] for name in missing}, {name: ingredient.tensors[name].shape for name in found})
+    if pairs:
+        lines.append(f"The closest names in {ingredient.path}:" + "".join(f"\n    {pair}" for pair in pairs))
+    odd = missing or any(info.shape != shapes.get(name, info.shape) for name, info in ingredient.tensors.items())
+    advice = advise(ingredient) if advise is not None and odd and not ingredient.unclear else ""
+    return "".join(f"\n{line}" for line in (*lines, advice) if line)
+
+
+def _closest(missing: Shapes, found: Shapes) -> list[str]:
+    """Return lines with names of the model that a file lacks and the most similar name in it, if possible of its shape."""
+    lines = []
+    for name, shape in list(missing.items())[:TRIED]:
+        candidates = [other for other, its_shape in found.items() if its_shape == shape] or list(found)
+        matcher = SequenceMatcher(b=name, autojunk=False)
+        likeness = {}
+        for other in candidates[:COMPARED]:
+            matcher.set_seq1(other)
+            likeness[other] = matcher.ratio() if matcher.quick_ratio() > ALIKE else 0.0
+        best = max(likeness, key=lambda other: likeness[other], default="")
+        if best and likeness[best] > ALIKE:
+            lines.append(f"expected {name} {list(shape)}, found {best} {list(found[best])}")
+        if len(lines) == PAIRS:
+            break
     return lines
 
 

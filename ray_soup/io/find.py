@@ -26,34 +26,42 @@ from ray_soup.io.checkpoint_files import (
     suffixes,
 )
 from ray_soup.io.formats import INDEX_SUFFIXES
+from ray_soup.io.hub_path import is_hub, without_commit
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.runs import has_checkpoints, mixed_steps, natural, notes_of, run_in, runs_below, searched
 from ray_soup.io.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
 
 Spec = str | Sequence[str]
 """A glob, a folder, a file or an experiment, or a list of them."""
 
 
-def open_ingredients(spec: Spec | None, reserved: Collection[str] = ()) -> list[Ingredient]:
+def open_ingredients(spec: Spec | None, reserved: Collection[str] = (), notes: list[str] | None = None) -> list[Ingredient]:
     """Open all checkpoints that `spec` names; reads headers only.
 
     Args:
         spec: the recipe's key `ingredients`.
         reserved: names that an ingredient may not have, because results.jsonl uses them for methods.
+        notes: receives lines about runs: which of their checkpoints are used, and what is left out.
 
     Raises RecipeError if there are none, IngredientError if one is broken or occurs twice.
     """
     if not spec:
         raise RecipeError("The recipe names no ingredients. Add the key `ingredients:` with a glob, a list or a folder.")
-    found = _find(spec)
+    lines: list[str] = []
+    found = _find(spec, lines)
+    if len(found) == 1 and lines:
+        raise RecipeError(f"ingredients: a soup needs two or more ingredients; found one run. {' '.join(lines)}")
     paths, trials = [path for path, _ in found], [trial for _, trial in found]
+    if notes is not None:
+        notes += [*lines, *mixed_steps([path for path, trial in found if trial is None])]
     _check_names(paths)
     names = [t.name for t in trials if t is not None]
     if len(set(names)) < len(paths) or set(names) & set(reserved):
         names = _unique_names(paths, reserved)
     opened = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
     _check_distinct(opened)
-    notes = zip(trials, fine_tuned(paths), strict=True)
-    return [ingredient.with_trial(trial or noted) for ingredient, (trial, noted) in zip(opened, notes, strict=True)]
+    known = zip(trials, fine_tuned(paths), strict=True)
+    return [ingredient.with_trial(trial or noted) for ingredient, (trial, noted) in zip(opened, known, strict=True)]
 
 
 def find_checkpoints(spec: Spec) -> list[str]:
@@ -61,7 +69,7 @@ def find_checkpoints(spec: Spec) -> list[str]:
 
     For an experiment of Ray Tune or Train these are the checkpoints of its trials. Raises RecipeError if there are none.
     """
-    return [path for path, _ in _find(spec)]
+    return [path for path, _ in _find(spec, [])]
 
 
 def find_sweeps(spec: Spec | None) -> list[Sweep]:
@@ -76,10 +84,10 @@ def find_sweeps(spec: Spec | None) -> list[Sweep]:
     if spec is None or not isinstance(spec, str):
         return [sweep for one in spec or () for sweep in find_sweeps(one)]
     pattern, metric, mode = split_metric(split_key(spec)[0])
-    folders = [pattern] if storage.isdir(pattern) else sorted(_glob(pattern), key=_natural)
+    folders = [pattern] if storage.isdir(pattern) else sorted(_glob(pattern), key=natural)
     experiments = [f for f in folders if is_experiment(f)]
     if not experiments and len(folders) == 1 and storage.isdir(folders[0]):
-        children = sorted((storage.join(folders[0], child) for child in storage.listdir(folders[0])), key=_natural)
+        children = sorted((storage.join(folders[0], child) for child in storage.listdir(folders[0])), key=natural)
         if not any(checkpoint_of(child) for child in children):
             experiments = [child for child in children if is_experiment(child)]
     if metric is not None and not experiments:
@@ -102,13 +110,14 @@ def check_apart(spec: Spec | None, out: str) -> None:
     if storage.is_remote(out):
         pattern, folder = pattern.rstrip("/"), out.rstrip("/")
         inside = folder.rpartition("/")[0] == pattern and storage.isdir(pattern)
-        found = inside or folder == pattern or _would_match(pattern, folder)
+        found = inside or folder == pattern or _would_match(pattern, folder) or _is_searched(pattern, folder, folder)
     else:
         pattern, folder = os.path.abspath(os.path.expanduser(pattern)), os.path.realpath(out)
-        found = False
+        found = _is_searched(pattern, os.path.abspath(out), folder)
         if not has_magic(pattern) or os.path.lexists(pattern):
             named = os.path.realpath(pattern)
-            found = named == folder or (os.path.dirname(named) == folder and os.path.basename(named).startswith("model"))
+            inside = os.path.dirname(named) == folder and os.path.basename(named).startswith("model")
+            found = found or inside or named == folder
             pattern = os.path.join(glob.escape(pattern), "*")
         found = found or any(
             _would_match(pattern, path) for path in (os.path.abspath(out), folder, *_aliases(pattern, folder))
@@ -118,6 +127,32 @@ def check_apart(spec: Spec | None, out: str) -> None:
             f"OUT {out} is where the recipe looks for ingredients ({spec}): the next run would use the soup as one. "
             "Choose another folder."
         )
+
+
+def _is_searched(pattern: str, out: str, folder: str) -> bool:
+    """Return whether runs are found by searching folders that `pattern` names, and a soup in `out` would be found, too.
+
+    `folder` is the target of `out` if that is a link, or below one.
+    """
+    real = str if storage.is_remote(folder) else os.path.realpath
+    above = {p[: slash.start()] or "/" for p in (out, folder) for slash in re.finditer("/", p)}
+    roots = [pattern] if storage.isdir(pattern) else _glob(pattern) if has_magic(pattern) else []
+    roots = [root for root in roots if storage.isdir(root)]
+    matched = any(real(root) in above for root in roots) or any(storage.matches(p, pattern) for p in above)
+    if not matched and storage.is_remote(folder):  # where no link below can lead there
+        return False
+    if any(checkpoint_of(path) or is_experiment(path) for root in roots for path in (root, *_children(root, pattern))):
+        return False
+    if roots == [pattern] and run_in(pattern) is not None:
+        return False
+    places = [place for root in roots for place in searched(root)]
+    matched = matched or any(real(place) in {*above, folder} for place, _ in places)
+    return matched and any(has_checkpoints(place, names) for place, names in places)
+
+
+def _children(folder: str, spec: str) -> list[str]:
+    """Return what is in a folder if `spec` is the folder itself and no pattern that matches it."""
+    return [storage.join(folder, name) for name in storage.listdir(folder)] if folder == spec else []
 
 
 def _would_match(pattern: str, folder: str) -> bool:
@@ -145,32 +180,41 @@ def _check_names(paths: list[str]) -> None:
             raise IngredientError(f"{path!a}: this name contains a control character. Rename the file.")
 
 
-def _find(spec: Spec) -> list[tuple[str, Trial | None]]:
-    """Return the path of each checkpoint and the trial that it comes from."""
+def _find(spec: Spec, notes: list[str]) -> list[tuple[str, Trial | None]]:
+    """Return the path of each checkpoint and the trial that it comes from; adds lines about runs to `notes`."""
     if not isinstance(spec, str):
-        return [found for one in spec for found in ([(one, None)] if checkpoint_of(one) else _find(one))]
+        return [found for one in spec for found in ([(one, None)] if checkpoint_of(one) else _find(one, notes))]
     spec, key = split_key(spec)
     if key:
-        return [(f"{path}?key={key}", trial) for path, trial in _find(spec)]
+        return [(f"{path}?key={key}", trial) for path, trial in _find(spec, notes)]
+    if (
+        is_hub(spec) and not has_magic(spec) and checkpoint_of(spec)
+    ):  # a repository with one model, and other files beside it
+        return [(spec, None)]
     sweeps = find_sweeps(spec)
     if not sweeps:
-        return [(path, None) for path in _find_files(spec)]
+        return [(path, None) for path in _find_files(spec, notes)]
     if not any(sweep.trials for sweep in sweeps):
-        notes = " ".join(sweep.note() or "" for sweep in sweeps)
+        said = " ".join(sweep.note() or "" for sweep in sweeps)
         raise RecipeError(
-            f"ingredients: no finished trial with a checkpoint in {spec}. {notes} Finish the sweep first, or fix ?metric=."
+            f"ingredients: no finished trial with a checkpoint in {spec}. {said} Finish the sweep first, or fix ?metric=."
         )
     return [(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
 
 
-def _find_files(spec: str) -> list[str]:
-    """Return the checkpoints that a glob, a folder or a file names."""
+def _find_files(spec: str, notes: list[str]) -> list[str]:
+    """Return the checkpoints that a glob, a folder or a file names; one of each run, if these are folders of runs."""
     if has_magic(spec) and not storage.exists(spec):
-        paths = _checkpoints_among(_glob(spec))
+        matches = sorted(_glob(spec), key=natural)
+        paths = _checkpoints_among(matches) or _of_runs(spec, [m for m in matches if storage.isdir(m)], notes)
+        notes += _steps_below(spec, paths, matches)
     elif storage.isdir(spec):
         names = storage.listdir(spec)
         refuse_distributed(spec, names)
-        paths = _checkpoints_among([storage.join(spec, name) for name in names])
+        children = [storage.join(spec, name) for name in names]
+        paths = [] if run_in(spec) else _checkpoints_among(children)
+        paths = paths or _of_runs(spec, [spec], notes)
+        notes += _steps_below(spec, paths, children)
     elif storage.exists(spec):
         paths = [spec] if checkpoint_of(spec) else []
     else:
@@ -190,6 +234,30 @@ def _find_files(spec: str) -> list[str]:
             f"ingredients: no checkpoints at {spec}; found {there}; expected files ending in {suffixes()}. Check the path."
         )
     return paths
+
+
+def _of_runs(spec: str, folders: Sequence[str], notes: list[str]) -> list[str]:
+    """Return one checkpoint of each run in or below folders, and add the rules to `notes`."""
+    runs = []
+    for folder in folders:
+        own = run_in(folder)
+        runs += runs_below(folder) if own is None else [own]
+    notes += notes_of(spec, runs)
+    return [run.chosen for run in runs]
+
+
+def _steps_below(spec: str, used: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return notes about runs among local `paths` whose steps are not used, because the run's own folder has a model."""
+    if storage.is_remote(spec):
+        return []
+    runs = [run for path in paths if os.path.isdir(path) and (run := run_in(path)) is not None]
+    notes = notes_of(spec, [run for run in runs if run.chosen in used])
+    notes += [
+        f"{run.folder} is a run without a model in its own folder, and was left out. To use it, name {run.chosen}."
+        for run in runs
+        if run.chosen not in used
+    ]
+    return notes
 
 
 def _glob(pattern: str) -> list[str]:
@@ -227,7 +295,7 @@ def _checkpoints_among(paths: list[str]) -> list[str]:
 
     Raises IngredientError for what has the name of a checkpoint and is none, such as a FIFO or a broken link.
     """
-    found = sorted(paths, key=_natural)
+    found = sorted(paths, key=natural)
     names: dict[str, list[str]] = {}
     for path in found:
         names.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
@@ -271,6 +339,8 @@ def _check_distinct(ingredients: list[Ingredient]) -> None:
 
 def _unique_names(paths: list[str], reserved: Collection[str]) -> list[str]:
     """Return file names without suffix if unique and not reserved, otherwise paths, relative to the common folder if any."""
+    plain = [without_commit(path) for path in paths]
+    paths = plain if len(set(plain)) == len(plain) else paths
     bare = [split_key(path)[0].rstrip("/") for path in paths]
     stems = [stem(path) if is_checkpoint(path) else os.path.basename(path) for path in bare]
     if len(set(stems)) == len(stems) and not set(stems) & set(reserved):
@@ -281,7 +351,3 @@ def _unique_names(paths: list[str], reserved: Collection[str]) -> list[str]:
         if not set(relative) & set(reserved):
             return relative
     return paths
-
-
-def _natural(path: str) -> list[Any]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]

@@ -19,6 +19,7 @@ from ray_soup.io import storage
 from ray_soup.io.binding import Ignored, Tensors, best_reading
 from ray_soup.io.checkpoint_files import checkpoint_of, index_map, split_key, stem, suffixes
 from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TensorInfo
+from ray_soup.io.leftovers import groups_of
 from ray_soup.io.mapped import Version, release_pages, version_of
 from ray_soup.io.progress import drain
 from ray_soup.io.storage import LocalFile, RemoteFile, Stat
@@ -51,7 +52,7 @@ class Ingredient:
     copies: tuple[tuple[str, str, TensorInfo], ...] = ()
     """Second copies of tensors that the model ties together: first name, second name, place."""
     key: str = ""
-    """The container that the recipe names, as in `?key=state_dict_ema`."""
+    """The container or prefix that the recipe names, as in `?key=state_dict_ema` or `?key=ema_model`."""
     left_out: tuple[str, ...] = ()
     """Tensors that the model does not have and does not need, such as the text tower of a CLIP."""
     remarks: tuple[str, ...] = ()
@@ -190,11 +191,13 @@ class Ingredient:
         `tensors` are the nearest match, so that the caller can list the differences.
 
         Args:
-            expected: names of the model's tensors. A text tower is left out if the model has none.
+            expected: names of the model's tensors, or their shapes by name. A text tower is left out if the model has none.
             tied: maps the second name of a tied tensor to its first; a file may contain either name or both.
             ignore: tensors to leave out if the model does not have them.
         """
-        return replace(self, **best_reading(self.containers, set(expected), tied, ignore)._asdict())
+        shapes = expected if isinstance(expected, Mapping) else {}
+        known = {name: shape if isinstance(shape := shapes.get(name), tuple) else None for name in expected}
+        return replace(self, **best_reading(self.containers, known, tied, ignore)._asdict())
 
     def with_trial(self, trial: Trial | None) -> Ingredient:
         """Return this ingredient with `trial`, the trial of a sweep that it comes from."""
@@ -226,7 +229,8 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
     """Open a checkpoint without reading its tensors.
 
     Args:
-        path: a file, an index (`*.index.json`), or a folder with one model; append `?key=NAME` to select a container.
+        path: a file, an index (`*.index.json`), or a folder with one model; append `?key=NAME` to select a container, or the
+            tensors whose names begin with `NAME.`.
         name: name of the ingredient; default: the file name without its suffix.
 
     Raises IngredientError if a file is broken, RecipeError if there is no checkpoint.
@@ -242,11 +246,11 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
     stats = [storage.stat(f) for f in files]
     opened = [open_tensors(f, s.size, key) for f, s in zip(files, stats, strict=True)]
     described = [source.describe(number) for number, source in enumerate(opened)]
-    containers = _joined(file, files, described, shard_of, key) if shard_of else described[0]
-    if key and key not in containers:
-        known = ", ".join(filter(None, containers)) or "none: its tensors are at the top level"
-        raise IngredientError(f"{path} has no tensors under the key '{key}'; its keys: {known}. Fix ?key= in the recipe.")
-    tensors = containers[key] if key else next(iter(containers.values()))
+    container = key if any(key in tensors for tensors in described) else ""
+    containers = _joined(file, files, described, shard_of, container) if shard_of else described[0]
+    if key:
+        containers = {key: _under(path, containers, key)}
+    tensors = next(iter(containers.values()))
     if tensors and all("lora_" in tensor for tensor in tensors):
         raise IngredientError(
             f"{path} is a LoRA adapter ({len(tensors)} tensors, such as {next(iter(tensors))}); expected a whole model. "
@@ -258,11 +262,37 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
         files=tuple(files),
         sizes=tuple(s.size for s in stats),
         versions=tuple(s.version for s in stats),
-        containers={key: tensors} if key else containers,
+        containers=containers,
         tensors=tensors,
         key=key,
         metadata={k: v for source in reversed(opened) for k, v in source.metadata.items()},
         _seen={number: source.version for number, source in enumerate(opened) if source.version is not None},
+    )
+
+
+def _under(path: str, containers: Described, key: str) -> dict[str, TensorInfo]:
+    """Return the tensors of a container, or those below a prefix in one. Raises IngredientError if there are none."""
+    if key in containers:
+        return containers[key]
+    found = {}
+    for container, tensors in containers.items():
+        prefix = (key.removeprefix(f"{container}.") if container else key) + "."
+        below = {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
+        if below and "" not in below:
+            found[container] = below
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise IngredientError(
+            f"{path} has tensors under `{key}.` in each of {', '.join(c or 'its top level' for c in found)}. Name one of "
+            f"them in the recipe, as in ?key={list(found)[-1]}.{key}"
+        )
+    known = ", ".join(filter(None, containers)) or "none: its tensors are at the top level"
+    groups = groups_of(name for tensors in containers.values() for name in tensors if "." in name)
+    prefixes = ", ".join(group.removesuffix(".*") for group in groups[:8]) + ", ..." * (len(groups) > 8)
+    raise IngredientError(
+        f"{path} has no tensors under the key '{key}'; its keys: {known}; what its names begin with: {prefixes or '-'}. Fix "
+        "?key= in the recipe."
     )
 
 

@@ -11,6 +11,7 @@ from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.cache import cache_folder, content_key
 from ray_soup.io.disk import writing
+from ray_soup.io.hub_path import is_hub
 from ray_soup.io.lease import LEASE_FILE
 from ray_soup.io.progress import ProgressCallback, no_progress
 
@@ -19,9 +20,17 @@ SMALL = 1 << 26
 
 
 class Mirror:
-    """A local copy of the output folder at a URI, in this node's cache; `folder` is its path."""
+    """A local copy of the output folder at a URI, in this node's cache; `folder` is its path.
+
+    Raises RecipeError for the Hugging Face Hub, which is read only.
+    """
 
     def __init__(self, uri: str) -> None:
+        if is_hub(uri):
+            raise RecipeError(
+                f"{uri}: a run cannot write to the Hugging Face Hub. Choose a folder or another storage, and upload the "
+                "finished soup, as in `hf upload ORG/NAME FOLDER`."
+            )
         self.uri, self.folder = uri, cache_folder() / "out" / content_key(uri)
         self._known: dict[str, tuple[int, int]] = {}
         self._pushing = threading.Lock()

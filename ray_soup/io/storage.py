@@ -1,5 +1,7 @@
 """Files on local disks and at URIs of every storage system that pyarrow.fs supports (s3://, gs://, hdfs://, ...).
 
+Those of the Hugging Face Hub (hf://) are read from the cache of `huggingface_hub`, see io/hugging_face.py.
+
 A failed request is retried with exponential backoff; the final error names the URI. Endpoints and credentials come from the
 environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a URI, because URIs are written into recipes and reports.
 """
@@ -22,8 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io import disk
+from ray_soup.io import disk, hugging_face
 from ray_soup.io.cache import InUse, cached, content_key
+from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.mapped import guard, opened, release_pages
 from ray_soup.io.redact import check_uri
 
@@ -52,8 +55,11 @@ def is_remote(path: str) -> bool:
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     """Return the pyarrow file system of a URI, and the path in it."""
-    check_uri(uri)
     scheme, _, path = uri.partition("://")
+    if scheme == "hf":
+        HubPath.parse(uri)  # which refuses credentials, too
+        return hugging_face.HubFiles(), path
+    check_uri(uri)
     if scheme == "s3":
         return _s3(path.partition("/")[0]), path
     from pyarrow import fs
@@ -295,10 +301,13 @@ def chunks(path: str) -> Iterator[memoryview]:
 def local_copy(path: str) -> Generator[tuple[int, int], None, str]:
     """Copy a remote file or folder into the cache; the value of this generator is its local path.
 
-    Yields (bytes copied, bytes in total). A local path is returned unchanged. Raises FileNotFoundError.
+    Yields (bytes copied, bytes in total). A local path is returned unchanged. Files of the Hugging Face Hub are downloaded
+    into the cache of `huggingface_hub` instead. Raises FileNotFoundError.
     """
     if not is_remote(path):
         return path
+    if is_hub(path):
+        return (yield from hugging_face.download(path))
     base = posixpath.basename(path.rstrip("/"))
     if path in _HELD:
         return str(_HELD[path].path / "copy" / base)

@@ -20,6 +20,7 @@ from ray_soup.recipe.methods import method_info as method_info
 from ray_soup.recipe.paths import absolute as absolute
 from ray_soup.recipe.paths import absolute_paths as absolute_paths
 from ray_soup.recipe.paths import is_function as is_function
+from ray_soup.recipe.preprocessing import Preprocessing as Preprocessing
 from ray_soup.recipe.schema import ActorsSection as ActorsSection
 from ray_soup.recipe.schema import Data as Data
 from ray_soup.recipe.schema import Directions as Directions

@@ -173,9 +173,15 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
+def section_in(kind: Any) -> Any:
+    """Return the group of keys that a type is, or may be besides text or null; None if there is none."""
+    return next((one for one in (kind, *get_args(kind)) if is_section(one)), None)
+
+
 def below(section: Any, key: str) -> Any:
     """Look up the type of a section's key; None if `section` is not a section or has no such key."""
-    return section.model_fields[key].annotation if is_section(section) and key in section.model_fields else None
+    section = section_in(section)
+    return section.model_fields[key].annotation if section is not None and key in section.model_fields else None
 
 
 def members(annotation: Any) -> set[Any]:
@@ -196,7 +202,7 @@ def takes_text_only(root: type[BaseModel]) -> Callable[[tuple[str, ...]], bool]:
     def is_text(keys: tuple[str, ...]) -> bool:
         section: Any = root
         for key in keys:
-            if not is_section(section):
+            if section_in(section) is None:
                 break
             section = below(section, key)
         found = members(section) if section is not None and not is_section(section) else set()

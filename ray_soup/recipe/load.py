@@ -14,11 +14,19 @@ from ray_soup.recipe.explain import Fault, below, faults_of, is_section, takes_t
 from ray_soup.recipe.methods import BEST_SINGLE, method_info
 from ray_soup.recipe.paths import absolute_paths
 from ray_soup.recipe.plain import plain, shown
+from ray_soup.recipe.preprocessing import Preprocessing
 from ray_soup.recipe.schema import UNSAID, Recipe
 from ray_soup.recipe.yaml_reader import MOST_DEPTH, NULLS, check_characters, parse_yaml, read_text, resolve
 
-_FOR_EVERY_KIND = ("epochs", "micro_batch", "seed", "patience", "label_smoothing")
-_SINCE_0_2 = {"ignore": [], "baseline": BEST_SINGLE, "objective": "auto", "select_by": "auto"}
+_FOR_EVERY_KIND = ("epochs", "micro_batch", "gradient_checkpointing", "seed", "patience", "label_smoothing")
+_SINCE_0_2: dict[str, Any] = {
+    "ignore": [],
+    "preprocess": None,
+    "baseline": BEST_SINGLE,
+    "objective": "auto",
+    "select_by": "auto",
+    "evaluate": None,
+}
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)
 
@@ -63,6 +71,10 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML text; loading the text gives an equal recipe."""
     values = recipe.model_dump(mode="json")
     values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
+    if not recipe.learn.gradient_checkpointing:
+        del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
+    if isinstance(recipe.preprocess, Preprocessing):
+        values["preprocess"] = recipe.preprocess.values()
     if recipe.search.metric == "auto" and recipe.select_by in UNSAID:
         values["search"]["metric"] = "select_nll"  # as version 0.1 wrote it
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)

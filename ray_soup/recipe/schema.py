@@ -6,10 +6,10 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from ray_soup.recipe.distributions import fault_of, points
-from ray_soup.recipe.explain import Fault, FaultsError, below, is_section, unknown_key
+from ray_soup.recipe.explain import Fault, FaultsError, below, faults_of, is_section, unknown_key
 from ray_soup.recipe.fields import (
     MOST_ACTORS,
     MOST_TRIALS,
@@ -28,6 +28,7 @@ from ray_soup.recipe.fields import (
 )
 from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
 from ray_soup.recipe.plain import shown
+from ray_soup.recipe.preprocessing import Preprocessing
 from ray_soup.recipe.tuning import Finetune, Search
 
 ObjectiveName = Literal[
@@ -103,6 +104,9 @@ class Learn(Section):
     """Examples per step, summed over all actors."""
     micro_batch: Examples | Auto = "auto"
     """Examples per forward pass of one actor."""
+    gradient_checkpointing: bool = False
+    """Save memory: the layers of the model compute their activations again in the backward pass, which takes about a third
+    more time. Gradients do not change."""
     epochs: Epochs = 5
     """Passes over fit for each model batch."""
     patience: Epochs | None = None
@@ -176,6 +180,12 @@ class Recipe(Section):
     """`open_clip:NAME?classes=N` (with `&normalize=true`: features of unit length) or
     `open_clip:NAME?zeroshot=FILE&template=a photo of a {}.`, `timm:NAME?classes=N`, `torchvision:NAME?classes=N`,
     `transformers:FOLDER` (`?classes=N&length=128`), or `package.module:function` that returns the model."""
+    preprocess: Function | Preprocessing | None = None
+    """How images are preprocessed, if neither the checkpoints nor options of `model` say so: a mapping with some of size,
+    mean, std, crop_pct, interpolation and channels, of which the model's library makes its own transform; or
+    `package.module:function` from a PIL image in RGB to an array or tensor, always of one shape. Values that contradict the
+    checkpoints or the options of `model` are refused. It replaces the preprocessing that the function of a model returns.
+    null: as the model's library does by default, with a note."""
     base_model: Annotated[str, Field(max_length=200), AfterValidator(line)] | None = None
     """Name on the Hugging Face Hub of the model that the ingredients were fine-tuned from, for the model card."""
     data: Data = Data()
@@ -205,6 +215,10 @@ class Recipe(Section):
     metric: Function | None = None
     """`package.module:function` (outputs, targets) -> scores [n], higher is better. Its mean is reported as `metric`; it
     makes choices only with select_by: metric."""
+    evaluate: Function | None = None
+    """`package.module:function` (folder) -> {name: number}, for figures that other programs compute: called with the folder
+    of every finished model, which its own library can load. The numbers are reported under their names; no choice depends on
+    them."""
     baseline: Literal["best_single", "none"] = "best_single"
     """The ingredient that a soup is compared with on select. none: skip it; evaluating every ingredient on select takes
     time."""
@@ -247,6 +261,18 @@ class Recipe(Section):
         if not isinstance(value, str) or value not in METHODS:
             raise ValueError(f"Expected one of {', '.join(METHODS)}.")
         return value
+
+    @field_validator("preprocess", mode="before")
+    @classmethod
+    def _check_preprocess(cls, value: Any) -> Any:
+        """Validate a mapping by itself, so that its faults are not those of a function's name."""
+        if not isinstance(value, dict):
+            return value
+        try:
+            return Preprocessing.model_validate(value)
+        except ValidationError as error:
+            faults = faults_of(error, Preprocessing)
+            raise FaultsError([Fault(f"preprocess.{f.key}".strip("."), f.message) for f in faults]) from None
 
     @field_validator("shard_size", mode="before")
     @classmethod
@@ -318,8 +344,8 @@ class Recipe(Section):
 
 
 FIXED_IN_SEARCH = (
-    "ingredients", "ignore", "model", "base_model", "data", "objective", "select_by", "metric", "baseline", "finetune",
-    "search",
+    "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
+    "evaluate", "baseline", "finetune", "search",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

@@ -7,12 +7,14 @@ each finished soup and used for reporting only.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ray_soup.io.disk import read_array, write_array, write_bytes
+from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
@@ -32,6 +34,7 @@ from ray_soup.soups.comparison import (
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
 from ray_soup.soups.make import make
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
 from ray_soup.soups.records import RunRecord, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
@@ -45,9 +48,11 @@ from ray_soup.soups.write import (
     remarks,
     stale_statistics,
     write_descriptions,
+    write_library_files,
 )
 from ray_soup.task.choices import cost, ranking
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
+from ray_soup.task.preprocess_key import model_of
 
 
 def compare(
@@ -60,6 +65,7 @@ def compare(
 
     Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
     """
+    recipe = pinned_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
@@ -81,6 +87,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         made = _make_all(session, output, shared, options)
         clock.lap("soups")
         sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
+        preprocessing = session.preprocessing
     own, first = made.own, made.first
     label = min(
         (name for name in own if name != BEST_SINGLE), key=lambda name: cost(own[name].on("select", first), recipe.select_by)
@@ -91,15 +98,37 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     coefficients = own[label].coefficients
     assert coefficients is not None
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    write_library_files(staging, recipe.model)
     clock.lap("mixing")
+    _evaluate_rows(recipe, inputs, output, staging, made, progress)
+    if recipe.evaluate is not None:
+        clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
     record["notes"] += about_data
+    record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
-    write_descriptions(staging, recipe, coefficients, record["table"], record, recipe.model)
+    write_descriptions(staging, recipe, coefficients, record["table"], record, model_of(recipe))
     rows = made.rows(inputs.names)
     output.publish(recipe, rows, record, staging)
     return Soup(output.folder, rows, record, record["notes"])
+
+
+def _evaluate_rows(
+    recipe: Recipe, inputs: Inputs, output: Output, staging: Path, made: Comparison, progress: ProgressCallback
+) -> None:
+    """Call the recipe's function `evaluate` for each soup of all ingredients, and add what it returns to the soup's row."""
+    if recipe.evaluate is None:
+        return
+    found = []
+    soups = [(entry, result) for entry, result in made.results.items() if len(entry.subset) == len(made.individual)]
+    for number, (entry, result) in enumerate(soups):
+        assert result.coefficients is not None
+        progress(f"{number + 1}/{len(soups)} evaluate {entry.label}", 0, 1)
+        in_folder = partial(folder_of_soup, staging, recipe, result.coefficients, inputs.ingredients, progress)
+        found.append((entry.label, figures_of_soup(recipe, output, entry.file, result.coefficients, in_folder)))
+        result.figures |= found[-1][1]
+    check_same_names(recipe.evaluate, found)
 
 
 def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256: list[str]) -> RunRecord:
@@ -118,6 +147,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
     return {
         "method": label.partition("-m")[0],
         **recorded(measures),  # type: ignore[typeddict-item]
+        **recorded_function(recipe),
         "chosen": label,
         "improvement": change,
         "seed": made.seeds[0],

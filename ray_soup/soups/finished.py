@@ -21,6 +21,7 @@ from ray_soup.io.check import check_together
 from ray_soup.io.checkpoint_files import is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.hugging_face import pinned, pinned_recipe
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.bake import mix_range, soup_buffer
@@ -29,15 +30,18 @@ from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.evaluations import figures_of
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
+from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
 from ray_soup.soups.proof import compare_sample
 from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results
 from ray_soup.soups.report.measures import measures_of, recorded
-from ray_soup.soups.write import bake_model, write_descriptions
+from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
 from ray_soup.task.data import cut_splits
-from ray_soup.task.evidence import check_evidence
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import test_sets
+from ray_soup.task.own_functions import check_functions
+from ray_soup.task.preprocess_key import model_of
+from ray_soup.task.preprocessing import examine, with_cut
 
 DESCRIPTIONS = ("recipe.yaml", "results.jsonl", "report.html", "README.md", COEFFICIENTS, TABLE)
 """The files that a finished soup has beside its model."""
@@ -46,12 +50,14 @@ DESCRIPTIONS = ("recipe.yaml", "results.jsonl", "report.html", "README.md", COEF
 def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Evaluate a checkpoint, or the folder of a soup, on one split; `test` means all test sets.
 
-    Returns a row as in results.jsonl, with `objective`, `unit` and `examples`, and with `temperature` if the recipe has
-    select data to fit it on.
+    Returns a row as in results.jsonl, with `objective`, `unit` and `examples`, with `preprocessing` and `notes` as in
+    run.json, with `temperature` if the recipe has select data to fit it on, and with what the recipe's function `evaluate`
+    returns if `model` is a folder.
 
     Raises RecipeError if the recipe has no such split, SoupError if a soup's folder is not as it was written.
     """
-    named, (path, key) = model, split_key(model)
+    recipe, named, model = pinned_recipe(recipe), model, pinned(model)
+    path, key = split_key(model)
     if not storage.is_remote(path):
         path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders
         model = f"{path}?key={key}" if key else path
@@ -63,8 +69,14 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     if record is not None:
         index = [f"{MODEL}.index.json"] if len(opened.files) > 1 else []
         check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
-    layout = describe(recipe.model)
-    check_evidence(recipe, [opened], layout)
+    function, notes = recipe.evaluate, []
+    if function is not None and not _is_whole_folder(path, key):
+        notes.append(f"evaluate: {function} was not called: it takes the folder of a model, and {named} is not one.")
+        function = None
+    if function is not None:
+        check_functions(recipe)
+    examined = examine(recipe, [opened])
+    layout, notes = examined.layout, [*notes, *examined.notes]
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress, now=True)
         pool = RayPool(recipe, [], Mesh(mesh.size, 1), cpus)
@@ -82,10 +94,20 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
             pool.close()
     prefixes = tuple(f"{s}_" for s in chosen)
     kept = {key: value for key, value in figures_of(outcomes).items() if key.startswith(prefixes) or key == "temperature"}
+    if function is not None:
+        progress("evaluate", 0, 1)
+        kept |= figures_of_folder(function, _local_folder(path, progress))
     counts = [len(splits[s]) for s in chosen]
     examples = counts[0] if len(counts) == 1 else dict(zip(chosen, counts, strict=True))
     objective = {key: value for key, value in recorded(measures_of(recipe)).items() if key in ("objective", "unit")}
-    return {"model_name": named, **kept, **objective, "examples": examples}
+    done = with_cut(examined.preprocessing, setup.cut)
+    row = {"model_name": named, **kept, **objective, "examples": examples, "preprocessing": done}
+    return {**row, **({"notes": notes} if notes else {})}
+
+
+def _is_whole_folder(path: str, key: str) -> bool:
+    """Return whether a model is all that is in a folder, and not a file or one of the models in it."""
+    return not key and (not storage.isfile(path) if storage.is_remote(path) else os.path.isdir(path))
 
 
 def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
@@ -106,7 +128,8 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
                 raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()
             bake_model(staging, recipe, coefficients, ingredients, progress)
-            beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else recipe.model
+            beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else model_of(recipe)
+            write_library_files(staging, beside)
             write_descriptions(staging, recipe, coefficients, rows, record, beside)
             write_bytes(staging / "report.html", (source / "report.html").read_bytes())
             output.publish(recipe, rows, record, staging)
@@ -217,7 +240,7 @@ def _check_buffers(recipe: Recipe, coefficients: Coefficients, names: Iterable[s
     parameters: Iterable[str] = ()
     if buffers:
         with suppress(RecipeError):  # the model's library may be missing where a soup is only rebuilt
-            parameters = describe(recipe.model).names
+            parameters = describe(model_of(recipe)).names
     wrong = next((name for name in buffers if name in set(parameters)), None)
     if wrong is not None:
         raise RecipeError(

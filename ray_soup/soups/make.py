@@ -141,10 +141,10 @@ def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **o
     return with_computed_buffers(made, [session.inputs.ingredients[k] for k in session.subset], layout, session.recipe)
 
 
-def uniform_coefficients(recipe: Recipe, inputs: Inputs) -> Coefficients:
-    """Return the coefficients of the uniform soup, which needs no actors."""
+def mean_coefficients(recipe: Recipe, inputs: Inputs, kept: Sequence[int]) -> Coefficients:
+    """Return the coefficients of the plain mean of the ingredients `kept`, which needs no actors."""
     layout = inputs.layout
-    values, whole = mean_of(inputs.everything, len(inputs.ingredients)), partition(layout, "model")
+    values, whole = mean_of(kept, len(inputs.ingredients)), partition(layout, "model")
     block_of = dict.fromkeys(layout.names, 0)
     made = Coefficients(values, inputs.names, whole.names, block_of, buffer_policy(recipe), layout.tied)
     return with_computed_buffers(made, inputs.ingredients, layout, recipe)

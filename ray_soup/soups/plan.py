@@ -17,12 +17,14 @@ from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import actor_bytes, resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
+from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.directions import has_store
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.recipe import Recipe
 from ray_soup.soups.learn import model_batches
+from ray_soup.soups.report.measures import measures_in, measures_of, recorded
 from ray_soup.soups.session import (
     CALIBRATION,
     CALIBRATION_WHILE_CHOOSING,
@@ -61,6 +63,7 @@ class _Costs:
 
 def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Return what a run of `recipe` on this cluster will cost: counts, bytes and seconds by name. Raises SoupError."""
+    recipe = pinned_recipe(recipe)
     inputs = open_inputs(recipe)
     if not recipe.info.learns:
         raise RecipeError(
@@ -105,6 +108,7 @@ def _figures(
     vector = 8 * numel * (mesh.shards - 1) // mesh.shards
     return {
         "method": recipe.method,
+        **recorded(measures_of(recipe)),
         "ingredients": count,
         "parameters": numel,
         "blocks": blocks,
@@ -170,7 +174,7 @@ def lines(found: dict[str, Any]) -> list[list[str]]:
         ["memory", f"{_size(memory)} per actor"],
         ["disk", f"{_size(found['store_bytes_per_node'])} per node{there}"],
         ["traffic", f"{_size(found['traffic_bytes_per_step_and_actor'])} per step and actor"],
-        ["steps", f"{found['steps']:,}, {found['image_passes']:,} images"],
+        ["steps", f"{found['steps']:,}, {found['image_passes']:,} {measures_in(found).examples}"],
         ["per step", f"{_time(found['step_s'])}: {step}"],
         ["time", f"{_time(found['wall_s'])}: {whole}"],
         ["for a manifest", f"{mesh['replicas'] * mesh['shards']} workers of {each}, {_gib(memory)} memory"],

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 from typing_extensions import NotRequired, TypedDict
 
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io.disk import json_text, json_value, read_json, write_json, write_text
+from ray_soup.io.disk import json_text, json_value, read_json, write_json, write_text, writing
 from ray_soup.io.hashing import sha256_file
 
 RUN_VERSION = 3  # with a seal; 2: without
@@ -24,6 +24,7 @@ RESULTS_VERSION = 2
 BEGUN_VERSION = 2
 RESOLVED_VERSION = 2
 ENTRY_VERSION = 2
+EVALUATED_VERSION = 2
 
 START_OVER = "Choose a new folder, or empty this one."
 """What to do about a damaged record that the rest of the folder depends on."""
@@ -68,6 +69,13 @@ class IngredientRecord(TypedDict):
     metrics: NotRequired[dict[str, Any]]
 
 
+class FunctionRecord(TypedDict):
+    """A function of the user's in run.json."""
+
+    function: str
+    sha256: NotRequired[Digest]
+
+
 class RunRecord(TypedDict, total=False):
     """run.json. A failed run has only `exit` and `error`; figures of the method (steps, curve, ...) are extra keys."""
 
@@ -78,6 +86,8 @@ class RunRecord(TypedDict, total=False):
     unit: str
     select_by: str
     loss: str
+    inputs: str
+    evaluate: FunctionRecord
     seed: int
     exit: int
     error: str
@@ -91,6 +101,7 @@ class RunRecord(TypedDict, total=False):
     seconds: dict[str, float]
     versions: dict[str, str]
     ingredients: list[IngredientRecord]
+    preprocessing: dict[str, Any]
     notes: list[str]
     files: dict[FileName, Digest]
     chosen: str
@@ -135,10 +146,20 @@ class EntryRecord(TypedDict, total=False):
     seal: str
 
 
+class EvaluatedRecord(TypedDict, total=False):
+    """state/evaluate/NAME.json: what the recipe's function `evaluate` returned for one model."""
+
+    version: int
+    identity: str
+    values: dict[str, float]
+    seal: str
+
+
 _RUN = TypeAdapter(RunRecord)
 _BEGUN = TypeAdapter(BegunRecord)
 _RESOLVED = TypeAdapter(ResolvedRecord)
 _ENTRY = TypeAdapter(EntryRecord)
+_EVALUATED = TypeAdapter(EvaluatedRecord)
 
 
 def read_record(
@@ -347,3 +368,22 @@ def read_entry(file: Path) -> EntryRecord:
         if not part.is_file() or sha256_file(str(part)) != digest:
             raise damaged(part, "it is missing, or not as it was written", remedy)
     return record
+
+
+def write_evaluated(record: EvaluatedRecord, file: Path) -> None:
+    """Write what the recipe's function `evaluate` returned for a model."""
+    with writing(file.parent):
+        file.parent.mkdir(exist_ok=True)
+    _write_sealed({**record, "version": EVALUATED_VERSION}, file)
+
+
+def read_evaluated(file: Path, identity: str) -> dict[str, float] | None:
+    """Read what `evaluate` returned for the model and the code that `identity` stands for; None if it was not called so.
+
+    Raises RecipeError if the file is damaged.
+    """
+    if not os.path.lexists(file):
+        return None
+    remedy = f"Remove {file} to call the function again."
+    record: EvaluatedRecord = _read_sealed(file, _EVALUATED, EVALUATED_VERSION, ("identity", "values"), remedy)
+    return record["values"] if record["identity"] == identity else None

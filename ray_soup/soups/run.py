@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,21 @@ import numpy as np
 
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, Data, Recipe
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
-from ray_soup.soups.make import Mixture, make, uniform_coefficients
+from ray_soup.soups.make import Mixture, make, mean_coefficients
 from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.own_evaluation import (
+    Figures,
+    check_same_names,
+    figures_of_soup,
+    folder_of_soup,
+    recorded_function,
+)
 from ray_soup.soups.records import ResultRow, RunRecord
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
@@ -30,8 +39,10 @@ from ray_soup.soups.write import (
     remarks,
     stale_statistics,
     write_descriptions,
+    write_library_files,
 )
 from ray_soup.task.outcomes import Outcome, judged
+from ray_soup.task.preprocess_key import model_of
 
 
 def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, state: Path | None = None) -> Soup:
@@ -41,6 +52,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
 
     Raises SoupError.
     """
+    recipe = pinned_recipe(recipe)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients))
@@ -89,6 +101,10 @@ def make_soup_in(
         clock.lap("stop")
     sha256 = made.sha256 or hash_ingredients(inputs.ingredients, progress)
     clock.lap("hashing")
+    write_library_files(staging, recipe.model)
+    ours, single = _own_figures(recipe, inputs, output, staging, made, progress)
+    if recipe.evaluate is not None:
+        clock.lap("evaluate")
     coefficients = made.mixture.coefficients
     used = len(coefficients.used())
     notes = made.mixture.notes + remarks(recipe, inputs, sha256)
@@ -97,6 +113,7 @@ def make_soup_in(
     record: RunRecord = {
         "method": recipe.method,
         **recorded(measures_of(recipe)),  # type: ignore[typeddict-item]
+        **recorded_function(recipe),
         "seed": recipe.learn.seed,
         "exit": 0,
         "parameters": inputs.layout.numel,
@@ -105,23 +122,26 @@ def make_soup_in(
         "seconds": clock.laps,
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
+        "preprocessing": inputs.preprocessing,
         "notes": notes,
     }
     record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
-    rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, "ingredients_used": used, "seconds": clock.total()}]
+    costs = {"ingredients_used": used, "seconds": clock.total()}
+    rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, **ours, **costs}]
     if made.baseline:
-        rows.append(made.baseline.row)
-    write_descriptions(staging, recipe, coefficients, rows, record, recipe.model)
+        rows.append(made.baseline.row | single)
+    write_descriptions(staging, recipe, coefficients, rows, record, model_of(recipe))
     write_bytes(staging / "report.html", html(_report(recipe, rows, record, made)).encode())
     output.publish(recipe, rows, record, staging)
     return Soup(output.folder, rows, record, notes)
 
 
 def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
-    """Make a uniform soup from a recipe without data: there are no actors, and nothing is evaluated."""
-    coefficients = uniform_coefficients(recipe, inputs)
+    """Make a uniform soup from a recipe without data: there are no actors, and they evaluate nothing."""
+    coefficients = mean_coefficients(recipe, inputs, inputs.everything)
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
-    note = f"The recipe has no data: this soup was not evaluated. {NOTHING_TO_COMPARE_WITH}"
+    done = "not evaluated" if recipe.evaluate is None else f"evaluated by {recipe.evaluate} alone"
+    note = f"The recipe has no data: this soup was {done}. {NOTHING_TO_COMPARE_WITH}"
     return _Made(Mixture(coefficients, notes=[note]))
 
 
@@ -160,6 +180,7 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
         "mesh": mesh_record(session),
         "model_batch": session.model_batch if learning else None,
         "examples": {name: len(split) for name, split in session.splits.items()},
+        "preprocessing": session.preprocessing,
         "peak_memory_bytes": peak,
         **figures,
         **(baseline.record if baseline else {}),
@@ -169,6 +190,25 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     shown = {name: found[judged(found)[0]] for name, found in {**models, recipe.method: outcomes}.items() if found}
     row = figures_of(outcomes) | costs
     return _Made(mixture, row, baseline, record, list(session.facts.sha256), shown, similarity)
+
+
+def _own_figures(
+    recipe: Recipe, inputs: Inputs, output: Output, staging: Path, made: _Made, progress: ProgressCallback
+) -> tuple[Figures, Figures]:
+    """Return what the recipe's function `evaluate` computes for the soup in `staging` and for the best single ingredient."""
+    if recipe.evaluate is None:
+        return {}, {}
+    progress(f"evaluate {recipe.method}", 0, 1)
+    ours = figures_of_soup(recipe, output, recipe.method, made.mixture.coefficients, lambda: nullcontext(staging))
+    if made.baseline is None:
+        return ours, {}
+    progress(f"evaluate {BEST_SINGLE}", 0, 1)
+    best = mean_coefficients(recipe, inputs, [inputs.names.index(made.baseline.name)])
+    single = figures_of_soup(
+        recipe, output, BEST_SINGLE, best, lambda: folder_of_soup(staging, recipe, best, inputs.ingredients, progress)
+    )
+    check_same_names(recipe.evaluate, [(recipe.method, ours), (BEST_SINGLE, single)])
+    return ours, single
 
 
 def _report(recipe: Recipe, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:

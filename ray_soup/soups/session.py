@@ -22,8 +22,9 @@ from ray_soup.io.cache import content_key
 from ray_soup.io.check import check_floats, check_together
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.io.progress import ProgressCallback, labelled, no_progress
 from ray_soup.mixing.blocks import Layout
 from ray_soup.mixing.buffers import check_buffers, differing_layers
 from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
@@ -33,10 +34,11 @@ from ray_soup.soups.records import read_resolved, write_resolved
 from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.task import identity
 from ray_soup.task.data import Split, calibration_batches, cut_splits
-from ray_soup.task.evidence import check_evidence
-from ray_soup.task.models import describe, objective_in
+from ray_soup.task.models import objective_in
+from ray_soup.task.other_models import advice_for
 from ray_soup.task.outcomes import Outcome, join_outcomes
 from ray_soup.task.own_functions import check_functions, objective_of
+from ray_soup.task.preprocessing import examine, with_cut
 from ray_soup.task.tokenized import check_data
 
 CALIBRATION = 10_000  # maximum number of examples of fit for the running statistics of a finished soup
@@ -51,6 +53,8 @@ class Inputs:
     layout: Layout
     notes: tuple[str, ...] = ()
     """Notes for the user about how the ingredients were trained."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """How examples are preprocessed, for run.json."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,16 +92,17 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     check_functions(recipe)
     of_model = objective_in(recipe.model)
     check_data(recipe.data, objective_of(recipe, of_model).targets, of_model)
-    found = open_ingredients(recipe.ingredients, RESERVED_NAMES)
-    layout = describe(recipe.model)
-    notes = check_evidence(recipe, found, layout)
+    of_runs: list[str] = []
+    found = open_ingredients(recipe.ingredients, RESERVED_NAMES, of_runs)
+    examined = examine(recipe, found)
+    layout, notes = examined.layout, [*of_runs, *examined.notes]
     ignore: Ignored = (*recipe.ignore, *layout.in_files.unsaved)
-    ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore)
+    ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore, advise=advice_for(recipe.model))
     layout = layout.with_names({alias for ingredient in ingredients for alias in ingredient.aliases})
     check_floats(ingredients, layout.names)
     if needs_fit or not recipe.info.is_reference:
         notes += check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
-    return Inputs(tuple(ingredients), layout, tuple(notes))
+    return Inputs(tuple(ingredients), layout, tuple(notes), examined.preprocessing)
 
 
 @dataclass
@@ -136,6 +141,11 @@ class Session:
         return replace(self, **changes)
 
     # Data
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How examples are preprocessed, for run.json; of texts also the share that was cut, by source."""
+        return with_cut(self.inputs.preprocessing, self.setup.cut)
 
     def whole(self, source: str) -> Split:
         """Return all examples of a source as one split."""
@@ -241,6 +251,8 @@ def open_session(
         resolved_file: where the mesh is recorded; None: in the state of `output`.
     """
     identity.in_run(output.token())
+    for heartbeat in labelled("downloading ingredients", download_all([f for i in inputs.ingredients for f in i.files])):
+        progress(*heartbeat)
     with connect():
         file = output.state("resolved.json") if resolved_file is None else resolved_file
         mesh, cpus, model_batch = _resolve(recipe, inputs, file, learning, progress)

@@ -11,6 +11,7 @@ from typing import Any
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
 from ray_soup.io.find import find_sweeps
+from ray_soup.io.hugging_face import notes_of
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.bake import bake, overwrite_tensors
@@ -81,6 +82,17 @@ def bake_model(
     )  # fmt: skip
 
 
+def write_library_files(folder: Path, model: str) -> None:
+    """Write the files that the model's library needs beside the model in `folder`.
+
+    Args:
+        folder: the folder, which already contains the model.
+        model: where the files come from, as in the recipe's `model`.
+    """
+    dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
+    write_companions(model, folder, dtypes.most_common(1)[0][0])
+
+
 def write_descriptions(
     folder: Path,
     recipe: Recipe,
@@ -89,20 +101,18 @@ def write_descriptions(
     record: RunRecord,
     model: str,
 ) -> None:
-    """Write the files that describe the model in `folder`: coefficients, files that its library needs, and the model card.
+    """Write the files that describe the model in `folder`: its coefficients and the model card.
 
     Args:
-        folder: the folder, which already contains the model.
+        folder: the folder, which already contains the model and the files that its library needs.
         recipe: the recipe as run.
         coefficients: the soup's coefficients.
         rows: for the table of the model card.
         record: run.json, for the model card.
-        model: where the files that the library needs come from, as in the recipe's `model`.
+        model: where the library's files came from, as in the recipe's `model`.
     """
     save_coefficients(coefficients, folder / COEFFICIENTS)
     save_table(coefficients, folder / TABLE)
-    dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
-    write_companions(model, folder, dtypes.most_common(1)[0][0])
     line = loading_line(model, [file.name for file in folder.iterdir()])
     write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, line))
 
@@ -124,7 +134,7 @@ def listed(ingredients: Sequence[Ingredient], sha256: Sequence[str]) -> list[Ing
 def remarks(recipe: Recipe, inputs: Inputs, sha256: Sequence[str]) -> list[str]:
     """Return notes for the user about the ingredients: trials and tensors left out, and duplicates."""
     notes = [note for sweep in find_sweeps(recipe.ingredients) if (note := sweep.note())]
-    notes += [*left_out_notes(inputs.ingredients), *inputs.notes]
+    notes += [*notes_of(recipe), *left_out_notes(inputs.ingredients), *inputs.notes]
     first: dict[str, str] = {}
     for ingredient, digest in zip(inputs.ingredients, sha256, strict=True):
         if digest in first:

@@ -132,6 +132,25 @@ def renumbering(own: Classes, shared: Classes, used: Iterable[int]) -> np.ndarra
     return None if all(found[label] == label for label in used) else found
 
 
+def relabeled(labels: np.ndarray, own: Classes, shared: Classes) -> tuple[np.ndarray, str]:
+    """Give the labels of a source the numbers of the shared numbering, by name.
+
+    Args:
+        labels: int64 [n, ...]; negative ones do not change.
+        own: the source's classes.
+        shared: the shared numbering.
+
+    Returns the labels, and a note about what changed; the note is empty if nothing did. Raises RecipeError if a class has no
+    counterpart.
+    """
+    used = np.unique(labels)
+    mapping = renumbering(own, shared, used[used >= 0].tolist())
+    if mapping is None:
+        return labels, ""
+    note = f"{own.key}: labels were renumbered by name, to those of {shared.key}: {differing(own, mapping)}."
+    return np.where(labels < 0, labels, mapping[np.maximum(labels, 0)]).astype(labels.dtype), note
+
+
 def _check_numbers(own: Classes, shared: Classes, used: Sequence[int]) -> None:
     """Check that the source whose names are integers is numbered by them. Raises RecipeError."""
     numbers = own if is_numeric(own.names) else shared

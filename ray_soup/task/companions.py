@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ray_soup.task.libraries import timm_model_arguments
+from ray_soup.io.hugging_face import settings_folder
+from ray_soup.task.libraries import open_clip_model_arguments, timm_model_arguments, torchvision_model_arguments
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build
 from ray_soup.task.transformers_models import dtype_name, has_tokenizer, loading_options
@@ -49,11 +50,8 @@ def _arguments(model: ModelSpec) -> dict[str, Any]:
     if model.library == "timm":
         return timm_model_arguments(model)
     if model.library == "open_clip":
-        size = model.size("image_size", model.text)
-        return {} if size is None else {"force_image_size": size}
-    if model.name.startswith("vit_") and "crop_size" in model.options:
-        return {"image_size": int(model.options["crop_size"])}
-    return {}
+        return open_clip_model_arguments(model)
+    return torchvision_model_arguments(model) if model.library == "torchvision" else {}
 
 
 def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
@@ -66,7 +64,8 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
     if parsed.library != "transformers":
         return
     transformers = parsed.import_library()
-    name, local = parsed.name, loading_options(parsed.name)
+    name = settings_folder(parsed.name)
+    local = loading_options(name)
     with torch.device("meta"):
         model: Any = build(spec).model
     model.config.architectures = [type(model).__name__]

@@ -16,7 +16,7 @@ import torch
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import InUse, cached, content_key
 from ray_soup.recipe import Data
-from ray_soup.task.classes import Classes, differing, reference, renumbering, unlike_image_folder
+from ray_soup.task.classes import Classes, reference, relabeled, unlike_image_folder
 from ray_soup.task.decode import Decoder, decoder_of
 from ray_soup.task.objective import Inputs
 from ray_soup.task.preprocess import Preprocess, Tail, preprocess_identity
@@ -70,6 +70,8 @@ class Examples:
     """Bytes of text that each example scores, float64 [n]; None if examples are not text."""
     lengths: np.ndarray | None = None
     """Tokens of each example, int64 [n]: inputs and targets are cut to the longest in a batch. None: they stay whole."""
+    cut: float | None = None
+    """Share of the texts or documents that have more tokens than fit into one example; None if examples are not text."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,13 +80,16 @@ class Examples:
         """Gather inputs [n, ...] and targets [n, ...] of `rows`, int [n], on a device."""
         end = None if self.lengths is None else int(self.lengths[rows].max(initial=1))
         whole = self.images.shape[-1] if isinstance(self.images, np.ndarray) else 0
-        per_token = self.labels.dtype == np.int64 and self.labels.ndim > 1 and self.labels.shape[-1] == whole
+        integers = self.labels.dtype in (np.int64, np.int32)
+        per_token = integers and self.labels.ndim > 1 and self.labels.shape[-1] == whole
 
         def gathered(array: np.ndarray, cut: bool = True) -> torch.Tensor:
             part = torch.from_numpy(np.ascontiguousarray(array[rows][..., : end if cut else None]))
             return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
         targets = gathered(self.labels, cut=per_token)
+        if per_token and self.lengths is not None:
+            targets = targets.long()
         if isinstance(self.images, dict):
             return {name: gathered(array) for name, array in self.images.items()}, targets
         images = gathered(self.images)
@@ -195,7 +200,8 @@ def renumbered(data: Data, raws: Mapping[str, RawExamples]) -> dict[str, RawExam
     Raises RecipeError.
     """
     if any(raw.source.targets != "classes" for raw in raws.values()):
-        return dict(raws)
+        tags = [raw.classes for raw in raws.values() if raw.classes is not None]
+        return {name: with_labels_of(tags[0], raw) for name, raw in raws.items()} if tags else dict(raws)
     known = []
     for name, source in named_sources(data).items():
         classes = raws[name].classes if name in raws else peek_classes(source)
@@ -210,14 +216,11 @@ def with_labels_of(shared: Classes, raw: RawExamples) -> RawExamples:
     own = raw.classes
     if own is None:
         return raw
-    mapping = renumbering(own, shared, np.unique(raw.labels).tolist())
+    labels, note = relabeled(raw.labels, own, shared)
     names = replace(shared, by_position=own.by_position and shared.by_position)
     order = unlike_image_folder(shared)
     notes = (*raw.notes, order) if order else raw.notes
-    if mapping is None:
-        return replace(raw, classes=names, notes=notes)
-    note = f"{own.key}: labels were renumbered by name, to those of {shared.key}: {differing(own, mapping)}."
-    return replace(raw, labels=mapping[raw.labels], classes=names, notes=(*notes, note))
+    return replace(raw, labels=labels, classes=names, notes=(*notes, note) if note else notes)
 
 
 def _preview(raw: RawExamples, decoder: Decoder | None) -> Examples:
@@ -232,7 +235,7 @@ def _examples(raw: RawExamples, images: Arrays, tail: Tail | None = None, hold: 
     source, hold = raw.source, hold or raw.hold
     return Examples(
         source.spec, images, raw.labels, tail, raw.classes, hold, source.key, raw.where, raw.notes, raw.groups, raw.bytes,
-        raw.lengths,
+        raw.lengths, raw.cut,
     )  # fmt: skip
 
 

@@ -7,41 +7,29 @@ recipe that does not state what the files say is refused, with the line to write
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
-import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray_soup.errors import RecipeError
-from ray_soup.io import storage
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.mixing.blocks import Layout
-from ray_soup.recipe import Data, Recipe, is_function
-from ray_soup.task.libraries import IMAGE_OPTIONS, SIZE_OPTIONS
+from ray_soup.recipe import Data, Preprocessing, Recipe, is_function
+from ray_soup.task.evidence_files import BESIDE, EVERY, RECORD, beside_in, sources
+from ray_soup.task.libraries import IMAGE_OPTIONS, SIZE_OPTIONS, WITH_AUXILIARY, has_auxiliary
 from ray_soup.task.model_spec import ModelSpec
-from ray_soup.task.models import preprocess_settings
+from ray_soup.task.preprocess_key import as_mapping, describe_for, keys_of, model_of
 from ray_soup.task.settings import facts_of, settings_of, used_settings
 from ray_soup.task.transformers_folders import check_folders
-from ray_soup.task.values import Found, Settings
+from ray_soup.task.values import Found, Settings, mapping, same_value
 
-ARGUMENTS = ("args", "hyper_parameters", "datamodule_hyper_parameters", "hparams", "config", "params")
-"""Keys that training scripts write their arguments under."""
-BESIDE = {
-    "open_clip": ("open_clip_config.json", "params.txt"),
-    "timm": ("config.json",),
-    "torchvision": (),
-}
-"""Files that each library writes next to a model, with the settings of its preprocessing."""
-EVERY = ("open_clip_config.json", "params.txt", "config.json", "preprocessor_config.json")
-"""Those of all libraries, from which a user's function may take its model."""
-LARGEST = 1_000_000
-"""Size in bytes up to which such a file is read."""
 POSITIONS = ("pos_embed", "positional_embedding", "pos_embedding")
 """Ends of the names of position embeddings, which are as long as the image has patches."""
+AUXILIARY = re.compile(r"(^|\.)(aux[12]|AuxLogits)\.")
+"""Names of tensors of the auxiliary classifiers of torchvision's models."""
 SHAPES = "the shape of its position embedding"
 
 
@@ -68,7 +56,17 @@ class Evidence:
     """Where the values were found."""
 
 
-def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: Layout | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Checked:
+    """What came of the comparison of evidence with a recipe."""
+
+    notes: list[str] = field(default_factory=list)
+    """Notes for the user."""
+    said: frozenset[str] = frozenset()
+    """The options that the files say something about."""
+
+
+def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: Layout | None = None) -> Checked:
     """Compare what the ingredients say about their training with what the recipe does.
 
     Args:
@@ -76,31 +74,29 @@ def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: La
         ingredients: the opened ingredients, or one checkpoint to evaluate.
         layout: the layout of the recipe's model, to recognize position embeddings of another size.
 
-    Returns notes for the user: a value that the recipe states, although files say another, values that are not
-    understood, architectures of other names, and what differs from the preprocessing of a user's own function.
+    The notes are about a value that options of `model` state, although files say another, values that are not understood,
+    architectures of other names, and what differs from the preprocessing of a user's own function.
+
     Raises RecipeError, with the line to write, if the recipe does not state a value, and files differ from the library's
-    default or from each other.
+    default or from each other, or if the recipe key `preprocess` states another one.
     """
-    spec = ModelSpec.parse(recipe.model)
+    spec = ModelSpec.parse(model_of(recipe))
+    images, own = takes_images(recipe.data), is_function(recipe.model) or isinstance(recipe.preprocess, str)
     if spec.library == "transformers":
-        return check_folders(spec, ingredients, takes_images(recipe.data))
-    if is_function(recipe.model):
-        return _compare_function(recipe, ingredients)
+        notes = _check_function(recipe, ingredients, functools.cache(functools.partial(beside_in, ())))
+        return Checked([*notes, *check_folders(spec, ingredients, images and recipe.preprocess is None)])
+    notes = _compare_function(recipe, ingredients) if own and images else []
     if spec.library not in IMAGE_OPTIONS:
-        return []
+        return Checked(notes)
     used = used_settings(spec)
-    beside = functools.cache(functools.partial(_beside, BESIDE[spec.library]))
+    beside = functools.cache(functools.partial(beside_in, BESIDE[spec.library]))
+    notes += _check_function(recipe, ingredients, beside) if images else []
     found = [_evidence_of(ingredient, spec, layout, used, beside) for ingredient in ingredients]
-    if not takes_images(recipe.data):
+    if own or not images:
         for evidence in found:
-            sizes = SIZE_OPTIONS.values() if evidence.source == SHAPES else ()
-            kept = ("in_chans", "global_pool", *sizes)
-            evidence.options = {name: value for name, value in evidence.options.items() if name in kept}
-            evidence.unread = {name: said for name, said in evidence.unread.items() if name in kept}
-            unstatable = evidence.unstatable.items()
-            evidence.unstatable = {name: value for name, value in unstatable if name not in IMAGE_OPTIONS["timm"]}
+            _keep_structure(evidence)
     _check_unstatable(spec, found)
-    notes = _compare(spec, found, used)
+    notes += _compare(recipe, spec, found, used)
     notes += _unread(spec, found, used)
     named = next((e for e in found if e.architecture and not _same_architecture(e.architecture, spec.name)), None)
     if named is not None:
@@ -111,8 +107,18 @@ def check_evidence(recipe: Recipe, ingredients: Sequence[Ingredient], layout: La
             f"{unknown.path} was trained as {unknown.unknown}, a name that this version of {spec.library} does not have; "
             "only the preprocessing that its arguments state was compared."
         )
-    remark = next((f"{e.path} {e.remark}" for e in found if e.remark), None)
-    return notes if remark is None else [*notes, remark]
+    notes += [f"{e.path} {e.remark}" for e in found if e.remark][:1]
+    return Checked(notes, frozenset(option for e in found for option in (*e.options, *e.unread)))
+
+
+def _keep_structure(evidence: Evidence) -> None:
+    """Drop what is about preprocessing, where the library's is not used."""
+    sizes = SIZE_OPTIONS.values() if evidence.source == SHAPES else ()
+    kept = ("in_chans", "global_pool", *WITH_AUXILIARY, *sizes)
+    evidence.options = {name: value for name, value in evidence.options.items() if name in kept}
+    evidence.unread = {name: said for name, said in evidence.unread.items() if name in kept}
+    unstatable = evidence.unstatable.items()
+    evidence.unstatable = {name: value for name, value in unstatable if name not in IMAGE_OPTIONS["timm"]}
 
 
 def check_start(recipe: Recipe) -> None:
@@ -120,7 +126,7 @@ def check_start(recipe: Recipe) -> None:
 
     Raises RecipeError.
     """
-    spec = ModelSpec.parse(recipe.model)
+    spec = ModelSpec.parse(model_of(recipe))
     for source in filter(None, (recipe.finetune.init, recipe.finetune.pretrained)):
         if spec.library == "transformers":  # the folder states the preprocessing to train with
             check_folders(spec, [open_ingredient(source)], preprocessed=False)
@@ -131,26 +137,77 @@ def check_start(recipe: Recipe) -> None:
 
             known = open_clip.get_pretrained_cfg(spec.name, source.partition(":")[2])
             settings = settings_of(spec, {"preprocess_cfg": known}).settings
-            _compare(spec, [Evidence(source, settings, source="its settings in open_clip")], used_settings(spec))
+            evidence = Evidence(source, settings, source="its settings in open_clip")
+            _compare(recipe, spec, [evidence], used_settings(spec))
 
 
 def _compare_function(recipe: Recipe, ingredients: Sequence[Ingredient]) -> list[str]:
-    """Return a note for each visible setting of a user's own preprocessing that files contradict: the user decides there."""
-    if not takes_images(recipe.data):
-        return []
-    beside = functools.cache(functools.partial(_beside, EVERY))
+    """Return a note for each visible setting of a user's own preprocessing that files contradict: the user decides there.
+
+    Raises RecipeError if a mapping `preprocess` contradicts them.
+    """
+    beside = functools.cache(functools.partial(beside_in, EVERY))
     stated = [
-        (name, value, f"{ingredient.path} was trained with {name} {value} ({source})")
+        (name, value, ingredient.path, source)
         for ingredient in ingredients
-        for source, values in _sources(ingredient, beside)
+        for source, values in sources(ingredient, beside)
         for name, value in facts_of(values).items()
     ]
-    ours = preprocess_settings(recipe.model) if stated else {}
+    ours = describe_for(recipe)[1] if stated else {}
+    where = recipe.preprocess if isinstance(recipe.preprocess, str) else recipe.model
     notes: dict[str, str] = {}
-    for name, value, said in stated:
-        if name in ours and not same_value(value, ours[name]):
-            notes.setdefault(name, f"{said}; the preprocessing of {recipe.model} has {ours[name]}, which is used.")
+    for name, value, path, source in stated:
+        if name not in ours or same_value(value, ours[name]):
+            continue
+        if isinstance(recipe.preprocess, Preprocessing):
+            raise _contradicted(recipe.preprocess, path, source, {name: value}, {name: value}, ours)
+        said = f"{path} was trained with {name} {value} ({source})"
+        notes.setdefault(name, f"{said}; the preprocessing of {where} has {ours[name]}, which is used.")
     return [*notes.values()]
+
+
+def _check_function(
+    recipe: Recipe, ingredients: Sequence[Ingredient], beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]]
+) -> list[str]:
+    """Check that a function which this package preprocessed the images of a soup with is the recipe's too.
+
+    Returns a note if the recipe states something else. Raises RecipeError if it states nothing.
+    """
+    for ingredient in ingredients:
+        for source, values in sources(ingredient, beside):
+            function = mapping(values.get(RECORD)).get("function")
+            if not isinstance(function, str) or function == recipe.preprocess:
+                continue
+            said = f"The images of {ingredient.path} were preprocessed by the function {function} ({source})"
+            if recipe.preprocess is None:
+                raise RecipeError(
+                    f"{said}; the recipe names none. Write in the recipe\n    preprocess: {function}\nor state another "
+                    "preprocessing there to use it on purpose."
+                )
+            return [f"{said}; the recipe states another preprocessing, which is used."]
+    return []
+
+
+def _contradicted(
+    stated: Preprocessing, path: str, source: str, theirs: Settings, named: Settings, ours: Settings
+) -> RecipeError:
+    """Return the error for a mapping `preprocess` that a file contradicts.
+
+    Args:
+        stated: the mapping.
+        path: the file.
+        source: where in it the values are.
+        theirs: the values that the file says, by option.
+        named: the same by the keys of the mapping.
+        ours: the values in use, by option.
+    """
+    said = ", ".join(f"{option} {value}" for option, value in theirs.items())
+    used = ", ".join(f"{option} {ours.get(option, 'unset')}" for option in theirs)
+    line = ", ".join(f"{key}: {value}" for key, value in {**stated.values(), **as_mapping(named)}.items())
+    return RecipeError(
+        f"{path} was trained with {said} ({source}); with the recipe key `preprocess`, {used} is used. Write in the recipe"
+        f"\n    preprocess: {{{line}}}\nor name a function that does otherwise on purpose: preprocess: module:function"
+    )
 
 
 def takes_images(data: Data) -> bool:
@@ -167,7 +224,7 @@ def _evidence_of(
     beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]],
 ) -> Evidence:
     evidence = Evidence(ingredient.path)
-    for source, values in _sources(ingredient, beside):
+    for source, values in sources(ingredient, beside):
         said = settings_of(spec, values)
         if said != Found():
             evidence.source = evidence.source or source
@@ -179,66 +236,14 @@ def _evidence_of(
             evidence.unread = {**said.unread, **evidence.unread}
         name = next((values[key] for key in ("model", "arch", "architecture") if isinstance(values.get(key), str)), "")
         evidence.architecture = evidence.architecture or (name if said.settings else "")
+    if has_auxiliary(spec):
+        evidence.options["aux_logits"] = str(any(AUXILIARY.search(name) for name in ingredient.tensors)).lower()
+        evidence.source = evidence.source or "its tensors"
     size = _size_of_positions(ingredient, layout, used, spec) if layout is not None else {}
     if size:
         evidence.options |= size
         evidence.source = evidence.source or SHAPES
     return evidence
-
-
-def _sources(
-    ingredient: Ingredient, beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]]
-) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the mappings in and beside a checkpoint that may say how it was trained, with their places."""
-    return [*_arguments(ingredient.metadata), *beside(ingredient.files[0].rpartition("/")[0])]
-
-
-def _arguments(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the mappings in a checkpoint that may be a script's arguments, with their places."""
-    nested = [(f"its {key}", metadata[key]) for key in ARGUMENTS if isinstance(metadata.get(key), Mapping)]
-    decoded = []
-    for key, value in metadata.items():  # the metadata of safetensors are texts
-        if isinstance(value, str) and value[:1] == "{" and len(value) < LARGEST:
-            decoded.append((f"its {key}", _parsed(value)))
-    return [(place, values) for place, values in (*nested, *decoded, ("its metadata", metadata)) if values]
-
-
-def _beside(names: Sequence[str], folder: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the settings in the files of a folder with checkpoints, with the files' names.
-
-    The params.txt of open_clip's training script may also be in the folder above, if this one is called checkpoints.
-    """
-    found = []
-    for name in names if folder else ():
-        above, _, last = folder.rpartition("/")
-        for place in (folder, above) if name == "params.txt" and above and last == "checkpoints" else (folder,):
-            path = storage.join(place, name)
-            try:
-                if storage.isfile(path) and storage.stat(path).size <= LARGEST:
-                    text = storage.read_bytes(path).decode()
-                    found.append((name, _parsed(text) if name.endswith(".json") else _parsed_lines(text)))
-            except (OSError, ValueError):
-                continue
-    return found
-
-
-def _parsed_lines(text: str) -> Mapping[str, Any]:
-    """Parse lines of the form `name: value`, as open_clip prints its arguments."""
-    values: dict[str, Any] = {}
-    for name, colon, value in (line.partition(": ") for line in text.splitlines()):
-        if colon:
-            values[name] = value.strip()
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # words are not Python
-                values[name] = ast.literal_eval(value.strip())
-    return values
-
-
-def _parsed(text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _size_of_positions(ingredient: Ingredient, layout: Layout, used: Settings, spec: ModelSpec) -> dict[str, str]:
@@ -290,8 +295,16 @@ def _unread(spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list[
     return [*notes.values()]
 
 
-def _compare(spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list[str]:
-    """Compare the options of all ingredients with those in use. Returns notes. Raises RecipeError."""
+def _compare(recipe: Recipe, spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list[str]:
+    """Compare the options of all ingredients with those in use. Returns notes. Raises RecipeError.
+
+    Args:
+        recipe: the recipe.
+        spec: its model, with the options that its key `preprocess` stands for.
+        found: what the files say.
+        used: the options in use.
+    """
+    by_model = ModelSpec.parse(recipe.model).options
     notes, missing = [], {}
     for option in dict.fromkeys(name for evidence in found for name in evidence.options):
         have = [evidence for evidence in found if option in evidence.options]
@@ -299,7 +312,14 @@ def _compare(spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list
         odd = next((e for e in have if not same_value(e.options[option], first.options[option])), None)
         if option in spec.options:
             other = next((e for e in have if not same_value(e.options[option], used.get(option, ""))), None)
-            if other is not None:
+            if other is not None and isinstance(recipe.preprocess, Preprocessing) and option not in by_model:
+                stated = {name: value for name, value in other.options.items() if name in spec.options.keys() - by_model}
+                raise _contradicted(
+                    recipe.preprocess, other.path, other.source, {option: other.options[option]}, keys_of(spec, stated), used
+                )
+            if other is not None and option == "aux_logits":  # which decides about the tensors
+                missing[option] = other
+            elif other is not None:
                 notes.append(
                     f"{other.path} was trained with {option} {other.options[option]} ({other.source}); the recipe states "
                     f"{used.get(option, '')}, which is used."
@@ -322,19 +342,6 @@ def _compare(spec: ModelSpec, found: Sequence[Evidence], used: Settings) -> list
             f"\n    model: {spec.with_options(options)}\nor state other values of these options to use them on purpose."
         )
     return notes
-
-
-def same_value(one: str, other: str) -> bool:
-    """Return whether two values of an option are equal: numbers up to rounding, a single one for all channels."""
-    ones, others = one.split(","), other.split(",")
-    length = max(len(ones), len(others))
-    ones, others = (values * length if len(values) == 1 else values for values in (ones, others))
-    try:
-        return len(ones) == len(others) and all(
-            math.isclose(float(a), float(b), rel_tol=1e-5) for a, b in zip(ones, others, strict=True)
-        )
-    except ValueError:
-        return ones == others
 
 
 def _same_architecture(one: str, other: str) -> bool:

@@ -27,11 +27,13 @@ EXPECTED = {
     "model": "model() without required arguments that returns a torch.nn.Module, or (model, preprocess)",
     "loss": "loss(outputs, targets) that maps float32 [n, ...] and targets [n, ...] to losses [n], or to their sum",
     "metric": "metric(outputs, targets) that maps float32 [n, ...] and targets [n, ...] to scores [n]",
+    "evaluate": "evaluate(folder) that returns a dictionary of names and finite numbers",
+    "preprocess": "preprocess(image) that maps a PIL image in RGB to an array or tensor, always of one shape",
     "objective": "a class derived from ray_soup.Objective",
     "data": "dataset() without required arguments that returns a sequence of pairs (input, label)",
 }
 """The signature of the function under each recipe key."""
-ARGUMENTS = {"model": 0, "loss": 2, "metric": 2, "data": 0}
+ARGUMENTS = {"model": 0, "preprocess": 1, "loss": 2, "metric": 2, "evaluate": 1, "data": 0}
 """Number of arguments that the function under each recipe key is called with."""
 LINES = 3
 """Maximum number of lines of a traceback in a message."""

@@ -115,8 +115,10 @@ def listed_files(source: Source, folder: Path) -> list[Path]:
 
 
 def class_names(features: Any, column: str) -> tuple[str, ...]:
-    """Return the names of a ClassLabel column from the features of a dataset; empty if they name none."""
+    """Return the names of a ClassLabel column, or one of lists of them, from the features of a dataset; empty if none."""
     feature = features.get(column) if isinstance(features, dict) else None
+    while isinstance(feature, (dict, list)) and "names" not in feature:  # a list of labels, one for each word
+        feature = feature.get("feature") if isinstance(feature, dict) else next(iter(feature), None)
     names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
     valid = isinstance(names, list) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
     return tuple(names) if valid and names else ()

@@ -39,6 +39,8 @@ IMAGE_OPTIONS = {
 """The options of each library that say how images are preprocessed, by the library's own names."""
 SIZE_OPTIONS = {"open_clip": "image_size", "timm": "img_size", "torchvision": "crop_size"}
 """The option among them that is the size of the model's input."""
+WITH_AUXILIARY = {"aux_logits": "true", "transform_input": "false"}
+"""Options of torchvision's models GoogLeNet and Inception, with their values if a model is created without weights."""
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 """The values that timm has for its options of these names."""
@@ -88,8 +90,13 @@ def build_open_clip(spec: ModelSpec) -> BuiltModel:
     size = spec.size("image_size", example)
     resize_mode = spec.choice("resize_mode", ("shortest", "longest", "squash"))
     interpolation = spec.choice("interpolation", ("bicubic", "bilinear"))
-    with no_weight_warnings():
-        clip = open_clip.create_model(spec.name, pretrained=None, **({} if size is None else {"force_image_size": size}))
+    try:
+        with no_weight_warnings():
+            clip = open_clip.create_model(spec.name, pretrained=None, **open_clip_model_arguments(spec))
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"model: open_clip cannot create '{spec.text}' ({error}). Change the option image_size."
+        ) from error
     visual = clip.visual
     mean = spec.floats("mean", 3, example) or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = spec.floats("std", 3, example) or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
@@ -109,6 +116,14 @@ def build_open_clip(spec: ModelSpec) -> BuiltModel:
     if normalize not in ("true", "false"):
         raise RecipeError(f"model: found {spec.text!r}; expected normalize=true or normalize=false. Fix the option.")
     return BuiltModel(ImageClassifier(visual, config["embed_dim"], classes, normalize == "true"), preprocess)
+
+
+def open_clip_model_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """Return the options of a spec as arguments of `open_clip.create_model`."""
+    size = spec.size("image_size", f"open_clip:{spec.name}?classes=1000")
+    if size is None:
+        return {}
+    return {"force_image_size": size[0] if size[0] == size[1] else size}  # its ResNets take one number only
 
 
 def build_timm(spec: ModelSpec) -> BuiltModel:
@@ -138,7 +153,7 @@ def build_timm(spec: ModelSpec) -> BuiltModel:
 
         return BuiltModel(model, NamedPreprocess(refuse, "no mean"))
     preprocess = timm.data.create_transform(**config)
-    return BuiltModel(model, preprocess if channels == 3 else _one_channel(preprocess))
+    return BuiltModel(model, preprocess if channels == 3 else one_channel(preprocess))
 
 
 def timm_model_arguments(spec: ModelSpec) -> dict[str, Any]:
@@ -147,7 +162,7 @@ def timm_model_arguments(spec: ModelSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if "in_chans" in spec.options:
         arguments["in_chans"] = spec.count("in_chans", example)
-    if "img_size" in spec.options and timm_pretrained_cfg(spec).get("fixed_input_size"):
+    if "img_size" in spec.options and has_fixed_size(spec):
         arguments["img_size"] = spec.size("img_size", example)
     if "global_pool" in spec.options:
         arguments["global_pool"] = spec.options["global_pool"]
@@ -240,7 +255,7 @@ def structure(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _one_channel(preprocess: Any) -> Preprocess:
+def one_channel(preprocess: Any) -> Preprocess:
     """Return a transform of torchvision's or timm's that converts images to grayscale first, as timm reads them."""
     from torchvision import transforms
 
@@ -254,25 +269,47 @@ def build_torchvision(spec: ModelSpec) -> BuiltModel:
 
     tv = spec.import_library().models
     example = f"torchvision:{spec.name}?classes=1000"
-    spec.check_options(("classes", *IMAGE_OPTIONS["torchvision"]), example)
+    more = WITH_AUXILIARY if has_auxiliary(spec) else {}
+    spec.check_options(("classes", *IMAGE_OPTIONS["torchvision"], *more), example)
     classes = spec.count("classes", example)
     names = tv.list_models(module=tv)  # the image classifiers: detection and segmentation are in submodules
     if spec.name not in names:
         raise spec.unknown_name(names)
-    extra: dict[str, Any] = {}
-    if spec.name in ("googlenet", "inception_v3"):  # these two warn without it
+    extra = torchvision_model_arguments(spec)
+    if has_auxiliary(spec):  # they warn without it
         extra["init_weights"] = True
     stated: dict[str, Any] = {n: spec.count(n, example) for n in ("resize_size", "crop_size") if n in spec.options}
     stated |= {n: list(v) for n in ("mean", "std") if (v := spec.floats(n, 3, example)) is not None}
     if (interpolation := spec.choice("interpolation", ("bilinear", "bicubic", "nearest", "lanczos"))) is not None:
         stated["interpolation"] = InterpolationMode(interpolation)
-    if spec.name.startswith("vit_") and "crop_size" in stated:
-        extra["image_size"] = stated["crop_size"]
     try:
         model = tv.get_model(spec.name, weights=None, num_classes=classes, **extra)
     except (ValueError, RuntimeError, TypeError) as error:
         raise RecipeError(f"model: torchvision cannot create '{spec.text}' ({error}). Change the options.") from error
     return BuiltModel(model, tv.get_model_weights(spec.name).DEFAULT.transforms(**stated))
+
+
+def torchvision_model_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """Return the options of a spec as arguments of `torchvision.models.get_model`. Raises RecipeError."""
+    found: dict[str, Any] = {}
+    if "crop_size" in spec.options and has_fixed_size(spec):
+        found["image_size"] = spec.count("crop_size", spec.text)
+    for option in WITH_AUXILIARY:
+        if (value := spec.choice(option, ("true", "false"))) is not None:
+            found[option] = value == "true"
+    return found
+
+
+def has_auxiliary(spec: ModelSpec) -> bool:
+    """Return whether a model of torchvision may have auxiliary classifiers, which are used in training only."""
+    return spec.library == "torchvision" and spec.name in ("googlenet", "inception_v3")
+
+
+def has_fixed_size(spec: ModelSpec) -> bool:
+    """Return whether a model is built for images of one size, so that the option with the size changes the model."""
+    if spec.library == "timm":
+        return bool(timm_pretrained_cfg(spec).get("fixed_input_size"))
+    return spec.library == "open_clip" or spec.name.startswith("vit_")
 
 
 def build_transformers(spec: ModelSpec) -> BuiltModel:

@@ -22,11 +22,11 @@ from ray_soup.task.code_files import is_of_library, version
 from ray_soup.task.functions import MOVED, as_in_workers, call, import_function, own_lines
 from ray_soup.task.identity import FORWARD_HOOKS, PLAIN, identify, own_state, without_addresses
 from ray_soup.task.libraries import LIBRARIES, SIZE_OPTIONS, BuiltModel
+from ray_soup.task.logits import can_be_scored
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.objective import Inputs, Objective
-from ray_soup.task.preprocess import preprocess_identity, visible_settings
+from ray_soup.task.preprocess import preprocess_identity
 from ray_soup.task.transformers_tasks import transformers_objective
-from ray_soup.task.values import Settings
 
 OUTPUTS = ("logits", "out")
 """The names under which models return their outputs among others."""
@@ -131,17 +131,6 @@ def describe(spec: str) -> Layout:
         return layout_of(build(spec).model)
 
 
-def preprocess_settings(spec: str) -> Settings:
-    """Return the `size`, `mean` and `std` that the preprocessing of the model `spec` shows. Raises RecipeError."""
-    with as_in_workers():
-        with contextlib.suppress(Exception), torch.device("meta"):
-            return visible_settings(build(spec).preprocess)
-        preprocess = build(spec).preprocess
-    with contextlib.suppress(Exception):  # of an unusual object, nothing is visible
-        return visible_settings(preprocess)
-    return {}
-
-
 def outputs_of(
     model: torch.nn.Module, inputs: Inputs, targets: torch.Tensor, objective: Objective, spec: str, source: str
 ) -> torch.Tensor:
@@ -171,7 +160,7 @@ def outputs_of(
             f"model: {spec} cannot process {example}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
             f"{lines}\nChange `model:`{_size_option(spec)} or the data."
         ) from cause
-    if not isinstance(outputs, torch.Tensor):
+    if not can_be_scored(outputs):
         raise RecipeError(
             f"model: {spec} returned {type(outputs).__name__} for {example}; expected a tensor, alone, first in a tuple, or "
             "as `logits` or `out`. Change what the model's forward returns."

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
+from ray_soup.task.logits import Logits
 from ray_soup.task.raw_examples import IGNORED, VOID
 
 Inputs = torch.Tensor | dict[str, torch.Tensor]
@@ -116,10 +117,7 @@ class _Units(Objective):
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the cross-entropy of each example, summed over its units."""
-        found = F.cross_entropy(
-            self._classes_second(outputs), targets, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
-        )
-        return found.flatten(1).sum(1)
+        return self._each(outputs, targets, label_smoothing).flatten(1).sum(1)
 
     def weights(self, targets: torch.Tensor) -> torch.Tensor:
         """Return the number of units that are scored."""
@@ -127,25 +125,34 @@ class _Units(Objective):
 
     def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the number of units whose target has the largest logit."""
+        if isinstance(outputs, Logits):
+            return outputs.correct(targets).flatten(1).sum(1)
         return (self._classes_second(outputs).argmax(1) == targets).flatten(1).sum(1)
 
     def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
         """Check that there is one vector of logits for each target."""
-        found = self._classes_second(outputs)
-        if found.ndim == targets.ndim + 1 and found.shape[2:] == targets.shape[1:]:
+        units = outputs.shape[2:] if self.classes_at == 1 else outputs.shape[1:-1]
+        if outputs.ndim == targets.ndim + 1 and units == targets.shape[1:]:
             return None
         wanted = "[1, classes, ...]" if self.classes_at == 1 else "[1, ..., classes]"
         return f"float logits {wanted} for targets {list(targets.shape)}"
 
     def member(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the probability of each target, 1 for one that is not scored: a number per unit, not per class."""
-        logits = self._classes_second(outputs)
-        loss = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+        loss = self._each(outputs, targets)
         return loss.double().neg().exp()  # a probability of 1e-130 is 0 in float32
 
     def of_members(self, mean: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the losses of the mean probabilities; which class is the most probable is not known."""
         return mean.log().neg().flatten(1).sum(1), None
+
+    def _each(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the cross-entropy of each unit, like the targets."""
+        if isinstance(outputs, Logits):
+            return outputs.losses(targets, label_smoothing)
+        return F.cross_entropy(
+            self._classes_second(outputs), targets, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
+        )
 
     def _classes_second(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs if self.classes_at == 1 else outputs.movedim(-1, 1)

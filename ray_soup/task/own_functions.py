@@ -19,7 +19,7 @@ METHODS = ("losses", "weights", "correct", "confidence", "loss", "scaled", "chec
 
 
 def check_functions(recipe: Recipe) -> None:
-    """Import the recipe's objective, loss and metric, so that a misspelled one is found before anything else is done.
+    """Import the recipe's functions, so that a misspelled one is found before anything else is done.
 
     Raises RecipeError.
     """
@@ -27,7 +27,8 @@ def check_functions(recipe: Recipe) -> None:
         objective_of(recipe)
     if recipe.select_by == "metric" and recipe.metric is None:
         raise RecipeError("select_by: metric needs a metric. Add `metric: package.module:function`.")
-    for key, spec in (("loss", recipe.loss), ("metric", recipe.metric)):
+    own = recipe.preprocess if isinstance(recipe.preprocess, str) else None
+    for key, spec in (("loss", recipe.loss), ("metric", recipe.metric), ("preprocess", own), ("evaluate", recipe.evaluate)):
         if spec is not None:
             import_function(spec, key)
 

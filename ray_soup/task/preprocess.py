@@ -167,32 +167,70 @@ def _parts(
 KEEP_SIZE = (*CONVERT, "PILToTensor", "MaybePILToTensor", "ToImage", "MaybeConvertMode", "RGB", "Grayscale", "Normalize")
 """Transforms of these libraries that keep the size of an image."""
 CUT_TO_SIZE = ("CenterCrop", "CenterCropOrPad", "RandomCrop", "RandomResizedCrop")
+RESIZE = ("Resize", "ResizeKeepRatio")
 
 
 def visible_settings(preprocess: Any) -> Settings:
-    """Return the `size`, `mean` and `std` that a transform of one of LIBRARIES shows, as a recipe writes them.
+    """Return what a transform of one of LIBRARIES shows, as a recipe writes it.
+
+    This is its `size`, `channels`, `mean`, `std` and `interpolation`, and `crop`: the share of the resized image that is
+    kept, or squash or border where images are resized to another shape. Of a tokenization it is the `length`.
 
     Raises RuntimeError for a transform that was created on the device meta.
     """
     if _class_name(preprocess) == "ImageClassification":
         p = preprocess
-        return {"size": size_text(pair(p.crop_size)), "mean": numbers(_floats(p.mean)), "std": numbers(_floats(p.std))}
-    found: Settings = {}
+        found = {"size": size_text(pair(p.crop_size)), "crop": share_text(p.crop_size[0], p.resize_size[0])}
+        found |= {"interpolation": p.interpolation.value, "channels": "3"}
+        return found | {"mean": numbers(_floats(p.mean)), "std": numbers(_floats(p.std))}
+    if input_kind(preprocess) != "image" and hasattr(preprocess, "length"):
+        return {"length": str(preprocess.length)}
+    found, resized = Settings(), None
     for part in preprocess.transforms if _class_name(preprocess) == "Compose" else ():
         kind = _class_name(part)
+        if kind in RESIZE:
+            resized = part
+            interpolation = getattr(part, "interpolation", None)
+            found |= {"interpolation": str(getattr(interpolation, "value", interpolation))}
         if kind in CUT_TO_SIZE or (kind == "Resize" and isinstance(part.size, (list, tuple)) and len(part.size) == 2):
-            found["size"] = size_text(pair(part.size))
+            found |= {"size": size_text(pair(part.size)), "crop": _crop(resized, pair(part.size))}
         elif kind not in KEEP_SIZE:
             found.pop("size", None)
+            found.pop("crop", None)
+        if kind in ("Grayscale", "Normalize"):  # images are opened in RGB
+            found.setdefault("channels", str(getattr(part, "num_output_channels", 3)))
         if kind == "Normalize":
-            found |= {"mean": numbers(_floats(part.mean)), "std": numbers(_floats(part.std))}
-    return found
+            found |= {"mean": numbers(_written(part.mean)), "std": numbers(_written(part.std))}
+    return {name: value for name, value in found.items() if value}
+
+
+def share_text(kept: int, resized: int) -> str:
+    """Write the share of a resized image that a crop keeps."""
+    return f"{kept / resized:.6g}"
+
+
+def _crop(resize: Any, size: tuple[int, int]) -> str:
+    """Describe how a crop follows a resize; empty if that is not known."""
+    edges = getattr(resize, "size", None)
+    if edges is None:
+        return ""
+    whole = isinstance(edges, (list, tuple)) and len(edges) == 2
+    kind = "squash" if whole and _class_name(resize) == "Resize" else "border" if getattr(resize, "longest", 0) else ""
+    share = share_text(size[0], pair(edges)[0])
+    return share if not kind else kind if share == "1" else f"{kind} {share}"
 
 
 def _class_name(transform: Any) -> str:
     """Return the class of a transform of one of LIBRARIES, or an empty string."""
     kind = type(transform)
     return kind.__name__ if kind.__module__.partition(".")[0] in LIBRARIES else ""
+
+
+def _written(values: Any) -> tuple[float, ...]:
+    """Return numbers as they were probably written, before a tensor rounded them to float32."""
+    if isinstance(values, torch.Tensor) and values.dtype == torch.float32:
+        return tuple(float(str(value)) for value in values.numpy())
+    return _floats(values)
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -79,6 +79,8 @@ class RawExamples:
     """Bytes of text that each example scores, float64 [n]; None if examples are not text."""
     lengths: np.ndarray | None = None
     """Tokens of each example, int64 [n]; None if examples are not padded."""
+    cut: float | None = None
+    """Share of the texts or documents that have more tokens than fit into one example; None if examples are not text."""
     hold: InUse | None = None
     """The cache entry of `arrays`, if they are in the cache: it must not be evicted while they are in use."""
 
@@ -94,7 +96,7 @@ class RawExamples:
                 f"{wrong[0] if wrong else 0} inputs and {len(labels)} labels; expected one label per input, and at least "
                 "one of each. Save the data again."
             )
-        object.__setattr__(self, "labels", usable_targets(self.source, labels, self.where))
+        object.__setattr__(self, "labels", usable_targets(self.source, labels, self.where, self.lengths is not None))
 
 
 def parts_of(arrays: Arrays) -> list[np.ndarray]:
@@ -118,8 +120,12 @@ def check_targets(source: Source, targets: np.ndarray) -> None:
     raise source.error(f"targets are {targets.dtype} {list(targets.shape)}; expected {wanted}. Convert them.")
 
 
-def usable_targets(source: Source, targets: np.ndarray, where: Callable[[int], str] = row_number) -> np.ndarray:
+def usable_targets(
+    source: Source, targets: np.ndarray, where: Callable[[int], str] = row_number, narrow: bool = False
+) -> np.ndarray:
     """Check the values of targets, and return them as int64, or float32 if the objective takes any numbers.
+
+    With `narrow`, classes in int32 remain in int32: `Examples.batch` converts those of a batch.
 
     Raises RecipeError, which names the row.
     """
@@ -133,7 +139,7 @@ def usable_targets(source: Source, targets: np.ndarray, where: Callable[[int], s
         wrong = ~(found <= 1)
         expected = "0 or 1 for each label, or a negative number where it is not known. Fix the targets."
     else:
-        found = targets.astype(np.int64)
+        found = targets if narrow and targets.dtype == np.int32 else targets.astype(np.int64)
         if kind == "pixels":
             found[targets == VOID] = IGNORED
         large = targets > LARGEST if targets.dtype.kind == "u" else np.zeros(targets.shape, bool)

@@ -7,16 +7,18 @@ import operator
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_soup.recipe import is_function
 from ray_soup.task import hub
+from ray_soup.task.classes import Classes
 from ray_soup.task.folders import find_files
 from ray_soup.task.functions import call, import_function
 from ray_soup.task.raw_examples import Source, check_regular, identity_of, reason
 from ray_soup.task.sources import local_path, only_split
-from ray_soup.task.tables import Format, arrow, columns_of, parquet, values_of
+from ray_soup.task.tables import Format, arrow, columns_of, names_in, parquet, values_of
 
 JSON = (".jsonl", ".json")
 SUFFIXES = (".parquet", *JSON)
@@ -37,6 +39,8 @@ class Table:
     """JSON values that change with the files; empty for a function."""
     nbytes: int = 0
     """Size of the files in bytes."""
+    classes: Callable[[str], Classes | None] = lambda column: None
+    """Returns the names of classes in a column of integers, or of lists of them, if the files know any."""
 
 
 def open_table(source: Source) -> Generator[tuple[int, int], None, Table]:
@@ -61,7 +65,7 @@ def table_of(source: Source, path: str | list[Path]) -> Table:
             raise source.error(f"{names} do not both have the column '{missing[0]}'. Save them alike.")
     return Table(
         source, tuple(columns), [(file.name, _reader(source, file, how)) for file in files], (identity,),
-        sum(file.stat().st_size for file in files),
+        sum(file.stat().st_size for file in files), Table.classes if how is None else partial(names_in, source, files, how),
     )  # fmt: skip
 
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray_soup.task.libraries import IMAGE_OPTIONS, timm_defaults
+from ray_soup.task.evidence_files import RECORD
+from ray_soup.task.libraries import (
+    CROP_MODES,
+    IMAGE_OPTIONS,
+    SIZE_OPTIONS,
+    WITH_AUXILIARY,
+    has_auxiliary,
+    timm_defaults,
+)
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.timm_settings import TIMM_SCRIPT, is_known_to_timm, read_timm, some_timm_arguments, used_by_timm
 from ray_soup.task.values import (
@@ -47,12 +56,16 @@ def settings_of(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
         spec: the recipe key `model`; its library says how to read them.
         values: the arguments, perhaps of another program: each is read on its own.
     """
+    if RECORD in values:
+        return Found(_of_record(spec.library, mapping(values[RECORD])))
     return READERS[spec.library](spec, values)
 
 
 def facts_of(values: Mapping[str, Any]) -> Settings:
     """Read the `size`, `mean` and `std` of the images in the arguments or configuration file of any script or library."""
-    if "preprocess_cfg" in values or values.keys() >= OPEN_CLIP_SCRIPT:
+    if RECORD in values:
+        found = Found(_of_record("timm", mapping(values[RECORD])))
+    elif "preprocess_cfg" in values or values.keys() >= OPEN_CLIP_SCRIPT:
         found = _open_clip(ModelSpec("", "open_clip", "", {}), values)
     elif "val_resize_size" in values:
         found = _of_torchvision_script(values)
@@ -63,6 +76,41 @@ def facts_of(values: Mapping[str, Any]) -> Settings:
     settings = found.settings
     names = {"image_size": "size", "crop_size": "size", "img_size": "size", "mean": "mean", "std": "std"}
     return {name: settings[option] for option, name in names.items() if option in settings}
+
+
+def _of_record(library: str, record: Mapping[str, Any]) -> Settings:
+    """Read the record of preprocessing that this package writes, in a library's terms."""
+    readers: dict[str, Reader] = {
+        "size": (SIZE_OPTIONS[library], lambda value: size_text(pair(value))),
+        "mean": ("mean", lambda value: numbers(floats(value))),
+        "std": ("std", lambda value: numbers(floats(value))),
+        "interpolation": ("interpolation", word),
+        "channels": ("in_chans", lambda value: str(count(value))),
+    }
+    found = {readers[key][0]: value for key, value in read_values(record, readers, Found()).items()}
+    if library != "timm":
+        found.pop("in_chans", None)
+    mode, _, share = str(record.get("crop", "")).rpartition(" ")
+    if not re.fullmatch(r"[0-9.]+", share):
+        mode, share = share, "1"
+    if library == "timm" and mode in ("", *CROP_MODES) and "crop" in record:
+        found |= {"crop_mode": mode or "center", "crop_pct": share}
+    elif library == "open_clip" and share == "1" and "crop" in record:
+        found["resize_mode"] = {"": "shortest", "border": "longest"}.get(mode, mode)
+    elif library == "torchvision" and not mode and "crop_size" in found and float(share) > 0:
+        found["resize_size"] = str(round(int(found["crop_size"].partition(",")[0]) / float(share)))
+    return found
+
+
+def settings_of_processor(values: Mapping[str, Any]) -> Settings:
+    """Return the `size`, `mean`, `std` and `interpolation` of an image processor of transformers, as far as it has them."""
+    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+    found = _of_image_processor(values).settings
+    settings = {"size" if name == "image_size" else name: value for name, value in found.items()}
+    resample = values.get("resample")
+    if values.get("do_resize", True) is True and resample in names:
+        settings["interpolation"] = names[resample]
+    return settings
 
 
 def _of_image_processor(values: Mapping[str, Any]) -> Found:
@@ -95,6 +143,7 @@ def _used_by_torchvision(spec: ModelSpec) -> Settings:
         "mean": numbers(preset.mean),
         "std": numbers(preset.std),
         "interpolation": preset.interpolation.value,
+        **(WITH_AUXILIARY if has_auxiliary(spec) else {}),
     }
 
 
@@ -114,7 +163,11 @@ def _of_torchvision_script(values: Mapping[str, Any]) -> Found:
 def _torchvision(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
     """Read the arguments of torchvision's train.py, or those of timm's, whose ResNets have tensors of the same names."""
     if "val_resize_size" in values:
-        return _of_torchvision_script(values)
+        found = _of_torchvision_script(values)
+        if has_auxiliary(spec):  # which torchvision creates with other settings if it loads weights of its own
+            loaded = values.get("weights") or values.get("pretrained") is True
+            found.settings["transform_input"] = "true" if loaded else "false"
+        return found
     found = _of_timm(values)
     theirs, found.settings = found.settings, {}
     name = str(values.get("model")).rpartition("/")[2].partition(".")[0]

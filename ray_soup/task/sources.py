@@ -13,7 +13,8 @@ import socket
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from ray_soup.io import storage
+from ray_soup.io import hugging_face, storage
+from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.recipe import Data, is_function
 from ray_soup.task import hub
 from ray_soup.task.arrays import check_npz, read_npz
@@ -124,9 +125,28 @@ def local_path(source: Source, suffixes: Sequence[str] = (PARQUET,)) -> Generato
             files.append(Path((yield from storage.local_copy(uri))))
         return files
     try:
+        if is_hub(spec):
+            return (yield from _from_hub(source, suffixes))
         return (yield from storage.local_copy(spec))
     except FileNotFoundError:
         raise source.error(_missing()) from None
+
+
+def _from_hub(source: Source, suffixes: Sequence[str]) -> Generator[tuple[int, int], None, str]:
+    """Download a source from the Hugging Face Hub; of a folder with tables, only these and the dataset card.
+
+    Raises RecipeError for a folder with tables of several splits, before anything is downloaded.
+    """
+    inside = HubPath.parse(source.spec).inside
+    names = hugging_face.below(HubPath.parse(source.spec))
+    tables = [name for name in names if Path(name).suffix.lower() in suffixes and not re.search(r"(^|/)\.", name)]
+    if names != [inside] and tables:
+        card, top = os.path.join(inside, "README.md"), source.spec
+        if card in names:  # it lists the configurations
+            top = yield from hugging_face.download(source.spec, [card])
+        hub.one_split(source, Path(top), [Path(top, os.path.relpath(name, inside or None)) for name in tables], source.spec)
+        names = [*tables, *([card] if card in names else [])]
+    return (yield from hugging_face.download(source.spec, names))
 
 
 def existing(source: Source, suffixes: Sequence[str] = (PARQUET,)) -> str | list[Path]:

@@ -293,6 +293,14 @@ def _targets(source: Source, file: Path, how: Format, column: str) -> np.ndarray
     return np.concatenate(found) if found else np.zeros(0)
 
 
+def names_in(source: Source, files: Sequence[Path], how: Format, column: str) -> Classes | None:
+    """Return the names of classes that files of a table know for a column. Raises RecipeError if they disagree."""
+    info = files[0].parent / "dataset_info.json"  # of a folder that `save_to_disk` wrote
+    features = read_json(source, info).get("features") if info.exists() else None
+    schemas = [_guarded(source, file, how, partial(_decoded, how, file)) for file in files]
+    return _names(source, files, schemas, column, features)
+
+
 def _names(source: Source, files: Sequence[Path], schemas: Sequence[Any], column: str, features: Any) -> Classes | None:
     """Return the names of classes of a ClassLabel column. Raises RecipeError if files disagree."""
     names = class_names(features, column)  # `datasets` prefers dataset_info.json to the metadata of the files

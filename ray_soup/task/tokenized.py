@@ -11,6 +11,7 @@ import numpy as np
 
 from ray_soup.io.cache import cached, content_key
 from ray_soup.recipe import Data
+from ray_soup.task.classes import Classes, relabeled
 from ray_soup.task.documents import columns_for, documents_of
 from ray_soup.task.preprocess import Preprocess, input_kind
 from ray_soup.task.raw_examples import IGNORED, PART, RawExamples, Source
@@ -96,17 +97,31 @@ def _texts(raw: RawExamples, how: Tokenizing) -> Progress:
         share = f"{cut:,} of {len(ids):,} texts ({cut / max(1, len(ids)):.1%}) were cut at {how.length} tokens."
         notes = [f"{raw.source.key}: {share} The option `length` of the model changes this."] if cut else []
         none = np.zeros((len(ids), 0), np.int64)
-        Windows(padded(ids, how.padding), none, np.arange(len(ids)), np.zeros(0), lengths, notes=notes).save(folder)
+        Windows(
+            padded(ids, how.padding),
+            none,
+            np.arange(len(ids)),
+            np.zeros(0),
+            lengths,
+            notes=notes,
+            cut=cut / max(1, len(ids)),
+        ).save(folder)
 
     identity = (*raw.identity, how.text)
-    hold = yield from cached("data", content_key("texts", 1, identity), total * 8 * min(how.length, 256), make)
+    hold = yield from cached("data", content_key("texts", 2, identity), total * 8 * min(how.length, 256), make)
     found = Windows.load(hold.path)
     if len(found.inputs) != total:
         raise raw.source.error(
             f"found {len(found.inputs)} texts and {total} labels. The files changed while they were read: rerun the command."
         )
     return replace(
-        raw, arrays=found.inputs, lengths=found.lengths, identity=identity, notes=(*raw.notes, *found.notes), hold=hold
+        raw,
+        arrays=found.inputs,
+        lengths=found.lengths,
+        identity=identity,
+        notes=(*raw.notes, *found.notes),
+        hold=hold,
+        cut=found.cut,
     )
 
 
@@ -116,17 +131,18 @@ def _texts(raw: RawExamples, how: Tokenizing) -> Progress:
 def _rows(source: Source, how: Tokenizing) -> Progress:
     table = yield from open_table(source)
     columns, optional = columns_for(source, table.columns, how.objective)
+    names = table.classes(columns[1] if columns[0] == "tokens" else "labels")
     if not table.identity:
         found = yield from _windows(table, columns, optional, how)
-        return _examples(source, found, how)
+        return _examples(source, found, how, names)
 
     def make(folder: Path) -> Iterator[tuple[int, int]]:
         made = yield from _windows(table, columns, optional, how)
         made.save(folder)
 
     identity = (*table.identity, how.text)
-    hold = yield from cached("data", content_key("rows", 1, identity), table.nbytes * BYTES_PER_BYTE, make)
-    return replace(_examples(source, Windows.load(hold.path), how), identity=identity, hold=hold)
+    hold = yield from cached("data", content_key("rows", 2, identity), table.nbytes * BYTES_PER_BYTE, make)
+    return replace(_examples(source, Windows.load(hold.path), how, names), identity=identity, hold=hold)
 
 
 def _windows(
@@ -159,6 +175,7 @@ def _windows(
         raise table.source.error(f"none of its {first} rows has a token to score. Check the columns {', '.join(columns)}.")
     made = assembled(parts, how.padding)
     made.files, made.notes = files, _notes(table.source, columns, how, len(parts), first, cut, empty)
+    made.cut = cut / max(1, first)
     return made
 
 
@@ -181,13 +198,17 @@ def _notes(
     return [f"{first} {empty:,} have nothing to score and were left out."]
 
 
-def _examples(source: Source, found: Windows, how: Tokenizing) -> RawExamples:
-    """Make examples of windows."""
-    causal = how.objective == "causal_lm"
+def _examples(source: Source, found: Windows, how: Tokenizing, names: Classes | None) -> RawExamples:
+    """Make examples of windows. If the data and the model name the labels, they are those of the model."""
+    causal, targets, notes = how.objective == "causal_lm", found.targets, found.notes
+    classes = names if how.objective == "token_classification" else None
+    if classes is not None and how.labels is not None:
+        targets, note = relabeled(targets, classes, how.labels)
+        classes, notes = how.labels, [*notes, note] if note else notes
     return RawExamples(
-        source, found.targets, found.inputs, where=found.where, notes=tuple(found.notes),
+        source, targets, found.inputs, classes=classes, where=found.where, notes=tuple(notes),
         groups=found.documents if causal else None,
-        bytes=found.bytes if causal and not np.isnan(found.bytes).any() else None, lengths=found.lengths,
+        bytes=found.bytes if causal and not np.isnan(found.bytes).any() else None, lengths=found.lengths, cut=found.cut,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ray_soup.task.classes import Classes
 from ray_soup.task.preprocess import NamedPreprocess
 
 OF_TOKENS = ("causal_lm", "masked_lm", "token_classification")
@@ -34,6 +35,8 @@ class Tokenizing(NamedPreprocess):
     """The objective of the model; those of OF_TOKENS take rows."""
     padding: int = 0
     """The token id that fills an example up to the longest of its batch."""
+    labels: Classes | None = None
+    """The names of the model's labels, of a model that labels tokens and names them."""
 
 
 def takes_rows(preprocess: object) -> bool:

@@ -21,6 +21,8 @@ import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import disk, storage
+from ray_soup.io.hub_path import is_hub
+from ray_soup.io.hugging_face import settings_folder
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.recipe.plain import shown
 from ray_soup.task.libraries import structure
@@ -92,7 +94,8 @@ def check_folders(spec: ModelSpec, ingredients: Sequence[Ingredient], preprocess
     task = auto_task(config, spec)
     names = () if not preprocessed else IMAGE_FILES if task == "ForImageClassification" else TEXT_FILES
     length = _length(transformers, spec, config, task) if names == TEXT_FILES else 0
-    own = _files(spec.name, (CONFIG, *names)) if os.path.isdir(spec.name) else {}
+    home = settings_folder(spec.name)
+    own = _files(home, (CONFIG, *names)) if os.path.isdir(home) else {}
     folders: dict[tuple[tuple[str, bytes], ...], _Folder] = {}  # one of each content
     for path in dict.fromkeys(_folder_of(ingredient) for ingredient in ingredients):
         files = _files(path, (CONFIG, *names))
@@ -305,7 +308,7 @@ def _refuse_differences(spec: ModelSpec, folders: Sequence[_Folder]) -> None:
             f"Other ingredients {differ}, such as those in {other.path}. One model and one preprocessing must be used for "
             "all: leave out the ingredients that were trained otherwise, or correct that file if it is wrong."
         )
-    elif CONFIG in first.files and not storage.is_remote(first.path):
+    elif CONFIG in first.files and (not storage.is_remote(first.path) or is_hub(first.path)):
         line = replace(spec, name=first.path).with_options({})
         cure = f"If the ingredients were trained so, set\n    model: {line}\nOtherwise, correct or remove that file."
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.hugging_face import settings_folder
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
 from ray_soup.task.preprocess import NamedPreprocess, Preprocess
 from ray_soup.task.tokenizing import UNLIMITED, Tokenizing, default_length, identity_of_tokenizer, most_tokens
@@ -20,6 +21,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )  # fmt: skip
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
 
 def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preprocess | None]:
     """Build the classifier that a config.json describes, and load its image processor or tokenizer.
@@ -28,32 +31,58 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
     ids and attention mask. Raises RecipeError if the model does not exist or is not a classifier.
     """
     transformers = spec.import_library()
-    spec.check_options(("classes", "length"), "transformers:FOLDER?classes=10")
+    spec.check_options(("classes", "length", "attn_implementation"), "transformers:FOLDER?classes=10")
     config = load_config(transformers, spec)
     task = task_of(config, spec)
-    with no_weight_warnings():
-        model = model_of(transformers, config, task)
-    describe_files(model)
+    model = built(spec, config, task)
     model.register_forward_hook(lambda module, inputs, output: output.logits)
     if task == "ForImageClassification":
         model.register_forward_pre_hook(_image_inputs, with_kwargs=True)
         return model, _image_preprocess(transformers, spec.name)
     model.register_forward_pre_hook(_text_inputs, with_kwargs=True)
-    return model, _text_preprocess(transformers, spec.name, length_of(spec, model))
+    tokenizer = load_tokenizer(transformers, spec.name)
+    return model, _text_preprocess(tokenizer, spec.name, length_of(spec, model, tokenizer))
 
 
-def length_of(spec: ModelSpec, model: Any, most: int = UNLIMITED) -> int:
-    """Return the most tokens of a text: the option `length`, otherwise what the model and its tokenizer take, up to `most`.
+def built(spec: ModelSpec, config: Any, task: str) -> Any:
+    """Build the model of a config, as its option `attn_implementation` says. Raises RecipeError if that is not possible."""
+    attention = spec.choice("attn_implementation", ATTENTION)
+    more = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with no_weight_warnings():
+            model = model_of(spec.import_library(), config, task, **more)
+    except (ValueError, ImportError) as error:
+        cure = "Choose another model" if attention is None else "Change the option attn_implementation"
+        raise RecipeError(
+            f"model: transformers cannot build {spec.text} ({str(error).partition(chr(10))[0]}). {cure}."
+        ) from error
+    describe_files(model)
+    return model
+
+
+def length_of(spec: ModelSpec, model: Any, tokenizer: Any, most: int = UNLIMITED, least: int = 1) -> int:
+    """Return the most tokens of an example: the option `length`, otherwise what model and tokenizer take.
+
+    Args:
+        spec: the recipe key `model`.
+        model: the model, whose limit holds.
+        tokenizer: its tokenizer; None if it has none.
+        most: upper limit of the default.
+        least: lower limit of the length.
 
     Raises RecipeError if the model does not take that many.
     """
-    tokenizer, limit = load_tokenizer(spec.import_library(), spec.name), most_tokens(model)
+    limit = most_tokens(model)
     length = spec.count(
         "length", f"transformers:{spec.name}?length=128", default=min(most, default_length(model, tokenizer))
     )
     if length > limit:
         raise RecipeError(
             f"model: {spec.text}: length is {length}; the model takes at most {limit} tokens. Choose a smaller length."
+        )
+    if length < least:
+        raise RecipeError(
+            f"model: {spec.text}: length is {length}; a token is predicted from those before it. Choose a larger length."
         )
     return length
 
@@ -96,8 +125,9 @@ def _text_inputs(model: Any, inputs: tuple[torch.Tensor], named: Any) -> tuple[t
 
 def load_config(transformers: Any, spec: ModelSpec) -> Any:
     """Load the config of the model, with the number of classes of the recipe. Raises RecipeError."""
+    folder = settings_folder(spec.name)
     try:
-        config = transformers.AutoConfig.from_pretrained(spec.name, **loading_options(spec.name))
+        config = transformers.AutoConfig.from_pretrained(folder, **loading_options(folder))
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"model: {spec.name} has no config.json that transformers can read ({error}). Use a folder that "
@@ -143,7 +173,7 @@ def _names_in_files(model: Any) -> dict[str, str]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before 5.0, both names were the same
         return {}
-    state = {name: torch.empty(0) for name in model.state_dict()}
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
     own = {id(tensor): name for name, tensor in state.items()}
     in_files = revert_weight_conversion(model, state)
     return {n: own[id(t)] for n, t in in_files.items() if n not in state and id(t) in own}
@@ -184,6 +214,7 @@ def _constants(model: Any) -> tuple[str, ...]:
 
 def load_image_processor(transformers: Any, name: str) -> Any:
     """Load the image processor of a folder or model; None if none was saved with it."""
+    name = settings_folder(name)
     try:
         return transformers.AutoImageProcessor.from_pretrained(name, **loading_options(name))
     except (OSError, ValueError):
@@ -192,6 +223,7 @@ def load_image_processor(transformers: Any, name: str) -> Any:
 
 def load_tokenizer(transformers: Any, name: str) -> Any:
     """Load the tokenizer of a folder or model; None if none was saved with it."""
+    name = settings_folder(name)
     if not has_tokenizer(name):
         return None
     try:
@@ -211,9 +243,8 @@ def _image_preprocess(transformers: Any, name: str) -> Preprocess | None:
     return None if processor is None else NamedPreprocess(partial(pixels, processor), repr(processor))
 
 
-def _text_preprocess(transformers: Any, name: str, length: int) -> Preprocess | None:
+def _text_preprocess(tokenizer: Any, name: str, length: int) -> Preprocess | None:
     """Return the tokenization, which maps a text to int64 [2, length], token ids and attention mask."""
-    tokenizer = load_tokenizer(transformers, name)
     if tokenizer is None:
         return None
     tokenizer.padding_side = "right"  # outputs must not depend on the other texts of a batch

@@ -8,19 +8,12 @@ from typing import Any
 import torch
 
 from ray_soup.errors import RecipeError
-from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
-from ray_soup.task.tokenizing import (
-    DEFAULT_LENGTH,
-    UNLIMITED,
-    Tokenizing,
-    default_length,
-    identity_of_tokenizer,
-    most_tokens,
-)
-from ray_soup.task.transformers_models import describe_files, load_config, load_tokenizer, model_of
+from ray_soup.task.classes import Classes
+from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.packing import check_packing, pack
+from ray_soup.task.tokenizing import DEFAULT_LENGTH, UNLIMITED, Tokenizing, identity_of_tokenizer
+from ray_soup.task.transformers_models import built, length_of, load_config, load_tokenizer
 from ray_soup.task.transformers_tasks import auto_task, token_objective
-
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
 def transformers_tokens(spec: ModelSpec) -> tuple[torch.nn.Module, Tokenizing]:
@@ -32,25 +25,21 @@ def transformers_tokens(spec: ModelSpec) -> tuple[torch.nn.Module, Tokenizing]:
     transformers, example = spec.import_library(), f"transformers:{spec.name}?length=1024"
     config = load_config(transformers, spec)
     objective = token_objective(config)
-    known = {"causal_lm": ("stride",), "token_classification": ("classes",)}.get(objective, ())
+    known = {"causal_lm": ("stride", "pack"), "token_classification": ("classes",)}.get(objective, ())
     spec.check_options(("length", *known, "attn_implementation"), example)
-    attention = spec.choice("attn_implementation", ATTENTION)
     config.use_cache = False
-    more = {} if attention is None else {"attn_implementation": attention}
-    try:
-        with no_weight_warnings():
-            model = model_of(transformers, config, auto_task(config, spec), **more)
-    except (ValueError, ImportError) as error:
-        raise RecipeError(
-            f"model: transformers cannot build {spec.text} ({str(error).partition(chr(10))[0]}). Change the option "
-            "attn_implementation, or choose another model."
-        ) from error
-    model.eval()  # dropout must not disturb the check below; training code sets the mode itself
-    describe_files(model)
+    model = built(spec, config, auto_task(config, spec))
+    model.eval()  # dropout must not disturb the checks below; training code sets the mode itself
     model.register_forward_pre_hook(_token_inputs, with_kwargs=True)
-    if objective == "causal_lm":
+    tokenizing = _tokenizing(transformers, spec, model, objective, example)
+    can_run = not next(model.parameters()).is_meta
+    if objective == "causal_lm" and can_run:
         _check_causal(model, spec)
-    return model, _tokenizing(transformers, spec, model, objective, example)
+    if spec.choice("pack", ("true", "false")) == "true":
+        pack(model)
+        if can_run:
+            check_packing(model, spec.text, tokenizing.length)
+    return model, tokenizing
 
 
 def _token_inputs(model: Any, inputs: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -64,12 +53,17 @@ def _token_inputs(model: Any, inputs: Any, named: dict[str, Any]) -> tuple[tuple
 
 def _check_causal(model: Any, spec: ModelSpec) -> None:
     """Check that no output depends on later tokens, which some configs allow. Raises RecipeError."""
-    if next(model.parameters()).is_meta:
-        return
     ids = torch.ones(2, 2, 4, dtype=torch.long)
     ids[1, 0, 3] = 2
-    with torch.inference_mode():
-        first, second = model(ids).logits
+    try:
+        with torch.inference_mode():
+            first, second = model(ids).logits
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f"model: {spec.text} cannot compute in float32 on a CPU ({str(error).partition(chr(10))[0]}). If it has the "
+            "option attn_implementation, choose eager or sdpa, which itself uses flash attention on a GPU; figures are "
+            "measured in float32."
+        ) from error
     if not torch.allclose(first[:3], second[:3], rtol=1e-3, atol=1e-4):
         raise RecipeError(
             f"model: {spec.text} is {type(model).__name__}, and its outputs depend on later tokens, so that it sees what it "
@@ -79,16 +73,10 @@ def _check_causal(model: Any, spec: ModelSpec) -> None:
 
 def _tokenizing(transformers: Any, spec: ModelSpec, model: Any, objective: str, example: str) -> Tokenizing:
     """Load the tokenizer, and decide how long examples are. Raises RecipeError."""
-    tokenizer = load_tokenizer(transformers, spec.name)
-    default = default_length(model, tokenizer)
-    length = spec.count("length", example, min(DEFAULT_LENGTH, default) if objective == "causal_lm" else default)
-    limit = most_tokens(model)
-    if length > limit or length < 2:
-        what = f"the model takes at most {limit} tokens" if length > limit else "a token is predicted from those before it"
-        cure = "smaller" if length > limit else "larger"
-        raise RecipeError(f"model: {spec.text}: length is {length}; {what}. Choose a {cure} length.")
-    stride = spec.count("stride", f"{example}&stride=512", length - 1) if objective == "causal_lm" else length
-    if objective == "causal_lm" and stride >= length:
+    tokenizer, causal = load_tokenizer(transformers, spec.name), objective == "causal_lm"
+    length = length_of(spec, model, tokenizer, DEFAULT_LENGTH if causal else UNLIMITED, least=2)
+    stride = spec.count("stride", f"{example}&stride=512", length - 1) if causal else length
+    if causal and stride >= length:
         raise RecipeError(
             f"model: {spec.text}: stride is {stride} and length {length}; the next window must begin before the last token "
             f"of this one, so that every token has one before it. Choose a stride of at most {length - 1}."
@@ -98,7 +86,15 @@ def _tokenizing(transformers: Any, spec: ModelSpec, model: Any, objective: str, 
     return Tokenizing(
         lambda text: tokenizer(text)["input_ids"], f"{objective} {length} {stride} {identity_of_tokenizer(tokenizer)}",
         "documents", tokenizer, length, stride, _embeddings(model), objective, 0 if padding is None else padding,
+        _labels(model.config) if objective == "token_classification" else None,
     )  # fmt: skip
+
+
+def _labels(config: Any) -> Classes | None:
+    """Return the names of the labels in a config; None if they are those that transformers makes up."""
+    names = [str(config.id2label.get(label)) for label in range(config.num_labels)]
+    made_up = names == [f"LABEL_{label}" for label in range(len(names))]
+    return None if made_up or len({*names}) < len(names) else Classes("model", "id2label in its config.json", tuple(names))
 
 
 def _embeddings(model: Any) -> int:

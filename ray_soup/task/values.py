@@ -110,3 +110,16 @@ def size_text(pair: Iterable[int]) -> str:
     """Write height and width as a recipe does: as one number if they are equal."""
     height, width = pair
     return str(height) if height == width else f"{height},{width}"
+
+
+def same_value(one: str, other: str) -> bool:
+    """Return whether two values of an option are equal: numbers up to rounding, a single one for all channels."""
+    ones, others = one.split(","), other.split(",")
+    length = max(len(ones), len(others))
+    ones, others = (values * length if len(values) == 1 else values for values in (ones, others))
+    try:
+        return len(ones) == len(others) and all(
+            math.isclose(float(a), float(b), rel_tol=1e-5) for a, b in zip(ones, others, strict=True)
+        )
+    except ValueError:
+        return ones == others

@@ -61,7 +61,7 @@ class Windows:
     inputs: np.ndarray
     """Token ids and attention mask, int32 [n, 2, tokens]."""
     targets: np.ndarray
-    """int64 [n, tokens]."""
+    """int32 [n, tokens]; int64 if a number is too large."""
     documents: np.ndarray
     """Number of the row that each window is a part of, int64 [n]."""
     bytes: np.ndarray
@@ -72,6 +72,8 @@ class Windows:
     """Name and number of rows of each file."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about the windows."""
+    cut: float | None = None
+    """Share of the texts or documents that have more tokens than fit into one example."""
 
     @property
     def where(self) -> Callable[[int], str]:
@@ -91,14 +93,17 @@ class Windows:
         for name in ARRAYS:
             with open(folder / f"{name}.npy", "wb") as file:
                 np.save(file, getattr(self, name))
-        (folder / "windows.json").write_text(json.dumps({"files": self.files, "notes": self.notes}), encoding="utf-8")
+        (folder / "windows.json").write_text(
+            json.dumps({"files": self.files, "notes": self.notes, "cut": self.cut}), encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Windows:
-        """Read what `save` wrote; the inputs are memory-mapped."""
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "inputs" else None) for name in ARRAYS}
+        """Read what `save` wrote; inputs and targets are memory-mapped."""
+        mapped = ("inputs", "targets")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in mapped else None) for name in ARRAYS}
         more = json.loads((folder / "windows.json").read_text(encoding="utf-8"))
-        return cls(**arrays, files=[(name, count) for name, count in more["files"]], notes=more["notes"])
+        return cls(**arrays, files=[(name, count) for name, count in more["files"]], notes=more["notes"], cut=more["cut"])
 
 
 def padded(rows: Sequence[np.ndarray], padding: int) -> np.ndarray:
@@ -113,7 +118,9 @@ def padded(rows: Sequence[np.ndarray], padding: int) -> np.ndarray:
 def assembled(parts: Sequence[tuple[int, np.ndarray, np.ndarray, float]], padding: int) -> Windows:
     """Make Windows of (row, token ids, targets, bytes) each, filled with the token id `padding`."""
     inputs = padded([ids for _, ids, _, _ in parts], padding)
-    targets = np.full((len(parts), inputs.shape[2]), IGNORED, np.int64)
+    small = np.iinfo(np.int32)
+    fits = all(small.min <= some.min() and some.max() <= small.max for _, _, some, _ in parts)
+    targets = np.full((len(parts), inputs.shape[2]), IGNORED, np.int32 if fits else np.int64)
     for number, (_, ids, some, _) in enumerate(parts):
         targets[number, : len(ids)] = some
     numbers = np.array([row for row, *_ in parts], np.int64)

@@ -17,13 +17,17 @@ from ray_soup.actors.placement import patience_s, room_for, settle
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
+from ray_soup.io.disk import write_json
 from ray_soup.io.hashing import sha256_file
+from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, drain, no_progress
 from ray_soup.recipe import Data, Recipe
 from ray_soup.soups.output import Output, begun_zoo, open_output
 from ray_soup.task import identity
 from ray_soup.task.evidence import check_start
+from ray_soup.task.evidence_files import PREPROCESSING, RECORD
 from ray_soup.task.functions import look_in
+from ray_soup.task.preprocessing import preprocessing_of
 from ray_soup.task.sources import check_sources
 from ray_soup.tune.probe import probe
 from ray_soup.tune.records import (
@@ -68,6 +72,7 @@ def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_pr
     fewer than two trials succeed.
     """
     _check_recipe(recipe, out)
+    recipe = pinned_recipe(recipe)
     configs = make_configs(recipe)
     with open_output(out, progress) as output:
         output.begin(begun_zoo(recipe))
@@ -78,12 +83,15 @@ def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_pr
         with output.discarding_refused(), connect():
             check_sources(Data(train=recipe.data.train, fit=recipe.data.fit))
             check_start(recipe)
+            preprocessing = preprocessing_of(recipe)
             settle()
             wait_for_room(_workers(recipe), recipe.actors.wait_s, progress, "finetune.workers_per_model or `actors:`")
             at_once = room_for(_workers(recipe))
             init = recipe.finetune.init or _initialization(recipe, output.state("init.safetensors"), progress)
             with quiet_tune(output.state("tune")):
                 results = _run_trials(recipe, configs, init, output.state(), progress, at_once=at_once)
+        if preprocessing:  # which the ingredients themselves do not say
+            write_json(output.folder / PREPROCESSING, {RECORD: preprocessing})
         return _publish(results, output, manifest)
 
 

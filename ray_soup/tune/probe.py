@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import Recipe
 from ray_soup.task.data import Examples, load_named
-from ray_soup.task.models import build
+from ray_soup.task.preprocess_key import build_for
 from ray_soup.task.pretrained import fill_zero_shot, load_pretrained
 from ray_soup.tune.train import batches_in_order, write_model
 
@@ -28,7 +28,7 @@ def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
     assert options.pretrained is not None
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if recipe.actors.gpus else "cpu")
-    built = build(recipe.model)
+    built = build_for(recipe)
     model = built.model.to(device).eval()
     head = load_pretrained(model, recipe.model, options.pretrained)
     if options.class_names is not None:

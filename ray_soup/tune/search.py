@@ -19,6 +19,7 @@ from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
+from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
@@ -114,6 +115,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     Rerun to resume; a finished search is returned without running anything. Raises SoupError if every trial fails, and its
     subclasses for errors in the recipe and the ingredients.
     """
+    recipe = pinned_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))

@@ -25,9 +25,10 @@ from ray_soup.recipe import Recipe
 from ray_soup.soups.records import damaged
 from ray_soup.task.data import Examples, batch_positions, load_named
 from ray_soup.task.libraries import BuiltModel
-from ray_soup.task.models import build, load_checkpoint
+from ray_soup.task.models import load_checkpoint
 from ray_soup.task.objective import Inputs
 from ray_soup.task.own_functions import objective_of
+from ray_soup.task.preprocess_key import build_for
 from ray_soup.tune.augment import Augment, check_augmentation
 from ray_soup.tune.records import (
     TRAINING_VERSION,
@@ -134,7 +135,7 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
     assert recipe.data.train is not None
     torch.manual_seed(hyper["seed"])
     device = torch.device("cuda" if recipe.actors.gpus else "cpu")
-    built = build(recipe.model)
+    built = build_for(recipe)
     model = built.model.to(device)
     if init is not None:
         load_checkpoint(model, init, recipe.ignore)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,75 +16,21 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ray_soup.recipe import make_recipe
-from ray_soup.soups.compare import compare
-from ray_soup.soups.finished import verify
-from ray_soup.soups.output import Soup
+from tests.ray.own_loops import (
+    COUNT,
+    Batches,
+    Figures,
+    Loop,
+    assert_figures,
+    compared,
+    fine_tuned,
+    loaded_soup,
+    rows_of,
+)
 from tests.unit.task.library_models import lightning
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
-COUNT = 3
 HERE = "tests.ray.test_any_task"
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-Figures = tuple[float, float | None]
-"""NLL and accuracy, or the mean squared error alone."""
-
-
-def compared(folder: Path, model: str, ingredients: str, data: dict[str, Any], **more: Any) -> Soup:
-    """Make every soup, quickly."""
-    recipe = make_recipe({
-        "model": model, "ingredients": ingredients, "data": {"select": 0.4, **data}, "precision": "float32",
-        "learn": {"batch_size": 16, "epochs": 1, "model_batch": COUNT}, "actors": {"replicas": 1, "shards": 1, "cpus": 1},
-        **more,
-    })  # fmt: skip
-    soup = compare(recipe, folder / "out")
-    verify(folder / "out")
-    return soup
-
-
-def assert_figures(soup: Soup, singles: list[Figures], written: Figures) -> None:
-    """Each ingredient, the best single one and the soup that was written have the figures of the library's own loop."""
-    rows = {row["model_name"]: row for row in soup.rows[:COUNT]}
-    assert len(rows) == COUNT
-    table = {row["model_name"]: row for row in soup.record["table"]}
-    best = next(row for row in soup.rows if row["model_name"] == "best_single")
-    found = [*rows.values(), table["best_single"], table[soup.record["chosen"]]]
-    nearest = min(range(COUNT), key=lambda k: abs(singles[k][0] - best["test_nll"]))
-    for row, (nll, accuracy) in zip(found, [*singles, singles[nearest], written], strict=True):
-        print(f"{row['model_name']}: NLL {row['test_nll']:.6f}, own loop {nll:.6f}; {row.get('test_accuracy')}, {accuracy}")
-        assert row["test_nll"] == pytest.approx(nll, rel=1e-5)
-        assert ("test_accuracy" in row) == (accuracy is not None)
-        if accuracy is not None:
-            assert row["test_accuracy"] == pytest.approx(accuracy, abs=1e-12)
-
-
-def fine_tuned(
-    make: Callable[[], nn.Module], step: Callable[[nn.Module, int, int], torch.Tensor], lr: float = 1e-3
-) -> list[nn.Module]:
-    """Train models from one initialization: `step(model, seed, number)` returns the loss of a batch."""
-    torch.manual_seed(0)
-    init = make().state_dict()
-    zoo = []
-    for seed in range(COUNT):
-        model = make().train()
-        model.load_state_dict(init)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr * (1 + seed))
-        for number in range(5):
-            optimizer.zero_grad()
-            step(model, seed, number).backward()
-            optimizer.step()
-        zoo.append(model.eval())
-    return zoo
-
-
-def rows_of(seed: int, number: int, size: int, batch: int = 16) -> torch.Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(100 * seed + number))[:batch]
-
-
-def loaded_soup(make: Callable[[], nn.Module], out: Path) -> nn.Module:
-    model = make()
-    model.load_state_dict(load_file(out / "model.safetensors"))
-    return model.eval()
 
 
 # Segmentation with torchvision
@@ -114,15 +60,16 @@ def masks(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.inference_mode()
 def pixel_figures(model: nn.Module, batches: Batches) -> Figures:
     """Cross-entropy and accuracy over all pixels, from a confusion matrix as in torchvision's references."""
-    matrix, loss, count = torch.zeros(CLASSES, CLASSES, dtype=torch.int64), 0.0, 0
+    matrix, loss, right = torch.zeros(CLASSES, CLASSES, dtype=torch.int64), 0.0, []
     for images, target in batches:
         out = model(images)["out"]
         loss += F.cross_entropy(out, target.long(), ignore_index=VOID, reduction="sum").item()
-        a, b = target.flatten().long(), out.argmax(1).flatten()
-        known = a < CLASSES
-        matrix += torch.bincount(CLASSES * a[known] + b[known], minlength=CLASSES**2).view(CLASSES, CLASSES)
-        count += int(known.sum())
-    return loss / count, (matrix.diag().sum() / matrix.sum().double()).item()
+        for a, b in zip(target.long(), out.argmax(1), strict=True):
+            known = a < CLASSES
+            of_image = torch.bincount(CLASSES * a[known] + b[known], minlength=CLASSES**2).view(CLASSES, CLASSES)
+            matrix += of_image
+            right.append(int(of_image.diag().sum()))
+    return Figures(loss, int(matrix.sum()), np.array(right))
 
 
 def test_segmentation_models_of_torchvision(tmp_path: Path) -> None:
@@ -139,10 +86,9 @@ def test_segmentation_models_of_torchvision(tmp_path: Path) -> None:
     for name, (images, targets) in (("fit", fit), ("test", test)):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=targets)
     data = {"fit": str(tmp_path / "fit.npz"), "test": str(tmp_path / "test.npz")}
-    soup = compared(tmp_path, f"{HERE}:segmenter", f"{tmp_path}/*.pth", data, objective="segmentation")
+    made = compared(tmp_path, f"{HERE}:segmenter", f"{tmp_path}/*.pth", data, objective="segmentation")
     batches = list(DataLoader(TensorDataset(*test), batch_size=5))
-    singles = [pixel_figures(model, batches) for model in zoo]
-    assert_figures(soup, singles, pixel_figures(loaded_soup(segmenter, soup.out), batches))
+    assert_figures(made, zoo, loaded_soup(segmenter, made[1].out), lambda model: pixel_figures(model, batches))
 
 
 # Images with torchvision and timm
@@ -175,13 +121,14 @@ def training_step(train: list[tuple[torch.Tensor, int]]) -> Callable[[nn.Module,
 
 
 @torch.inference_mode()
-def image_figures(model: nn.Module, batches: Batches) -> Figures:
-    loss, correct, count = 0.0, 0, 0
+def class_figures(model: nn.Module, batches: Batches) -> Figures:
+    loss, right = 0.0, []
     for images, target in batches:
         output = model(images)
         loss += F.cross_entropy(output, target, reduction="sum").item()
-        correct, count = correct + int((output.argmax(1) == target).sum()), count + len(target)
-    return loss / count, correct / count
+        right.append((output.argmax(1) == target).numpy())
+    correct = np.concatenate(right)
+    return Figures(loss, len(correct), correct)
 
 
 def resnet() -> nn.Module:
@@ -202,10 +149,9 @@ def test_a_resnet_of_torchvision_at_64_pixels(tmp_path: Path) -> None:
     for k, model in enumerate(zoo):
         torch.save({"model": model.state_dict(), "epoch": 5}, tmp_path / f"model_{k}.pth")
     spec = f"torchvision:resnet18?classes={len(NAMES)}&resize_size=72&crop_size=64"
-    soup = compared(tmp_path, spec, f"{tmp_path}/*.pth", data)
+    made = compared(tmp_path, spec, f"{tmp_path}/*.pth", data)
     batches = list(DataLoader(datasets.ImageFolder(str(tmp_path / "test"), preprocess), batch_size=5))
-    singles = [image_figures(model, batches) for model in zoo]
-    assert_figures(soup, singles, image_figures(loaded_soup(resnet, soup.out), batches))
+    assert_figures(made, zoo, loaded_soup(resnet, made[1].out), lambda model: class_figures(model, batches))
 
 
 def test_an_ema_of_timm_at_48_pixels_with_its_own_mean_and_std(tmp_path: Path) -> None:
@@ -242,10 +188,10 @@ def test_an_ema_of_timm_at_48_pixels_with_its_own_mean_and_std(tmp_path: Path) -
         saver.save_checkpoint(0, metric=1.0)
         used.append(ema.module.eval())
     spec = "timm:test_resnet?classes=3&img_size=48&mean=0.3,0.4,0.5&std=0.2,0.3,0.25&crop_pct=0.9&interpolation=bilinear"
-    soup = compared(tmp_path, spec, f"{tmp_path}/runs/*/model_best.pth.tar?key=state_dict_ema", data)
+    made = compared(tmp_path, spec, f"{tmp_path}/runs/*/model_best.pth.tar?key=state_dict_ema", data)
     test = batches("test")
-    again = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(soup.out / "model.safetensors")).eval()
-    assert_figures(soup, [image_figures(model, test) for model in used], image_figures(again, test))
+    again = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(made[1].out / "model.safetensors"))
+    assert_figures(made, used, again, lambda model: class_figures(model, test))
 
 
 # Own models: several labels, regression, and a module of Lightning
@@ -277,19 +223,18 @@ def classes(x: torch.Tensor) -> torch.Tensor:
     return x[:, :4].argmax(1)
 
 
-def loop(criterion: nn.Module, correct: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> Any:
+def loop(criterion: nn.Module, correct: Callable[..., torch.Tensor] | None, batches: Batches) -> Loop:
     """An evaluation loop: the mean of a criterion over all numbers, however batches are cut."""
 
     @torch.inference_mode()
-    def figures(model: nn.Module, batches: Batches) -> Figures:
-        loss, right, count, seen = 0.0, 0, 0, 0
+    def figures(model: nn.Module) -> Figures:
+        loss, units, right = 0.0, 0, []
         for x, y in batches:
             output = model(x)
-            loss, count = loss + criterion(output, y).item() * len(x), count + len(x)
+            loss, units = loss + criterion(output, y).item() * y.numel(), units + y.numel()
             if correct is not None:
-                found = correct(output, y)
-                right, seen = right + int(found.sum()), seen + found.numel()
-        return loss / count, right / seen if correct is not None else None
+                right.append(correct(output, y).sum(1).numpy())
+        return Figures(loss, units, np.concatenate(right) if right else None)
 
     return figures
 
@@ -314,9 +259,9 @@ def test_several_labels_and_numbers(
     zoo = fine_tuned(network, step)
     for k, model in enumerate(zoo):
         torch.save(model.state_dict(), tmp_path / f"model_{k}.pt")
-    soup = compared(tmp_path, f"{HERE}:network", f"{tmp_path}/*.pt", data, objective=objective)
-    figures, batches = loop(criterion, correct), list(DataLoader(TensorDataset(*made["test"]), batch_size=8))
-    assert_figures(soup, [figures(m, batches) for m in zoo], figures(loaded_soup(network, soup.out), batches))
+    found = compared(tmp_path, f"{HERE}:network", f"{tmp_path}/*.pt", data, objective=objective)
+    figures = loop(criterion, correct, list(DataLoader(TensorDataset(*made["test"]), batch_size=8)))
+    assert_figures(found, zoo, loaded_soup(network, found[1].out), figures)
 
 
 class Module(nn.Module):
@@ -334,26 +279,73 @@ class Module(nn.Module):
         return self.net(x)
 
 
-def test_a_module_of_lightning_with_a_compiled_network_a_criterion_and_metrics(tmp_path: Path) -> None:
-    data, made = tables(tmp_path, classes)
-    x, y = made["train"]
+def by_hand(folder: Path, x: torch.Tensor, y: torch.Tensor) -> list[nn.Module]:
+    """Train without Lightning, and write what it writes."""
 
     def step(model: nn.Module, seed: int, number: int) -> torch.Tensor:
         rows = rows_of(seed, number, len(x))
-        output = model(x[rows])
         model.train_acc.tp += 1 + seed
-        return model.criterion(output, y[rows])
+        return model.criterion(model(x[rows]), y[rows])
 
     zoo = fine_tuned(Module, step)
     for k, model in enumerate(zoo):
-        state = model.state_dict()
-        assert "net._orig_mod.0.weight" in state
-        torch.save({**lightning({}), "state_dict": state}, tmp_path / f"epoch=3-step={k}.ckpt")
-    left_out = {"ignore": ["criterion.*", "train_acc.*"]}
-    soup = compared(tmp_path, f"{HERE}:network", f"{tmp_path}/*.ckpt", data, **left_out)
-    assert any("criterion" in note for note in soup.notes)
-    batches = list(DataLoader(TensorDataset(*made["test"]), batch_size=8))
-    again = Module()
-    ours = {f"net._orig_mod.{name}": tensor for name, tensor in load_file(soup.out / "model.safetensors").items()}
+        file = folder / f"lightning_logs/version_{k}/checkpoints/epoch=0-step=5.ckpt"
+        file.parent.mkdir(parents=True)
+        torch.save({**lightning({}), "state_dict": model.state_dict()}, file)
+    return zoo
+
+
+def by_lightning(folder: Path, x: torch.Tensor, y: torch.Tensor) -> list[nn.Module]:
+    """Train with Lightning's own Trainer, which writes the checkpoints."""
+    trainers = pytest.importorskip("pytorch_lightning")
+    metrics = pytest.importorskip("torchmetrics.classification")
+
+    class Lit(trainers.LightningModule):
+        def __init__(self, lr: float) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = torch.compile(network(), backend="eager")
+            self.criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0, 1.0]))
+            self.train_acc = metrics.MulticlassAccuracy(4)
+            self.train_acc.persistent(True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, number: int) -> torch.Tensor:
+            output = self(batch[0])
+            self.train_acc(output, batch[1])
+            return self.criterion(output, batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+    torch.manual_seed(0)
+    init, zoo = Lit(0.1).state_dict(), []
+    for seed in range(COUNT):
+        model = Lit(1e-3 * (1 + seed))
+        model.load_state_dict(init)
+        loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        trainers.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet).fit(model, loader)
+        zoo.append(model.eval())
+    return zoo
+
+
+@pytest.mark.parametrize("train", [by_hand, by_lightning])
+def test_a_module_of_lightning_with_a_compiled_network_a_criterion_and_metrics(
+    tmp_path: Path, train: Callable[..., list[nn.Module]]
+) -> None:
+    data, made = tables(tmp_path, classes)
+    zoo = train(tmp_path, *made["train"])
+    states = [zoo[0].state_dict(), *(torch.load(f)["state_dict"] for f in tmp_path.rglob("*.ckpt"))]
+    assert len(states) == 1 + COUNT
+    for state in states:
+        assert {"net._orig_mod.0.weight", "criterion.weight", "train_acc.tp"} <= set(state)
+    found = compared(tmp_path, f"{HERE}:network", f"{tmp_path}/lightning_logs/*/checkpoints/*.ckpt", data)
+    assert any("criterion.*, train_acc.*" in note for note in found[1].notes)
+    again = type(zoo[0])(*([0.1] if train is by_lightning else []))
+    ours = {f"net._orig_mod.{name}": tensor for name, tensor in load_file(found[1].out / "model.safetensors").items()}
     again.load_state_dict({**zoo[0].state_dict(), **ours})
-    assert_figures(soup, [image_figures(m, batches) for m in zoo], image_figures(again.eval(), batches))
+    batches = list(DataLoader(TensorDataset(*made["test"]), batch_size=8))
+    assert_figures(found, zoo, again, lambda model: class_figures(model, batches))

@@ -27,6 +27,8 @@ import pytest
 import yaml
 
 from ray_soup.mixing.coefficients import Coefficients, load_coefficients
+from ray_soup.recipe import make_recipe
+from ray_soup.soups.run import run
 from tests.conftest import ROOT, ray_soup, steps_saved, values
 
 pytestmark = pytest.mark.slow
@@ -197,16 +199,13 @@ IMPATIENT = {
 
 
 @pytest.fixture(scope="module")
-def on_one_host(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+def on_one_host(zoo: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> np.ndarray:
     """Coefficients of the recipe REPLICAS on a local Ray."""
     return local(values(zoo, **REPLICAS), tmp_path_factory.mktemp("local") / "out")
 
 
 def local(recipe: dict[str, Any], out: Path) -> np.ndarray:
-    out.with_suffix(".yaml").write_text(yaml.safe_dump(recipe))
-    command = ray_soup("learn", str(out.with_suffix(".yaml")), str(out))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(make_recipe(recipe), out)
     return load_coefficients(out / "coefficients.safetensors").values
 
 
@@ -243,7 +242,7 @@ def test_replicas_across_hosts_are_bit_identical_to_one_host_and_send_little(
     assert 12 * count * blocks < per_step <= allowed
 
 
-def test_shards_across_hosts_agree_with_one_host(hosts: Hosts, zoo: Path, tmp_path: Path) -> None:
+def test_shards_across_hosts_agree_with_one_host(hosts: Hosts, zoo: Path, tmp_path: Path, cluster: None) -> None:
     recipe = values(zoo, learn__epochs=3, actors={"replicas": 1, "shards": 2, "cpus": 1})
     found = hosts.finish(hosts.learn(recipe, tmp_path / "two"), tmp_path / "two").values
     expected = local(recipe, tmp_path / "one")

@@ -18,11 +18,22 @@ from ray_soup.recipe import make_recipe
 from ray_soup.soups.finished import verify
 from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.run import run
+from ray_soup.task import logits
 from ray_soup.task.data import Split, cut_splits
 from tests.conftest import InProcess
-from tests.unit.task.language_models import TEXTS, byte_tokenizer, gpt2, llama, saved, sum_and_count
+from tests.unit.task.language_models import TEXTS, byte_tokenizer, can_pack, gpt2, llama, saved, sum_and_count
 
 C = np.array([0.4, -0.3, 0.7, 0.2])
+WAYS = {
+    "one": (1, 1, "", 0),
+    "all": (64, 1, "", 0),
+    "three actors": (3, 3, "", 0),
+    "packed": (64, 1, "&pack=true", 0),
+    "packed, three actors, chunks": (5, 3, "&pack=true", 320 * 7),
+    "chunks": (64, 1, "", 320 * 7),
+    "chunks of one token, checkpoints": (4, 1, "&attn_implementation=eager", 1),
+}
+"""Examples in a micro-batch, actors, options of the model, and how many logits exist at a time (0: all of them)."""
 FIT = Split("fit", np.arange(16, dtype=np.int32))
 MODELS = {"llama": llama, "tied": lambda: llama(tied=True), "gpt2": gpt2}
 
@@ -37,6 +48,25 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
         "precision": "float32",
         **changes,
     }
+
+
+def ways_of(model: nn.Module) -> list[str]:
+    return [way for way in WAYS if can_pack(type(model).__name__[:4].lower()) or "packed" not in way]
+
+
+def pool_of(folder: Path, patch: pytest.MonkeyPatch, way: str, batch_size: int, **changes: Any) -> InProcess:
+    """Actors that compute in one of WAYS."""
+    micro_batch, size, options, chunk = WAYS[way]
+    learn = {"batch_size": batch_size, "micro_batch": micro_batch, "gradient_checkpointing": "checkpoints" in way}
+    recipe = values(folder, learn=learn, **changes)
+    patch.setattr(logits, "CHUNK", chunk)
+    patch.setattr(logits, "MOST_OUTPUTS", 0 if chunk else 1 << 26)
+    pool = InProcess(make_recipe({**recipe, "model": recipe["model"] + options}), size)
+    replica = pool.shards[0].replica
+    with torch.inference_mode():
+        outputs = replica.model(replica.examples["fit"].batch(np.arange(2), replica.device)[0])
+    assert isinstance(outputs, logits.Logits) == bool(chunk)
+    return pool
 
 
 def write_texts(file: Path, texts: list[str]) -> None:
@@ -73,35 +103,42 @@ def by_library(model: nn.Module, folder: Path, name: str, length: int = 64, word
     return found
 
 
-def test_figures_are_those_of_the_library_for_any_batch_and_number_of_actors(near: tuple[Path, list[nn.Module]]) -> None:
+def test_figures_are_those_of_the_library_for_any_batch_and_number_of_actors(
+    near: tuple[Path, list[nn.Module]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, models = near
     expected = by_library(models[2], folder, "test")
     mean = sum(loss for loss, _ in expected.values()) / sum(count for _, count in expected.values())
     found = []
-    for micro_batch, size in ((1, 1), (64, 1), (3, 3)):
-        pool = InProcess(make_recipe(values(folder, learn={"batch_size": 8, "micro_batch": micro_batch})), size)
+    for way in ways_of(models[0]):
+        pool = pool_of(folder, monkeypatch, way, 8)
         split = Split("test", np.arange(pool.setup_info.sizes["test"], dtype=np.int32))
         (outcome,) = pool.evaluate_file(str(folder / "zoo" / "2"), [split])
         for number, (loss, count) in expected.items():
             assert outcome.loss[outcome.group == number].sum() == pytest.approx(loss, rel=1e-5)
             assert outcome.weight[outcome.group == number].sum() == count
         assert outcome.nll == pytest.approx(mean, rel=1e-5)
-        found.append((outcome.nll, outcome.accuracy, outcome.bits_per_byte))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert found[2] == pytest.approx(found[0], rel=1e-6)
+        paths = tuple(str(folder / "zoo" / str(k)) for k in range(4))
+        for k in range(4):
+            pool.evaluate_member(paths[: k + 1], [split])
+        (ensemble,) = pool.evaluate_ensemble(paths, [split])
+        found.append((outcome.nll, outcome.accuracy, outcome.bits_per_byte, ensemble.nll))
+    for figures in found:
+        assert figures == pytest.approx(found[0], rel=1e-6)
     nbytes = sum(len(TEXTS[number].upper().encode()) for number in expected)
     assert found[0][2] == pytest.approx(sum(loss for loss, _ in expected.values()) / np.log(2) / nbytes, rel=1e-5)
 
 
-def test_the_gradient_with_respect_to_c_equals_autograd_through_the_soup(near: tuple[Path, list[nn.Module]]) -> None:
-    """Of the library's own loss, in float64, through sum_k c_k theta_k, for micro-batches of 1 and 64 and three actors."""
+def test_the_gradient_with_respect_to_c_equals_autograd_through_the_soup(
+    near: tuple[Path, list[nn.Module]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the library's own loss, in float64, through sum_k c_k theta_k."""
     folder, models = near
     c = torch.from_numpy(C).requires_grad_()
     soup = models[0].double()
     total = torch.zeros((), dtype=torch.float64)
-    for micro_batch, size in ((1, 1), (64, 1), (5, 3)):
-        learn = {"batch_size": 16, "micro_batch": micro_batch}
-        pool = InProcess(make_recipe(values(folder, blocks="model", learn=learn)), size)
+    for way in ways_of(models[0]):
+        pool = pool_of(folder, monkeypatch, way, 16, blocks="model")
         if not total.requires_grad:
             examples = pool.shards[0].replica.examples["fit"]
             thetas = [load_file(folder / "zoo" / str(k) / "model.safetensors") for k in range(4)]

@@ -29,6 +29,7 @@ from ray_soup.soups.state import LearnState
 from ray_soup.task.data import cut_splits
 from tests.conftest import ROOT, ray_soup, steps_saved, values
 from tests.ray.events import wait_for
+from tests.stopping import is_running
 
 
 def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple[np.ndarray, LearnState]:
@@ -121,21 +122,13 @@ def test_a_lost_actor_is_replaced_and_the_soup_is_bit_identical(
     np.testing.assert_array_equal(found, undisturbed)
 
 
-def is_running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.mark.slow
-def test_a_killed_driver_is_resumed_and_ends_bit_identical(zoo: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_is_resumed_and_ends_bit_identical(zoo: Path, tmp_path: Path, cluster: None) -> None:
     """SIGKILL in the middle of an epoch, after at least one was saved; then the same command is rerun."""
     recipe = values(zoo, learn__epochs=5, learn__batch_size=8, learn__model_batch=4, actors__replicas=2)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     command = ray_soup("learn", str(tmp_path / "r.yaml"))
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
-
+    run(make_recipe(recipe), tmp_path / "whole")
     out = tmp_path / "cut"
     process = subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.PIPE)
     wait_for(lambda: steps_saved(out) and scalars_of(out), process)

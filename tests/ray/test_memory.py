@@ -80,7 +80,7 @@ def test_memory_grows_with_the_model_batch_only(zoo: Path, tmp_path: Path) -> No
             {
                 "ingredients": str(folder), "model": "tests.ray.test_memory:Floats", "directions": {"dtype": "float32"},
                 "data": {"fit": str(zoo / "heldout.npz")}, "precision": "float32", "blocks": "tensor",
-                "learn": {"model_batch": 4, "epochs": 2, "batch_size": 64, "micro_batch": 64},
+                "learn": {"model_batch": 4, "epochs": 1, "batch_size": 64, "micro_batch": 64},
             }
         )  # fmt: skip
         inputs = open_inputs(recipe)

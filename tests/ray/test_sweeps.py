@@ -151,11 +151,12 @@ def test_a_sweep_in_a_bucket_makes_the_same_soup(experiment: Path, zoo: Path, s3
         (i.name, i.trial.config, i.trial.metrics) for i in theirs
     ]
     assert [s.note() for s in find_sweeps(f"{s3}/sweeps")] == [f"{s3}/sweeps/experiment: 3 trials used, left out: 1 failed."]
-    for name, base in (("ours", str(experiment)), ("theirs", f"{s3}/sweeps/experiment")):
-        recipe = {**values(zoo), "ingredients": f"{base}?metric=accuracy", "learn": {"epochs": 1, "batch_size": 150}}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-        command = ray_soup("learn", str(tmp_path / f"{name}.yaml"), str(tmp_path / name))
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    recipe = values(zoo, ingredients=f"{experiment}?metric=accuracy", learn={"epochs": 1, "batch_size": 150})
+    run(make_recipe(recipe), tmp_path / "ours")
+    recipe["ingredients"] = f"{s3}/sweeps/experiment?metric=accuracy"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ray_soup("learn", str(tmp_path / "r.yaml"), str(tmp_path / "theirs"))  # its actors inherit the endpoint
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, other = (load_coefficients(tmp_path / name / "coefficients.safetensors").values for name in ("ours", "theirs"))
     np.testing.assert_array_equal(one, other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +70,8 @@ def test_more_workers_than_the_cluster_has_room_for_are_refused(zoo: Path, tmp_p
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moment", "patience_s", "named", "changes"),
-    [
-        ("training the trunk", 2, r"Training the trunk needs an actor with CPU \d+", {"init": None}),
-        ("fine-tuning", 2, "A trial needs an actor with CPU 1", {}),
-        ("fine-tuning", 10, "A trial needs 2 actors with CPU 1 each", {"workers_per_model": 2}),
-    ],
-)
-def test_a_finetune_that_cannot_start_ends_and_can_be_resumed(
-    zoo: Path,
-    tmp_path: Path,
-    cluster: None,
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
-    patience_s: int,
-    named: str,
-    changes: dict[str, Any],
-) -> None:
-    """Another program takes all CPUs when this moment comes; the trial of two workers starts, but its workers do not."""
-    init = str(zoo / "zoo" / "model_0.safetensors")
-    recipe = recipe_of(zoo, finetune={"trials": 2, "init": init, "epochs": 1, "trunk": {"epochs": 1}, **changes})
+def refused(recipe: Recipe, out: Path, moment: str, patience_s: int, named: str) -> None:
+    """Another program takes all CPUs when this moment comes, so that the fine-tuning ends and says what it needs."""
     with ExitStack() as others:
 
         def take_all(what: str, done: int, total: int) -> None:
@@ -101,8 +81,24 @@ def test_a_finetune_that_cannot_start_ends_and_can_be_resumed(
         patch = others.enter_context(pytest.MonkeyPatch.context())
         patch.setattr("ray_soup.tune.finetune.patience_s", lambda recipe: patience_s)
         with pytest.raises(NoRoom, match=rf"{named} and could not start within {patience_s} s: .* CPU 0 of"):
-            finetune(recipe, tmp_path / "made", take_all)
-    assert not (tmp_path / "made" / "manifest.json").exists()
+            finetune(recipe, out, take_all)
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "named", "init"),
+    [
+        ("training the trunk", r"Training the trunk needs an actor with CPU \d+", None),
+        ("fine-tuning", "A trial needs an actor with CPU 1", "model_0.safetensors"),
+    ],
+)
+def test_a_finetune_that_cannot_start_ends_and_can_be_resumed(
+    zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch, moment: str, named: str, init: str | None
+) -> None:
+    tuned = {"trials": 2, "init": str(zoo / "zoo" / init) if init else None, "epochs": 1, "trunk": {"epochs": 1}}
+    recipe = recipe_of(zoo, finetune=tuned)
+    refused(recipe, tmp_path / "made", moment, 2, named)
     monkeypatch.setattr(placement, "SETTLE_S", 30.0)
     assert len(finetune(recipe, tmp_path / "made")) == 2
 
@@ -118,7 +114,10 @@ def test_a_finetune_on_a_cluster_that_others_hold_is_refused(
 
 
 @pytest.mark.slow
-def test_two_workers_train_the_same_model_as_one(zoo: Path, tmp_path: Path, cluster: None) -> None:
+def test_two_workers_train_the_same_model_as_one(
+    zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a first attempt, in which the trial started but not its workers."""
     init = str(zoo / "zoo" / "model_0.safetensors")
     plain = {
         "init": init,
@@ -131,7 +130,10 @@ def test_two_workers_train_the_same_model_as_one(zoo: Path, tmp_path: Path, clus
         "randaugment": 0,
     }
     one = finetune(recipe_of(zoo, finetune=plain), tmp_path / "one")
-    two = finetune(recipe_of(zoo, finetune={**plain, "workers_per_model": 2}), tmp_path / "two")
+    recipe = recipe_of(zoo, finetune={**plain, "workers_per_model": 2})
+    refused(recipe, tmp_path / "two", "fine-tuning", 10, "A trial needs 2 actors with CPU 1 each")
+    monkeypatch.setattr(placement, "SETTLE_S", 30.0)
+    two = finetune(recipe, tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         ours, theirs = load_file(tmp_path / "one" / a["file"]), load_file(tmp_path / "two" / b["file"])
         for name in set(ours) - {"key.bias"}:  # it has no gradient, so Adam amplifies rounding errors
@@ -140,45 +142,11 @@ def test_two_workers_train_the_same_model_as_one(zoo: Path, tmp_path: Path, clus
 
 
 @pytest.mark.slow
-def test_a_killed_finetune_resumes_and_is_bit_identical(zoo: Path, tmp_path: Path) -> None:
-    recipe = {
-        **values(zoo),
-        "data": {"train": str(zoo / "train.npz")},
-        "finetune": {"trials": 3, "init": str(zoo / "zoo" / "model_0.safetensors"), "epochs": 25},
-    }
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    command = ray_soup("finetune", str(tmp_path / "r.yaml"), str(tmp_path / "killed"))
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    trials = tmp_path / "killed" / "state" / "trials"
-
-    def epochs() -> list[int]:
-        """Finished epochs of each unfinished training. A training that ends just now deletes its state."""
-        found = []
-        for file in trials.glob("*.state"):
-            try:
-                found.append(torch.load(file, weights_only=True)["epoch"])
-            except FileNotFoundError:
-                continue
-        return found
-
-    wait_for(lambda: any(0 < epoch < 15 for epoch in epochs()), process)
-    kill_tree(process)
-    assert any(epoch > 0 for epoch in epochs())
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    made = json.loads((tmp_path / "killed" / "manifest.json").read_text())
-    whole = subprocess.run(ray_soup("finetune", str(tmp_path / "r.yaml"), str(tmp_path / "whole")), cwd=ROOT)
-    assert whole.returncode == 0
-    assert len(made) == 3
-    for entry in made:
-        assert same(tmp_path / "killed" / entry["file"], tmp_path / "whole" / entry["file"])
-
-
-@pytest.mark.slow
-def test_a_stopped_finetune_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, cluster: None) -> None:
-    """It is stopped while its trunk is trained, and with Ctrl-C while trials run."""
+@pytest.mark.timeout(1200)
+def test_a_finetune_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    """It is stopped while its trunk is trained, with Ctrl-C while trials run, and killed while they run."""
     data = {"train": str(zoo / "train.npz"), "fit": str(zoo / "heldout.npz")}
-    recipe = values(zoo, data=data, finetune={"trials": 3, "epochs": 25, "trunk": {"epochs": 25}})
+    recipe = values(zoo, data=data, finetune={"trials": 3, "epochs": 20, "trunk": {"epochs": 20}})
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     command = ray_soup("finetune", str(tmp_path / "r.yaml"), str(tmp_path / "made"))
     state = tmp_path / "made" / "state"
@@ -188,8 +156,24 @@ def test_a_stopped_finetune_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, 
             stop(process, number)
         assert list(state.glob(file))  # of an unfinished training
         assert not (tmp_path / "made" / "manifest.json").exists()
+
+    def epochs() -> dict[str, int]:
+        """Finished epochs of each unfinished training. A training that ends just now deletes its state."""
+        found = {}
+        for file in state.glob("trials/*.state"):
+            with suppress(FileNotFoundError):
+                found[file.name] = torch.load(file, weights_only=True)["epoch"]
+        return found
+
+    stopped = epochs()
+    with running(command, cwd=ROOT) as process:
+        wait_for(lambda: any(stopped.get(name, 0) < epoch < 15 for name, epoch in epochs().items()), process)
+        kill_tree(process)
+    assert any(epoch > 0 for epoch in epochs().values())
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole = finetune(make_recipe(recipe), tmp_path / "whole")
     assert json.loads((tmp_path / "made" / "manifest.json").read_text()) == whole
     assert len(whole) == 3
+    for entry in whole:
+        assert same(tmp_path / "made" / entry["file"], tmp_path / "whole" / entry["file"])

@@ -1,4 +1,4 @@
-"""The demo, as a user runs it."""
+"""The demo, as a user runs it, with a recipe in its folder that fine-tunes fewer models for fewer epochs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from ray_soup.tune import demo
 from tests.conftest import ROOT, ray_soup
 
 
@@ -21,6 +23,10 @@ def call(*arguments: str) -> dict:
 @pytest.mark.timeout(1500)
 def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo"
+    demo._recipe_in(out)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe["finetune"] |= {"trials": 6, "epochs": {"randint": [3, 6]}, "trunk": {"epochs": 8}}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shown = call("demo", str(out))
     table = {row["model_name"]: row for row in shown["run"]["table"]}
     assert set(table) >= {
@@ -34,7 +40,7 @@ def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
         "mehl",
         "mehl+",
     }
-    assert len(list((out / "zoo").glob("*.safetensors"))) == 12
+    assert len(list((out / "zoo").glob("*.safetensors"))) == 6
     assert shown["run"]["mesh"]["shards"] == 2
     for method in ("learned", "learned+", "mehl", "mehl+"):  # learning starts at the uniform soup
         assert table[method]["select_nll"] <= table["uniform"]["select_nll"] * 1.005

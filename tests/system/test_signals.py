@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from ray_soup.mixing.coefficients import load_coefficients
-from tests.conftest import ROOT, kill_tree, ray_soup, steps_saved, values
-from tests.stopping import interruptible
+from ray_soup.recipe import make_recipe
+from ray_soup.soups.run import run
+from tests.conftest import ROOT, ray_soup, steps_saved, values
+from tests.ray.events import wait_for
+from tests.stopping import interruptible, running, stop
 from tests.system.command import write_recipe
 
 SCRIPT = """
@@ -202,35 +205,20 @@ def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
-def test_a_stopped_run_saves_its_last_step_and_resumes_to_the_same_bits(
-    zoo: Path, tmp_path: Path, number: signal.Signals, said: str
-) -> None:
-    folder, log = tmp_path, tmp_path / "log"
-    recipe = write_recipe(folder, values(zoo, learn__epochs=12, learn__batch_size=8))
-    alone = subprocess.run(ray_soup("learn", str(recipe), str(folder / "alone")), cwd=ROOT, capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
-    command = ray_soup("learn", str(recipe), str(folder / "out"))
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + 120
-        while not steps_saved(folder / "out"):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        process.send_signal(number)
-        assert process.wait(timeout=30) == 128 + number, log.read_text()
-    finally:
-        if process.poll() is None:
-            kill_tree(process)
-    assert f"{said}. Rerun the same command to resume." in log.read_text()
-    assert "Traceback" not in log.read_text()
-    record = json.loads((folder / "out" / "run.json").read_text())
-    assert record["exit"] == 128 + number
+def test_a_stopped_run_saves_its_last_step_and_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    """It is stopped, and once more with Ctrl-C after it was resumed."""
+    recipe = values(zoo, learn__epochs=12, learn__batch_size=8)
+    command = ray_soup("learn", str(write_recipe(tmp_path, recipe)), str(tmp_path / "out"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = steps_saved(tmp_path / "out")
+        with running(command, cwd=ROOT) as process:
+            wait_for(lambda before=before: steps_saved(tmp_path / "out") > before, process)
+            stop(process, number)
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["exit"] == 128 + number
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    ours, theirs = (load_coefficients(folder / o / "coefficients.safetensors").values for o in ("alone", "out"))
+    run(make_recipe(recipe), tmp_path / "alone")
+    ours, theirs = (load_coefficients(tmp_path / o / "coefficients.safetensors").values for o in ("alone", "out"))
     np.testing.assert_array_equal(ours, theirs)
 
 

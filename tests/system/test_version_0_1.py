@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from ray_soup.soups.records import finished_record, read_results
 from ray_soup.soups.state import load_state
 from tests import tiny
-from tests.conftest import ROOT, ray_soup
+from tests.system.command import call
 
 FIXTURE = Path(__file__).with_name("version_0_1")
 
@@ -47,8 +46,8 @@ def old(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> Any:
-    done = subprocess.run(ray_soup(*arguments, "--json"), capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = call(*arguments, "--json")
+    assert done.exit_code == 0, done.output
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -69,7 +68,7 @@ def test_the_command_of_a_finished_soup_finds_it_complete(old: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_from_its_state(old: Path) -> None:
+def test_a_killed_run_resumes_from_its_state(old: Path, cluster: None) -> None:
     state = load_state(old / "interrupted" / "state" / "learn.pt")
     raw = torch.load(old / "interrupted" / "state" / "learn.pt", weights_only=True)
     assert "version" not in raw

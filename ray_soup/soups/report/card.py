@@ -12,7 +12,13 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, dump_recipe
 from ray_soup.soups.report.measures import measures_in
 from ray_soup.soups.report.tables import Row, cost, legend, markdown, quality, table
-from ray_soup.soups.report.text import markdown_block, markdown_code, markdown_paragraph, markdown_text
+from ray_soup.soups.report.text import (
+    markdown_block,
+    markdown_code,
+    markdown_paragraph,
+    markdown_text,
+    preprocessing_text,
+)
 
 HUB_LIBRARIES = ("open_clip", "timm", "transformers")
 """Model libraries that the Hub knows under the same names as recipes; all others are `pytorch`."""
@@ -46,7 +52,7 @@ weights that sum to 1.{factor} To load it from its folder:
 {markdown(*table(rows, [*quality(rows, measures), *cost(measures)]))}
 
 {explained}{notes}
-
+{_preprocessing(record)}
 ## Ingredients
 
 | ingredient | mean coefficient |
@@ -66,6 +72,12 @@ them: test it there first. A soup works only if all its ingredients were fine-tu
 
 {markdown_block(dump_recipe(recipe).strip(), "yaml")}
 """
+
+
+def _preprocessing(record: Mapping[str, Any]) -> str:
+    """Return the section about preprocessing; empty if run.json has none."""
+    text = preprocessing_text(record.get("preprocessing", {}))
+    return f"\n## Preprocessing\n\n{markdown_paragraph(text[0].upper() + text[1:])}.\n" if text else ""
 
 
 def _front_matter(recipe: Recipe) -> str:

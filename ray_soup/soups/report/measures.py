@@ -28,6 +28,8 @@ class Measures:
     """The recipe key."""
     own_loss: str | None = None
     """The recipe key `loss`, which replaces the objective's loss in learning curves and trials."""
+    inputs: str = "images"
+    """What the examples of a classifier are: images or texts."""
 
     # The names of the figures
 
@@ -69,7 +71,7 @@ class Measures:
     @property
     def examples(self) -> str:
         """What the examples of the costs are called."""
-        return "images" if self.objective in ("classification", "segmentation") else "examples"
+        return "images" if self.objective in ("classification", "segmentation") and self.inputs == "images" else "examples"
 
     def name_of(self, figure: str) -> str:
         """Return the name of `accuracy`, `metric` or `nll`, for text."""
@@ -121,7 +123,7 @@ class Measures:
 
 def measures_in(record: Mapping[str, Any]) -> Measures:
     """Return the names of the figures of a run.json, or of a row that names its objective."""
-    known = {key: record[key] for key in ("objective", "unit", "select_by") if key in record}
+    known = {key: record[key] for key in ("objective", "unit", "select_by", "inputs") if key in record}
     return Measures(**known, own_loss=record.get("loss"))
 
 
@@ -132,10 +134,22 @@ def measures_of(recipe: Recipe) -> Measures:
 
     objective = objective_of(recipe, objective_in(recipe.model))
     name = recipe.objective if is_function(recipe.objective) else objective.name
-    return Measures(name, objective.unit, recipe.select_by, recipe.loss)
+    inputs = "texts" if name == "classification" and _classifies_texts(recipe.model) else "images"
+    return Measures(name, objective.unit, recipe.select_by, recipe.loss, inputs)
+
+
+def _classifies_texts(spec: str) -> bool:
+    from ray_soup.task.model_spec import ModelSpec
+    from ray_soup.task.transformers_models import load_config, task_of
+
+    parsed = ModelSpec.parse(spec)
+    if parsed.library != "transformers":
+        return False
+    return task_of(load_config(parsed.import_library(), parsed), parsed) == "ForSequenceClassification"
 
 
 def recorded(measures: Measures) -> dict[str, Any]:
     """Return what run.json says about the objective, for `measures_in`."""
     found = {"objective": measures.objective, "unit": measures.unit, "select_by": measures.select_by}
+    found |= {"inputs": measures.inputs} if measures.inputs != "images" else {}
     return found | ({"loss": measures.own_loss} if measures.own_loss else {})

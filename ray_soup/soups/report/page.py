@@ -31,7 +31,7 @@ from ray_soup.soups.report.tables import (
     titled,
     trials_table,
 )
-from ray_soup.soups.report.text import label, plain
+from ray_soup.soups.report.text import label, plain, preprocessing_text
 from ray_soup.task.outcomes import Outcome, judged, test_sets
 
 DUPLICATE_COSINE = 0.999
@@ -121,6 +121,7 @@ def html(report: Report) -> str:
         sections=list(_sections(report)),
         plots=list(_plots(report)),
         recipe=dump_recipe(report.recipe).strip(),
+        preprocessing=preprocessing_text(record.get("preprocessing", {})),
         ingredients=record["ingredients"],
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     )  # fmt: skip

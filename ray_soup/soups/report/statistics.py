@@ -8,6 +8,12 @@ from ray_soup.task.outcomes import Outcome
 
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval of a mean."""
+FLIPS = 9_999
+"""Random sign flips behind a p-value; the smallest one is 1 / (FLIPS + 1)."""
+LEAST_FLIPS = 999
+"""The same where there are very many differences."""
+SIGNS = 10**8
+"""Signs to draw for one p-value, which takes about a second."""
 
 
 def accuracy_interval(correct: int, count: int) -> tuple[float, float]:
@@ -63,8 +69,7 @@ def ratio_interval(
         return mean_interval(differences)
     weight = np.ones(len(differences)) if weight is None else weight
     if group is not None:
-        places = np.unique(group, return_inverse=True)[1]
-        differences, weight = np.bincount(places, differences), np.bincount(places, weight)
+        differences, weight = by_group(differences, group), by_group(weight, group)
     ratio = float(differences.sum() / max(weight.sum(), 1e-300))
     if len(differences) < 2 or not np.ptp(differences):
         return ratio, ratio, ratio
@@ -75,12 +80,48 @@ def ratio_interval(
     return ratio, float(found.low), float(found.high)
 
 
+def by_group(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Return the sums of `values`, float64 [n], over the examples of each document; `group` is int64 [n]."""
+    return np.bincount(np.unique(group, return_inverse=True)[1], values)
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Return the two-sided p-value of the paired permutation test on the sum of differences.
+
+    If two models are equally good, then swapping their results on any example changes the sign of its difference and nothing
+    else. The p-value is the share of the sign patterns whose sum is at least as far from 0 as the sum that was found. All
+    2^n patterns are counted if there are few; otherwise it is (1 + count) / (1 + drawn) of patterns drawn with a fixed seed.
+
+    Source: Fisher 1935, "The design of experiments", section 21.
+
+    Args:
+        differences: float64 [n], one difference for each example or document.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    differences = differences[differences != 0]
+    count, total = len(differences), differences.sum()
+    if not count:
+        return 1.0
+    least = abs(total) * (1 - 1e-12)  # two sums of the same values in another order may differ in the last bits
+    if 2**count <= FLIPS:
+        every = np.arange(2**count)[:, None] >> np.arange(count) & 1
+        return float((np.abs(total - 2 * (every @ differences)) >= least).mean())
+    drawn = min(FLIPS, max(LEAST_FLIPS, SIGNS // count))
+    random, found, step = np.random.default_rng(0), 0, max(1, 10**6 // count)
+    for first in range(0, drawn, step):
+        rows = min(step, drawn - first)
+        bits = np.unpackbits(random.integers(256, size=(rows, -(-count // 8)), dtype=np.uint8), axis=1, count=count)
+        found += int((np.abs(total - 2 * (bits.astype(np.float64) @ differences)) >= least).sum())
+    return (1 + found) / (1 + drawn)
+
+
 def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     """Compare two models on the same examples.
 
     Differences are ours minus theirs, with paired bootstrap intervals (95 %) over the examples, or over the documents that
-    they belong to. The p-value is that of the exact McNemar test: of the examples that only one of the two models got right,
-    how many were ours? It exists if each example is either right or wrong.
+    they belong to. If each example is either right or wrong, the p-value is that of the exact McNemar test: of the examples
+    that only one of the two models got right, how many were ours? Otherwise it is that of the paired permutation test on the
+    losses of the examples or documents, as from `sign_flip_p`.
 
     Args:
         ours: outcome on n examples.
@@ -89,15 +130,18 @@ def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     Returns:
         `gained` and `lost` (examples that only ours or only theirs got right), `mcnemar_p`, and `accuracy`, `accuracy_low`,
         `accuracy_high`, `nll`, `nll_low`, `nll_high`, and the same for `metric`; those of accuracy only if it has a meaning,
-        those of the metric only if the recipe has one.
+        those of the metric only if the recipe has one. Without McNemar's test, `nll_p`.
     """
     from scipy.stats import binomtest
 
-    nll = ratio_interval(ours.loss.astype(np.float64) - theirs.loss, ours.weight, ours.group)
+    losses = ours.loss.astype(np.float64) - theirs.loss
+    nll = ratio_interval(losses, ours.weight, ours.group)
     found = dict(zip(("nll", "nll_low", "nll_high"), nll, strict=True))
     if ours.scores is not None and theirs.scores is not None:
         metric = ratio_interval(ours.scores.astype(np.float64) - theirs.scores, None, ours.group)
         found |= dict(zip(("metric", "metric_low", "metric_high"), metric, strict=True))
+    if ours.correct is None or theirs.correct is None or ours.weight is not None:
+        found["nll_p"] = sign_flip_p(losses if ours.group is None else by_group(losses, ours.group))
     if ours.correct is None or theirs.correct is None:
         return found
     difference = ours.correct.astype(np.float64) - theirs.correct

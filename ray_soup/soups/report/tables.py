@@ -30,6 +30,9 @@ MODEL = ("model_name", "model", "{}")
 COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")
 """Keys of what it costs to make a soup."""
 
+EVALUATE = "evaluate_"
+"""Begins the keys of figures that the recipe's function `evaluate` computed; their names follow."""
+
 TRIALS_LEGEND = (
     "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
     "used."
@@ -42,7 +45,7 @@ MARK = "<!-- ray-soup compare -->"
 
 def splits_of(rows: Iterable[Row]) -> list[str]:
     """Return the splits that the rows have figures for, in order of appearance."""
-    figures = (key.rpartition("_") for row in rows for key in row)
+    figures = (key.rpartition("_") for row in rows for key in row if not key.startswith(EVALUATE))
     return list(dict.fromkeys(split for split, _, figure in figures if figure in ("accuracy", "nll")))
 
 
@@ -52,7 +55,11 @@ def titled(split: str) -> str:
 
 
 def quality(rows: Sequence[Row], measures: Measures = Measures()) -> list[tuple[str, str, str]]:
-    """Return the columns of model quality for each split in the rows: accuracy, metric, loss, and what follows from it."""
+    """Return the columns of model quality in the rows.
+
+    For each split these are accuracy, metric, loss, and what follows from it; then come the figures of the recipe's function
+    `evaluate`.
+    """
     columns, splits = [MODEL], splits_of(rows)
     tests = test_sets(splits)
     for split in splits:
@@ -68,7 +75,13 @@ def quality(rows: Sequence[Row], measures: Measures = Measures()) -> list[tuple[
                 (f"{split}_perplexity", "perplexity" if one else f"{name} perplexity", "{:.4g}"),
                 (f"{split}_bits_per_byte", "bits/byte" if one else f"{name} bits/byte", "{:.4f}"),
             ]
-    return columns
+    return [*columns, *own_columns(rows)]
+
+
+def own_columns(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
+    """Return the columns of what the recipe's function `evaluate` computed."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(EVALUATE) and not key.endswith("_sd"))
+    return [(key, key.removeprefix(EVALUATE), "{:.4g}") for key in keys]
 
 
 def cost(measures: Measures = Measures()) -> list[tuple[str, str, str]]:
@@ -106,6 +119,8 @@ def is_optimistic(row: Row, key: str) -> bool:
 
 def _display_scale(key: str) -> float:
     """Return the factor from the stored unit to the displayed one: fractions to percent, bytes to MB."""
+    if key.startswith(EVALUATE):
+        return 1
     return 100 if key.endswith("_accuracy") else 1e-6 if key == "peak_memory_bytes" else 1
 
 
@@ -121,6 +136,7 @@ def paired_table(tests: Iterable[Row], against: str, split: str, measures: Measu
         (first, "metric (95 %)" if first == "metric" else "points (95 %)", partial(_difference, first, measures)),
         ("mcnemar_p", "p", lambda t: f"{t['mcnemar_p']:.2g}"),
         ("nll", f"{measures.loss_heading} (95 %)", partial(_difference, "nll", measures)),
+        ("nll_p", "p", lambda t: f"{t['nll_p']:.2g}"),
     ]
     shown = [c for c in cells if any(c[0] in t for t in some) and (c[0] != "mcnemar_p" or first == "accuracy")]
     return [heading for _, heading, _ in shown], [[cell(t) for _, _, cell in shown] for t in some]
@@ -140,11 +156,18 @@ def paired_legend(tests: Sequence[Row], measures: Measures) -> str:
     first = _first_tested(tests, measures)
     points = f"{measures.accuracy} (percentage points)" if first == "accuracy" else "the metric"
     what = [points] if any(first in test for test in tests) else []
-    has_p = first == "accuracy" and any("mcnemar_p" in test for test in tests)
+    p_value = ""
+    if first == "accuracy" and any("mcnemar_p" in test for test in tests):
+        p_value = ", and the p-value of the exact McNemar test on accuracy"
+    elif any("nll_p" in test for test in tests):
+        p_value = (
+            f", and the p-value of the paired permutation test on the {measures.loss}, which flips the signs of the "
+            "differences of whole examples, or documents"
+        )
     return (
         f"Paired tests on the test set: differences in {' and in '.join([*what, measures.loss_per_unit])} with 95 % "
-        f"bootstrap intervals{', and the p-value of the exact McNemar test on accuracy' if has_p else ''}. A negative "
-        f"{measures.loss} difference is an improvement. If an interval contains 0, the difference is not significant."
+        f"bootstrap intervals{p_value}. A negative {measures.loss} difference is an improvement. If an interval contains 0, "
+        "the difference is not significant."
     )
 
 
@@ -274,7 +297,7 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
     sizes = ", ".join(f"{name} {count:,}" for name, count in examples.items())
 
     def has(figure: str) -> bool:
-        return any(key.endswith(f"_{figure}") for row in rows for key in row)
+        return any(key.endswith(f"_{figure}") and not key.startswith(EVALUATE) for row in rows for key in row)
 
     about = [measures.explained(has("accuracy"))]
     about += ["Metric: mean of the recipe's metric over the examples."] if has("metric") else []
@@ -285,6 +308,9 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
         if measures.objective == "classification"
         else []
     )
+    own = [heading for _, heading, _ in own_columns(rows)]
+    if own:
+        about.append(f"{', '.join(own)}: computed by {record['evaluate']['function']} from the model's folder.")
     text = (
         f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} "
         f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "

@@ -25,6 +25,7 @@ from ray_soup.soups.report.tables import (
     comparison_markdown,
     cost,
     insert,
+    own_columns,
     paired_table,
     quality,
     searched_for,
@@ -34,7 +35,7 @@ from ray_soup.soups.report.tables import (
     titled,
     trials_table,
 )
-from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE
+from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, preprocessing_text
 from ray_soup.task.outcomes import judged
 
 if TYPE_CHECKING:
@@ -213,6 +214,18 @@ def print_row(*rows: Mapping[str, Any], measures: Measures = Measures()) -> None
     _explain_marks(cells)
 
 
+def print_evaluation(row: Mapping[str, Any], as_json: bool) -> None:
+    """Print the figures of one model that `ray-soup evaluate` computed, its notes, and how the data were preprocessed."""
+    for note in row.get("notes", ()):
+        say(note)
+    if as_json:
+        return print_json(row)
+    print_row(row, measures=measures_in(row))
+    if preprocessing := preprocessing_text(row.get("preprocessing", {})):
+        echo(f"Preprocessing: {preprocessing}")
+    return None
+
+
 def _explain_marks(cells: Sequence[Sequence[str]]) -> None:
     """Print what the mark on optimistic figures means, if it is in a table."""
     if any(OPTIMISTIC in cell for line in cells for cell in line):
@@ -318,9 +331,9 @@ def _print_notes(soup: Soup) -> None:
 
 def _print_methods(record: Mapping[str, Any]) -> None:
     splits, rows, measures = judged(record["examples"]), record["table"], measures_in(record)
-    everything = quality(rows, measures)
+    everything, own = quality(rows, measures), own_columns(rows)
     accuracy = [c for c in everything if c[0] == "select_accuracy"]
-    columns = [c for c in everything if c not in accuracy]  # without it: 80 columns
+    columns = [c for c in everything if c not in (*accuracy, *own)]  # without them: 80 columns
     if len(splits) == 1:
         for part in _parts(rows, columns):
             print_table(*table(rows, part))
@@ -329,6 +342,10 @@ def _print_methods(record: Mapping[str, Any]) -> None:
             some = [c for c in columns if c[0].endswith(figure) and any(c[0] in row for row in rows)]
             if some:
                 print_table(*table(rows, [columns[0], *some]))
+    while own:  # as many to a table as fit
+        count = next((n for n in range(len(own), 1, -1) if _fits(*table(rows, [columns[0], *own[:n]]))), 1)
+        print_table(*table(rows, [columns[0], *own[:count]]))
+        own = own[count:]
     print_table(*table(rows, [columns[0], *accuracy, *cost(measures)]))
     _explain_marks(table(rows, everything)[1])
 

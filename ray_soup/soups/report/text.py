@@ -7,12 +7,21 @@ credentials get into one. Does not import torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ray_soup.io.redact import printable, redact
 
 OPTIMISTIC = "†"
 """Marks figures on data that the model was learned, stopped or chosen on."""
 OPTIMISTIC_NOTE = f"{OPTIMISTIC} optimistic: the model was learned, stopped or chosen on this data."
+SOURCES = {
+    "files": "as the files of the ingredients say",
+    "recipe": "as the recipe says",
+    "default": "the default of the model's library; neither the ingredients nor the recipe say otherwise",
+    "none": "none, because the data are arrays",
+}
+"""Why data were preprocessed in this way, by the `source` in run.json."""
 LABEL = 60
 """Characters of the longest label in a figure."""
 
@@ -39,6 +48,31 @@ def label(text: str) -> str:
 def shortened(text: str, most: int) -> str:
     """Replace the middle of a text of more than `most` characters by an ellipsis."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
+
+
+def preprocessing_text(record: Mapping[str, Any]) -> str:
+    """Describe the preprocessing that run.json records, in words; empty if it records none.
+
+    Args:
+        record: the value of the key `preprocessing`.
+    """
+    source = record.get("source", "")
+    if source not in SOURCES:
+        return ""
+    parts = [f"the function {record['function']}"] if "function" in record else []
+    parts += [f"as the function {record['model']} returns it"] if "model" in record else []
+    parts += [f"texts of up to {record['length']:,} tokens"] if "length" in record else []
+    for name in ("size", "channels", "mean", "std", "crop", "interpolation"):
+        if name in record:
+            values = record[name] if isinstance(record[name], list) else [record[name]]
+            join, shown = (
+                (" x " if name == "size" else ", "),
+                [f"{v:.9g}" if isinstance(v, float) else f"{v}" for v in values],
+            )
+            parts.append(f"{name} {join.join(shown)}")
+    cut = [f"{share:.1%} of {name}" for name, share in record.get("cut", {}).items()]
+    parts += [f"{' and '.join(cut)} longer"] if cut else []
+    return f"{'; '.join(parts)} ({SOURCES[source]})" if parts else SOURCES[source]
 
 
 def markdown_text(text: str) -> str:

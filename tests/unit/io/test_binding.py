@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from ray_soup.io.binding import PREFIXES, Reading, best_reading
+from ray_soup.io.binding import Reading, best_reading
 from ray_soup.io.formats import TensorInfo
 from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.names import PREFIXES, WRAPPERS, unwrapped
 
 BARE = ("a.weight", "a.bias", "b.weight", "b.bias")
 MODEL = set(BARE)
@@ -24,24 +26,45 @@ def infos(names: Iterable[str]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(torch.float32, (n + 1,), 0, 4 * n) for n, name in enumerate(names)}
 
 
+def infos_of(names: Iterable[str]) -> dict[str, TensorInfo]:
+    """The same, but what belongs to a metric or counts steps has the dtype and shape that it has there."""
+    counts = {"tp", "fn", "confmat", "weight", "initted", "step"}
+    return {
+        name: TensorInfo(torch.int64, (), 0, 4 * n) if name in METRICS or name in counts else info
+        for n, (name, info) in enumerate(infos(names).items())
+    }
+
+
 def under(*prefixes: str, names: Iterable[str] = BARE) -> list[str]:
     return [prefix + name for prefix in prefixes for name in names]
 
 
 def read(
-    names: Iterable[str] | Mapping[str, Iterable[str]], ignore: Iterable[str] = (), tied: Mapping[str, str] | None = None
+    names: Iterable[str] | Mapping[str, Any], ignore: Iterable[str] = (), tied: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], Reading]:
     """Return the name in the file of each tensor in use, and the whole reading."""
     containers = names if isinstance(names, Mapping) else {"": names}
-    numbers = itertools.count()
-    given = {key: {n: TensorInfo(torch.float32, (next(numbers),), 0, 0) for n in some} for key, some in containers.items()}
+    numbers = itertools.count(1)
+    given = {
+        key: {
+            n: TensorInfo(some[n].dtype, some[n].shape, 0, next(numbers))
+            if isinstance(some, Mapping)
+            else TensorInfo(torch.float32, (place := next(numbers),), 0, place)
+            for n in some
+        }
+        for key, some in containers.items()
+    }
     reading = best_reading(given, MODEL, tied or {}, ignore)
-    places = {info.shape: f"{key}:{name}" if key else name for key, some in given.items() for name, info in some.items()}
-    return {name: places[info.shape] for name, info in reading.tensors.items()}, reading
+    places = {info.place: f"{key}:{name}" if key else name for key, some in given.items() for name, info in some.items()}
+    return {name: places[info.place] for name, info in reading.tensors.items()}, reading
 
 
 def fits(found: Mapping[str, str], reading: Reading) -> bool:
     return set(found) == MODEL and not reading.unclear
+
+
+METRICS = ("train_acc.tp", "train_acc.fn", "val_metrics.f1.confmat", "metrics.MeanMetric.weight")
+AT_TOP = ("criterion.weight", "loss_fn.pos_weight", "n_averaged")
 
 
 @pytest.mark.parametrize(
@@ -54,12 +77,27 @@ def fits(found: Mapping[str, str], reading: Reading) -> bool:
         ([*under("model."), "criterion.weight"], "model.", ("criterion.weight",)),
         (["loss.w", *under("module.model.")], "module.model.", ("loss.w",)),
         ([*under("model."), *under("teacher.", "ema_model.")], "model.", tuple(under("teacher.", "ema_model."))),
+        ([*under("model."), "teacher.encoder.weight"], "model.", ("teacher.encoder.weight",)),  # a larger teacher
         (under("net."), "net.", ()),  # any prefix, if nothing else is in the file
         (under("model.net."), "model.net.", ()),
+        (under("backbone.model."), "backbone.model.", ()),
+        (under("net._orig_mod."), "net._orig_mod.", ()),  # a compiled submodule
+        (under("net.module._fsdp_wrapped_module."), "net.module._fsdp_wrapped_module.", ()),
+        ([*under("net."), "criterion.weight"], "net.", ("criterion.weight",)),
+        ([*under("net._orig_mod."), *AT_TOP, *METRICS], "net._orig_mod.", (*AT_TOP, *METRICS)),
+        ([*under("model."), *AT_TOP, *METRICS], "model.", (*AT_TOP, *METRICS)),
+        ([*under(""), *AT_TOP, *METRICS], "", (*AT_TOP, *METRICS)),
+        ([*under("net."), "net.loss.weight"], "net.", ("loss.weight",)),
+        ([*under("net."), *under("ema_model.module.")], "net.", tuple(under("ema_model.module."))),
+        ([*under("net."), *under("net.ema.")], "net.", tuple(under("ema."))),
+        ([*under("net."), "ema.aweight", "ema.bbias"], "net.", ("ema.aweight", "ema.bbias")),  # names without their dots
+        ([*under(""), *under("ema.")], "", tuple(under("ema."))),
+        ([*under(""), *under("teacher.")], "", tuple(under("teacher."))),
+        ([*under("ema.ema_model."), "initted", "step"], "ema.ema_model.", ("initted", "step")),
     ],
 )
 def test_a_model_under_one_prefix_is_found(names: list[str], prefix: str, left_out: tuple[str, ...]) -> None:
-    found, reading = read(names)
+    found, reading = read({"": infos_of(names)})
     assert fits(found, reading)
     assert found == {name: prefix + name for name in MODEL}
     assert reading.left_out == left_out
@@ -71,22 +109,56 @@ def test_a_model_under_one_prefix_is_found(names: list[str], prefix: str, left_o
     [
         [*under(""), "c.weight"],  # nothing shows that it is not needed
         [*under(""), *under("model.")],
-        [*under(""), *under("ema.")],
         [*under("model."), "model.c.weight"],
         [*under("model."), *under("module.")],
         [*under("model."), *under("module.model.")],
+        [*under("model."), *under("net.")],
+        [*under("net."), *under("net._orig_mod.")],
         under("student.", "teacher."),
-        [*under("net."), "criterion.weight"],
+        [*under("net."), *under("teacher.")],
+        under("ema.", "swa_model."),
+        under("ema.ema_model.", "ema.online_model."),
         under("model.")[:2],
         [*under("module."), "b.weight"],  # which one is it?
         [*under("module.")[:3], "b.weight", "b.bias"],
         ["module.a.weight", "a.weight", "a.bias", "model.b.weight", "b.bias"],
+        [*under("net."), "a.weight"],
         [],
         ["module.", "model.model.", "."],
     ],
 )
 def test_what_is_incomplete_or_ambiguous_does_not_fit(names: list[str]) -> None:
     assert not fits(*read(names))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "net._orig_mod."])
+@pytest.mark.parametrize(
+    ("beside", "shape", "dtype"),
+    [
+        ("scale", (), torch.float32),  # may multiply the logits, as may all below
+        ("temperature", (1,), torch.float32),
+        ("class_weights", (4,), torch.float32),
+        ("criterion.logit_scale", (), torch.float32),
+        ("loss.bias", (4,), torch.float32),
+        ("criterion.weight", (4, 8), torch.float32),  # ArcFace: the classifier is in the loss
+        ("loss_head.weight", (4,), torch.float32),
+        ("metrics.fid.inception.conv.weight", (4, 3, 3, 3), torch.float32),
+        ("train_acc.head.weight", (4,), torch.float32),
+        ("metric_head.weight", (1,), torch.float32),
+        ("step", (1,), torch.float32),
+        ("head.step", (), torch.int64),
+        ("discriminator.a.weight", (1,), torch.float32),
+        ("teacher_forcing.weight", (1,), torch.float32),
+        ("ema_gate.weight", (1,), torch.float32),
+    ],
+)
+def test_what_could_belong_to_the_computation_is_not_left_out(
+    prefix: str, beside: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    given = {**infos(under(prefix)), beside: TensorInfo(dtype, shape, 0, 99)}
+    reading = best_reading({"": given}, MODEL, {})
+    assert set(reading.tensors) == {*MODEL, beside}
+    assert best_reading({"": given}, MODEL, {}, [beside]).left_out == (beside,)
 
 
 @pytest.mark.parametrize(
@@ -129,12 +201,64 @@ def test_a_choice_that_ignore_made_is_part_of_the_identity(tmp_path: Path) -> No
 def test_the_message_about_an_ambiguous_choice_names_the_places_and_the_cure() -> None:
     assert read(under("student.", "teacher."))[1].unclear == (
         "the whole model occurs under `student.` and `teacher.`. List the names to leave out in the recipe, as in "
-        'ignore: ["teacher.*"]'
+        'ignore: ["teacher.*"], or append the one to use to the paths, as in ?key=teacher'
     )
-    assert read([*under("net."), "loss.w"])[1].unclear == (
-        "the whole model occurs under `net.`, beside 1 tensor (loss.*). List the names to leave out in the recipe, as in "
-        'ignore: ["loss.*"]'
+    assert read([*under("net."), "a.bias"])[1].unclear == (
+        "it contains both net.a.bias and a.bias, which the model has once. List the one to leave out in the recipe, as in "
+        'ignore: ["a.bias"]'
     )
+
+
+def test_the_remark_says_which_copy_is_used_and_what_was_left_out() -> None:
+    names = [*under("net._orig_mod."), *under("ema_model.module."), "n_averaged", *AT_TOP[:1], *METRICS]
+    assert read({"": infos_of(names)})[1].remarks == (
+        "6 tensors (n_averaged, criterion.*, train_acc.*, val_metrics.*, ...) outside `net._orig_mod.` were left out: the "
+        "model has none.",
+        "it contains the whole model under `net._orig_mod.` and under `ema_model.module.`. The first was used; append "
+        "?key=ema_model.module to the path to use the other.",
+    )
+
+
+def test_of_two_copies_the_one_of_the_right_shape_is_used() -> None:
+    given = infos([*under("student."), *under("teacher.")])
+    for prefix in ("student.", "teacher."):
+        shapes = {name: given[prefix + name].shape for name in BARE}
+        other = "teacher" if prefix == "student." else "student"
+        reading = best_reading({"": given}, shapes, {}, [f"{other}.*"])
+        assert {name: info.shape for name, info in reading.tensors.items()} == shapes
+        assert not reading.unclear
+        reading = best_reading({"": given}, shapes, {})  # the other model is not left out in silence
+        assert len(reading.tensors) > len(shapes) or reading.unclear
+
+
+def test_wrappers_are_dropped_wherever_they_stand() -> None:
+    names = ["a._orig_mod.weight", "a._orig_mod.bias", "b._checkpoint_wrapped_module.weight", "b.module._orig_mod.bias"]
+    for prefix in ("", "net.", "model.module.net."):
+        found, reading = read([prefix + name for name in names])
+        assert fits(found, reading)
+        assert found == dict(zip(BARE, (prefix + name for name in names), strict=True))
+        assert reading.remarks == ()
+
+
+def test_a_name_that_the_model_has_is_not_taken_for_a_wrapped_one() -> None:
+    """A model may have a module called `module`, beside one that is called the same without it."""
+    for own in (["a.module.w", "a.w"], ["module.w", "w"], ["a.module.w", "a.v"]):
+        for prefix in ("", "net.", "_orig_mod."):
+            given = infos([prefix + name for name in own])
+            reading = best_reading({"": given}, set(own), {})
+            assert not reading.unclear
+            assert reading.tensors == {name: given[prefix + name] for name in own}
+    half = best_reading({"": infos(["a.module.w"])}, {"a.module.w", "a.w"}, {})
+    assert set(half.tensors) == {"a.module.w"}
+
+
+def test_of_two_tensors_with_one_name_that_which_is_not_ignored_is_used() -> None:
+    names = [*under("module."), "b.weight"]
+    for other, kept in (("b.weight", "module.b.weight"), ("module.b.weight", "b.weight")):
+        found, reading = read(names, [other])
+        assert fits(found, reading)
+        assert found["b.weight"] == kept
+        assert (reading.chosen == "") == (kept == "module.b.weight")  # keys of a cache differ
 
 
 def test_prefixes_that_only_some_names_have_are_removed_if_every_name_stays_distinct() -> None:
@@ -169,9 +293,10 @@ def test_tied_and_renamed_tensors_count_once_and_both_copies_are_compared() -> N
     assert fits(found, reading)
 
 
-STARTS = st.lists(st.sampled_from([*PREFIXES, "net.", "ema_model."]), max_size=2).map("".join)
+STARTS = st.lists(st.sampled_from([*PREFIXES, *(f"{w}." for w in WRAPPERS), "net.", "ema_model."]), max_size=2).map("".join)
 MODELS = st.lists(st.tuples(STARTS, st.sets(st.sampled_from(BARE), min_size=1) | st.just(set(BARE))), max_size=3)
-EXTRAS = st.lists(st.tuples(STARTS, st.sampled_from(["c.weight", "n_averaged", "a.", ""])), max_size=2)
+OTHERS = ["c.weight", "n_averaged", "criterion.weight", "acc.confmat", "a.", ""]
+EXTRAS = st.lists(st.tuples(STARTS, st.sampled_from(OTHERS)), max_size=2)
 NAMES = st.builds(
     lambda models, extras: sorted({s + n for s, some in models for n in some} | {s + n for s, n in extras}), MODELS, EXTRAS
 )
@@ -185,7 +310,7 @@ def test_every_reading_that_fits_is_one_to_one_and_explains_every_other_tensor(n
     if not fits(found, reading):
         return
     assert len(set(found.values())) == len(MODEL)
-    assert all(in_file.endswith(name) for name, in_file in found.items())
+    assert all(unwrapped(in_file).endswith(name) for name, in_file in found.items())
     others = set(names) - set(found.values())
     assert len(reading.left_out) == len(others)
     assert all(any(name.endswith(left) for left in reading.left_out) for name in others)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,58 @@ def test_a_mixture_of_student_and_teacher_is_refused_until_one_is_ignored(tmp_pa
         check_together(ingredients, {"a": (2,)})
     bound = check_together(ingredients, {"a": (2,)}, ignore=["teacher.*"])
     assert [i.read("a").tolist() for i in bound] == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_a_message_shows_the_closest_names_of_the_same_shape(tmp_path: Path) -> None:
+    model = {"layers.0.weight": (4, 3), "layers.0.bias": (4,), "layers.1.weight": (4, 4), "head.bias": (2,)}
+    found = {"layer.0.weight": (4, 3), "layer.0.bias": (4,), "layer.1.weight": (4, 4), "zzz": (2,)}
+    for k in range(2):
+        torch.save({name: torch.zeros(shape) for name, shape in found.items()}, tmp_path / f"{k}.pt")
+    ingredients = open_ingredients(str(tmp_path))
+    with pytest.raises(IngredientError) as error:
+        check_together(ingredients, model, advise=lambda ingredient: f"Ask about {ingredient.name}.")
+    assert str(error.value).endswith(
+        f"""
+The closest names in {tmp_path}/0.pt:
+    expected layers.0.weight [4, 3], found layer.0.weight [4, 3]
+    expected layers.0.bias [4], found layer.0.bias [4]
+    expected layers.1.weight [4, 4], found layer.1.weight [4, 4]
+Ask about 0."""
+    )
+    with pytest.raises(IngredientError, match=r"found layer\.1\.weight \[4, 4\]\nAsk about 1\.$"):
+        check_fits(ingredients[1], model, {}, advise=lambda ingredient: f"Ask about {ingredient.name}.")
+
+
+def test_the_search_for_close_names_is_bounded(tmp_path: Path) -> None:
+    for k in range(2):
+        state = {f"encoder.block.{n}.attention.self.{k}.weight": torch.zeros(2) for n in range(3000)}
+        save_file(state, tmp_path / f"{k}.safetensors")
+    shapes = {f"x{n}": (2,) for n in range(3000)}
+    begun = time.process_time()
+    with pytest.raises(IngredientError, match="2 of 2 ingredients"):
+        check_together(open_ingredients(str(tmp_path)), shapes)
+    assert time.process_time() - begun < 20
+
+
+def test_what_must_be_ignored_is_written_as_a_line_of_the_recipe(tmp_path: Path) -> None:
+    """A scale beside the network may multiply its outputs, so it is not left out without the user's word."""
+    for k in range(2):
+        state = {"net._orig_mod.a": torch.full((2,), float(k)), "scale": torch.tensor(2.0), "aux.w": torch.ones(2, 2)}
+        torch.save({"state_dict": {**state, "criterion.weight": torch.ones(4)}}, tmp_path / f"{k}.ckpt")
+    ingredients = open_ingredients(str(tmp_path))
+    with pytest.raises(IngredientError, match=r'without them, write in the recipe\n    ignore: \["scale", "aux\.\*"\]$'):
+        check_together(ingredients, {"a": (2,)})
+    bound = check_together(ingredients, {"a": (2,)}, ignore=["scale", "aux.*"])
+    assert [i.read("a").tolist() for i in bound] == [[0.0, 0.0], [1.0, 1.0]]
+    assert left_out_notes(bound) == [
+        f"{tmp_path}/0.ckpt and 1 more: 2 tensors (scale, aux.*) left out because of `ignore:`.",
+        f"{tmp_path}/0.ckpt and 1 more: 1 tensor (criterion.*) outside `net._orig_mod.` was left out: the model has none.",
+    ]
+
+
+def test_a_soup_of_older_rules_can_still_be_bound_to_its_ingredients(tmp_path: Path) -> None:
+    """What no list explains was once left out beside `model.`; a finished soup is not refused for it."""
+    for k in range(2):
+        torch.save({"model.a": torch.full((2,), float(k)), "scale": torch.tensor(2.0)}, tmp_path / f"{k}.pt")
+    bound = check_together(open_ingredients(str(tmp_path)), {"a": (2,)}, strict=False)
+    assert [list(i.tensors) for i in bound] == [["a"], ["a"]]

@@ -228,3 +228,34 @@ def test_tensors_read_equal_those_that_safetensors_reads(tmp_path: Path) -> None
     ingredient = open_ingredient(str(tmp_path / "a.safetensors"))
     for name, tensor in load_file(tmp_path / "a.safetensors").items():
         assert torch.equal(ingredient.read(name), tensor.flatten())
+
+
+def test_a_key_may_be_a_prefix_of_names(tmp_path: Path) -> None:
+    averaged = {f"net.{n}": t for n, t in state().items()} | {f"ema_model.module.{n}": t + 1 for n, t in state(1).items()}
+    torch.save({"state_dict": averaged, "epoch": 3}, tmp_path / "a.ckpt")
+    tensors = {name: tensor.contiguous() for name, tensor in averaged.items()}
+    save_file(tensors, tmp_path / "b.safetensors")
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    weight_map = {name: f"{name[:3]}.safetensors" for name in tensors}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path / "a.ckpt", tmp_path / "b.safetensors", folder):
+        seen = set()
+        for key, seed in (("net", 0), ("ema_model", 1), ("ema_model.module", 1)):
+            keyed = open_ingredient(f"{path}?key={key}")
+            bound = keyed.bind({n: tuple(t.shape) for n, t in state().items()}, {})
+            assert fits(bound, state())
+            assert not bound.remarks
+            expected = state(seed)["conv.weight"] + seed
+            assert torch.equal(bound.read("conv.weight"), expected.flatten())
+            seen.add(str(bound.identity))
+        assert len(seen) == 3
+        with pytest.raises(IngredientError, match=r"under the key 'ne'; its keys: .*begin with: .*\bnet\b.*Fix \?key="):
+            open_ingredient(f"{path}?key=ne")
+    assert open_ingredient(f"{tmp_path / 'a.ckpt'}?key=state_dict.net").bind(state(), {}).read("count").item() == 3
+    torch.save({"model": averaged, "model_ema": averaged}, tmp_path / "c.pt")
+    with pytest.raises(IngredientError, match=r"under `net\.` in each of model, model_ema\. Name .*key=model_ema\.net"):
+        open_ingredient(f"{tmp_path / 'c.pt'}?key=net")
+    assert open_ingredient(f"{tmp_path / 'c.pt'}?key=model.net").tensors.keys() == state().keys()

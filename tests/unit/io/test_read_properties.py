@@ -163,7 +163,7 @@ def test_a_soup_is_the_mean_of_what_torch_loads(**drawn: Any) -> None:
 
 @pytest.mark.slow
 @PROPERTY
-@settings(max_examples=2000, deadline=None, print_blob=True, suppress_health_check=CHECKS)
+@settings(max_examples=1000, deadline=None, print_blob=True, suppress_health_check=CHECKS)
 def test_a_soup_is_the_mean_of_what_torch_loads_in_many_more_cases(**drawn: Any) -> None:
     check_soup(**drawn)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from ray_soup.soups.report.tables import (
 from ray_soup.task.objective import OBJECTIVES, Objective
 from ray_soup.task.outcomes import Outcome
 from ray_soup.tune.search import optimized, pareto
+from tests.unit.task import library_models
+from tests.unit.task.language_models import llama
 
 TOKENS = Measures("causal_lm", "token")
 NUMBERS = Measures("regression", "number")
@@ -63,6 +66,23 @@ def test_run_json_names_every_objective_so_that_reports_find_its_words(name: str
     heading = quality([{"model_name": "a", "test_nll": 1.0}], measures)[3][1]
     expected = {"classification": "test NLL", "regression": "test MSE"}
     assert heading == expected.get(name, f"test NLL/{OBJECTIVES[name].unit}")
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "called"),
+    [
+        ("vit", "classification", "images"),
+        ("bert", "classification", "examples"),
+        ("llama", "causal_lm", "examples"),
+    ],
+)
+def test_examples_are_called_images_only_if_they_are(tmp_path: Path, name: str, objective: str, called: str) -> None:
+    models = {"vit": library_models.vit, "bert": library_models.bert, "llama": llama}
+    models[name]().save_pretrained(tmp_path / "m")
+    measures = measures_of(make_recipe({"model": f"transformers:{tmp_path / 'm'}"}))
+    assert (measures.objective, measures.examples) == (objective, called)
+    assert measures_in(recorded(measures)) == measures
+    assert (recorded(measures).get("inputs") == "texts") == (name == "bert")
 
 
 def test_the_loss_of_an_objective_of_the_user_is_not_called_nll() -> None:
@@ -115,19 +135,23 @@ def test_paired_tests_have_the_columns_that_mean_something() -> None:
         return paired_table(tests, "greedy", "test", measures)[0], paired_legend(tests, measures)
 
     head, text = head_of(outcome(1.0, 0.5), outcome(1.2, 0.4), TOKENS)
-    assert head == ["minus greedy", "points (95 %)", "NLL/token (95 %)"]
-    assert "differences in token accuracy (percentage points) and in NLL per token with 95 % bootstrap intervals. A" in text
+    assert head == ["minus greedy", "points (95 %)", "NLL/token (95 %)", "p"]
+    assert (
+        "differences in token accuracy (percentage points) and in NLL per token with 95 % bootstrap intervals, and" in text
+    )
+    assert "the p-value of the paired permutation test on the NLL, which flips the signs of the differences of whole" in text
     head, text = head_of(outcome(1.0), outcome(1.2), NUMBERS)
-    assert head == ["minus greedy", "MSE (95 %)"]
+    assert head == ["minus greedy", "MSE (95 %)", "p"]
     assert "differences in MSE with" in text
+    assert "the p-value of the paired permutation test on the MSE" in text
     by_metric = dataclasses.replace(TOKENS, select_by="metric")
     head, text = head_of(outcome(1.0, 0.5, 0.7), outcome(1.2, 0.4, 0.6), by_metric)
-    assert head == ["minus greedy", "metric (95 %)", "NLL/token (95 %)"]
+    assert head == ["minus greedy", "metric (95 %)", "NLL/token (95 %)", "p"]
     assert "differences in the metric and in NLL per token" in text
     plain = [Outcome(np.full(9, loss), np.arange(9) < right) for loss, right in ((0.5, 7), (0.6, 5))]
     head, text = head_of(plain[0], plain[1], Measures())
     assert head == ["minus greedy", "points (95 %)", "p", "NLL (95 %)"]
-    assert "and the p-value of the exact McNemar test on accuracy" in text
+    assert "and the p-value of the exact McNemar test on accuracy. A" in text
 
 
 def test_the_paired_interval_of_a_metric_contains_its_difference_and_resamples_documents() -> None:

@@ -42,6 +42,20 @@ def comparison(*tests: str) -> Soup:
     return Soup("out", rows, record, ["A note."])  # type: ignore[arg-type]
 
 
+def test_values_of_the_recipes_function_have_tables_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    soup = comparison("v2", "sketch")
+    own = {f"evaluate_benchmark number {n}": n + 0.125 for n in range(12)}
+    soup.record["table"][1] |= own
+    soup.record["evaluate"] = {"function": "a:b"}
+    print_comparison(soup, as_json=False)
+    shown = capsys.readouterr().out
+    for n in range(12):
+        assert shown.count(f"benchmark number {n} ") == 1
+        assert f" {n + 0.125:.4g} " in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("Wrote")) <= 80
+    assert "…" not in shown
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace the clock of the progress bar by the last element of a list."""

@@ -76,6 +76,13 @@ def bert_for(task: str, vocabulary: int = 320, **more: Any) -> nn.Module:
     return getattr(transformers, f"Bert{task}")(config).eval()
 
 
+def can_pack(name: str) -> bool:
+    """Whether transformers packs texts for this model: old versions of GPT-2 take no mask for each place."""
+    import transformers
+
+    return name != "gpt2" or int(transformers.__version__.partition(".")[0]) >= 5
+
+
 def saved(model: nn.Module, tokenizer: Any, folder: Path) -> str:
     """Write a model and its tokenizer; the value is the recipe key `model`."""
     model.save_pretrained(folder)

@@ -323,6 +323,68 @@ def test_tags_belong_to_the_first_token_of_each_word(tmp_path: Path) -> None:
     _same_losses(spec, model, examples, expected)
 
 
+WORDS = ["John", "lives", "in", "Berlin"]
+FORMS = {
+    "Sequence": lambda names: {"feature": {"names": names, "_type": "ClassLabel"}, "_type": "Sequence"},
+    "List": lambda names: {"feature": {"names": names, "_type": "ClassLabel"}, "length": -1, "_type": "List"},
+    "list": lambda names: [{"names": names, "_type": "ClassLabel"}],
+}
+"""How versions of the library `datasets` write that a column has lists of labels."""
+
+
+def named_tags(file: Path, tags: list[int], names: list[str] | None, form: str = "List") -> str:
+    """Write a row of words with tags, and the names of the tags as `datasets` does."""
+    table = pa.Table.from_pylist([{"tokens": WORDS, "ner_tags": tags}])
+    features = {"info": {"features": {"ner_tags": FORMS[form](names)}}} if names else {}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), file)
+    return str(file)
+
+
+def tagger(folder: Path, names: list[str] | None) -> str:
+    more = {} if names is None else {"id2label": dict(enumerate(names))}
+    return saved(bert_for("ForTokenClassification", num_labels=3, **more), byte_tokenizer(), folder)
+
+
+def scored(examples: Examples) -> list[int]:
+    return [int(target) for target in examples.labels[0] if target != IGNORED]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tags_are_matched_to_the_labels_of_the_model_by_name(tmp_path: Path, form: str) -> None:
+    spec = tagger(tmp_path / "m", ["O", "B-PER", "B-LOC"])
+    data = Data(
+        fit=named_tags(tmp_path / "a.parquet", [1, 2, 2, 0], ["B-LOC", "B-PER", "O", "B-ORG"], form),
+        select=named_tags(tmp_path / "b.parquet", [1, 0, 0, 2], ["O", "B-PER", "B-LOC"], form),
+        test=named_tags(tmp_path / "c.parquet", [1, 0, 0, 2], None),
+    )
+    found = drain(load_sources(data, build(spec).preprocess, targets="units"))
+    assert [scored(found[name]) for name in ("fit", "select", "test")] == [[1, 0, 0, 2]] * 3
+    assert found["fit"].notes[-1] == (
+        "data.fit: labels were renumbered by name, to those of model: B-LOC: 0 -> 2, O: 2 -> 0."
+    )
+    assert all("renumbered" not in note for name in ("select", "test") for note in found[name].notes)
+
+
+def test_a_tag_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    spec = tagger(tmp_path / "m", ["O", "B-PER", "B-LOC"])
+    data = Data(fit=named_tags(tmp_path / "a.parquet", [0, 1, 1, 2], ["B-ORG", "O", "B-LOC"]))
+    said = r"data\.fit: .*its class 'B-ORG' \(label 0\) is not a class of model \(id2label .*0=O, 1=B-PER, 2=B-LOC"
+    with pytest.raises(RecipeError, match=said):
+        drain(load_sources(data, build(spec).preprocess, targets="units"))
+
+
+def test_tags_of_two_sources_are_matched_by_name_where_the_model_names_none(tmp_path: Path) -> None:
+    preprocess = build(tagger(tmp_path / "m", None)).preprocess
+    fit = named_tags(tmp_path / "a.parquet", [1, 0, 0, 2], ["O", "B-PER", "B-LOC"])
+    data = Data(fit=fit, test=named_tags(tmp_path / "b.parquet", [0, 2, 2, 1], ["B-PER", "B-LOC", "O"]))
+    found = drain(load_sources(data, preprocess, targets="units"))
+    assert scored(found["fit"]) == scored(found["test"]) == [1, 0, 0, 2]
+    assert "labels were renumbered by name, to those of data.fit" in found["test"].notes[-1]
+    other = Data(fit=fit, test=named_tags(tmp_path / "c.parquet", [0, 1, 1, 2], ["B-PER", "O", "B-ORG"]))
+    with pytest.raises(RecipeError, match=r"data\.test: .*its class 'B-ORG' .* is not a class of data\.fit"):
+        drain(load_sources(other, preprocess, targets="units"))
+
+
 def _same_losses(spec: str, model: nn.Module, examples: Examples, rows: list[dict[str, Any]]) -> None:
     """The loss of each row is the library's own, alone and in a batch."""
     built = build(spec)

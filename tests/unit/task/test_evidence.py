@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.recipe import Recipe, make_recipe
-from ray_soup.task import evidence
-from ray_soup.task.evidence import check_evidence, check_start, same_value, takes_images
+from ray_soup.task import evidence_files
+from ray_soup.task.evidence import check_evidence, check_start, takes_images
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build, describe, load_checkpoint
+from ray_soup.task.values import same_value
 
 TIMM = {
     "model": "test_resnet", "num_classes": 3, "img_size": None, "input_size": None, "in_chans": None, "crop_pct": None,
@@ -46,7 +47,7 @@ def write(path: Path, args: Any, **more: Any) -> str:
 
 
 def checked(model: str, paths: Sequence[str], data: Mapping[str, str] = IMAGES) -> list[str]:
-    return check_evidence(recipe_of(model, data), [open_ingredient(path) for path in paths])
+    return check_evidence(recipe_of(model, data), [open_ingredient(path) for path in paths]).notes
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,9 @@ def test_the_files_of_a_folder_are_looked_for_once(tmp_path: Path, monkeypatch: 
     asked: list[str] = []
     paths = [write(tmp_path / folder / f"{n}.pth", {}) for folder in "ab" for n in range(4)]
     ingredients = [open_ingredient(path) for path in paths]
-    monkeypatch.setattr(evidence.storage, "isfile", lambda path: asked.append(path) is not None)
+    monkeypatch.setattr(evidence_files.storage, "isfile", lambda path: asked.append(path) is not None)
     check_evidence(recipe_of("timm:test_resnet?classes=3"), ingredients)
-    assert len(asked) == len(set(asked)) == 2 * len(evidence.BESIDE["timm"])
+    assert len(asked) == len(set(asked)) == 2 * len((*evidence_files.BESIDE["timm"], *evidence_files.OWN))
 
 
 def test_the_config_that_timm_writes_for_the_hub_is_read(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_a_position_embedding_of_another_size_tells_the_size(tmp_path: Path, dat
     with pytest.raises(RecipeError, match=r"(?s)img_size 96 \(the shape of its .*timm:test_vit\?classes=3&img_size=96\n"):
         check_evidence(recipe_of(spec, data), [ingredient], describe(spec))
     spec += "&img_size=96"
-    assert check_evidence(recipe_of(spec, data), [ingredient], describe(spec)) == []
+    assert check_evidence(recipe_of(spec, data), [ingredient], describe(spec)).notes == []
     load_checkpoint(build(spec).model, str(tmp_path / "a.pt"))
     with pytest.raises(IngredientError, match=r"(?s)a\.pt does not fit the model.*pos_embed is \[1, 3[67], 64\]"):
         load_checkpoint(build("timm:test_vit?classes=3").model, str(tmp_path / "a.pt"))

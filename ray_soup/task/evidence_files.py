@@ -1,0 +1,86 @@
+"""The mappings in and beside checkpoints that may say how they were trained."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ray_soup.io import storage
+from ray_soup.io.ingredient import Ingredient
+
+ARGUMENTS = ("args", "hyper_parameters", "datamodule_hyper_parameters", "hparams", "config", "params")
+"""Keys that training scripts write their arguments under."""
+BESIDE = {
+    "open_clip": ("open_clip_config.json", "params.txt"),
+    "timm": ("config.json",),
+    "torchvision": (),
+}
+"""Files that each library writes next to a model, with the settings of its preprocessing."""
+PREPROCESSING = "preprocessing.json"
+OWN = ("run.json", PREPROCESSING)
+"""Files in which this package records the preprocessing of a soup, and of the checkpoints that it fine-tuned."""
+EVERY = ("open_clip_config.json", "params.txt", "config.json", "preprocessor_config.json")
+"""Those of all libraries, from which a user's function may take its model."""
+RECORD = "preprocessing"
+"""The key of the record in these files."""
+LARGEST = 1_000_000
+"""Size in bytes up to which such a file is read."""
+
+
+def sources(
+    ingredient: Ingredient, beside: Callable[[str], list[tuple[str, Mapping[str, Any]]]]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the mappings in and beside a checkpoint that may say how it was trained, with their places."""
+    return [*_arguments(ingredient.metadata), *beside(ingredient.files[0].rpartition("/")[0])]
+
+
+def _arguments(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the mappings in a checkpoint that may be a script's arguments, with their places."""
+    nested = [(f"its {key}", metadata[key]) for key in ARGUMENTS if isinstance(metadata.get(key), Mapping)]
+    decoded = []
+    for key, value in metadata.items():  # the metadata of safetensors are texts
+        if isinstance(value, str) and value[:1] == "{" and len(value) < LARGEST:
+            decoded.append((f"its {key}", _parsed(value)))
+    return [(place, values) for place, values in (*nested, *decoded, ("its metadata", metadata)) if values]
+
+
+def beside_in(names: Sequence[str], folder: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the settings in the files of a folder with checkpoints, with the files' names.
+
+    The params.txt of open_clip's training script may also be in the folder above, if this one is called checkpoints.
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for name in (*names, *OWN) if folder else ():
+        above, _, last = folder.rpartition("/")
+        for place in (folder, above) if name == "params.txt" and above and last == "checkpoints" else (folder,):
+            path = storage.join(place, name)
+            try:
+                if storage.isfile(path) and storage.stat(path).size <= LARGEST:
+                    text = storage.read_bytes(path).decode()
+                    values = _parsed(text) if name.endswith(".json") else _parsed_lines(text)
+                    found.append((name, {k: v for k, v in values.items() if name not in OWN or k == RECORD}))
+            except (OSError, ValueError):
+                continue
+    return found
+
+
+def _parsed_lines(text: str) -> Mapping[str, Any]:
+    """Parse lines of the form `name: value`, as open_clip prints its arguments."""
+    values: dict[str, Any] = {}
+    for name, colon, value in (line.partition(": ") for line in text.splitlines()):
+        if colon:
+            values[name] = value.strip()
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # words are not Python
+                values[name] = ast.literal_eval(value.strip())
+    return values
+
+
+def _parsed(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
