@@ -181,16 +181,18 @@ def _cure(ingredient: Ingredient, shapes: Shapes, advise: Advice | None) -> str:
     """Say more about a bound ingredient that does not fit: the closest names, the line to write, and the advice."""
     found = [name for name in ingredient.tensors if name not in shapes]
     missing = [name for name in shapes if name not in ingredient.tensors]
-    lines = []
-    if found and not missing and not ingredient.unclear:
-        patterns = ", ".join(f'"{group}"' for group in groups_of(found))
-        if len(patterns) < 200:
-            lines.append(f"If the model computes the same without them, write in the recipe\n    ignore: [{patterns}]")
+    if ingredient.unclear:
+        return ""
+    differs = found or missing or any(info.shape != shapes[name] for name, info in ingredient.tensors.items())
+    advice, lines = advise(ingredient) if advise is not None and differs else "", []
+    groups = groups_of(found)
+    of_model = set(groups) & set(groups_of(shapes))  # more layers of the kind that the model has are no leftovers
+    patterns = ", ".join(f'"{group}"' for group in groups)
+    if found and not (missing or of_model or advice) and len(patterns) < 200:
+        lines.append(f"If the model computes the same without them, write in the recipe\n    ignore: [{patterns}]")
     pairs = _closest({name: shapes[name] for name in missing}, {name: ingredient.tensors[name].shape for name in found})
     if pairs:
         lines.append(f"The closest names in {ingredient.path}:" + "".join(f"\n    {pair}" for pair in pairs))
-    odd = missing or any(info.shape != shapes.get(name, info.shape) for name, info in ingredient.tensors.items())
-    advice = advise(ingredient) if advise is not None and odd and not ingredient.unclear else ""
     return "".join(f"\n{line}" for line in (*lines, advice) if line)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ def refused(spec: str, path: Path, state: dict[str, Any]) -> str:
         ("timm:vit_tiny_patch16_224?classes=5", "timm:vit_small_patch16_224?classes=5", {}),
         ("timm:test_vit?classes=5", "timm:test_resnet?classes=5", {"arch": "test_resnet"}),  # a name that is not similar
         ("torchvision:resnet18?classes=5", "torchvision:resnet34?classes=7", {}),
+        ("torchvision:resnet18?classes=5", "torchvision:resnet34?classes=5", {}),  # which only has more layers
         ("torchvision:mobilenet_v3_large?classes=5", "torchvision:mobilenet_v3_small?classes=5", {"epoch": 3}),
     ],
 )
@@ -41,6 +44,7 @@ def test_the_model_that_fits_is_named(tmp_path: Path, spec: str, other: str, als
     state = {n: torch.zeros(shape) for n, shape in describe(other).state_shapes.items()}
     said = refused(spec, tmp_path / "a.pt", {"state_dict": {f"net.{n}": t for n, t in state.items()}, **also})
     assert said.endswith(f"write in the recipe\n    model: {other}")
+    assert "ignore: [" not in said
 
 
 def test_without_a_model_that_fits_nothing_is_advised(tmp_path: Path) -> None:
@@ -68,7 +72,9 @@ def test_names_that_the_loader_of_timm_changes_are_saved_by_the_command_in_the_m
         state[name.replace("head.norm.", "norm.")] = tensor
     said = refused("timm:test_convnext?classes=5", tmp_path / "it's.pt", {"model": state})
     assert "timm's own loader renames the tensors of such a file. Save it once under the new names" in said
-    subprocess.run(["bash", "-c", said[said.index("python -c") :]], check=True, capture_output=True)
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    command = said[said.index("python -c") :]
+    subprocess.run(["bash", "-c", command], check=True, capture_output=True, env={**os.environ, "PATH": path})
     loaded = load_model("timm:test_convnext?classes=5", str(tmp_path / "it's.pt.renamed.pt"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
