@@ -297,8 +297,8 @@ def by_hand(folder: Path, x: torch.Tensor, y: torch.Tensor) -> list[nn.Module]:
 
 def by_lightning(folder: Path, x: torch.Tensor, y: torch.Tensor) -> list[nn.Module]:
     """Train with Lightning's own Trainer, which writes the checkpoints."""
-    trainers = pytest.importorskip("pytorch_lightning")
-    metrics = pytest.importorskip("torchmetrics.classification")
+    import pytorch_lightning as trainers
+    import torchmetrics.classification as metrics
 
     class Lit(trainers.LightningModule):
         def __init__(self, lr: float) -> None:
@@ -326,7 +326,7 @@ def by_lightning(folder: Path, x: torch.Tensor, y: torch.Tensor) -> list[nn.Modu
         model = Lit(1e-3 * (1 + seed))
         model.load_state_dict(init)
         loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator().manual_seed(seed))
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
         trainers.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet).fit(model, loader)
         zoo.append(model.eval())
     return zoo

@@ -322,8 +322,6 @@ metadata: {version: 1.0}
 def test_a_task_of_the_evaluation_harness_has_the_bits_per_byte_of_the_librarys_own_loss(
     tmp_path: Path, module: Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("accelerate")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     recipe, _ = write_llamas(tmp_path)
     texts = [text for text in TEXTS if len(text) > 1]
