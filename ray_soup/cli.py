@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,21 +103,13 @@ def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> N
 
     Shows names, shapes, dtypes and sizes. Reads headers only.
     """
-    from ray_soup.io.check import check_floats, check_together, common_shapes, left_out_notes
+    from ray_soup.io.check import left_out_notes
     from ray_soup.io.find import open_ingredients
+    from ray_soup.task.adapters import bound_to
 
     found = open_ingredients(list(ingredients) if len(ingredients) > 1 else ingredients[0], RESERVED_NAMES)
-    names: Iterable[str]
-    if model:
-        from ray_soup.task.models import describe
-
-        layout = describe(model)
-        bound = check_together(found, layout.state_shapes, layout.known_names, layout.in_files.unsaved)
-        names = layout.state_shapes
-        check_floats(bound, layout.names)
-    else:
-        bound, (names, _) = check_together(found), common_shapes(found)
-    print_ingredients(bound, list(names), as_json)
+    bound, names = bound_to(found, model)
+    print_ingredients(bound, names, as_json)
     for note in left_out_notes(bound):
         say(note)
 

@@ -31,6 +31,7 @@ from ray_soup.task.data import Examples, Split, check_model_names, load_sources
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.objective import Inputs, Objective
+from ray_soup.task.peft_models import built_for
 from ray_soup.task.own_functions import loss_of, metric_of, objective_of
 from ray_soup.task.preprocess import preprocess_identity
 
@@ -60,7 +61,8 @@ class Replica:
         self.classes = None if at is None else outputs.shape[at]
         self.loss = loss_of(recipe, self.objective, outputs, targets)
         self.metric = metric_of(recipe, self.objective, outputs, targets)
-        self.micro_batch = micro_batch_size(recipe, self.layout.numel, _most_outputs(outputs, examples))
+        frozen = getattr(self.model, "frozen_numel", 0)  # the base of adapters
+        self.micro_batch = micro_batch_size(recipe, self.layout.numel + frozen, _most_outputs(outputs, examples))
         self._mixed_buffers: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._prefetch = ThreadPoolExecutor(1)
@@ -232,7 +234,7 @@ def load_replica(
 
     Raises RecipeError if model and data do not fit together.
     """
-    built = models.build(recipe.model)
+    built = built_for(recipe.model, ingredients)
     built.model.to(device).eval()
     layout = layout_of(built.model)
 

@@ -31,6 +31,7 @@ from ray_soup.soups.write import (
     stale_statistics,
     write_descriptions,
 )
+from ray_soup.task.adapters import about_base
 from ray_soup.task.outcomes import Outcome, judged
 
 
@@ -105,6 +106,7 @@ def make_soup_in(
         "seconds": clock.laps,
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
+        **about_base(inputs.ingredients),  # type: ignore[typeddict-item]
         "notes": notes,
     }
     record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]

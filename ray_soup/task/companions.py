@@ -74,8 +74,22 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
     model.config._name_or_path = ""  # which versions before 5.0 would write down
     model.config.save_pretrained(folder)
     if model.main_input_name == "input_ids":
-        if has_tokenizer(name):
-            transformers.AutoTokenizer.from_pretrained(name, **local).save_pretrained(folder)
+        write_tokenizer(spec, folder)
     else:
         with contextlib.suppress(OSError, ValueError):  # none was saved with the model
             transformers.AutoImageProcessor.from_pretrained(name, **local).save_pretrained(folder)
+
+
+def write_tokenizer(spec: str, folder: Path) -> None:
+    """Write the files of the tokenizer of `transformers:FOLDER`, if that has one."""
+    parsed = ModelSpec.parse(spec)
+    if has_tokenizer(parsed.name):
+        tokenizers = parsed.import_library().AutoTokenizer
+        tokenizers.from_pretrained(parsed.name, **loading_options(parsed.name)).save_pretrained(folder)
+
+
+def adapter_line(spec: str) -> str:
+    """Return the line of Python that loads an adapter of the base `spec`, run in the adapter's folder."""
+    with torch.device("meta"):
+        kind = type(build(spec).model).__name__
+    return f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({ModelSpec.parse(spec).name!r}), '.')"

@@ -215,6 +215,9 @@ def load_checkpoint(model: torch.nn.Module, path: str, ignore: Sequence[str] = (
 
     Raises IngredientError if the checkpoint does not fit.
     """
+    if hasattr(model, "load_adapter_file"):  # the base with an adapter, task.peft_models
+        model.load_adapter_file(path)
+        return
     layout = layout_of(model)
     unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
     checkpoint = check_fits(open_ingredient(path), layout.state_shapes, layout.known_names, unneeded)

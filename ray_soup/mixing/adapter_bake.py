@@ -1,0 +1,224 @@
+"""Exact baking of a soup of adapters: one adapter whose product is the weighted sum of the products.
+
+    A = the rows of A_k of the adapters used,    B = [c_k s_k B_k of the same adapters],    scale 1
+
+Rounding: c_k s_k B_k is computed in float64 and rounded once, to the dtype that is written; A is copied. Ranks add up, and
+adapters whose coefficients are all 0 are left out. Whole tensors are weighted sums, as in mixing.bake.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_soup.errors import IngredientError, SoupError
+from ray_soup.io.adapters import CONFIG, MODEL, PREFIX
+from ray_soup.io.disk import write_bytes
+from ray_soup.io.ingredient import Ingredient, check_unchanged
+from ray_soup.io.lifting import AdapterSet, LiftedModule, WholeTensor
+from ray_soup.io.progress import CountCallback, no_count
+from ray_soup.mixing.bake import RANGE, mix_range
+from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.mixing.shard_files import ShardWriter, plan_files
+
+
+def bake_adapter(
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    group: AdapterSet,
+    folder: Path,
+    progress: CountCallback = no_count,
+    out_dtype: str = "keep",
+) -> Path:
+    """Write the soup as an adapter of PEFT: adapter_model.safetensors and adapter_config.json in `folder`.
+
+    Args:
+        coefficients: the coefficients of the soup.
+        ingredients: the K lifted ingredients that they are for.
+        group: the set that these belong to.
+        folder: where the files are written.
+        progress: called with the tensors written so far and in total.
+        out_dtype: dtype of the tensors, or `keep` for the widest among the ingredients.
+
+    Returns:
+        The file of weights.
+
+    Raises SoupError if the files cannot be written, IngredientError if a value is not finite or an ingredient has changed.
+    """
+    path = folder / MODEL
+    shapes, dtypes = outline(coefficients, ingredients, group, out_dtype)
+    files = plan_files(shapes, dtypes, path, None, {})
+    try:
+        with ShardWriter(files) as writer:
+            for done, (name, tensor) in enumerate(soup_tensors(coefficients, ingredients, group, out_dtype)):
+                writer.write(name, 0, tensor)
+                progress(done + 1, len(shapes))
+            writer.sync()
+        check_unchanged(ingredients)
+        used = positions(coefficients, ingredients)
+        text = json.dumps(written_config(group, used, group.base.path), indent=2, sort_keys=True)
+        write_bytes(folder / CONFIG, text.encode())
+        return path
+    except BaseException as error:
+        files.remove()
+        if isinstance(error, OSError):
+            raise SoupError(
+                f"{path} could not be written ({error.strerror or error}); it takes {files.nbytes:,} bytes. Free some "
+                "space and rerun the same command."
+            ) from error
+        raise
+    finally:
+        group.close()
+
+
+def positions(coefficients: Coefficients, ingredients: Sequence[Ingredient]) -> list[int]:
+    """Return the positions in the set of the ingredients that have a nonzero coefficient."""
+    return [_position(ingredients[k]) for k in coefficients.used()]
+
+
+def _position(ingredient: Ingredient) -> int:
+    position: int = ingredient.position  # type: ignore[attr-defined] # of a lifted ingredient
+    return position
+
+
+def outline(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, out_dtype: str
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    """Return the shapes and the dtypes of the tensors of a soup, by name."""
+    used = positions(coefficients, ingredients)
+    chosen: torch.dtype | None = None if out_dtype == "keep" else getattr(torch, out_dtype)
+    shapes, dtypes = {}, {}
+    for one in _modules(group, used).values():
+        rank = sum(one.ranks[k] for k in used)
+        shapes |= {one.a: (rank, *one.a_shape[1:]), one.b: (one.b_shape[0], rank, *one.b_shape[2:])}
+        dtypes |= {one.a: chosen or one.a_dtype, one.b: chosen or one.b_dtype}
+    for name, tensor in _whole(group, used).items():
+        shapes[name], dtypes[name] = tensor.shape, chosen or tensor.dtype
+    return shapes, dtypes
+
+
+def soup_tensors(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, out_dtype: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Compute the tensors of a soup one after another: (name, values [elements] in the dtype that is written).
+
+    Raises IngredientError if a value is not finite.
+    """
+    used = positions(coefficients, ingredients)
+    dtypes = outline(coefficients, ingredients, group, out_dtype)[1]
+    factor_of = {_position(i): n for n, i in enumerate(ingredients)}
+    for module, one in _modules(group, used).items():
+        owners = [k for k in used if one.ranks[k]]
+        c = coefficients.of(one.b)
+        a = torch.cat([_finite(group.factor_a(module, k), group, k, one.a).to(dtypes[one.a]) for k in owners])
+        b = [(_finite(group.factor_b(module, k), group, k, one.b) * c[factor_of[k]]).to(dtypes[one.b]) for k in owners]
+        for name, values in ((one.a, a), (one.b, torch.cat(b, dim=1))):
+            if not torch.isfinite(values).all():
+                raise _too_large(name, dtypes[name])
+            yield name, values.reshape(-1)
+    lifted_names = {tensor.base: name for name, tensor in group.whole.items()}
+    for name, tensor in _whole(group, used).items():
+        own = lifted_names[tensor.base]
+        out = torch.empty(math.prod(tensor.shape), dtype=dtypes[name])
+        for start in range(0, len(out), RANGE):
+            stop = min(start + RANGE, len(out))
+            out[start:stop] = mix_range(ingredients, own, coefficients.of(own), start, stop, dtypes[name])
+        yield name, out
+
+
+def _finite(values: torch.Tensor, group: AdapterSet, k: int, name: str) -> torch.Tensor:
+    """Return the values if all are finite. Raises IngredientError."""
+    if not torch.isfinite(values).all():
+        raise IngredientError(
+            f"{group.adapters[k].path}: the tensor {name} contains values that are not finite. The training run diverged: "
+            "exclude this adapter."
+        )
+    return values
+
+
+def _too_large(name: str, dtype: torch.dtype) -> IngredientError:
+    return IngredientError(
+        f"The soup's tensor {name} does not fit into {dtype}: its values are too large. Set out_dtype: float32."
+    )
+
+
+def _modules(group: AdapterSet, used: Sequence[int]) -> dict[str, LiftedModule]:
+    """Return the modules that the adapters `used` change."""
+    return {module: one for module, one in group.modules.items() if any(one.ranks[k] for k in used)}
+
+
+def _whole(group: AdapterSet, used: Sequence[int]) -> dict[str, WholeTensor]:
+    """Return the whole tensors that the adapters `used` contain, by their names in the soup's file."""
+    modules, found = _modules(group, used), {}
+    for tensor in group.whole.values():
+        module, _, last = tensor.base.rpartition(".")
+        if any(tensor.stored[k] is not None for k in used):
+            inside = module in modules and not tensor.saved
+            found[f"{PREFIX}{module}.base_layer.{last}" if inside else PREFIX + tensor.base] = tensor
+    return found
+
+
+def written_config(group: AdapterSet, used: Sequence[int], base: str) -> dict[str, Any]:
+    """Return the adapter_config.json of a soup of the adapters `used`, with scale 1 for every module.
+
+    Args:
+        group: the set of adapters.
+        used: positions of the adapters in it.
+        base: the path of the base.
+    """
+    ranks = {module: sum(one.ranks[k] for k in used) for module, one in _modules(group, used).items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    configs = [group.adapters[k].config for k in used]
+    biases = {str(c.values.get("bias") or "none") for c in configs}
+    saved = dict.fromkeys(name for c in configs for name in c.modules_to_save)
+    tasks = {c.values.get("task_type") for c in configs}
+    return {
+        "peft_type": "LORA",
+        "task_type": tasks.pop() if len(tasks) == 1 else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_rslora": False,
+        "target_modules": _targets(group, ranks),
+        "modules_to_save": list(saved) or None,
+        "bias": "none" if biases == {"none"} else "all" if "all" in biases else "lora_only",
+        "fan_in_fan_out": any(bool(c.values.get("fan_in_fan_out")) for c in configs),
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+    }
+
+
+def _targets(group: AdapterSet, ranks: dict[str, int]) -> list[str] | str:
+    """Return target_modules for exactly these modules of the base.
+
+    These are the last parts of their names if no other module of the base has one of them, otherwise an expression.
+    """
+    ends = sorted({module.rpartition(".")[2] for module in ranks})
+    modules = {name.rpartition(".")[0] for name in group.base.tensors}
+    parts = {".".join(m.split(".")[:end]) for m in modules for end in range(1, m.count(".") + 2)} | set(group.modules)
+    if ends and {m for m in parts if m.rpartition(".")[2] in ends} == set(ranks):
+        return ends
+    return "|".join(re.escape(module) for module in sorted(ranks)) or "(?!)"
+
+
+def remove_adapter(folder: Path) -> None:
+    """Delete the files that `bake_adapter` wrote into a folder."""
+    for name in (MODEL, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Return whether a folder contains an adapter."""
+    return os.path.lexists(folder / CONFIG)

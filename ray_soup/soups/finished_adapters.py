@@ -1,0 +1,134 @@
+"""Check a finished soup of adapters: its tensors, its config, its base, and its products by other libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ray_soup.errors import IngredientError, RecipeError, SoupError
+from ray_soup.io import storage
+from ray_soup.io.adapters import CONFIG, MODEL, AdapterIngredient, open_adapter
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lifting import AdapterSet, LiftedIngredient
+from ray_soup.io.progress import ProgressCallback
+from ray_soup.mixing.adapter_bake import outline, positions, soup_tensors, written_config
+from ray_soup.mixing.coefficients import Coefficients, check_covers
+from ray_soup.recipe import Recipe
+from ray_soup.soups.records import RunRecord
+from ray_soup.task.adapters import lift_finished
+
+MODULES = 12
+"""Number of modules whose product is computed from the files by other libraries."""
+CLOSE = 8.0
+"""Relative error of such a product, in units of the rounding of the dtype that was written."""
+
+
+def lifted_ingredients(
+    out: Path, recipe: Recipe, record: RunRecord, coefficients: Coefficients, adapters: Sequence[AdapterIngredient], names: Path
+) -> list[Ingredient]:
+    """Lift the adapters of a finished soup, and check that base and coefficients are those of its run.
+
+    Raises RecipeError or IngredientError.
+    """
+    found = lift_finished(recipe.model, adapters, recipe.ignore)
+    group, known = found[0].group, record.get("base", {})
+    if known.get("sha256") != group.base_sha256:
+        raise IngredientError(
+            f"{group.base.path}, the base, has changed since the soup was made: its SHA-256 is {group.base_sha256[:16]}..., "
+            f"and was {str(known.get('sha256'))[:16]}... by {out / 'run.json'}. Restore the original files."
+        )
+    check_covers(coefficients, {name: info.shape for name, info in group.infos().items()}, names)
+    lacking = next((name for name in group.infos() if name not in coefficients.block_of), None)
+    if lacking is not None:
+        raise RecipeError(f"{names} is for other adapters: it has no block for {lacking}. Restore the file of the same run.")
+    return [*found]
+
+
+def compare_tensors(
+    out: Path, recipe: Recipe, coefficients: Coefficients, ingredients: Sequence[Ingredient], progress: ProgressCallback
+) -> int:
+    """Recompute every tensor and the config, and compare them with those in `out`; return the number of tensors.
+
+    Raises SoupError for the first that differs.
+    """
+    group, model = group_in(ingredients), open_adapter(str(out))
+    shapes, dtypes = outline(coefficients, ingredients, group, recipe.out_dtype)
+    cure = "Rebuild the model with ray-soup bake."
+    there = {name: (info.shape, info.dtype) for name, info in model.tensors.items()}
+    odd = next((n for n in {**shapes, **there} if there.get(n) != (shapes.get(n), dtypes.get(n))), None)
+    if odd is not None:
+        raise SoupError(f"{model.files[0]}: the tensor {odd} is not as coefficients and ingredients give it. {cure}")
+    for done, (name, values) in enumerate(soup_tensors(coefficients, ingredients, group, recipe.out_dtype)):
+        if not torch.equal(values.view(torch.uint8), model.read(name).view(torch.uint8)):
+            raise SoupError(
+                f"{model.files[0]}: the tensor {name} differs from the one computed from coefficients and ingredients. {cure}"
+            )
+        progress("comparing", done + 1, len(shapes))
+    expected = written_config(group, positions(coefficients, ingredients), "")
+    found = {**model.config.values, "base_model_name_or_path": ""}
+    if json.dumps(found, sort_keys=True) != json.dumps(expected, sort_keys=True):
+        raise SoupError(f"{out / CONFIG} is not the config of this soup. {cure}")
+    return len(shapes)
+
+
+def group_in(ingredients: Sequence[Ingredient]) -> AdapterSet:
+    """Return the set that lifted ingredients belong to."""
+    first = ingredients[0]
+    assert isinstance(first, LiftedIngredient)
+    return first.group
+
+
+def compare_products(out: Path, coefficients: Coefficients, ingredients: Sequence[Ingredient]) -> int | None:
+    """Compare products B A of the soup with sum_k c_k s_k B_k A_k, of factors that safetensors and torch load, in NumPy.
+
+    Returns the number of modules compared; None if an ingredient is in remote storage. Raises SoupError for a product that
+    differs by more than the rounding of what was written.
+    """
+    group = group_in(ingredients)
+    if any(storage.is_remote(file) for adapter in group.adapters for file in adapter.files):
+        return None
+    soup = load_file(out / MODEL)
+    modules = sorted((m for m, one in group.modules.items() if one.b in soup), key=lambda m: group.modules[m].rank)
+    picks = [modules[int(n)] for n in np.linspace(0, len(modules) - 1, min(MODULES, len(modules))).round()] if modules else []
+    sums = {module: np.zeros(1) for module in picks}
+    sizes = dict.fromkeys(picks, 0.0)
+    for n, ingredient in enumerate(ingredients):
+        adapter = group.adapters[ingredient.position]  # type: ignore[attr-defined] # of a lifted ingredient
+        tensors = _loaded(adapter.files[0])
+        for module in picks:
+            if module in adapter.pairs:
+                pair = adapter.pairs[module]
+                c = float(coefficients.of(group.modules[module].b)[n])
+                product = c * pair.scale * _product(tensors[pair.b], tensors[pair.a])
+                sums[module] = sums[module] + product
+                sizes[module] += float(np.linalg.norm(product))
+    for module in dict.fromkeys(picks):
+        one = group.modules[module]
+        found = _product(soup[one.b], soup[one.a])
+        slack = CLOSE * max(torch.finfo(soup[name].dtype).eps for name in (one.a, one.b)) * sizes[module]
+        error = float(np.linalg.norm(found - sums[module]))
+        if not error <= slack:
+            raise SoupError(
+                f"{out / MODEL}: the product B A of {module} differs by {error:.1e} from that of the ingredients, as their own "
+                f"libraries load them; rounding explains {slack:.1e}. Rebuild the model with ray-soup bake."
+            )
+    return len(dict.fromkeys(picks))
+
+
+def _loaded(file: str) -> Mapping[str, Any]:
+    if file.endswith(".safetensors"):
+        return load_file(file)
+    found: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return found
+
+
+def _product(b: torch.Tensor, a: torch.Tensor) -> np.ndarray:
+    """Return B A, float64 [outputs, inputs]."""
+    product: np.ndarray = b.double().flatten(1).numpy() @ a.double().flatten(1).numpy()
+    return product
