@@ -24,7 +24,9 @@ CONFIGS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def make_adapter(base: nn.Module, folder: Path, seed: int, size: float = 0.1, bin_file: bool = False, **config: Any) -> nn.Module:
+def make_adapter(
+    base: nn.Module, folder: Path, seed: int, size: float = 0.1, bin_file: bool = False, **config: Any
+) -> nn.Module:
     """Put an adapter with random factors into `base`, in place, and save it; the value is PEFT's model."""
     import peft
 
@@ -34,9 +36,8 @@ def make_adapter(base: nn.Module, folder: Path, seed: int, size: float = 0.1, bi
         model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_B" in name or "lora_embedding_" in name or "modules_to_save" in name:
-                    parameter += size * torch.randn_like(parameter)
-                elif parameter.requires_grad and name.endswith("bias"):
+                trained = parameter.requires_grad and name.endswith("bias")
+                if trained or any(part in name for part in ("lora_B", "lora_embedding_", "modules_to_save")):
                     parameter += size * torch.randn_like(parameter)
         model.save_pretrained(folder, safe_serialization=not bin_file)
     return model.eval()

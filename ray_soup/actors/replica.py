@@ -31,8 +31,8 @@ from ray_soup.task.data import Examples, Split, check_model_names, load_sources
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.objective import Inputs, Objective
-from ray_soup.task.peft_models import built_for
 from ray_soup.task.own_functions import loss_of, metric_of, objective_of
+from ray_soup.task.peft_models import built_for
 from ray_soup.task.preprocess import preprocess_identity
 
 

@@ -18,17 +18,15 @@ from typing import Any
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.checkpoint_files import ADAPTER_CONFIG as CONFIG
-from ray_soup.io.checkpoint_files import ADAPTER_FILES as WEIGHTS
-from ray_soup.io.checkpoint_files import checkpoint_of, split_key, stem
+from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, checkpoint_of, split_key, stem
 from ray_soup.io.formats import FLOATS, TensorInfo
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.json_files import read_json
 from ray_soup.io.mapped import version_of
 from ray_soup.io.tensor_files import open_tensors
 
-MODEL = WEIGHTS[0]
-"""The file of an adapter's weights."""
+CONFIG, MODEL, WEIGHTS = ADAPTER_CONFIG, ADAPTER_FILES[0], ADAPTER_FILES
+"""The files of an adapter: its settings, its weights, and the names that its weights may have."""
 PREFIX = "base_model.model."
 """What PEFT puts in front of the names of a base model."""
 PAIR = re.compile(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
@@ -54,7 +52,7 @@ REFUSED = {
 }
 """Settings that are refused, and what they mean."""
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights that leave the weights of the base as they are."""
+"""Values of init_lora_weights that do not change the weights of the base."""
 
 
 def adapter_file(path: str) -> str | None:
@@ -131,21 +129,21 @@ def read_config(path: str) -> AdapterConfig:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise IngredientError(
-            f"{path}: peft_type is {kind}; expected LORA, the only kind of adapter that can be mixed. Merge it into its base "
-            "(peft: merge_and_unload()) and mix the whole models, or exclude it."
+            f"{path}: peft_type is {kind}; expected LORA, the only kind of adapter that can be mixed. Merge it into its "
+            "base (peft: merge_and_unload()) and mix the whole models, or exclude it."
         )
     odd = next((key for key, value in values.items() if value and key not in HARMLESS), None)
     if odd is not None:
         what = REFUSED.get(odd, "a setting that is not known here")
         raise IngredientError(
-            f"{path}: {odd} is {str(values[odd])[:80]} ({what}); expected plain LoRA. Merge the adapter into its base (peft: "
-            "merge_and_unload()) and mix the whole models, or exclude it."
+            f"{path}: {odd} is {str(values[odd])[:80]} ({what}); expected plain LoRA. Merge the adapter into its base "
+            "(peft: merge_and_unload()) and mix the whole models, or exclude it."
         )
     start = values.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise IngredientError(
             f"{path}: init_lora_weights is {start}, by which the training changed the weights of the base; expected an "
-            "adapter of the base as it is. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+            "adapter of the unchanged base. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
             "or exclude it."
         )
     return AdapterConfig(path, values)
@@ -222,13 +220,13 @@ class AdapterIngredient(Ingredient):
         fits = len(a.shape) == len(b.shape) and len(a.shape) in (2, 4) and a.shape[0] == b.shape[1] and min(b.shape) > 0
         if not fits or a.numel == 0 or math.prod(b.shape[2:]) != 1:
             raise IngredientError(
-                f"{self.files[0]}: the factors of {module} are {list(a.shape)} and {list(b.shape)}; expected [r, inputs] and "
-                "[outputs, r]. Save the adapter again from one process."
+                f"{self.files[0]}: the factors of {module} are {list(a.shape)} and {list(b.shape)}; expected [r, inputs] "
+                "and [outputs, r]. Save the adapter again from one process."
             )
         if a.shape[0] != rank:
             raise IngredientError(
-                f"{self.files[0]}: the factors of {module} have rank {a.shape[0]}, but {self.config.path} states {rank}: the "
-                "files belong to different adapters. Copy both of them again."
+                f"{self.files[0]}: the factors of {module} have rank {a.shape[0]}, but {self.config.path} states {rank}: "
+                "the files belong to different adapters. Copy both of them again."
             )
         return Pair(names["A"], names["B"], rank, self.config.scale(module, rank))
 

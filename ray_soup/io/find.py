@@ -110,7 +110,9 @@ def check_apart(spec: Spec | None, out: str) -> None:
         found = False
         if not has_magic(pattern) or os.path.lexists(pattern):
             named = os.path.realpath(pattern)
-            found = named == folder or (os.path.dirname(named) == folder and os.path.basename(named).startswith(("model", ADAPTER_FILES[0])))
+            found = named == folder or (
+                os.path.dirname(named) == folder and os.path.basename(named).startswith(("model", ADAPTER_FILES[0]))
+            )
             pattern = os.path.join(glob.escape(pattern), "*")
         found = found or any(
             _would_match(pattern, path) for path in (os.path.abspath(out), folder, *_aliases(pattern, folder))

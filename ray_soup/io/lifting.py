@@ -80,7 +80,7 @@ class WholeTensor:
     stored: tuple[str | None, ...]
     """Its name in the file of each adapter, None where that does not contain it."""
     saved: bool
-    """Whether it belongs to `modules_to_save`, of which PEFT keeps a copy beside the base; otherwise it replaces the base's."""
+    """Whether it belongs to `modules_to_save`, of which PEFT keeps a copy; otherwise it replaces the tensor of the base."""
 
     @property
     def owners(self) -> list[int]:
@@ -238,7 +238,9 @@ def digest_of(base: Ingredient) -> str:
         hold.close()
 
 
-def make_set(adapters: Sequence[AdapterIngredient], base: Ingredient, parameters: Shapes, tied: Mapping[str, str]) -> AdapterSet:
+def make_set(
+    adapters: Sequence[AdapterIngredient], base: Ingredient, parameters: Shapes, tied: Mapping[str, str]
+) -> AdapterSet:
     """Check that adapters fit together and fit their base, from headers alone.
 
     Args:
@@ -258,9 +260,7 @@ def make_set(adapters: Sequence[AdapterIngredient], base: Ingredient, parameters
     return AdapterSet(tuple(adapters), base, digest_of(base), modules, whole, places)
 
 
-def _module(
-    module: str, adapters: Sequence[AdapterIngredient], parameters: Shapes, tied: Mapping[str, str]
-) -> LiftedModule:
+def _module(module: str, adapters: Sequence[AdapterIngredient], parameters: Shapes, tied: Mapping[str, str]) -> LiftedModule:
     """Join the factors of a module. Raises IngredientError if they differ in more than their rank."""
     having = [a for a in adapters if module in a.pairs]
     first = having[0].pairs[module]
@@ -272,8 +272,8 @@ def _module(
         if weight is None or math.prod(weight) != b.shape[0] * math.prod(a.shape[1:]):
             found = "has no such module" if weight is None else f"has {list(weight)} there"
             raise IngredientError(
-                f"{adapter.files[0]} changes {module} by [{b.shape[0]}, {', '.join(map(str, a.shape[1:]))}], but the recipe's "
-                f"model {found}. Set `model:` to the base that the adapter was trained on."
+                f"{adapter.files[0]} changes {module} by [{b.shape[0]}, {', '.join(map(str, a.shape[1:]))}], but the "
+                f"recipe's model {found}. Set `model:` to the base that the adapter was trained on."
             )
         rest.add((pair.a, pair.b, a.shape[1:], b.shape[:1]))
     if len(rest) > 1:
@@ -341,9 +341,7 @@ def _first(places: Sequence[str | None]) -> int:
     return next(k for k, name in enumerate(places) if name is not None)
 
 
-def _check_whole(
-    adapter: AdapterIngredient, name: str, in_file: str, parameters: Shapes, tied: Mapping[str, str]
-) -> None:
+def _check_whole(adapter: AdapterIngredient, name: str, in_file: str, parameters: Shapes, tied: Mapping[str, str]) -> None:
     """Check that a whole tensor is a parameter of the base. Raises IngredientError."""
     shape, found = parameters.get(tied.get(name, name)), adapter.tensors[in_file].shape
     if shape != found:

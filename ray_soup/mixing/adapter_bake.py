@@ -13,14 +13,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_soup.errors import IngredientError, SoupError
-from ray_soup.io.adapters import CONFIG, MODEL, PREFIX
+from ray_soup.io.adapters import CONFIG, MODEL, PREFIX, AdapterConfig
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.ingredient import Ingredient, check_unchanged
 from ray_soup.io.lifting import AdapterSet, LiftedModule, WholeTensor
@@ -64,7 +64,8 @@ def bake_adapter(
             writer.sync()
         check_unchanged(ingredients)
         used = positions(coefficients, ingredients)
-        text = json.dumps(written_config(group, used, group.base.path), indent=2, sort_keys=True)
+        values = written_config(group, used, group.base.path, scaled(coefficients))
+        text = json.dumps(values, indent=2, sort_keys=True)
         write_bytes(folder / CONFIG, text.encode())
         return path
     except BaseException as error:
@@ -95,12 +96,13 @@ def outline(
     """Return the shapes and the dtypes of the tensors of a soup, by name."""
     used = positions(coefficients, ingredients)
     chosen: torch.dtype | None = None if out_dtype == "keep" else getattr(torch, out_dtype)
-    shapes, dtypes = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for one in _modules(group, used).values():
         rank = sum(one.ranks[k] for k in used)
         shapes |= {one.a: (rank, *one.a_shape[1:]), one.b: (one.b_shape[0], rank, *one.b_shape[2:])}
         dtypes |= {one.a: chosen or one.a_dtype, one.b: chosen or one.b_dtype}
-    for name, tensor in _whole(group, used).items():
+    for name, tensor in _whole(group, used, scaled(coefficients)).items():
         shapes[name], dtypes[name] = tensor.shape, chosen or tensor.dtype
     return shapes, dtypes
 
@@ -125,7 +127,7 @@ def soup_tensors(
                 raise _too_large(name, dtypes[name])
             yield name, values.reshape(-1)
     lifted_names = {tensor.base: name for name, tensor in group.whole.items()}
-    for name, tensor in _whole(group, used).items():
+    for name, tensor in _whole(group, used, scaled(coefficients)).items():
         own = lifted_names[tensor.base]
         out = torch.empty(math.prod(tensor.shape), dtype=dtypes[name])
         for start in range(0, len(out), RANGE):
@@ -155,31 +157,40 @@ def _modules(group: AdapterSet, used: Sequence[int]) -> dict[str, LiftedModule]:
     return {module: one for module, one in group.modules.items() if any(one.ranks[k] for k in used)}
 
 
-def _whole(group: AdapterSet, used: Sequence[int]) -> dict[str, WholeTensor]:
-    """Return the whole tensors that the adapters `used` contain, by their names in the soup's file."""
+def scaled(coefficients: Coefficients) -> tuple[str, ...]:
+    """Return the whole tensors that a learned factor on the logits is multiplied into."""
+    return coefficients.factored if coefficients.factor != 1 else ()
+
+
+def _whole(group: AdapterSet, used: Sequence[int], others: Collection[str]) -> dict[str, WholeTensor]:
+    """Return the whole tensors that the adapters `used` contain, and `others`, by their names in the soup's file."""
     modules, found = _modules(group, used), {}
-    for tensor in group.whole.values():
+    for name, tensor in group.whole.items():
         module, _, last = tensor.base.rpartition(".")
-        if any(tensor.stored[k] is not None for k in used):
+        if name in others or any(tensor.stored[k] is not None for k in used):
             inside = module in modules and not tensor.saved
             found[f"{PREFIX}{module}.base_layer.{last}" if inside else PREFIX + tensor.base] = tensor
     return found
 
 
-def written_config(group: AdapterSet, used: Sequence[int], base: str) -> dict[str, Any]:
+def written_config(group: AdapterSet, used: Sequence[int], base: str, others: Collection[str] = ()) -> dict[str, Any]:
     """Return the adapter_config.json of a soup of the adapters `used`, with scale 1 for every module.
 
     Args:
         group: the set of adapters.
         used: positions of the adapters in it.
         base: the path of the base.
+        others: whole tensors that the soup contains even if no adapter in `used` does.
     """
     ranks = {module: sum(one.ranks[k] for k in used) for module, one in _modules(group, used).items()}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     others = {module: rank for module, rank in ranks.items() if rank != usual}
     configs = [group.adapters[k].config for k in used]
     biases = {str(c.values.get("bias") or "none") for c in configs}
-    saved = dict.fromkeys(name for c in configs for name in c.modules_to_save)
+    whole = [tensor for tensor in _whole(group, used, others).values() if tensor.saved]
+    owners = [group.adapters[k].config for k in sorted({k for tensor in whole for k in tensor.owners})]
+    ends = dict.fromkeys(end for config in owners for end in config.modules_to_save)
+    saved = [end for end in ends if any(AdapterConfig("", {"modules_to_save": [end]}).saves(t.base) for t in whole)]
     tasks = {c.values.get("task_type") for c in configs}
     return {
         "peft_type": "LORA",
@@ -192,7 +203,7 @@ def written_config(group: AdapterSet, used: Sequence[int], base: str) -> dict[st
         "alpha_pattern": others,
         "use_rslora": False,
         "target_modules": _targets(group, ranks),
-        "modules_to_save": list(saved) or None,
+        "modules_to_save": saved or None,
         "bias": "none" if biases == {"none"} else "all" if "all" in biases else "lora_only",
         "fan_in_fan_out": any(bool(c.values.get("fan_in_fan_out")) for c in configs),
         "lora_dropout": 0.0,

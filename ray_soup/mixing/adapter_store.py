@@ -74,9 +74,7 @@ class _Plan:
     """M, elements of all differences."""
 
 
-def open_adapters(
-    ingredients: Sequence[Ingredient], layout: Layout
-) -> Generator[tuple[int, int], None, AdapterStore]:
+def open_adapters(ingredients: Sequence[Ingredient], layout: Layout) -> Generator[tuple[int, int], None, AdapterStore]:
     """Open the store of these lifted ingredients; build it first if this node's cache has none.
 
     Yields (tensors done, tensors in total) while the store is built; the value of the generator is the AdapterStore.
@@ -201,9 +199,7 @@ def _check(values: torch.Tensor, group: AdapterSet, positions: Sequence[int], na
         )
 
 
-def _factors(
-    group: AdapterSet, module: str, positions: Sequence[int]
-) -> tuple[torch.Tensor, NDArray[np.float64]]:
+def _factors(group: AdapterSet, module: str, positions: Sequence[int]) -> tuple[torch.Tensor, NDArray[np.float64]]:
     """Read the factors of a module: s_k B_k float32 [outputs, R], 0 for adapters that are not open, and the Gram matrix.
 
     Returns also the inner products of the products s_k B_k A_k, float64 [K, K].

@@ -36,9 +36,7 @@ def has_store(ingredients: Sequence[Ingredient], layout: Layout, dtype: str) -> 
     return has_adapters(ingredients, layout)
 
 
-def plane_on(
-    store: DirectionStore, partition: Partition, low: int, high: int, device: torch.device, threads: int
-) -> Plane:
+def plane_on(store: DirectionStore, partition: Partition, low: int, high: int, device: torch.device, threads: int) -> Plane:
     """Prepare parameters low to high of a store for combine and project, with arguments as for Hyperplane."""
     if isinstance(store, AdapterStore):
         return AdapterPlane(store, partition, low, high, device)

@@ -134,7 +134,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
-        **about_base(inputs.ingredients),  # type: ignore[typeddict-item]
+        **about_base(inputs.ingredients),
         "notes": notes,
     }
 

@@ -17,7 +17,7 @@ from ray_soup.io.adapters import CONFIG, MODEL, AdapterIngredient, open_adapter
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient
 from ray_soup.io.progress import ProgressCallback
-from ray_soup.mixing.adapter_bake import outline, positions, soup_tensors, written_config
+from ray_soup.mixing.adapter_bake import outline, positions, scaled, soup_tensors, written_config
 from ray_soup.mixing.coefficients import Coefficients, check_covers
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import RunRecord
@@ -30,7 +30,12 @@ CLOSE = 8.0
 
 
 def lifted_ingredients(
-    out: Path, recipe: Recipe, record: RunRecord, coefficients: Coefficients, adapters: Sequence[AdapterIngredient], names: Path
+    out: Path,
+    recipe: Recipe,
+    record: RunRecord,
+    coefficients: Coefficients,
+    adapters: Sequence[AdapterIngredient],
+    names: Path,
 ) -> list[Ingredient]:
     """Lift the adapters of a finished soup, and check that base and coefficients are those of its run.
 
@@ -67,10 +72,11 @@ def compare_tensors(
     for done, (name, values) in enumerate(soup_tensors(coefficients, ingredients, group, recipe.out_dtype)):
         if not torch.equal(values.view(torch.uint8), model.read(name).view(torch.uint8)):
             raise SoupError(
-                f"{model.files[0]}: the tensor {name} differs from the one computed from coefficients and ingredients. {cure}"
+                f"{model.files[0]}: the tensor {name} differs from the one computed from coefficients and ingredients. "
+                f"{cure}"
             )
         progress("comparing", done + 1, len(shapes))
-    expected = written_config(group, positions(coefficients, ingredients), "")
+    expected = written_config(group, positions(coefficients, ingredients), "", scaled(coefficients))
     found = {**model.config.values, "base_model_name_or_path": ""}
     if json.dumps(found, sort_keys=True) != json.dumps(expected, sort_keys=True):
         raise SoupError(f"{out / CONFIG} is not the config of this soup. {cure}")
@@ -95,7 +101,9 @@ def compare_products(out: Path, coefficients: Coefficients, ingredients: Sequenc
         return None
     soup = load_file(out / MODEL)
     modules = sorted((m for m, one in group.modules.items() if one.b in soup), key=lambda m: group.modules[m].rank)
-    picks = [modules[int(n)] for n in np.linspace(0, len(modules) - 1, min(MODULES, len(modules))).round()] if modules else []
+    picks = (
+        [modules[int(n)] for n in np.linspace(0, len(modules) - 1, min(MODULES, len(modules))).round()] if modules else []
+    )
     sums = {module: np.zeros(1) for module in picks}
     sizes = dict.fromkeys(picks, 0.0)
     for n, ingredient in enumerate(ingredients):
@@ -115,8 +123,8 @@ def compare_products(out: Path, coefficients: Coefficients, ingredients: Sequenc
         error = float(np.linalg.norm(found - sums[module]))
         if not error <= slack:
             raise SoupError(
-                f"{out / MODEL}: the product B A of {module} differs by {error:.1e} from that of the ingredients, as their own "
-                f"libraries load them; rounding explains {slack:.1e}. Rebuild the model with ray-soup bake."
+                f"{out / MODEL}: the product B A of {module} differs by {error:.1e} from that of the ingredients, as their "
+                f"own libraries load them; rounding explains {slack:.1e}. Rebuild the model with ray-soup bake."
             )
     return len(dict.fromkeys(picks))
 

@@ -106,7 +106,7 @@ def make_soup_in(
         "seconds": clock.laps,
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
-        **about_base(inputs.ingredients),  # type: ignore[typeddict-item]
+        **about_base(inputs.ingredients),
         "notes": notes,
     }
     record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]

@@ -39,6 +39,7 @@ def lift(
 
     Raises RecipeError if `model` is no base, IngredientError if the adapters do not fit together or do not fit it.
     """
+    _folder_of(spec, adapters)
     check_with_peft(spec, adapters)
     group = lifted_set(spec, adapters, ignore)
     notes = _compare_bases(adapters, group.base, group.base_sha256)
@@ -48,6 +49,7 @@ def lift(
 
 def lift_one(spec: str, adapter: AdapterIngredient, ignore: Sequence[str] = ()) -> tuple[list[Ingredient], Layout]:
     """Lift a single adapter, such as a finished soup, to evaluate it."""
+    _folder_of(spec, [adapter])
     check_with_peft(spec, [adapter])
     group = lifted_set(spec, [adapter], ignore)
     _compare_bases([adapter], group.base, group.base_sha256)
@@ -70,14 +72,8 @@ def open_base(spec: str, adapters: Sequence[AdapterIngredient], ignore: Sequence
 
     They may lack a head that every adapter contains, as a pretrained model does that was fine-tuned for classification.
     """
-    parsed = ModelSpec.parse(spec)
-    if parsed.library != "transformers" or not os.path.isdir(parsed.name):
-        raise RecipeError(
-            f"model: {spec} is not a folder of transformers on this machine; the ingredients are LoRA adapters, such as "
-            f"{adapters[0].path}, which need the weights of their base. Write model: transformers:FOLDER"
-        )
     layout = describe(spec)
-    opened = open_ingredient(parsed.name)
+    opened = open_ingredient(_folder_of(spec, adapters))
     unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
     missing = layout.state_shapes.keys() - opened.bind(layout.state_shapes, layout.known_names, unneeded).tensors.keys()
     heads = {name for name in missing if all(name in a.whole and a.config.saves(name) for a in adapters)}
@@ -86,6 +82,17 @@ def open_base(spec: str, adapters: Sequence[AdapterIngredient], ignore: Sequence
     base.check_copies()
     check_floats([base], [name for name in layout.names if name in shapes])
     return base, layout
+
+
+def _folder_of(spec: str, adapters: Sequence[AdapterIngredient]) -> str:
+    """Return the folder of the base. Raises RecipeError."""
+    parsed = ModelSpec.parse(spec)
+    if parsed.library != "transformers" or not os.path.isdir(parsed.name):
+        raise RecipeError(
+            f"model: {spec} is not a folder of transformers on this machine; the ingredients are LoRA adapters, such as "
+            f"{adapters[0].path}, which need the weights of their base. Write model: transformers:FOLDER"
+        )
+    return parsed.name
 
 
 def _compare_bases(adapters: Sequence[AdapterIngredient], base: Ingredient, sha256: str) -> list[str]:

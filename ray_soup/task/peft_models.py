@@ -154,7 +154,9 @@ def load_base(model: torch.nn.Module, base: Ingredient) -> None:
 
 def adapted(base: torch.nn.Module, group: AdapterSet) -> AdaptedModel:
     """Put the factors of a set into `base`, in place. Raises IngredientError if PEFT makes something else of them."""
-    config = AdapterConfig("the soup's adapter_config.json", written_config(group, range(len(group.adapters)), group.base.path))
+    config = AdapterConfig(
+        "the soup's adapter_config.json", written_config(group, range(len(group.adapters)), group.base.path)
+    )
     whole = with_peft(base, config)
     parameters = _parameters(whole, group)
     for name, info in group.infos().items():
@@ -162,8 +164,8 @@ def adapted(base: torch.nn.Module, group: AdapterSet) -> AdaptedModel:
         if found is None or tuple(found.shape) != info.shape:
             there = "nothing" if found is None else str(list(found.shape))
             raise IngredientError(
-                f"{group.adapters[0].path} and the others give {name} {list(info.shape)} together, but PEFT makes {there} of "
-                "it. Merge these adapters into their base and mix the whole models."
+                f"{group.adapters[0].path} and the others give {name} {list(info.shape)} together, but PEFT makes {there} "
+                "of it. Merge these adapters into their base and mix the whole models."
             )
     _check_scales(whole, config, lambda module: 1.0)
     for name, parameter in parameters.items():
@@ -277,8 +279,8 @@ def _check_tensors(adapter: AdapterIngredient, expected: Mapping[str, tuple[int,
             )
         if in_file not in expected and in_file not in state:
             raise IngredientError(
-                f"{file} contains {in_file}, which PEFT would leave out when it loads the adapter; expected the names by which "
-                "this version of PEFT saves. Load and save the adapter with the PEFT that wrote it, or exclude it."
+                f"{file} contains {in_file}, which PEFT would leave out when it loads the adapter; expected the names by "
+                "which this version of PEFT saves. Load and save the adapter with the PEFT that wrote it, or exclude it."
             )
 
 

@@ -188,7 +188,9 @@ def test_memory_is_that_of_the_base_and_of_all_adapters_once(pool: InProcess) ->
     moving = [name for name, p in replica.model.named_parameters() if p.requires_grad]
     assert all("lora_A" not in name for name in moving)
     gc.collect()
-    assert not [t for t in gc.get_objects() if isinstance(t, np.ndarray) and t.ndim == 2 and t.shape[0] == K and t.shape[1] > 999]
+    assert not [
+        t for t in gc.get_objects() if isinstance(t, np.ndarray) and t.ndim == 2 and t.shape[0] == K and t.shape[1] > 999
+    ]
 
 
 def test_two_actors_agree_with_one(made: Path, pool: InProcess) -> None:
