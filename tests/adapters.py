@@ -33,7 +33,7 @@ def make_adapter(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+        model = peft.get_peft_model(base, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **config}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 trained = parameter.requires_grad and name.endswith("bias")

@@ -74,6 +74,8 @@ class WholeTensor:
 
     base: str
     """Its name in the base."""
+    source: str
+    """The name under which the base stores it: another one if the base ties it to another tensor."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     """The widest dtype among the adapters, and the base if that is used."""
@@ -150,8 +152,8 @@ class AdapterSet:
     def base_of(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read elements of a whole tensor of the base; zeros if the base has no such tensor (a new head)."""
         tensor = self.whole[name]
-        if tensor.base in self.base.tensors:
-            return self.base.read(tensor.base, start, stop)
+        if tensor.source in self.base.tensors:
+            return self.base.read(tensor.source, start, stop)
         return torch.zeros((math.prod(tensor.shape) if stop is None else stop) - start)
 
     def close(self) -> None:
@@ -326,15 +328,16 @@ def _whole_tensors(
                 "another adapter; such adapters cannot be mixed. Exclude one kind, or merge the adapters into their base."
             )
         kept = True in saved[name]
-        if name not in base.tensors and None in places:
+        source = tied.get(name, name)
+        if source not in base.tensors and None in places:
             lacking = adapters[places.index(None)]
             raise IngredientError(
                 f"{lacking.path} and the base {base.path} lack {name}, which other adapters contain. Exclude the adapter."
             )
         infos = [a.tensors[p] for a, p in zip(adapters, places, strict=True) if p is not None]
-        dtypes = [i.dtype for i in infos] + ([base.tensors[name].dtype] if None in places else [])
+        dtypes = [i.dtype for i in infos] + ([base.tensors[source].dtype] if None in places else [])
         own = f"{PREFIX}{module}.base_layer.{name.rpartition('.')[2]}" if module in modules and not kept else PREFIX + name
-        yield own, WholeTensor(name, infos[0].shape, _widest(dtypes), tuple(places), kept)
+        yield own, WholeTensor(name, source, infos[0].shape, _widest(dtypes), tuple(places), kept)
 
 
 def _first(places: Sequence[str | None]) -> int:

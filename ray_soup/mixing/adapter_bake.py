@@ -184,7 +184,7 @@ def written_config(group: AdapterSet, used: Sequence[int], base: str, others: Co
     """
     ranks = {module: sum(one.ranks[k] for k in used) for module, one in _modules(group, used).items()}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
     configs = [group.adapters[k].config for k in used]
     biases = {str(c.values.get("bias") or "none") for c in configs}
     whole = [tensor for tensor in _whole(group, used, others).values() if tensor.saved]
@@ -199,8 +199,8 @@ def written_config(group: AdapterSet, used: Sequence[int], base: str, others: Co
         "inference_mode": True,
         "r": usual,
         "lora_alpha": usual,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": unusual,
+        "alpha_pattern": unusual,
         "use_rslora": False,
         "target_modules": _targets(group, ranks),
         "modules_to_save": saved or None,
