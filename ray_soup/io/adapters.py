@@ -168,7 +168,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     targets = values.get("target_modules")
     if not isinstance(targets, (str, list, type(None))):
         raise ValueError(f"target_modules is {str(targets)[:80]}; expected names")
-    if not isinstance(values.get("use_rslora", False), bool):
+    if not isinstance(values.get("use_rslora") or False, bool):
         raise ValueError(f"use_rslora is {str(values['use_rslora'])[:80]}; expected true or false")
 
 
