@@ -143,8 +143,7 @@ def read_config(path: str) -> AdapterConfig:
     if start not in PLAIN_STARTS:
         raise IngredientError(
             f"{path}: init_lora_weights is {start}, by which the training changed the weights of the base; expected an "
-            "adapter of the unchanged base. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
-            "or exclude it."
+            "adapter of the unchanged base. Save it with PEFT's path_initial_model_for_weight_conversion, or exclude it."
         )
     return AdapterConfig(path, values)
 

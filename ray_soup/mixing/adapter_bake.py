@@ -3,7 +3,8 @@
     A = the rows of A_k of the adapters used,    B = [c_k s_k B_k of the same adapters],    scale 1
 
 Rounding: c_k s_k B_k is computed in float64 and rounded once, to the dtype that is written; A is copied. Ranks add up, and
-adapters whose coefficients are all 0 are left out. Whole tensors are weighted sums, as in mixing.bake.
+adapters whose coefficients are all 0 are left out; a smaller rank is made by truncation (mixing.truncate). Whole tensors are
+weighted sums, as in mixing.bake.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,27 @@ from ray_soup.io.progress import CountCallback, no_count
 from ray_soup.mixing.bake import RANGE, mix_range
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.shard_files import ShardWriter, plan_files
+from ray_soup.mixing.truncate import truncated
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a soup of adapters is written as."""
+
+    out_dtype: str = "keep"
+    """Dtype of the tensors, or `keep` for the widest among the ingredients."""
+    rank: int | None = None
+    """Largest rank of a module, to which larger ones are truncated (mixing.truncate); None: exact, the sum of the ranks."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of all tensors; None for the widest of each."""
+        found: torch.dtype | None = None if self.out_dtype == "keep" else getattr(torch, self.out_dtype)
+        return found
+
+    def rank_of(self, exact: int) -> int:
+        """Return the rank that is written for a module whose ranks add up to `exact`."""
+        return exact if self.rank is None else min(exact, self.rank)
 
 
 def bake_adapter(
@@ -36,7 +59,7 @@ def bake_adapter(
     group: AdapterSet,
     folder: Path,
     progress: CountCallback = no_count,
-    out_dtype: str = "keep",
+    form: Form | None = None,
 ) -> Path:
     """Write the soup as an adapter of PEFT: adapter_model.safetensors and adapter_config.json in `folder`.
 
@@ -46,25 +69,25 @@ def bake_adapter(
         group: the set that these belong to.
         folder: where the files are written.
         progress: called with the tensors written so far and in total.
-        out_dtype: dtype of the tensors, or `keep` for the widest among the ingredients.
+        form: dtype and rank to write.
 
     Returns:
         The file of weights.
 
     Raises SoupError if the files cannot be written, IngredientError if a value is not finite or an ingredient has changed.
     """
-    path = folder / MODEL
-    shapes, dtypes = outline(coefficients, ingredients, group, out_dtype)
+    path, form = folder / MODEL, form or Form()
+    shapes, dtypes = outline(coefficients, ingredients, group, form)
     files = plan_files(shapes, dtypes, path, None, {})
     try:
         with ShardWriter(files) as writer:
-            for done, (name, tensor) in enumerate(soup_tensors(coefficients, ingredients, group, out_dtype)):
+            for done, (name, tensor) in enumerate(soup_tensors(coefficients, ingredients, group, form)):
                 writer.write(name, 0, tensor)
                 progress(done + 1, len(shapes))
             writer.sync()
         check_unchanged(ingredients)
         used = positions(coefficients, ingredients)
-        values = written_config(group, used, group.base.path, scaled(coefficients))
+        values = written_config(group, used, group.base.path, scaled(coefficients), form)
         text = json.dumps(values, indent=2, sort_keys=True)
         write_bytes(folder / CONFIG, text.encode())
         return path
@@ -91,38 +114,50 @@ def _position(ingredient: Ingredient) -> int:
 
 
 def outline(
-    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, out_dtype: str
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, form: Form
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
     """Return the shapes and the dtypes of the tensors of a soup, by name."""
     used = positions(coefficients, ingredients)
-    chosen: torch.dtype | None = None if out_dtype == "keep" else getattr(torch, out_dtype)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for one in _modules(group, used).values():
-        rank = sum(one.ranks[k] for k in used)
+        rank = form.rank_of(sum(one.ranks[k] for k in used))
         shapes |= {one.a: (rank, *one.a_shape[1:]), one.b: (one.b_shape[0], rank, *one.b_shape[2:])}
-        dtypes |= {one.a: chosen or one.a_dtype, one.b: chosen or one.b_dtype}
+        dtypes |= {one.a: form.dtype or one.a_dtype, one.b: form.dtype or one.b_dtype}
     for name, tensor in _whole(group, used, scaled(coefficients)).items():
-        shapes[name], dtypes[name] = tensor.shape, chosen or tensor.dtype
+        shapes[name], dtypes[name] = tensor.shape, form.dtype or tensor.dtype
     return shapes, dtypes
 
 
+def soup_factors(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet
+) -> Iterator[tuple[LiftedModule, torch.Tensor, torch.Tensor]]:
+    """Compute the factors of a soup, module by module: A [r, ...] copied, and B float64 [outputs, r] with scale and c_k.
+
+    Raises IngredientError if a value is not finite.
+    """
+    used = positions(coefficients, ingredients)
+    factor_of = {_position(i): n for n, i in enumerate(ingredients)}
+    for module, one in _modules(group, used).items():
+        owners, c = [k for k in used if one.ranks[k]], coefficients.of(one.b)
+        a = [_finite(group.factor_a(module, k), group, k, one.a).to(one.a_dtype) for k in owners]
+        b = [_finite(group.factor_b(module, k), group, k, one.b) * c[factor_of[k]] for k in owners]
+        yield one, torch.cat(a), torch.cat(b, dim=1)
+
+
 def soup_tensors(
-    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, out_dtype: str
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, form: Form
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Compute the tensors of a soup one after another: (name, values [elements] in the dtype that is written).
 
     Raises IngredientError if a value is not finite.
     """
     used = positions(coefficients, ingredients)
-    dtypes = outline(coefficients, ingredients, group, out_dtype)[1]
-    factor_of = {_position(i): n for n, i in enumerate(ingredients)}
-    for module, one in _modules(group, used).items():
-        owners = [k for k in used if one.ranks[k]]
-        c = coefficients.of(one.b)
-        a = torch.cat([_finite(group.factor_a(module, k), group, k, one.a).to(dtypes[one.a]) for k in owners])
-        b = [(_finite(group.factor_b(module, k), group, k, one.b) * c[factor_of[k]]).to(dtypes[one.b]) for k in owners]
-        for name, values in ((one.a, a), (one.b, torch.cat(b, dim=1))):
+    dtypes = outline(coefficients, ingredients, group, form)[1]
+    for one, a, b in soup_factors(coefficients, ingredients, group):
+        if form.rank_of(len(a)) < len(a):
+            b, a = truncated(b, a.double().flatten(1), form.rank_of(len(a)))[:2]
+        for name, values in ((one.a, a.to(dtypes[one.a])), (one.b, b.to(dtypes[one.b]))):
             if not torch.isfinite(values).all():
                 raise _too_large(name, dtypes[name])
             yield name, values.reshape(-1)
@@ -134,6 +169,18 @@ def soup_tensors(
             stop = min(start + RANGE, len(out))
             out[start:stop] = mix_range(ingredients, own, coefficients.of(own), start, stop, dtypes[name])
         yield name, out
+
+
+def relative_error(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, form: Form
+) -> float | None:
+    """Return the Frobenius norm of what truncation leaves out of all products, relative to theirs; None if it is exact."""
+    lost, total, found = 0.0, 0.0, False
+    for _, a, b in soup_factors(coefficients, ingredients, group) if form.rank else ():
+        found = found or form.rank_of(len(a)) < len(a)
+        out, whole = truncated(b, a.double().flatten(1), form.rank_of(len(a)))[2:]
+        lost, total = lost + out, total + whole
+    return math.sqrt(lost / total) if found and total else None
 
 
 def _finite(values: torch.Tensor, group: AdapterSet, k: int, name: str) -> torch.Tensor:
@@ -173,7 +220,9 @@ def _whole(group: AdapterSet, used: Sequence[int], others: Collection[str]) -> d
     return found
 
 
-def written_config(group: AdapterSet, used: Sequence[int], base: str, others: Collection[str] = ()) -> dict[str, Any]:
+def written_config(
+    group: AdapterSet, used: Sequence[int], base: str, others: Collection[str] = (), form: Form | None = None
+) -> dict[str, Any]:
     """Return the adapter_config.json of a soup of the adapters `used`, with scale 1 for every module.
 
     Args:
@@ -181,8 +230,10 @@ def written_config(group: AdapterSet, used: Sequence[int], base: str, others: Co
         used: positions of the adapters in it.
         base: the path of the base.
         others: whole tensors that the soup contains even if no adapter in `used` does.
+        form: the rank that was written.
     """
-    ranks = {module: sum(one.ranks[k] for k in used) for module, one in _modules(group, used).items()}
+    form = form or Form()
+    ranks = {module: form.rank_of(sum(one.ranks[k] for k in used)) for module, one in _modules(group, used).items()}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     unusual = {module: rank for module, rank in ranks.items() if rank != usual}
     configs = [group.adapters[k].config for k in used]

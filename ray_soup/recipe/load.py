@@ -18,7 +18,7 @@ from ray_soup.recipe.schema import UNSAID, Recipe
 from ray_soup.recipe.yaml_reader import MOST_DEPTH, NULLS, check_characters, parse_yaml, read_text, resolve
 
 _FOR_EVERY_KIND = ("epochs", "micro_batch", "seed", "patience", "label_smoothing")
-_SINCE_0_2 = {"ignore": [], "baseline": BEST_SINGLE, "objective": "auto", "select_by": "auto"}
+_SINCE_0_2 = {"ignore": [], "baseline": BEST_SINGLE, "objective": "auto", "select_by": "auto", "adapter": {"rank": None}}
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)
 

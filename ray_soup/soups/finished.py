@@ -140,8 +140,10 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     of_adapters, more = is_adapter_folder(out), []
     if of_adapters:
         total = compare_tensors(out, recipe, coefficients, ingredients, progress)
-        sampled = compare_products(out, coefficients, ingredients)
-        more = [f"the base {record['base']['path']} has the digest in run.json"]
+        sampled = compare_products(out, recipe, coefficients, ingredients)
+        if recipe.adapter.rank is not None:
+            more = [f"products of a larger rank than {recipe.adapter.rank} are truncated as near as that rank allows"]
+        more += [f"the base {record['base']['path']} has the digest in run.json"]
     else:
         total = _compare_tensors(out, coefficients, ingredients, progress)
         sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from ray_soup.io.adapters import CONFIG, MODEL, AdapterIngredient, open_adapter
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient
 from ray_soup.io.progress import ProgressCallback
-from ray_soup.mixing.adapter_bake import outline, positions, scaled, soup_tensors, written_config
+from ray_soup.mixing.adapter_bake import Form, outline, positions, scaled, soup_factors, soup_tensors, written_config
 from ray_soup.mixing.coefficients import Coefficients, check_covers
+from ray_soup.mixing.truncate import distance, truncated
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import RunRecord
 from ray_soup.task.adapters import lift_finished
@@ -63,24 +65,53 @@ def compare_tensors(
     Raises SoupError for the first that differs.
     """
     group, model = group_in(ingredients), open_adapter(str(out))
-    shapes, dtypes = outline(coefficients, ingredients, group, recipe.out_dtype)
+    form = Form(recipe.out_dtype, recipe.adapter.rank)
+    shapes, dtypes = outline(coefficients, ingredients, group, form)
     cure = "Rebuild the model with ray-soup bake."
     there = {name: (info.shape, info.dtype) for name, info in model.tensors.items()}
     odd = next((n for n in {**shapes, **there} if there.get(n) != (shapes.get(n), dtypes.get(n))), None)
     if odd is not None:
         raise SoupError(f"{model.files[0]}: the tensor {odd} is not as coefficients and ingredients give it. {cure}")
-    for done, (name, values) in enumerate(soup_tensors(coefficients, ingredients, group, recipe.out_dtype)):
-        if not torch.equal(values.view(torch.uint8), model.read(name).view(torch.uint8)):
+    short = _compare_truncated(model, coefficients, ingredients, form)
+    for done, (name, values) in enumerate(soup_tensors(coefficients, ingredients, group, form)):
+        if name not in short and not torch.equal(values.view(torch.uint8), model.read(name).view(torch.uint8)):
             raise SoupError(
                 f"{model.files[0]}: the tensor {name} differs from the one computed from coefficients and ingredients. "
                 f"{cure}"
             )
         progress("comparing", done + 1, len(shapes))
-    expected = written_config(group, positions(coefficients, ingredients), "", scaled(coefficients))
+    expected = written_config(group, positions(coefficients, ingredients), "", scaled(coefficients), form)
     found = {**model.config.values, "base_model_name_or_path": ""}
     if json.dumps(found, sort_keys=True) != json.dumps(expected, sort_keys=True):
         raise SoupError(f"{out / CONFIG} is not the config of this soup. {cure}")
     return len(shapes)
+
+
+def _compare_truncated(
+    model: AdapterIngredient, coefficients: Coefficients, ingredients: Sequence[Ingredient], form: Form
+) -> set[str]:
+    """Check that truncated products are as near as their rank allows; return the names of their factors.
+
+    Their bits depend on the library of linear algebra. Raises SoupError.
+    """
+    found: set[str] = set()
+    for one, a, b in soup_factors(coefficients, ingredients, group_in(ingredients)) if form.rank else ():
+        if form.rank_of(len(a)) == len(a):
+            continue
+        flat, infos = a.double().flatten(1), (model.tensors[one.a], model.tensors[one.b])
+        _, _, lost, total = truncated(b, flat, form.rank_of(len(a)))
+        have_a, have_b = (
+            model.read(name).double().view(info.shape).flatten(1) for name, info in zip((one.a, one.b), infos, strict=True)
+        )
+        slack = CLOSE * max(torch.finfo(info.dtype).eps for info in infos) * math.sqrt(total)
+        error = distance(b, flat, have_b, have_a)
+        if not error <= math.sqrt(lost) * (1 + 1e-6) + slack:
+            raise SoupError(
+                f"{model.files[0]}: the product of {one.b} differs by {error:.3e} from that of the ingredients; its rank "
+                f"allows {math.sqrt(lost):.3e}. Rebuild the model with ray-soup bake."
+            )
+        found |= {one.a, one.b}
+    return found
 
 
 def group_in(ingredients: Sequence[Ingredient]) -> AdapterSet:
@@ -90,17 +121,19 @@ def group_in(ingredients: Sequence[Ingredient]) -> AdapterSet:
     return first.group
 
 
-def compare_products(out: Path, coefficients: Coefficients, ingredients: Sequence[Ingredient]) -> int | None:
+def compare_products(out: Path, recipe: Recipe, coefficients: Coefficients, ingredients: Sequence[Ingredient]) -> int | None:
     """Compare products B A of the soup with sum_k c_k s_k B_k A_k, of factors that safetensors and torch load, in NumPy.
 
-    Returns the number of modules compared; None if an ingredient is in remote storage. Raises SoupError for a product that
-    differs by more than the rounding of what was written.
+    Truncated products are not compared. Returns the number of modules compared; None if an ingredient is in remote
+    storage. Raises SoupError for a product that differs by more than the rounding of what was written.
     """
     group = group_in(ingredients)
     if any(storage.is_remote(file) for adapter in group.adapters for file in adapter.files):
         return None
     soup = load_file(out / MODEL)
-    modules = sorted((m for m, one in group.modules.items() if one.b in soup), key=lambda m: group.modules[m].rank)
+    form, used = Form(rank=recipe.adapter.rank), positions(coefficients, ingredients)
+    exact = {m: sum(one.ranks[k] for k in used) for m, one in group.modules.items() if one.b in soup}
+    modules = sorted((m for m, rank in exact.items() if form.rank_of(rank) == rank), key=lambda m: exact[m])
     picks = (
         [modules[int(n)] for n in np.linspace(0, len(modules) - 1, min(MODULES, len(modules))).round()] if modules else []
     )

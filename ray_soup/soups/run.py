@@ -122,9 +122,9 @@ def make_soup_in(
 def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
     """Make a uniform soup from a recipe without data: there are no actors, and nothing is evaluated."""
     coefficients = uniform_coefficients(recipe, inputs)
-    bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
     note = f"The recipe has no data: this soup was not evaluated. {NOTHING_TO_COMPARE_WITH}"
-    return _Made(Mixture(coefficients, notes=[note]))
+    return _Made(Mixture(coefficients, notes=[note, *notes]))
 
 
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:

@@ -109,6 +109,11 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     adapters = adapters_among(found)
     if adapters:
         return _adapter_inputs(recipe, adapters, notes)
+    if recipe.adapter.rank is not None:
+        raise RecipeError(
+            f"adapter.rank is {recipe.adapter.rank}, but the ingredients are whole models, such as {found[0].path}; the key is "
+            "for LoRA adapters. Remove it."
+        )
     ignore: Ignored = (*recipe.ignore, *layout.in_files.unsaved)
     ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore)
     layout = layout.with_names({alias for ingredient in ingredients for alias in ingredient.aliases})

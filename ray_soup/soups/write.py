@@ -15,7 +15,7 @@ from ray_soup.io.find import find_sweeps
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.lifting import group_of
 from ray_soup.io.progress import ProgressCallback
-from ray_soup.mixing.adapter_bake import bake_adapter, is_adapter_folder
+from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
 from ray_soup.mixing.bake import bake, overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
 from ray_soup.recipe import Recipe
@@ -54,7 +54,8 @@ def bake_and_evaluate(
     """
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
-    file = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+    mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
         found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
@@ -74,9 +75,9 @@ def bake_model(
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
     progress: ProgressCallback,
-) -> None:
-    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests."""
-    bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size)
+) -> list[str]:
+    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes."""
+    return bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size)[1]
 
 
 def bake_any(
@@ -86,10 +87,11 @@ def bake_any(
     path: Path,
     progress: ProgressCallback,
     shard_size: int | None,
-) -> Path:
+) -> tuple[Path, list[str]]:
     """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
 
-    Returns the file to load it from. PEFT must make of the adapter what it is meant to be. Arguments as for `bake`.
+    Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
+    Arguments as for `bake`.
     """
 
     def count(done: int, total: int) -> None:
@@ -97,10 +99,17 @@ def bake_any(
 
     group = group_of(ingredients)
     if group is None:
-        return bake(coefficients, list(ingredients), path, None, count, recipe.out_dtype, shard_size)
-    file = bake_adapter(coefficients, ingredients, group, path.parent, count, recipe.out_dtype)
+        return bake(coefficients, list(ingredients), path, None, count, recipe.out_dtype, shard_size), []
+    form = Form(recipe.out_dtype, recipe.adapter.rank)
+    file = bake_adapter(coefficients, ingredients, group, path.parent, count, form)
     check_with_peft(recipe.model, [open_adapter(str(file))])
-    return file
+    error = relative_error(coefficients, ingredients, group, form)
+    if error is None:
+        return file, []
+    return file, [
+        f"The soup was truncated to rank {form.rank}: the changes of weights differ by {error:.2%} (Frobenius norm) from "
+        "those of the exact soup. All figures are those of the truncated adapter."
+    ]
 
 
 def write_descriptions(

@@ -179,6 +179,13 @@ def test_adapters_and_whole_models_are_not_mixed(own: Path) -> None:
     refused(own, "is an adapter and")
 
 
+def test_a_rank_is_for_adapters_only(own: Path) -> None:
+    for k in range(2):
+        saved(llama(), None, own / "whole" / str(k))
+    refused(own, "adapter.rank is 3, but the ingredients are whole models", RecipeError,
+            ingredients=str(own / "whole"), adapter={"rank": 3})  # fmt: skip
+
+
 def test_a_folder_with_two_models_or_without_weights_is_refused(own: Path) -> None:
     saved(llama(), None, own / "both")
     shutil.copy(own / "runs" / "0" / "adapter_config.json", own / "both")
