@@ -111,8 +111,8 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
         return _adapter_inputs(recipe, adapters, notes)
     if recipe.adapter.rank is not None:
         raise RecipeError(
-            f"adapter.rank is {recipe.adapter.rank}, but the ingredients are whole models, such as {found[0].path}; the key is "
-            "for LoRA adapters. Remove it."
+            f"adapter.rank is {recipe.adapter.rank}, but the ingredients are whole models, such as {found[0].path}; the key "
+            "is for LoRA adapters. Remove it."
         )
     ignore: Ignored = (*recipe.ignore, *layout.in_files.unsaved)
     ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore)

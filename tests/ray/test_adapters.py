@@ -130,7 +130,7 @@ def test_two_shards_learn_what_one_does(made: Path, learned: Path, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six adapters of one tiny Llama, trained on different parts of the text; one with rsLoRA, mixed ranks."""
+    """Six adapters of one tiny Llama, as of a sweep over learning rates; mixed ranks and modules, one with rsLoRA."""
     folder, texts, words = tmp_path_factory.mktemp("tuned"), docstrings(), byte_tokenizer(docstrings()[:200], 512)
     write_documents(folder / "fit.jsonl", texts[:200])
     write_documents(folder / "test.jsonl", texts[200:400])
@@ -139,9 +139,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(model, words, texts[500:800], 0, 1e-2, 4)
     saved(model, words, folder / "base")
     saved(model, words, folder / "init")
-    for k, (rank, modules) in enumerate([(4, EVERYTHING), (8, EVERYTHING), (2, ATTENTION), (8, ATTENTION)] * 2):
-        if k == 6:
-            break
+    kinds = [(4, EVERYTHING, 3e-3), (8, EVERYTHING, 1e-2), (2, ATTENTION, 3e-2), (8, ATTENTION, 1e-2),
+             (4, EVERYTHING, 5e-3), (8, EVERYTHING, 4e-2)]  # fmt: skip
+    for k, (rank, modules, lr) in enumerate(kinds):
         torch.manual_seed(k)
         own = llama(512)
         own.load_state_dict(model.state_dict())
@@ -150,7 +150,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
             task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=modules, use_rslora=k == 4
         )
         adapted = peft.get_peft_model(own, config)
-        train(adapted, words, texts[800 + k * 60 : 860 + k * 60], k + 1, 1e-2, 4)
+        train(adapted, words, texts[800 + k * 60 : 860 + k * 60], k + 1, lr, 4)
         adapted.save_pretrained(folder / "runs" / f"run_{k}")
     return folder
 
@@ -160,7 +160,7 @@ def test_a_learned_soup_of_trained_adapters_beats_the_best_of_them_and_the_merge
 ) -> None:
     """In NLL per token on test, paired by document."""
     found, paths = {}, dict[str, Path]()
-    learn = {"epochs": 3, "batch_size": 32, "lr": 0.1}
+    learn = {"epochs": 4, "batch_size": 32, "lr": 0.03}
     for method in ("uniform", "mehl", "mehl+"):
         recipe = make_recipe(values(tuned, learn=learn, method=method, baseline="none"))
         paths[method] = Path(str(run(recipe, tmp_path / method).out))
