@@ -15,7 +15,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERYTHING = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CONFIGS: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 8, "target_modules": EVERYTHING},
-    {"r": 8, "lora_alpha": 8, "target_modules": EVERYTHING},
+    {"r": 8, "lora_alpha": 8, "target_modules": EVERYTHING, "lora_dropout": 0.3},
     {"r": 3, "lora_alpha": 6, "target_modules": EVERYTHING, "use_rslora": True},
     {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     {"r": 2, "lora_alpha": 8, "target_modules": EVERYTHING, "rank_pattern": {"layers.1.self_attn.q_proj": 5},

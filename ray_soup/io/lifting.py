@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class AdapterSet:
     """By the name of the module in the base."""
     whole: Mapping[str, WholeTensor]
     """By the name in the file of an adapter that contains all of them."""
-    _places: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str]
     """The module of each factor."""
 
     def infos(self) -> dict[str, TensorInfo]:
@@ -117,7 +117,7 @@ class AdapterSet:
 
     def module_of(self, tensor: str) -> LiftedModule | None:
         """Return the module that a lifted tensor is a factor of; None for a whole tensor."""
-        return self.modules[self._places[tensor]] if tensor in self._places else None
+        return self.modules[self.places[tensor]] if tensor in self.places else None
 
     def factor_a(self, module: str, k: int) -> torch.Tensor:
         """Read A of adapter k, [r_k, ...] in its own dtype."""
@@ -187,7 +187,7 @@ class LiftedIngredient(Ingredient):
         group = self.group
         if name in group.whole:
             return group.whole_of(name, self.position, start, stop)
-        module = group._places[name]
+        module = group.places[name]
         if name == group.modules[module].a:
             found = group.stacked_a(module)
         else:

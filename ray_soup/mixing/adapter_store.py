@@ -154,7 +154,7 @@ def _build(folder: Path, ingredients: Sequence[Ingredient], layout: Layout, plan
         for file, size in ((center, layout.numel), (values, layout.numel), (differences, plan.differences)):
             file.truncate(4 * size)  # sparse: what is never written takes no space
         for t, (name, start, _) in enumerate(layout.spans()):
-            module = next((m for m, one in group.modules.items() if name in (one.a, one.b)), None)
+            module = group.places.get(name)
             if module is None:
                 gram[t] = _write_whole(group, name, positions, plan.owners[t], (center, differences), start)
             elif name == group.modules[module].a:

@@ -205,9 +205,11 @@ class Session:
         return info
 
     def learned_from(self, store: StoreInfo) -> list[str]:
-        """Return the digests of the ingredients in `store`, and of the examples of fit and select."""
+        """Return the digests of the ingredients in `store`, of the base of adapters, and of the examples of fit and select."""
         sources = sorted({self.splits[name].source for name in ("fit", "select")})
-        return [*store.sha256, *(self.setup.contents[source] for source in sources)]
+        group = group_of(self.inputs.ingredients)
+        base = [] if group is None else [group.base_sha256]
+        return [*store.sha256, *base, *(self.setup.contents[source] for source in sources)]
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of each ingredient; the files are hashed unless an earlier read did so."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ray_soup.errors import IngredientError
 from ray_soup.io.lifting import group_of
 from ray_soup.mixing import directions
 from ray_soup.mixing.adapter_store import AdapterStore
@@ -224,3 +228,25 @@ def test_a_subset_of_the_adapters_has_the_mean_of_its_own(
     model.load_state_dict({n: sum(weights[k][n] for k in some).float() / 3 for n in weights[0]})
     total = np.sum([sum_and_count(model, ids.tolist()) for ids in sequences(pool, FIT)], axis=0)
     assert greedy.loss == pytest.approx(total[0], rel=1e-5)
+
+
+def test_another_base_is_another_model_for_caches_and_for_resuming(made: Path, pool: InProcess, tmp_path: Path) -> None:
+    """Also with the adapters that name no base on this machine."""
+    folder = tmp_path / "own"
+    shutil.copytree(made, folder)
+    for file in folder.glob("runs/*/adapter_config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(config | {"base_model_name_or_path": "someone/base"}), encoding="utf-8")
+    found = []
+    for _ in range(2):
+        one = InProcess(make_recipe(values(folder)))
+        found.append(
+            (one.setup_info.fingerprint, one.inputs.ingredients[0].identity, one.inputs.ingredients[0].identity_here())
+        )
+        file = folder / "base" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.norm.weight"] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert all(first != second for first, second in zip(*found, strict=True))
+    with pytest.raises(IngredientError, match=r"base/model.safetensors changed while it was in use"):
+        one.inputs.ingredients[0].check_unchanged()
