@@ -205,7 +205,7 @@ class Session:
         return info
 
     def learned_from(self, store: StoreInfo) -> list[str]:
-        """Return the digests of the ingredients in `store`, of the base of adapters, and of the examples of fit and select."""
+        """Return the digests of the ingredients in `store`, their base, and the examples of fit and select."""
         sources = sorted({self.splits[name].source for name in ("fit", "select")})
         group = group_of(self.inputs.ingredients)
         base = [] if group is None else [group.base_sha256]
