@@ -164,6 +164,9 @@ def _check_values(values: Mapping[str, Any]) -> None:
         raise ValueError(f"modules_to_save is {str(saved)[:80]}; expected a list of names")
     if values.get("bias", "none") not in ("none", "all", "lora_only"):
         raise ValueError(f"bias is {str(values['bias'])[:80]}; expected none, all or lora_only")
+    task = values.get("task_type")
+    if not isinstance(task, (str, type(None))):
+        raise ValueError(f"task_type is {str(task)[:80]}; expected a name")
     targets = values.get("target_modules")
     if not isinstance(targets, (str, list, type(None))):
         raise ValueError(f"target_modules is {str(targets)[:80]}; expected names")

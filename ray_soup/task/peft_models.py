@@ -179,12 +179,13 @@ def with_peft(base: torch.nn.Module, config: AdapterConfig) -> Any:
     peft = import_peft()
     known = {f.name for f in fields(peft.LoraConfig)} - {"peft_type", "runtime_config", "auto_mapping", "peft_version"}
     values = {key: value for key, value in config.values.items() if key in known}
-    values |= {"init_lora_weights": False, "bias": "none", "inference_mode": False, "task_type": None}
-    values |= {key: None for key in ("eva_config", "corda_config", "lora_ga_config") if key in values}
+    values |= {"init_lora_weights": False, "bias": "none", "inference_mode": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return peft.get_peft_model(base, peft.LoraConfig(**values), adapter_name=NAME)
+            made = peft.LoraConfig(**values)
+            made.task_type = None  # which was checked, and would only add methods and names of heads
+            return peft.get_peft_model(base, made, adapter_name=NAME)
     except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, AttributeError) as error:
         raise IngredientError(
             f"{config.path}: PEFT {peft.__version__} cannot put this adapter into the recipe's model ({str(error)[:300]}). "

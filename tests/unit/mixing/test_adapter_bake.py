@@ -74,7 +74,7 @@ KINDS = {
         {"r": 1, "lora_alpha": 3, "target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "fan_in_fan_out": True},
     ], TEXT),
     "a new head": Kind(seq, [
-        {"r": 2, "lora_alpha": 3, "target_modules": ["query"], "modules_to_save": ["classifier"]},
+        {"r": 2, "lora_alpha": 3, "target_modules": ["query"], "task_type": "SEQ_CLS"},
         {"r": 3, "lora_alpha": 3, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]},
     ], TEXT | {"attention_mask": torch.ones_like(IDS)}),
     "convolutions": Kind(vit, [
@@ -96,7 +96,7 @@ def made(kind: Kind, folder: Path) -> tuple[str, list[AdapterIngredient]]:
     for k, config in enumerate(kind.configs):
         base = kind.build()
         base.name_or_path = str(folder / "base")
-        make_adapter(base, folder / str(k), k + 1, task_type=None, **config)
+        make_adapter(base, folder / str(k), k + 1, **{"task_type": None, **config})
     paths = [str(folder / str(k)) for k in range(len(kind.configs))]
     return f"transformers:{folder}/base{kind.options}", [open_adapter(p) for p in paths]
 
