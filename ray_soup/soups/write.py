@@ -107,8 +107,8 @@ def bake_any(
     if error is None:
         return file, []
     return file, [
-        f"The soup was truncated to rank {form.rank}: the changes of weights differ by {error:.2%} (Frobenius norm) from "
-        "those of the exact soup. All figures are those of the truncated adapter."
+        f"{recipe.method}: truncated to rank {form.rank}, the changes of weights differ by {error:.2%} (Frobenius norm) "
+        "from those of the exact soup. All figures are those of the truncated adapter."
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.io.adapters import PREFIX, AdapterConfig, AdapterIngredient, open_adapter
+from ray_soup.io.adapters import AdapterConfig, AdapterIngredient, open_adapter
 from ray_soup.io.check import check_finite
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import AdapterSet, group_of
@@ -289,6 +289,3 @@ def describe_adapted(spec: str, group: AdapterSet) -> Layout:
     """Return the layout of the model with the factors of a set, without allocating it."""
     with as_in_workers(), torch.device("meta"):
         return layout_of(adapted(build(spec).model, group))
-
-
-__all__ = ["PREFIX", "AdaptedModel", "adapted", "built_for", "check_with_peft", "describe_adapted", "import_peft"]

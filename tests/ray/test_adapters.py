@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ray_soup.io import storage
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.finished import verify
@@ -20,7 +22,7 @@ from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.run import run
 from ray_soup.task.data import Split
 from tests.adapters import ATTENTION, EVERYTHING, loaded, values, write_adapters, write_texts
-from tests.conftest import InProcess
+from tests.conftest import InProcess, put, ray_soup
 from tests.ray.test_language_models import by_library, docstrings, train, words_of
 from tests.ray.test_language_models import write_texts as write_documents
 from tests.system.command import call, write_recipe
@@ -123,6 +125,18 @@ def test_two_shards_learn_what_one_does(made: Path, learned: Path, tmp_path: Pat
     run(make_recipe(recipe), tmp_path / "soup")
     one, other = (load_coefficients(out / "coefficients.safetensors").values for out in (learned, tmp_path / "soup"))
     assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+
+
+def test_adapters_and_soup_in_a_bucket(made: Path, s3: str, tmp_path: Path) -> None:
+    put(made / "runs", f"{s3}/runs")
+    recipe = write_recipe(tmp_path, {**values(made, method="uniform"), "ingredients": f"{s3}/runs/*"})
+    done = subprocess.run(ray_soup("uniform", str(recipe), f"{s3}/soup"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = verify(f"{s3}/soup")
+    assert any("29 tensors are bit-identical" in line for line in lines)
+    run(make_recipe(values(made, method="uniform")), tmp_path / "local")
+    local = (tmp_path / "local" / "adapter_model.safetensors").read_bytes()
+    assert storage.read_bytes(f"{s3}/soup/adapter_model.safetensors") == local
 
 
 # Adapters that were trained
