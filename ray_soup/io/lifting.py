@@ -104,6 +104,8 @@ class AdapterSet:
     """By the name in the file of an adapter that contains all of them."""
     places: Mapping[str, str]
     """The module of each factor."""
+    tied: Mapping[str, str]
+    """Maps other names of tensors of the base to their first names."""
 
     def infos(self) -> dict[str, TensorInfo]:
         """Return dtype and shape of each lifted tensor, by name."""
@@ -118,6 +120,10 @@ class AdapterSet:
     def module_of(self, tensor: str) -> LiftedModule | None:
         """Return the module that a lifted tensor is a factor of; None for a whole tensor."""
         return self.modules[self.places[tensor]] if tensor in self.places else None
+
+    def whole_in(self, adapter: AdapterIngredient) -> dict[str, str]:
+        """Return the names in the file of an adapter's whole tensors, by the first names of these tensors in the base."""
+        return {n if adapter.config.saves(n) else self.tied.get(n, n): stored for n, stored in adapter.whole.items()}
 
     def factor_a(self, module: str, k: int) -> torch.Tensor:
         """Read A of adapter k, [r_k, ...] in its own dtype."""
@@ -259,7 +265,7 @@ def make_set(
     modules = {module: _module(module, adapters, parameters, tied) for module in names}
     whole = dict(_whole_tensors(adapters, base, parameters, tied, modules))
     places = {name: module for module, one in modules.items() for name in (one.a, one.b)}
-    return AdapterSet(tuple(adapters), base, digest_of(base), modules, whole, places)
+    return AdapterSet(tuple(adapters), base, digest_of(base), modules, whole, places, tied)
 
 
 def _module(module: str, adapters: Sequence[AdapterIngredient], parameters: Shapes, tied: Mapping[str, str]) -> LiftedModule:

@@ -90,9 +90,10 @@ class AdaptedModel(torch.nn.Module):
         Raises IngredientError if it does not fit.
         """
         adapter, group, state = open_adapter(path), self.group, dict(self.named_parameters())
+        whole = group.whole_in(adapter)
         unknown = [*(m for m in adapter.pairs if m not in group.modules)]
         known = {tensor.base: name for name, tensor in group.whole.items()}
-        unknown += [name for name in adapter.whole if name not in known]
+        unknown += [name for name in whole if name not in known]
         if unknown:
             raise IngredientError(
                 f"{adapter.files[0]} changes {unknown[0]}, which no ingredient of this run does. Use an adapter of this run."
@@ -105,7 +106,7 @@ class AdaptedModel(torch.nn.Module):
                 if module in adapter.pairs:
                     self._fill(adapter, module, a, b)
             for name, tensor in group.whole.items():
-                stored = adapter.whole.get(tensor.base)
+                stored = whole.get(tensor.base)
                 values = group.base_of(name) if stored is None else adapter.read(stored)
                 if values.numel() != state[name].numel():
                     raise IngredientError(f"{adapter.files[0]}: {stored} has {values.numel():,} elements; expected "

@@ -64,6 +64,11 @@ KINDS = {
         {"r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens", "q_proj"]},
         {"r": 3, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"]},
     ], TEXT),
+    "both embeddings of a tied base": Kind(lambda: llama(tied=True), [
+        {"r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        {"r": 3, "lora_alpha": 3, "target_modules": ["embed_tokens", "lm_head"]},
+        {"r": 3, "lora_alpha": 3, "target_modules": ["lm_head", "v_proj"]},
+    ], TEXT),
     "a head of its own on a tied base": Kind(lambda: llama(tied=True), [
         {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"r": 3, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"]},
