@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +99,16 @@ def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> N
 
     Shows names, shapes, dtypes and sizes. Reads headers only.
     """
-    from ray_soup.io.check import check_floats, check_together, common_shapes, left_out_notes
+    from ray_soup.io.check import left_out_notes
     from ray_soup.io.find import find_sweeps, open_ingredients
+    from ray_soup.task.adapters import bound_to
 
     spec: Any = list(ingredients) if len(ingredients) > 1 else ingredients[0]
     notes: list[str] = []
     found = open_ingredients(spec, RESERVED_NAMES, notes)
     notes += [note for sweep in find_sweeps(spec) if (note := sweep.note())]
-    names: Iterable[str]
-    if model:
-        from ray_soup.task.models import describe
-        from ray_soup.task.other_models import advice_for
-
-        layout, advise = describe(model), advice_for(model)
-        bound = check_together(found, layout.state_shapes, layout.known_names, layout.in_files.unsaved, advise=advise)
-        names = layout.state_shapes
-        check_floats(bound, layout.names)
-    else:
-        bound, (names, _) = check_together(found), common_shapes(found)
-    print_ingredients(bound, list(names), as_json)
+    bound, names = bound_to(found, model)
+    print_ingredients(bound, names, as_json)
     for note in (*notes, *left_out_notes(bound)):
         say(note)
 

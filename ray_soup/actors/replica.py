@@ -33,6 +33,7 @@ from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.logits import hold_back, sampled
 from ray_soup.task.objective import OBJECTIVES, Inputs, Objective
 from ray_soup.task.own_functions import loss_of, metric_of, objective_of
+from ray_soup.task.peft_models import with_adapters
 from ray_soup.task.preprocess import preprocess_identity
 from ray_soup.task.preprocess_key import build_for, model_of
 
@@ -62,7 +63,8 @@ class Replica:
         self.classes = None if at is None else outputs.shape[at]
         self.loss = loss_of(recipe, self.objective, outputs, targets)
         self.metric = metric_of(recipe, self.objective, outputs, targets)
-        self.micro_batch = micro_batch_size(recipe, self.layout.numel, _most_outputs(outputs, examples))
+        frozen = getattr(self.model, "frozen_numel", 0)  # the base of adapters
+        self.micro_batch = micro_batch_size(recipe, self.layout.numel + frozen, _most_outputs(outputs, examples))
         self._mixed_buffers: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._prefetch = ThreadPoolExecutor(1)
@@ -77,6 +79,12 @@ class Replica:
         for spec in (self.recipe.metric, self.recipe.objective):
             if spec is not None and is_function(spec):
                 found += content_key(preprocess_identity(import_function(spec), outside))
+        return found
+
+    @property
+    def computing(self) -> torch.nn.Module:
+        """The module with the layers of the model: the model itself, but for adapters their base with them in it."""
+        found: torch.nn.Module = getattr(self.model, "computing", self.model)
         return found
 
     # Vectors
@@ -234,7 +242,7 @@ def load_replica(
 
     Raises RecipeError if model and data do not fit together.
     """
-    built = build_for(recipe)
+    built = with_adapters(build_for(recipe), ingredients)
     built.model.to(device).eval()
     layout = layout_of(built.model)
 

@@ -29,11 +29,12 @@ from ray_soup.io import storage
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lifting import files_of
 from ray_soup.io.progress import labelled
-from ray_soup.mixing import directions
+from ray_soup.mixing import stores
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.buffers import mixed_buffer
-from ray_soup.mixing.hyperplane import Hyperplane, decompressed
+from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
 from ray_soup.task import models
@@ -67,8 +68,7 @@ class Shard:
         actor also if two splits share examples.
         """
         self._check_paths(seen)
-        files = [file for ingredient in self.ingredients for file in ingredient.files]
-        yield from labelled("downloading ingredients", download_all(files))
+        yield from labelled("downloading ingredients", download_all(files_of(self.ingredients)))
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
@@ -82,7 +82,7 @@ class Shard:
         examples, outside = self.replica.examples, list[str]()
         fingerprint = self.replica.fingerprint(outside)
         if self.recipe.learn.gradient_checkpointing:
-            checkpoint_layers(self.replica.model, self.recipe.model)
+            checkpoint_layers(self.replica.computing, self.recipe.model)
         notes = [*(note for e in examples.values() for note in e.notes), *notes_on(outside)]
         yield SetupInfo(
             {name: len(e) for name, e in examples.items()},
@@ -126,8 +126,8 @@ class Shard:
         """
         chosen = [self.ingredients[k] for k in subset]
         if self._opened != subset:
-            work = directions.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
-            self.store: directions.DirectionStore = yield from labelled("reading ingredients", work)
+            work = stores.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
+            self.store: DirectionStore = yield from labelled("reading ingredients", work)
             self.replica.set_mixed_buffers(
                 {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.mixed_buffers}
             )
@@ -139,7 +139,7 @@ class Shard:
         self.use({})  # an earlier method may have left its running statistics
         parts, norms = self.store.blocks(partition(self.replica.layout, blocks))
         low, high = self.group.low, self.group.high
-        self.plane = Hyperplane(self.store, parts, low, high, self.device, self.threads)
+        self.plane = stores.plane_on(self.store, parts, low, high, self.device, self.threads)
         self.center = tensor_of(self.store.center[low:high]).to(self.device)
         held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
         yield StoreInfo(parts, norms, self.store.sha256, self._output, held)
@@ -150,11 +150,7 @@ class Shard:
         Args:
             part: (index, parts), which selects every `parts`-th piece of this shard's slice, from piece `index` on.
         """
-        total = np.zeros((len(self.store.rows),) * 2)
-        for start, stop, _, chunk in self.plane.pieces[part[0] :: part[1]]:
-            rows = decompressed(self.store, start, stop, chunk)
-            total += (rows @ rows.T).double().numpy()
-        return total
+        return stores.gram(self.plane, part)
 
     # Learning
 

@@ -14,6 +14,8 @@ from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TORCH_SUFFIX
 from ray_soup.io.json_files import read_json, special_kind
 
 MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+"""The files of a LoRA adapter of PEFT; of those of weights, PEFT loads the first one that exists."""
 INDEX = ".index.json"
 RANK_FILES = {  # parts of a checkpoint that each process of a job wrote by itself, and the command that joins them
     re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt"): (
@@ -104,13 +106,17 @@ def checkpoint_of(path: str) -> str | None:
         return path
     names = storage.listdir(path) if storage.isdir(path) else []
     refuse_distributed(path, names)
-    for name in (*MODEL_FILES, "adapter_model.safetensors"):  # open_ingredient refuses an adapter with a message
+    for name in (*MODEL_FILES, *ADAPTER_FILES):
         if name in names:
             file = storage.join(path, name)
             if file.endswith(INDEX_SUFFIXES) and name.removesuffix(INDEX) in names and not index_in_use(file, names):
                 continue
             refuse_special(file)
             return file
+    if ADAPTER_CONFIG in names:
+        raise IngredientError(
+            f"{path} contains {ADAPTER_CONFIG}, but not {ADAPTER_FILES[0]}. Copy the adapter again, or exclude the folder."
+        )
     if is_checkpoint(path):
         refuse_special(path)
     return None

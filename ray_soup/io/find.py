@@ -13,7 +13,9 @@ from typing import Any
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
+from ray_soup.io.adapters import open_checkpoint
 from ray_soup.io.checkpoint_files import (
+    ADAPTER_FILES,
     INDEX,
     checkpoint_of,
     index_in_use,
@@ -27,7 +29,7 @@ from ray_soup.io.checkpoint_files import (
 )
 from ray_soup.io.formats import INDEX_SUFFIXES
 from ray_soup.io.hub_path import is_hub, without_commit
-from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.runs import has_checkpoints, mixed_steps, natural, notes_of, run_in, runs_below, searched
 from ray_soup.io.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
 
@@ -58,7 +60,7 @@ def open_ingredients(spec: Spec | None, reserved: Collection[str] = (), notes: l
     names = [t.name for t in trials if t is not None]
     if len(set(names)) < len(paths) or set(names) & set(reserved):
         names = _unique_names(paths, reserved)
-    opened = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
+    opened = [open_checkpoint(path, name) for path, name in zip(paths, names, strict=True)]
     _check_distinct(opened)
     known = zip(trials, fine_tuned(paths), strict=True)
     return [ingredient.with_trial(trial or noted) for ingredient, (trial, noted) in zip(opened, known, strict=True)]
@@ -116,7 +118,7 @@ def check_apart(spec: Spec | None, out: str) -> None:
         found = _is_searched(pattern, os.path.abspath(out), folder)
         if not has_magic(pattern) or os.path.lexists(pattern):
             named = os.path.realpath(pattern)
-            inside = os.path.dirname(named) == folder and os.path.basename(named).startswith("model")
+            inside = os.path.dirname(named) == folder and os.path.basename(named).startswith(("model", ADAPTER_FILES[0]))
             found = found or inside or named == folder
             pattern = os.path.join(glob.escape(pattern), "*")
         found = found or any(
@@ -157,7 +159,8 @@ def _children(folder: str, spec: str) -> list[str]:
 
 def _would_match(pattern: str, folder: str) -> bool:
     """Return whether a pattern matches a folder, or the model of a soup in it."""
-    return any(storage.matches(path, pattern) for path in (folder, f"{folder}/model.safetensors"))
+    paths = (folder, f"{folder}/model.safetensors", f"{folder}/{ADAPTER_FILES[0]}")
+    return any(storage.matches(path, pattern) for path in paths)
 
 
 def _aliases(pattern: str, folder: str) -> Iterator[str]:

@@ -253,8 +253,9 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
     tensors = next(iter(containers.values()))
     if tensors and all("lora_" in tensor for tensor in tensors):
         raise IngredientError(
-            f"{path} is a LoRA adapter ({len(tensors)} tensors, such as {next(iter(tensors))}); expected a whole model. "
-            "Merge it into its base model (peft: model.merge_and_unload()) and save that."
+            f"{path} is a LoRA adapter ({len(tensors)} tensors, such as {next(iter(tensors))}); expected a whole model, "
+            "or an adapter with its adapter_config.json among the recipe's ingredients. Restore that file, or merge the "
+            "adapter into its base model (peft: model.merge_and_unload()) and save that."
         )
     return Ingredient(
         name=name or stem(path),

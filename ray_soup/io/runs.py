@@ -1,6 +1,7 @@
 """The folders that training scripts leave: of each run one checkpoint is used, chosen by a rule that is reported.
 
     transformers   RUN/checkpoint-N/model.safetensors       the model saved at the end, the best by its record, the last
+    PEFT, TRL      RUN/checkpoint-N/adapter_model...        the same
     Lightning      RUN/checkpoints/epoch=3-step=12.ckpt     the best by its ModelCheckpoint, or the last
     timm           RUN/model_best.pth.tar, checkpoint-N     model_best, or the last
     torchvision    RUN/model_N.pth, checkpoint.pth          the last
@@ -21,10 +22,12 @@ from typing import Any
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
-from ray_soup.io.checkpoint_files import MODEL_FILES, checkpoint_of, is_checkpoint
+from ray_soup.io.checkpoint_files import ADAPTER_FILES, MODEL_FILES, checkpoint_of, is_checkpoint
 from ray_soup.io.json_files import read_json
 from ray_soup.io.progress import drain
 
+WEIGHTS = {*MODEL_FILES, *ADAPTER_FILES}
+"""The files by which a folder has a model of transformers, or an adapter of PEFT."""
 STEP = re.compile(r"checkpoint-(\d+)")
 """Folders of the Trainer of transformers."""
 STATE = "trainer_state.json"
@@ -216,12 +219,12 @@ def _steps(folder: str, names: Collection[str]) -> dict[str, list[str]]:
     """Return the folders checkpoint-N that contain a model, in order of N, with the names in each."""
     steps = sorted((int(match[1]), name) for name in names if (match := STEP.fullmatch(name)))
     inside = {name: storage.listdir(storage.join(folder, name)) for _, name in steps}
-    return {name: beside for name, beside in inside.items() if set(MODEL_FILES) & set(beside)}
+    return {name: beside for name, beside in inside.items() if WEIGHTS & set(beside)}
 
 
 def _of_transformers(folder: str, names: Sequence[str], steps: Mapping[str, list[str]]) -> Run:
     """Choose the model that was saved in the run's own folder, the best step by its record, or the last step."""
-    if set(MODEL_FILES) & set(names):
+    if WEIGHTS & set(names):
         return Run(folder, folder, "the model saved at the end", tuple(steps))
     last = list(steps)[-1]
     if STATE in steps[last]:

@@ -159,6 +159,14 @@ class Directions(Section):
     """Precision of the stored directions while learning. The soup itself is computed from the original files."""
 
 
+class Adapter(Section):
+    """The adapter that is written if the ingredients are LoRA adapters."""
+
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    """Largest rank of a module: larger ones are truncated to the nearest product of this rank. null: exact, the sum of the
+    ranks of the adapters in use."""
+
+
 class Greedy(Section):
     """Settings of the greedy method."""
 
@@ -198,6 +206,7 @@ class Recipe(Section):
     BatchNorm layers are re-estimated on fit. auto: recalibrate the layers whose running statistics differ between
     ingredients if data.fit is given, else average them; other floating-point buffers that differ are refused. The buffers
     of spectral normalization are always recomputed from the weights."""
+    adapter: Adapter = Adapter()
     greedy: Greedy = Greedy()
     learn: Learn = Learn()
     objective: ObjectiveName | Function = "auto"

@@ -16,6 +16,7 @@ import numpy as np
 from ray_soup.io.disk import read_array, write_array, write_bytes
 from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
 from ray_soup.soups.baseline import improvement, significance
@@ -50,6 +51,7 @@ from ray_soup.soups.write import (
     write_descriptions,
     write_library_files,
 )
+from ray_soup.task.adapters import about_base
 from ray_soup.task.choices import cost, ranking
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 from ray_soup.task.preprocess_key import model_of
@@ -162,6 +164,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
+        **about_base(inputs.ingredients),
         "notes": notes,
     }
 
@@ -254,7 +257,8 @@ def _result(session: Session, output: Output, file: Path) -> SoupResult:
         on = {s: session.whole(s) for s in session.setup.sizes} if method in SEEDLESS else reported(session.splits)
         found = bake_and_evaluate(session, output, mixture, model, on, session.calibration(CALIBRATION))
         save_outcomes(found, outcomes)
-        model.unlink()
+        model.unlink(missing_ok=True)
+        remove_adapter(model.parent)
         save_coefficients(mixture.coefficients, coefficients)
         write_entry({"figures": mixture.figures, "notes": mixture.notes}, made_so)
     entry = read_entry(made_so)

@@ -17,18 +17,21 @@ from ray_soup.actors.placement import resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
+from ray_soup.io.adapters import AdapterIngredient, adapters_among, open_checkpoint
 from ray_soup.io.check import check_together
-from ray_soup.io.checkpoint_files import is_checkpoint, shards_of, split_key
+from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned, pinned_recipe
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.adapter_bake import is_adapter_folder
 from ray_soup.mixing.bake import mix_range, soup_buffer
 from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coefficients
 from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.evaluations import figures_of
+from ray_soup.soups.finished_adapters import compare_products, compare_tensors, lifted_ingredients
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
@@ -36,6 +39,7 @@ from ray_soup.soups.proof import compare_sample
 from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
+from ray_soup.task.adapters import lift_one
 from ray_soup.task.data import cut_splits
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import test_sets
@@ -65,9 +69,10 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     if not storage.is_remote(path) and os.path.lexists(os.path.join(path, "run.json")):
         record = finished_record(Path(path))
         _check_present(Path(path), record)
-    opened = open_ingredient(model)
+    opened = open_checkpoint(model)
     if record is not None:
-        index = [f"{MODEL}.index.json"] if len(opened.files) > 1 else []
+        whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
+        index = [f"{MODEL}.index.json"] if whole else []
         check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):
@@ -77,9 +82,12 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
         check_functions(recipe)
     examined = examine(recipe, [opened])
     layout, notes = examined.layout, [*notes, *examined.notes]
+    ingredients: list[Ingredient] = []
+    if isinstance(opened, AdapterIngredient):
+        ingredients, _ = lift_one(recipe.model, opened, recipe.ignore)
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress, now=True)
-        pool = RayPool(recipe, [], Mesh(mesh.size, 1), cpus)
+        pool = RayPool(recipe, ingredients, Mesh(mesh.size, 1), cpus)
         try:
             setup = pool.setup(progress)
             splits = cut_splits(recipe.data, setup.sizes, setup.fit_digests, recipe.learn.seed)
@@ -149,18 +157,28 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     record = finished_record(out)
     _check_listed(out, record)
     check_files(out, record, error=SoupError)
-    _, _, coefficients, ingredients = _open_finished(out)
+    recipe, _, coefficients, ingredients = _open_finished(out)
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
     _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
-    total = _compare_tensors(out, coefficients, ingredients, progress)
-    sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
-    proof = f"{sampled} sampled tensors equal those computed from the ingredients as their own libraries load them"
+    of_adapters, more = is_adapter_folder(out), []
+    if of_adapters:
+        total = compare_tensors(out, recipe, coefficients, ingredients, progress)
+        sampled = compare_products(out, recipe, coefficients, ingredients)
+        if recipe.adapter.rank is not None:
+            more = [f"products of a larger rank than {recipe.adapter.rank} are truncated as near as that rank allows"]
+        more += [f"the base {record['base']['path']} has the digest in run.json"]
+    else:
+        total = _compare_tensors(out, coefficients, ingredients, progress)
+        sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
+    what = "products B A" if of_adapters else "tensors"
+    proof = f"{sampled} sampled {what} equal those computed from the ingredients as their own libraries load them"
     if sampled is None:
-        proof = "no tensors were sampled for their own libraries, because the ingredients are in remote storage"
+        proof = f"no {what} were sampled for their own libraries, because the ingredients are in remote storage"
     return [
         f"{len(record['files'])} files have the digests in run.json",
         f"{coefficients.values.shape[1]} columns sum to 1 within {off:.0e}",
         f"{len(ingredients)} ingredients have the digests in run.json",
+        *more,
         f"{total} tensors are bit-identical to those computed from coefficients and ingredients",
         proof,
     ]
@@ -180,6 +198,8 @@ def _check_listed(out: Path, record: RunRecord) -> None:
     listed = record["files"]
     index = f"{MODEL}.index.json"
     expected = [*DESCRIPTIONS, index if index in listed or (out / index).exists() else MODEL]
+    if is_adapter_folder(out) or ADAPTER_CONFIG in listed:
+        expected[-1:] = [ADAPTER_CONFIG, ADAPTER_FILES[0]]
     if expected[-1] == index:
         expected += [os.path.basename(shard) for shard in shards_of(str(out / index))]
     missing = next((name for name in expected if name not in listed), None)
@@ -218,7 +238,7 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
     recipe = load_recipe(out / "recipe.yaml")
     coefficients = load_coefficients(out / COEFFICIENTS)
     try:
-        ingredients = [open_ingredient(i["path"], i["name"]) for i in record["ingredients"]]
+        ingredients = [open_checkpoint(i["path"], i["name"]) for i in record["ingredients"]]
     except SoupError as error:
         raise type(error)(f"{error} {out / 'run.json'} lists it as an ingredient.") from error
     if tuple(i.name for i in ingredients) != coefficients.ingredients:
@@ -226,6 +246,10 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
             f"{out}: run.json and {COEFFICIENTS} name different ingredients. Restore both files from the same run."
         )
     _check_present(out, record)
+    adapters = adapters_among(ingredients)
+    if adapters:
+        lifted = lifted_ingredients(out, recipe, record, coefficients, adapters, out / COEFFICIENTS)
+        return recipe, record, coefficients, lifted
     names = open_ingredient(str(out)).tensors
     shapes = {name: info.shape for name, info in names.items()}
     check_covers(coefficients, shapes, out / COEFFICIENTS)

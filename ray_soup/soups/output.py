@@ -26,6 +26,7 @@ from ray_soup import __version__
 from ray_soup.errors import RecipeError, SoupError, Stopped, explain
 from ray_soup.io import storage
 from ray_soup.io.cache import content_key
+from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES
 from ray_soup.io.disk import read_json, write_bytes, writing
 from ray_soup.io.find import check_apart
 from ray_soup.io.hashing import sha256_file
@@ -113,7 +114,8 @@ class Output:
             return str(file)
         uri = self.uri_of("state", "evaluated")
         parts = set(read_json(file)["weight_map"].values()) if file.suffix == ".json" else set()
-        for name in (*parts, file.name):
+        beside = [ADAPTER_CONFIG] if file.name in ADAPTER_FILES else []
+        for name in (*parts, *beside, file.name):
             storage.upload(file.with_name(name), storage.join(uri, name))
         return storage.join(uri, file.name)
 

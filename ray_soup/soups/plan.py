@@ -20,8 +20,8 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import partition
-from ray_soup.mixing.directions import has_store
 from ray_soup.mixing.hyperplane import ITEMSIZE
+from ray_soup.mixing.stores import has_store
 from ray_soup.recipe import Recipe
 from ray_soup.soups.learn import model_batches
 from ray_soup.soups.report.measures import measures_in, measures_of, recorded
@@ -29,8 +29,8 @@ from ray_soup.soups.session import (
     CALIBRATION,
     CALIBRATION_WHILE_CHOOSING,
     Inputs,
-    fitting_model_batch,
     open_inputs,
+    planned_model_batch,
 )
 from ray_soup.task.data import cut_splits
 from ray_soup.task.outcomes import test_sets
@@ -70,10 +70,10 @@ def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, 
             f"plan: the method {recipe.method} learns nothing; expected a method that learns coefficients. Choose one, as "
             "in method=mehl+."
         )
-    count, numel = len(inputs.ingredients), inputs.layout.numel
+    numel, count = inputs.held
     with connect():
         mesh, cpus = resolve_mesh(recipe, numel, count, progress)
-        model_batch = fitting_model_batch(recipe, numel, count, mesh)
+        model_batch = planned_model_batch(recipe, inputs, mesh)
         pool = RayPool(recipe, inputs.ingredients, Mesh(1, 1), cpus)
         try:
             setup = pool.setup(progress)
@@ -96,15 +96,21 @@ def _figures(
 ) -> dict[str, Any]:
     options, numel, count = recipe.learn, inputs.layout.numel, len(inputs.ingredients)
     itemsize = ITEMSIZE[recipe.directions.dtype]
+    stored, passed = count * itemsize, model_batch * itemsize  # bytes per parameter, on a node and in a step
+    if inputs.frozen:  # the values of all adapters, once
+        stored = passed = 4
     blocks = partition(inputs.layout, recipe.blocks).count
     turns = len(model_batches(count, model_batch, options.seed, options.models_epochs))
     per_epoch = -(-sizes["fit"] // options.batch_size)
-    row_bytes = -(-numel // mesh.shards) * itemsize
-    combine, project = (model_batch * row_bytes * s for s in (timings.combine_s, timings.project_s))
+    row_bytes = -(-numel // mesh.shards) * passed
+    combine, project = (row_bytes * s for s in (timings.combine_s, timings.project_s))
     costs = _Costs(timings, mesh, combine, project)
     seconds = _seconds(recipe, inputs, sizes, costs, turns, cpus)
     full = costs.step_s(options.batch_size)
-    memory = actor_bytes(recipe, numel, model_batch, mesh.shards, timings.peak_bytes - 8 * numel)
+    moving = 0 if inputs.frozen else model_batch
+    memory = actor_bytes(recipe, numel, moving, mesh.shards, timings.peak_bytes - 8 * numel)
+    if inputs.frozen:
+        memory += 4 * numel // mesh.shards
     vector = 8 * numel * (mesh.shards - 1) // mesh.shards
     return {
         "method": recipe.method,
@@ -116,7 +122,7 @@ def _figures(
         "model_batch": model_batch,
         "examples": sizes,
         "memory_bytes_per_actor": int(memory),
-        "store_bytes_per_node": int(numel * (4 + count * itemsize)),
+        "store_bytes_per_node": int(numel * (4 + stored)),
         "store_is_there": seconds["store"] == 0.0,
         "bytes_read": sum(i.nbytes for i in inputs.ingredients),
         "steps": turns * options.epochs * per_epoch,

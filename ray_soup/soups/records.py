@@ -112,6 +112,7 @@ class RunRecord(TypedDict, total=False):
     eliminations: list[dict[str, Any]]
     counts: list[dict[str, Any]]
     search: dict[str, Any]
+    base: dict[str, str]
 
 
 class BegunRecord(TypedDict, total=False):

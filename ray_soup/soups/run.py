@@ -41,6 +41,7 @@ from ray_soup.soups.write import (
     write_descriptions,
     write_library_files,
 )
+from ray_soup.task.adapters import about_base
 from ray_soup.task.outcomes import Outcome, judged
 from ray_soup.task.preprocess_key import model_of
 
@@ -123,6 +124,7 @@ def make_soup_in(
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
         "preprocessing": inputs.preprocessing,
+        **about_base(inputs.ingredients),
         "notes": notes,
     }
     record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
@@ -139,10 +141,10 @@ def make_soup_in(
 def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
     """Make a uniform soup from a recipe without data: there are no actors, and they evaluate nothing."""
     coefficients = mean_coefficients(recipe, inputs, inputs.everything)
-    bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
     done = "not evaluated" if recipe.evaluate is None else f"evaluated by {recipe.evaluate} alone"
     note = f"The recipe has no data: this soup was {done}. {NOTHING_TO_COMPARE_WITH}"
-    return _Made(Mixture(coefficients, notes=[note]))
+    return _Made(Mixture(coefficients, notes=[note, *notes]))
 
 
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:

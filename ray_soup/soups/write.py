@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray_soup.io.adapters import open_adapter
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
 from ray_soup.io.find import find_sweeps
 from ray_soup.io.hugging_face import notes_of
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.lifting import group_of
 from ray_soup.io.progress import ProgressCallback
+from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
 from ray_soup.mixing.bake import bake, overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
 from ray_soup.recipe import Recipe
@@ -22,9 +25,10 @@ from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
-from ray_soup.task.companions import loading_line, write_companions
+from ray_soup.task.companions import adapter_line, loading_line, write_companions, write_tokenizer
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome
+from ray_soup.task.peft_models import check_with_peft
 
 
 def bake_and_evaluate(
@@ -51,10 +55,8 @@ def bake_and_evaluate(
     """
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
-    file = bake(
-        mixture.coefficients, chosen, path, None, lambda done, total: progress("mixing", done, total),
-        session.recipe.out_dtype, shard_size,
-    )  # fmt: skip
+    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+    mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
         found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
@@ -74,12 +76,41 @@ def bake_model(
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
     progress: ProgressCallback,
-) -> None:
-    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests."""
-    bake(
-        coefficients, list(ingredients), folder / MODEL, None, lambda done, total: progress("mixing", done, total),
-        recipe.out_dtype, recipe.shard_size,
-    )  # fmt: skip
+) -> list[str]:
+    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes."""
+    return bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size)[1]
+
+
+def bake_any(
+    recipe: Recipe,
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    path: Path,
+    progress: ProgressCallback,
+    shard_size: int | None,
+) -> tuple[Path, list[str]]:
+    """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
+
+    Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
+    Arguments as for `bake`.
+    """
+
+    def count(done: int, total: int) -> None:
+        progress("mixing", done, total)
+
+    group = group_of(ingredients)
+    if group is None:
+        return bake(coefficients, list(ingredients), path, None, count, recipe.out_dtype, shard_size), []
+    form = Form(recipe.out_dtype, recipe.adapter.rank)
+    file = bake_adapter(coefficients, ingredients, group, path.parent, count, form)
+    check_with_peft(recipe.model, [open_adapter(str(file))])
+    error = relative_error(coefficients, ingredients, group, form)
+    if error is None:
+        return file, []
+    return file, [
+        f"{recipe.method}: truncated to rank {form.rank}, the changes of weights differ by {error:.2%} (Frobenius norm) "
+        "from those of the exact soup. All figures are those of the truncated adapter."
+    ]
 
 
 def write_library_files(folder: Path, model: str) -> None:
@@ -89,6 +120,9 @@ def write_library_files(folder: Path, model: str) -> None:
         folder: the folder, which already contains the model.
         model: where the files come from, as in the recipe's `model`.
     """
+    if is_adapter_folder(folder):
+        write_tokenizer(model, folder)
+        return
     dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
     write_companions(model, folder, dtypes.most_common(1)[0][0])
 
@@ -113,7 +147,10 @@ def write_descriptions(
     """
     save_coefficients(coefficients, folder / COEFFICIENTS)
     save_table(coefficients, folder / TABLE)
-    line = loading_line(model, [file.name for file in folder.iterdir()])
+    if is_adapter_folder(folder):
+        line = adapter_line(recipe.model)
+    else:
+        line = loading_line(model, [file.name for file in folder.iterdir()])
     write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, line))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.hugging_face import settings_folder
 from ray_soup.task.libraries import open_clip_model_arguments, timm_model_arguments, torchvision_model_arguments
 from ray_soup.task.model_spec import ModelSpec
@@ -73,8 +74,28 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
     model.config._name_or_path = ""  # which versions before 5.0 would write down
     model.config.save_pretrained(folder)
     if model.main_input_name == "input_ids":
-        if has_tokenizer(name):
-            transformers.AutoTokenizer.from_pretrained(name, **local).save_pretrained(folder)
+        write_tokenizer(spec, folder)
     else:
         with contextlib.suppress(OSError, ValueError):  # none was saved with the model
             transformers.AutoImageProcessor.from_pretrained(name, **local).save_pretrained(folder)
+
+
+def write_tokenizer(spec: str, folder: Path) -> None:
+    """Write the files of the tokenizer of `transformers:FOLDER`, if that has one."""
+    parsed = ModelSpec.parse(spec)
+    name = settings_folder(parsed.name)
+    if has_tokenizer(name):
+        tokenizers = parsed.import_library().AutoTokenizer
+        tokenizers.from_pretrained(name, **loading_options(name)).save_pretrained(folder)
+
+
+def adapter_line(spec: str) -> str:
+    """Return the line of Python that loads an adapter of the base `spec`, run in the adapter's folder."""
+    with torch.device("meta"):
+        kind = type(build(spec).model).__name__
+    name, more = ModelSpec.parse(spec).name, ""
+    if is_hub(name):
+        where = HubPath.parse(name)
+        name, more = where.repo, f", revision={where.revision!r}"
+        more += f", subfolder={where.inside!r}" if where.inside else ""
+    return f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({name!r}{more}), '.')"

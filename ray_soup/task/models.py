@@ -204,6 +204,10 @@ def load_checkpoint(model: torch.nn.Module, path: str, ignore: Sequence[str] = (
 
     Raises IngredientError if the checkpoint does not fit.
     """
+    load_adapter = getattr(model, "load_adapter_file", None)
+    if load_adapter is not None:  # the base with an adapter, task.peft_models
+        load_adapter(path)
+        return
     layout = layout_of(model)
     unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
     checkpoint = check_fits(open_ingredient(path), layout.state_shapes, layout.known_names, unneeded)

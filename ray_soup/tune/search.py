@@ -131,7 +131,7 @@ def _search(recipe: Recipe, inputs: Inputs, configs: list[Config], output: Outpu
     """Run the search in an output folder after `Output.begin`."""
     settle()
     for config in configs:
-        actors = bundles(with_changes(recipe, config), inputs.layout.numel, len(inputs.ingredients), progress)
+        actors = bundles(with_changes(recipe, config), inputs.held[0], len(inputs.ingredients), progress)
         wait_for_room(actors, recipe.actors.wait_s, progress, "`actors:` or learn.model_batch")
     first = output.state("first", "state", "resolved.json")
     with writing(first):

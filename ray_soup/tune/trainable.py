@@ -127,7 +127,7 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
 def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None]) -> None:
     """Learn the coefficients of one soup with the state in `file`; after every epoch, keep the state and report."""
     inputs = open_inputs(recipe, needs_fit=True)
-    mesh, cpus, model_batch = trial_mesh(recipe, inputs.layout.numel, len(inputs.ingredients))
+    mesh, cpus, model_batch = trial_mesh(recipe, inputs.held[0], len(inputs.ingredients))
     pool = RayPool(recipe, inputs.ingredients, mesh, cpus)
     try:
         setup = pool.setup(no_progress)
@@ -160,7 +160,7 @@ def soup_resources(recipe: Recipe) -> Callable[[Config], tune.PlacementGroupFact
     """Return the resources of a trial of `soup_trainable` as a function of its config, for `tune.with_resources`."""
     recipe = pinned_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
-    parameters, count = inputs.layout.numel, len(inputs.ingredients)
+    parameters, count = inputs.held[0], len(inputs.ingredients)
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
         actors = bundles(recipe_of(recipe, config), parameters, count)

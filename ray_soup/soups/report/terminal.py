@@ -249,7 +249,8 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
         return
     print_row(*_rows_of(soup), measures=measures_in(soup.record))
-    model = max((name for name in soup.record["files"] if name.startswith("model")), default="model.safetensors")
+    names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
+    model = max(names, default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
 
 
@@ -277,8 +278,10 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_methods(soup.record)
     _print_series(soup.record)
     _print_tests(soup.record)
+    model = "adapter_model" if "base" in soup.record else "model"
     echo(
-        f"Wrote {soup.out}/report.html with tables and figures, and model.safetensors with the soup {soup.record['chosen']}."
+        f"Wrote {soup.out}/report.html with tables and figures, and {model}.safetensors with the soup "
+        f"{soup.record['chosen']}."
     )
 
 
