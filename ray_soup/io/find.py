@@ -209,15 +209,16 @@ def _find_files(spec: str, notes: list[str]) -> list[str]:
     """Return the checkpoints that a glob, a folder or a file names; one of each run, if these are folders of runs."""
     if has_magic(spec) and not storage.exists(spec):
         matches = sorted(_glob(spec), key=natural)
-        paths = _checkpoints_among(matches) or _of_runs(spec, [m for m in matches if storage.isdir(m)], notes)
-        notes += _steps_below(spec, paths, matches)
+        paths = _checkpoints_among(matches)
+        notes += _steps_below(spec, paths, matches) if paths else []
+        paths = paths or _of_runs(spec, [m for m in matches if storage.isdir(m)], notes)
     elif storage.isdir(spec):
         names = storage.listdir(spec)
         refuse_distributed(spec, names)
         children = [storage.join(spec, name) for name in names]
         paths = [] if run_in(spec) else _checkpoints_among(children)
+        notes += _steps_below(spec, paths, children) if paths else []
         paths = paths or _of_runs(spec, [spec], notes)
-        notes += _steps_below(spec, paths, children)
     elif storage.exists(spec):
         paths = [spec] if checkpoint_of(spec) else []
     else:

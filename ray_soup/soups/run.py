@@ -14,7 +14,7 @@ from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import BEST_SINGLE, Data, Recipe
+from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
 from ray_soup.soups.make import Mixture, make, mean_coefficients
@@ -206,8 +206,9 @@ def _own_figures(
         return ours, {}
     progress(f"evaluate {BEST_SINGLE}", 0, 1)
     best = mean_coefficients(recipe, inputs, [inputs.names.index(made.baseline.name)])
+    exact = with_changes(recipe, {"adapter.rank": None})  # its other figures are those of the ingredient itself
     single = figures_of_soup(
-        recipe, output, BEST_SINGLE, best, lambda: folder_of_soup(staging, recipe, best, inputs.ingredients, progress)
+        recipe, output, BEST_SINGLE, best, lambda: folder_of_soup(staging, exact, best, inputs.ingredients, progress)
     )
     check_same_names(recipe.evaluate, [(recipe.method, ours), (BEST_SINGLE, single)])
     return ours, single
