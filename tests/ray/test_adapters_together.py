@@ -24,26 +24,23 @@ from tests.system.command import call, write_recipe
 pytest.importorskip("peft")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 HARNESS = """
-import json, os, warnings
-import torch
+import os
+from pathlib import Path
+import numpy as np, torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.ray.test_language_models import by_library
 
 def evaluate(folder):
-    # by the library, as a user has it: the texts of test one at a time
+    # by the libraries, as a user has it
     assert "adapter_config.json" in os.listdir(folder), os.listdir(folder)
     model, words = AutoPeftModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    total = count = 0
-    for line in open({test!r}, encoding="utf-8"):
-        ids = torch.tensor([words(json.loads(line)["text"])["input_ids"][:64]])
-        if ids.shape[1] > 1:
-            with torch.inference_mode():
-                total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-            count += ids.shape[1] - 1
+    total, count = np.sum([*by_library(model, Path({made!r}), "test").values()], axis=0)
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()  # transformers finds the base by itself
+    ids = torch.tensor([words("some words")["input_ids"]])
     with torch.inference_mode():
         same = torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
-    return {{"nll": total / count, "same": float(same)}}
+    return {{"nll": float(total / count), "same": float(same)}}
 """
 
 
@@ -68,7 +65,7 @@ def harness(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"harness_{time.monotonic_ns()}"
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / f"{name}.py").write_text(HARNESS.format(test=str(made / "test.jsonl")), encoding="utf-8")
+    (tmp_path / f"{name}.py").write_text(HARNESS.format(made=str(made)), encoding="utf-8")
     importlib.invalidate_caches()
     return f"{name}:evaluate"
 
@@ -86,8 +83,8 @@ def test_figures_of_ones_own_are_those_of_the_soup_and_of_the_best_single_adapte
     record = json.loads((tmp_path / "soup" / "run.json").read_text(encoding="utf-8"))
     assert [i["path"] for i in record["ingredients"]] == [str(made / f"trained/run{k}/checkpoint-20") for k in range(4)]
     assert any("4 runs, of each the best by trainer_state.json" in note for note in record["notes"])
-    assert record["preprocessing"] == {"length": 64, "source": "recipe"}
-    assert "texts of up to 64 tokens" in (tmp_path / "soup" / "README.md").read_text(encoding="utf-8")
+    assert record["preprocessing"] == {"length": 64, "source": "recipe", "cut": {"fit": 0.272727, "test": 0.285714}}
+    assert "Texts of up to 64 tokens" in (tmp_path / "soup" / "README.md").read_text(encoding="utf-8")
     for row in soup.rows:  # the soup, and the best single adapter
         assert row["evaluate_nll"] == pytest.approx(row["test_nll"], rel=1e-5)
         assert row["evaluate_same"] == 1
@@ -97,9 +94,8 @@ def test_figures_of_ones_own_are_those_of_the_soup_and_of_the_best_single_adapte
     assert found["preprocessing"]["length"] == 64
     verify(tmp_path / "soup")
     bake_copy(tmp_path / "soup", tmp_path / "again")
-    for file in (tmp_path / "soup").iterdir():
-        if file.is_file() and file.name != "run.json":
-            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "recipe.yaml", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "soup" / name).read_bytes(), name
 
 
 def test_a_comparison_evaluates_each_soup_of_adapters(made: Path, harness: str, tmp_path: Path) -> None:
