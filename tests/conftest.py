@@ -58,6 +58,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how to repeat the order of the tests if some of them failed: a quiet pytest does not."""
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"Repeat this order with --randomly-seed={config.getoption('randomly_seed')}")
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(SHORT, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.placement import actor_bytes
 from ray_soup.errors import RecipeError
-from ray_soup.recipe import make_recipe
+from ray_soup.io.cache import cache_folder
+from ray_soup.mixing import directions
+from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.plan import lines, plan
 from ray_soup.soups.run import run
-from ray_soup.soups.session import fitting_model_batch
+from ray_soup.soups.session import fitting_model_batch, open_inputs
 from tests.conftest import values
 
 
@@ -28,7 +31,7 @@ def test_the_plan_agrees_with_the_run(zoo: Path, tmp_path: Path) -> None:
     recipe = make_recipe(values(zoo, **changes))
     run(recipe, tmp_path / "first")  # compiles its loops, which takes memory
     found = plan(recipe)
-    assert found["store_is_there"]
+    assert found["store_is_there"], _stores(recipe)
     assert found["seconds"]["store"] == 0
     record = run(recipe, tmp_path / "out").record
     for key in ("steps", "image_passes", "model_batch", "parameters"):
@@ -39,6 +42,14 @@ def test_the_plan_agrees_with_the_run(zoo: Path, tmp_path: Path) -> None:
     text = dict(lines(found))
     assert text["steps"].startswith(f"{record['steps']}, ")
     assert f"{record['mesh']['shards']} shards" in text["actors"]
+
+
+def _stores(recipe: Recipe) -> str:
+    """Describe the stores in this process's cache, the one that was expected, and the room on the disk."""
+    inputs, folder = open_inputs(recipe), cache_folder() / "directions"
+    key = directions._key(inputs.ingredients, inputs.layout, recipe.directions.dtype)
+    there = {f"{entry.name}/{file.name}": file.stat().st_size for entry in folder.iterdir() for file in entry.glob("*")}
+    return f"{key} of {[i.identity_here() for i in inputs.ingredients]} in {folder}: {there}, {shutil.disk_usage(folder)}"
 
 
 def test_auto_divides_the_ingredients_into_equal_parts_if_memory_is_short(

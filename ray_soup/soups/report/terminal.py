@@ -187,20 +187,23 @@ def print_table(head: Sequence[str], cells: Sequence[Sequence[str]], whole: bool
     Args:
         head: the headings.
         cells: the cells of each row.
-        whole: True to cut other columns, and not the first, if the table is too wide.
+        whole: True to cut the other headings, and neither the first column nor any cell, if the table is too wide.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    console = _console()
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: a table should fit into 80 columns
-    longest = max((len(name_of(line[0])) for line in cells), default=0) if whole else 0
+    longest = [max((len(name_of(line[n])) for line in cells), default=0) if whole else 0 for n in range(len(head))]
+    room = (console.width - longest[0]) // max(1, len(head) - 1) - 3 if whole else LONGEST_NAME
     for number, name in enumerate(head):
-        least = None if number else longest
-        shown.add_column(Text(name_of(name)), justify="right" if number else "left", no_wrap=True, min_width=least)
+        heading = name_of(name, longest=min(LONGEST_NAME, max(longest[number], room)) if number else LONGEST_NAME)
+        shown.add_column(
+            Text(heading), justify="right" if number else "left", no_wrap=True, min_width=longest[number] or None
+        )
     for line in cells:
         shown.add_row(*(Text(name_of(cell)) for cell in line))
-    console = _console()
     with console.capture() as captured:
         console.print(shown)
     _echo_styled(captured.get().removesuffix("\n"))

@@ -18,6 +18,7 @@ from threading import Barrier
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -192,9 +193,10 @@ BOMBS = {
 def test_a_pickle_that_asks_for_too_much_is_refused_before_torch_runs_it(tmp_path: Path, bomb: str) -> None:
     path = saved(tmp_path / "a.pt")
     rewritten(path, with_record("data.pkl", b"\x80\x02" + BOMBS[bomb]))
+    peak, now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, psutil.Process().memory_info().rss >> 10  # KB
     with pytest.raises(IngredientError, match=r"a\.pt "):
         open_ingredient(str(path))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20  # KB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < max(peak + 1, now + (1 << 20))  # other tests had a peak too
 
 
 @pytest.mark.parametrize("extra", [tuple(f"n{i:08d}" for i in range(21_841)), "x" * 40_000_000])
@@ -253,8 +255,8 @@ def test_flipped_and_cut_files_read_as_torch_loads_them_or_are_refused(tmp_path:
                     assert torch.equal(tensor.view(torch.uint8), truth[n].reshape(-1).view(torch.uint8)), (name, data)
                 right += 1
             print(name, right, refused)
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert usage < 2 << 20, usage
+        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss has the parent's
+        assert int(peak.split()[1]) < 2 << 20, peak
     """
     done = child(script, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -99,6 +99,17 @@ def test_a_row_has_a_figure_per_line(capsys: pytest.CaptureFixture[str]) -> None
     assert ["steps", "12"] in lines
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "100"])
+def test_a_long_path_cuts_no_figure(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    print_row(row(f"/{'folder/' * 30}out", test_accuracy=0.9, steps=12))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["test", "%", "90.00"] in lines
+    assert ["steps", "12"] in lines
+
+
 def test_a_finished_soup_is_not_said_to_have_run(capsys: pytest.CaptureFixture[str]) -> None:
     soup = comparison("test")
     soup.was_complete = True
