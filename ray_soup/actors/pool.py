@@ -6,7 +6,7 @@ the interfaces; `MeshPool` implements their calls, and its subclasses add a tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,9 @@ import numpy as np
 from ray_soup.actors.messages import Mesh, Partial, SetupInfo, StepTimings, StoreInfo
 from ray_soup.actors.recovery import RecoveringMesh
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics, averaged
+from ray_soup.mixing.shard_files import ShardFiles
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, Score, join_outcomes
 
@@ -54,6 +56,11 @@ class ActorPool(StepPool, Protocol):
     """The pool interface of a run. Answers come in the order of ranks."""
 
     mesh: Mesh
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes that the actors run on."""
+        ...
 
     def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
         """Start all actors and wait until they are set up. They must see the files `seen`."""
@@ -100,6 +107,18 @@ class ActorPool(StepPool, Protocol):
         """Free what the actors kept for an ensemble or a greedy search."""
         ...
 
+    def bake(
+        self,
+        subset: tuple[int, ...],
+        coefficients: Coefficients,
+        files: ShardFiles,
+        out_dtype: str,
+        shard_size: int | None,
+        progress: Callable[[int], None],
+    ) -> int:
+        """Write the files of a soup of the ingredients `subset`, divided among the actors; return the bytes read."""
+        ...
+
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
         """Time the parts of a step on at most `most` examples on the first actor's node."""
         ...
@@ -126,6 +145,11 @@ class MeshPool(RecoveringMesh):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__(mesh)
         self._precision = ""
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes that the actors run on."""
+        return len(set(self._nodes.values()))
 
     def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
         """Start all actors and wait until they are set up; their answers are equal."""
@@ -255,6 +279,45 @@ class MeshPool(RecoveringMesh):
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""
         self._ask("forget", lambda actor, rank: actor.forget.remote())
+
+    def bake(
+        self,
+        subset: tuple[int, ...],
+        coefficients: Coefficients,
+        files: ShardFiles,
+        out_dtype: str,
+        shard_size: int | None,
+        progress: Callable[[int], None],
+    ) -> int:
+        """Write the files of a soup's model, neighbouring ones on one actor; they must be on a disk that all nodes share.
+
+        Args:
+            subset: the numbers of the ingredients that the coefficients refer to.
+            coefficients: the coefficients of the soup.
+            files: all files of the model, from `plan_baking` with the two following arguments.
+            out_dtype: dtype of the floats, or `keep`.
+            shard_size: maximum bytes of tensors per file.
+            progress: called with the bytes of ingredients that all actors have read so far.
+
+        Returns how many bytes of the ingredients' parameters the actors have read. Raises SoupError if a file is not there
+        afterwards.
+        """
+        count = min(self.mesh.size, len(files.files))
+        bounds = [len(files.files) * rank // count for rank in range(count + 1)]
+        read = 0
+
+        def add(what: str, nbytes: int, total: int) -> None:
+            nonlocal read
+            read += nbytes
+            progress(read)
+
+        def call(actor: Any, rank: int) -> Any:
+            part = (bounds[rank], bounds[rank + 1])
+            return actor.bake.remote(subset, coefficients, str(files.path), out_dtype, shard_size, *part)
+
+        answers = self._ask("bake", call, range(count), add)
+        files.check_sizes()
+        return sum(answers)
 
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
         """Time the parts of a step on at most `most` examples on the first actor's node."""

@@ -7,7 +7,6 @@ module does not use Ray.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Generator, Sequence
@@ -19,13 +18,12 @@ import torch
 
 from ray_soup.actors import precision as precisions
 from ray_soup.actors import timing
+from ray_soup.actors.baker import bake, check_paths
 from ray_soup.actors.candidates import CandidateMixer
 from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, score
 from ray_soup.actors.group import ShardGroup
 from ray_soup.actors.messages import Heartbeat, Mesh, Partial, SetupInfo, StepTimings, StoreInfo, Stream
 from ray_soup.actors.replica import load_replica, tensor_of
-from ray_soup.errors import RecipeError
-from ray_soup.io import storage
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
@@ -34,6 +32,7 @@ from ray_soup.io.progress import labelled
 from ray_soup.mixing import stores
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.buffers import mixed_buffer
+from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
@@ -67,7 +66,7 @@ class Shard:
         Raises RecipeError if this node does not see the ingredients or the local files `seen` by the driver; on the first
         actor also if two splits share examples.
         """
-        self._check_paths(seen)
+        check_paths(self.ingredients, seen)
         yield from labelled("downloading ingredients", download_all(files_of(self.ingredients)))
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
@@ -93,19 +92,6 @@ class Shard:
             tuple(dict.fromkeys(notes)),
             {name: e.cut for name, e in examples.items() if e.cut is not None},
         )
-
-    def _check_paths(self, seen: tuple[str, ...]) -> None:
-        files = [(f, size) for i in self.ingredients for f, size in zip(i.files, i.sizes, strict=True)]
-        for path, size in [*((path, None) for path in seen), *files]:
-            if storage.is_remote(path):
-                continue
-            found = os.path.getsize(path) if os.path.exists(path) else None
-            if found is None or size not in (None, found):
-                what = "does not exist" if found is None else f"has {found:,} bytes instead of {size:,} (on the driver)"
-                raise RecipeError(
-                    f"{path} {what} on the node {socket.gethostname()}. Put ingredients, data and OUT where every node sees "
-                    "them: a shared disk, or a URI such as s3://BUCKET/...."
-                )
 
     # The other shards of the replica
 
@@ -273,6 +259,20 @@ class Shard:
         """Free what was kept between calls for an ensemble or a greedy search."""
         self.ensemble.forget()
         self.candidates.forget()
+
+    def bake(
+        self,
+        subset: tuple[int, ...],
+        coefficients: Coefficients,
+        path: str,
+        out_dtype: str,
+        shard_size: int | None,
+        first: int,
+        stop: int,
+    ) -> Stream[int]:
+        """Write files number `first` to `stop` (excluded) of a soup of the ingredients `subset`; see `bake`."""
+        chosen = [self.ingredients[k] for k in subset]
+        yield from bake(chosen, coefficients, path, out_dtype, shard_size, first, stop, self.threads)
 
     # Measurements
 

@@ -30,6 +30,7 @@ from ray_soup.mixing.bake import mix_range, soup_buffer
 from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coefficients
 from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
+from ray_soup.soups.baking import bakers
 from ray_soup.soups.evaluations import figures_of
 from ray_soup.soups.finished_adapters import compare_products, compare_tensors, lifted_ingredients
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
@@ -130,12 +131,14 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
     rows = read_results(source)
     with open_output(new_out, progress) as output:
         try:
-            _check_digests(source, record, ingredients, hash_ingredients(ingredients, progress))
             soup = output.begin(begun(recipe, ingredients))
             if soup is not None:
                 raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()
-            bake_model(staging, recipe, coefficients, ingredients, progress)
+            with bakers(recipe, ingredients, output, progress) as pool:
+                sha256 = hash_ingredients(ingredients, progress) if pool is None else pool.hash(progress)
+                _check_digests(source, record, ingredients, sha256)
+                bake_model(staging, recipe, coefficients, ingredients, progress, pool)
             beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else model_of(recipe)
             write_library_files(staging, beside)
             write_descriptions(staging, recipe, coefficients, rows, record, beside)

@@ -15,6 +15,7 @@ from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
+from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
 from ray_soup.soups.make import Mixture, make, mean_coefficients
@@ -94,7 +95,7 @@ def make_soup_in(
     """
     clock, staging = Clock(), output.staging()
     if recipe.data == Data():
-        made = _without_data(recipe, inputs, staging, progress)
+        made = _without_data(recipe, inputs, output, staging, progress)
         clock.lap("mixing")
     else:
         with open_session(recipe, inputs, output, recipe.info.learns, progress) as session:
@@ -138,13 +139,15 @@ def make_soup_in(
     return Soup(output.folder, rows, record, notes)
 
 
-def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
-    """Make a uniform soup from a recipe without data: there are no actors, and they evaluate nothing."""
+def _without_data(recipe: Recipe, inputs: Inputs, output: Output, staging: Path, progress: ProgressCallback) -> _Made:
+    """Make a uniform soup from a recipe without data: no actor builds the model, and nothing is evaluated."""
     coefficients = mean_coefficients(recipe, inputs, inputs.everything)
-    notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    with bakers(recipe, inputs.ingredients, output, progress) as pool:
+        notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress, pool)
+        sha256 = [] if pool is None else pool.hash(progress)
     done = "not evaluated" if recipe.evaluate is None else f"evaluated by {recipe.evaluate} alone"
     note = f"The recipe has no data: this soup was {done}. {NOTHING_TO_COMPARE_WITH}"
-    return _Made(Mixture(coefficients, notes=[note, *notes]))
+    return _Made(Mixture(coefficients, notes=[note, *notes]), sha256=sha256)
 
 
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:

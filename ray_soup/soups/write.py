@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray_soup.actors.pool import ActorPool
 from ray_soup.io.adapters import open_adapter
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
@@ -17,9 +18,10 @@ from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.lifting import group_of
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
-from ray_soup.mixing.bake import bake, overwrite_tensors
+from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
 from ray_soup.recipe import Recipe
+from ray_soup.soups.baking import bake_whole
 from ray_soup.soups.make import Mixture
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
@@ -55,7 +57,9 @@ def bake_and_evaluate(
     """
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
-    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+    shared = pool if output.mirror is None else None
+    made = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, shared, session.subset)
+    file, notes = made
     mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
@@ -76,9 +80,13 @@ def bake_model(
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
     progress: ProgressCallback,
+    pool: ActorPool | None = None,
 ) -> list[str]:
-    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes."""
-    return bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size)[1]
+    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes.
+
+    If there is a `pool` of all ingredients, on nodes that see the folder, its actors may write the files.
+    """
+    return bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size, pool)[1]
 
 
 def bake_any(
@@ -88,11 +96,13 @@ def bake_any(
     path: Path,
     progress: ProgressCallback,
     shard_size: int | None,
+    pool: ActorPool | None = None,
+    subset: tuple[int, ...] | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
 
     Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
-    Arguments as for `bake`.
+    Arguments as for `bake_whole`; `subset` is by default all ingredients of the pool.
     """
 
     def count(done: int, total: int) -> None:
@@ -100,7 +110,8 @@ def bake_any(
 
     group = group_of(ingredients)
     if group is None:
-        return bake(coefficients, list(ingredients), path, None, count, recipe.out_dtype, shard_size), []
+        mine = tuple(range(len(ingredients))) if subset is None else subset
+        return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool, mine), []
     form = Form(recipe.out_dtype, recipe.adapter.rank)
     file = bake_adapter(coefficients, ingredients, group, path.parent, count, form)
     check_with_peft(recipe.model, [open_adapter(str(file))])
