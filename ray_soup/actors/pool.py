@@ -299,7 +299,7 @@ class MeshPool(RecoveringMesh):
             shard_size: maximum bytes of tensors per file.
             progress: called with the bytes of ingredients that all actors have read so far.
 
-        Returns how many bytes of the ingredients' parameters the actors have read. Raises SoupError if a file is not there
+        Returns how many bytes of the ingredients' parameters the actors have read. Raises SoupError if a file is missing
         afterwards.
         """
         count = min(self.mesh.size, len(files.files))

@@ -1,4 +1,4 @@
-"""Baking on several nodes, where there are several nodes and the model has several files."""
+"""Baking on several nodes, if the cluster has several and the model has several files."""
 
 from __future__ import annotations
 
