@@ -41,6 +41,10 @@ class CandidateMixer:
 
     def _mix(self, kept: tuple[int, ...], candidate: int) -> None:
         """Set theta = (sum of kept + candidate) / (len(kept) + 1), in float64, then rounded as `bake` does."""
+        if self._replica.layers is not None:
+            self._replica.layers.use_mean([self._ingredients[k] for k in (*kept, candidate)])
+            self._finish(kept, candidate)
+            return
         if self._summed != kept:
             if self._summed == kept[:-1] and self._mixed == (kept[:-1], kept[-1]):
                 self._sum += self._candidate
@@ -52,10 +56,14 @@ class CandidateMixer:
         self._candidate = self._vector_of(candidate)
         count = len(kept) + 1
         chosen = [self._ingredients[k] for k in (*kept, candidate)]
-        layout, policy = self._replica.layout, self._replica.recipe.buffers
-        for name, start, stop in layout.spans():
+        for name, start, stop in self._replica.layout.spans():
             mean = (self._sum[start:stop] + self._candidate[start:stop]) / count
             self._replica.theta[start:stop] = mean.to(common_dtype(chosen, name))
+        self._finish(kept, candidate)
+
+    def _finish(self, kept: tuple[int, ...], candidate: int) -> None:
+        """Set the buffers."""
+        layout, policy = self._replica.layout, self._replica.recipe.buffers
         chosen = [self._ingredients[k] for k in sorted((*kept, candidate))]  # the first one decides, as in `bake`
         self._replica.copy_buffers({name: mixed_buffer(chosen, name, policy) for name in layout.mixed_buffers})
         self._replica.update_computed_buffers()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
+from ray_soup.actors.by_layer import ByLayer
 from ray_soup.actors.messages import Heartbeat
 from ray_soup.actors.precision import micro_batch_size
 from ray_soup.errors import RecipeError
@@ -28,6 +29,7 @@ from ray_soup.mixing.spectral import update_singular_vectors
 from ray_soup.recipe import Recipe, is_function
 from ray_soup.task import models
 from ray_soup.task.data import Examples, Split, check_model_names, load_sources
+from ray_soup.task.empty_models import build_empty
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.logits import hold_back, sampled
@@ -57,6 +59,7 @@ class Replica:
         self.ingredients = ingredients
         self.model = built.model
         self.theta = self.gradient = torch.empty(0)
+        self.layers: ByLayer | None = None
         self.objective = objective_of(recipe, built.objective)
         outputs, targets = check_examples(recipe, self.objective, self.model, examples, device)
         at = self.objective.classes_at
@@ -89,6 +92,10 @@ class Replica:
 
     # Vectors
 
+    def split(self, threads: int) -> None:
+        """Compute the parameters layer by layer, on `threads` threads, and hold few of them. Raises RecipeError."""
+        self.layers = ByLayer(self.model, self.layout, self.device, threads, self.recipe.model)
+
     def allocate(self, padded: int) -> None:
         """Make the parameters views of a new vector of `padded` zeros."""
         self.theta = torch.zeros(padded, device=self.device)
@@ -109,8 +116,20 @@ class Replica:
 
     def set_parameters(self, vector: np.ndarray) -> None:
         """Copy a parameter vector, float32 [N], into the model."""
+        if self.layers is not None:
+            self.layers.use_vector(tensor_of(vector))
+            return
         self.theta[: self.layout.numel] = tensor_of(vector)
         self.update_computed_buffers()
+
+    def load_file(self, path: str) -> None:
+        """Set parameters and buffers to those of the checkpoint at `path`. Raises IngredientError if it does not fit."""
+        if self.layers is None:
+            models.load_checkpoint(self.model, path, self.recipe.ignore)
+            return
+        checkpoint = models.fitting(self.layout, path, self.recipe.ignore)
+        models.copy_tensors(checkpoint, self.model, self.layout.buffers)
+        self.layers.use_file(checkpoint)
 
     def output_layer(self) -> tuple[str, ...]:
         """Find the parameters that double the logits when they are doubled; empty if there are none.
@@ -129,6 +148,7 @@ class Replica:
                     name
                     for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
                     if name.startswith(prefix) and "." not in name[len(prefix) :] and self.classes in shape
+                    if self.layers is None or self.layers.holds(name)
                 ]
                 if not names:
                     continue
@@ -242,7 +262,8 @@ def load_replica(
 
     Raises RecipeError if model and data do not fit together.
     """
-    built = with_adapters(build_for(recipe), ingredients)
+    built = build_empty(partial(build_for, recipe), device) if recipe.actors.by_layer else build_for(recipe)
+    built = with_adapters(built, ingredients)
     built.model.to(device).eval()
     layout = layout_of(built.model)
 

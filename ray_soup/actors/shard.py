@@ -36,7 +36,6 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
-from ray_soup.task import models
 from ray_soup.task.checkpointing import checkpoint_layers
 from ray_soup.task.data import Split
 from ray_soup.task.identity import notes_on
@@ -75,12 +74,15 @@ class Shard:
             found = yield from labelled("comparing examples", leaks)
         shards = self.mesh.shards
         self.group = ShardGroup(self.rank % shards, shards, self.replica.layout.numel, self.device)
-        self.replica.allocate(self.group.padded)
+        if not self.recipe.actors.by_layer:
+            self.replica.allocate(self.group.padded)
         self.candidates = CandidateMixer(self.replica, self.ingredients)
         self.ensemble = Ensemble(self.replica)
         examples, outside = self.replica.examples, list[str]()
         fingerprint = self.replica.fingerprint(outside)
-        if self.recipe.learn.gradient_checkpointing:
+        if self.recipe.actors.by_layer:
+            self.replica.split(self.threads)
+        elif self.recipe.learn.gradient_checkpointing:
             checkpoint_layers(self.replica.computing, self.recipe.model)
         notes = [*(note for e in examples.values() for note in e.notes), *notes_on(outside)]
         yield SetupInfo(
@@ -118,7 +120,8 @@ class Shard:
                 {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.mixed_buffers}
             )
             self._opened = subset
-            self.replica.hold_gradients(self.store.variant)
+            if self.replica.layers is None:
+                self.replica.hold_gradients(self.store.variant)
             self.use({})
             self.replica.set_parameters(self.store.center)
             self._output = self.replica.output_layer()
@@ -126,7 +129,10 @@ class Shard:
         parts, norms = self.store.blocks(partition(self.replica.layout, blocks))
         low, high = self.group.low, self.group.high
         self.plane = stores.plane_on(self.store, parts, low, high, self.device, self.threads)
-        self.center = tensor_of(self.store.center[low:high]).to(self.device)
+        if self.replica.layers is None:
+            self.center = tensor_of(self.store.center[low:high]).to(self.device)
+        else:
+            self.replica.layers.open(self.store, parts, tensor_of(self.store.center))
         held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
         yield StoreInfo(parts, norms, self.store.sha256, self._output, held)
 
@@ -159,7 +165,11 @@ class Shard:
             x: float32 [K, B], the coordinates of all ingredients.
             precision: float32 or bfloat16, for forward and backward passes.
         """
-        self.precision = precisions.autocast(precision, self.device)
+        layers = self.replica.layers
+        self.precision = precisions.autocast(precision, self.device, keeps=layers is None)
+        if layers is not None:
+            layers.begin(chosen, x)
+            return
         others = np.setdiff1d(np.flatnonzero(np.any(x != 0, axis=1)), chosen)
         self.base = self.center
         if len(others):
@@ -175,6 +185,9 @@ class Shard:
         self.replica.use(statistics)
 
     def _combine(self, x: np.ndarray) -> None:
+        if self.replica.layers is not None:
+            self.replica.layers.use_coordinates(x)
+            return
         self.plane.combine(self.replica.theta[self.group.low : self.group.high], self.base, x)
         self.group.gather(self.replica.theta)
         self.replica.update_computed_buffers()
@@ -190,7 +203,10 @@ class Shard:
         start = time.perf_counter()
         self._combine(x)
         replica = self.replica
-        replica.gradient.zero_()
+        if replica.layers is None:
+            replica.gradient.zero_()
+        else:
+            replica.layers.start()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.device)
         objective = replica.objective
@@ -203,7 +219,10 @@ class Shard:
             torch.autograd.backward(loss)
             loss_sum += loss.detach()
             weight += objective.weights(targets).sum()
-        projected = self.plane.project(self.group.scatter(replica.gradient))
+        if replica.layers is None:
+            projected = self.plane.project(self.group.scatter(replica.gradient))
+        else:
+            projected = replica.layers.projected()
         return Partial(projected, t.grad.item(), loss_sum.item(), weight.item(), time.perf_counter() - start)
 
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Stream[Score]:
@@ -225,7 +244,7 @@ class Shard:
 
     def sum_statistics_of_file(self, path: str, batches: list[Split]) -> Stream[Sums]:
         """Sum the running statistics of the checkpoint at `path` over `batches`."""
-        models.load_checkpoint(self.replica.model, path, self.replica.recipe.ignore)
+        self.replica.load_file(path)
         yield from self._sum_statistics(batches)
 
     def _sum_statistics(self, batches: list[Split]) -> Stream[Sums]:

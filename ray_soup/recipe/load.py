@@ -74,6 +74,8 @@ def dump_recipe(recipe: Recipe) -> str:
     values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
     if not recipe.learn.gradient_checkpointing:
         del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
+    if not recipe.actors.by_layer:
+        del values["actors"]["by_layer"]
     if isinstance(recipe.preprocess, Preprocessing):
         values["preprocess"] = recipe.preprocess.values()
     if recipe.search.metric == "auto" and recipe.select_by in UNSAID:

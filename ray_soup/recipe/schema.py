@@ -132,6 +132,9 @@ class ActorsSection(Section):
     """CPUs per actor; also its number of threads."""
     gpus: Annotated[float, AfterValidator(share)] = Field(default=0, ge=0, le=128)
     """GPUs per actor: a share of one, or a whole number."""
+    by_layer: bool = False
+    """Hold the parameters of one layer of the model at a time, and their gradient: memory does not grow with the number of
+    layers. Takes more time: a layer is mixed again for each micro-batch, and computed twice. Needs shards: 1."""
     wait_s: float = Field(default=0, ge=0, le=604_800)
     """Seconds to wait for nodes to join, on a cluster that is starting or scales on demand; at most a week."""
 
@@ -149,6 +152,8 @@ class ActorsSection(Section):
             raise ValueError(
                 f"{self.replicas} replicas x {self.shards} shards are {asked:,} actors. Expected at most {MOST_ACTORS:,}."
             )
+        if self.by_layer and self.shards not in ("auto", 1):
+            raise ValueError(f"by_layer is true, and shards is {self.shards}. Expected shards: 1, or by_layer: false.")
         return self
 
 

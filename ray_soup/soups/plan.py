@@ -47,18 +47,26 @@ class _Costs:
     mesh: Mesh
     combine_s: float
     project_s: float
+    by_layer: bool = False
+    """Whether every pass mixes and projects again."""
 
     def _passes_s(self, seconds: float, examples: int) -> float:
         return seconds * -(-examples // self.mesh.size) / self.timings.images
 
+    def _times(self, examples: int) -> int:
+        """Return how often an actor mixes the parameters for a forward pass over its part of the examples."""
+        return -(-examples // (self.mesh.size * self.timings.images)) if self.by_layer else 1
+
     def step_s(self, examples: int) -> float:
         """Estimate a step on a batch: every shard combines and projects, and the actors share the examples."""
-        passes = self._passes_s(self.timings.step_s, examples)
-        return self.combine_s + self.project_s + passes + CALL_S * self.mesh.size
+        passes, mixed = self._passes_s(self.timings.step_s, examples), self._times(examples)
+        combines = 2 * mixed if self.by_layer else 1  # a layer runs again in the backward pass
+        return combines * self.combine_s + mixed * self.project_s + passes + CALL_S * self.mesh.size
 
     def evaluation_s(self, examples: int) -> float:
         """Estimate a forward pass over the examples."""
-        return self.combine_s + self._passes_s(self.timings.forward_s, examples) + CALL_S * self.mesh.size
+        mixing = self._times(examples) * self.combine_s
+        return mixing + self._passes_s(self.timings.forward_s, examples) + CALL_S * self.mesh.size
 
 
 def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, Any]:
@@ -104,11 +112,12 @@ def _figures(
     per_epoch = -(-sizes["fit"] // options.batch_size)
     row_bytes = -(-numel // mesh.shards) * passed
     combine, project = (row_bytes * s for s in (timings.combine_s, timings.project_s))
-    costs = _Costs(timings, mesh, combine, project)
+    by_layer = recipe.actors.by_layer
+    costs = _Costs(timings, mesh, combine, project, by_layer)
     seconds = _seconds(recipe, inputs, sizes, costs, turns, cpus)
     full = costs.step_s(options.batch_size)
     moving = 0 if inputs.frozen else model_batch
-    memory = actor_bytes(recipe, numel, moving, mesh.shards, timings.peak_bytes - 8 * numel)
+    memory = actor_bytes(recipe, numel, moving, mesh.shards, timings.peak_bytes - (1 if by_layer else 8) * numel)
     if inputs.frozen:
         memory += 4 * numel // mesh.shards
     vector = 8 * numel * (mesh.shards - 1) // mesh.shards

@@ -308,7 +308,7 @@ def _resolve(
 
     If the cluster has shrunk, or the recipe now requests other actors, the mesh differs; the optimization does not.
     """
-    requested, (numel, held) = recipe.actors.model_dump(), inputs.held
+    requested, (numel, held) = recipe.actors.model_dump(exclude={"by_layer"}), inputs.held
     kept = read_resolved(file)
     if kept is not None and kept["actors"] == requested and has_room(recipe, Mesh(*kept["mesh"]), kept["cpus"]):
         return Mesh(*kept["mesh"]), kept["cpus"], kept["model_batch"]

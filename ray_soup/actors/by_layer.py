@@ -1,0 +1,321 @@
+"""A model whose parameters are computed layer by layer, so that memory does not grow with the number of its layers.
+
+    forward    before a layer runs, its parameters are computed:  theta = center + sum of x d, for this layer; then freed
+    backward   the layer runs once more with them; once its gradient is complete, it is projected and freed
+
+The layers are the repeated layers of the model (checkpointing.repeated_layers). All other parameters, such as embeddings and
+the head, are held, with their gradient. The parameters of a layer that does not run are NaN, so that a model which uses them
+elsewhere has a loss that is not finite, which is an error.
+
+Parameters come from a source: the coordinates, a checkpoint, or the mean of ingredients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ray_soup.errors import RecipeError
+from ray_soup.io.check import common_dtype
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.mixing.blocks import Layout, Partition
+from ray_soup.mixing.directions import DirectionStore
+from ray_soup.mixing.hyperplane import Hyperplane
+from ray_soup.task.checkpointing import repeated_layers
+
+HELD = -1
+"""The number of what is held, beside those of the layers."""
+
+
+@dataclass
+class Run:
+    """Consecutive tensors of the parameter vector that belong to one layer."""
+
+    layer: int
+    """Number of the layer, or HELD."""
+    low: int
+    """First parameter."""
+    high: int
+    """End (excluded)."""
+    tensors: list[tuple[str, torch.nn.Parameter, int, int]] = field(default_factory=list)
+    """Name, parameter, start and stop, counted from `low`."""
+    gradient: torch.Tensor | None = None
+    """float32 [high - low] while a backward pass adds to it."""
+    awaited: set[int] = field(default_factory=set)
+    """The ids of the parameters whose gradients are still to come."""
+
+
+Source = Callable[[Run, torch.Tensor], None]
+"""Writes the parameters of a run into a vector, float32 [high - low]."""
+
+
+class ByLayer:
+    """The parameters of a model, in eval mode, of which one layer's are there at a time.
+
+    `use` sets where they come from; `open` and `begin` prepare the coordinates.
+    """
+
+    def __init__(self, model: torch.nn.Module, layout: Layout, device: torch.device, threads: int, spec: str) -> None:
+        """Replace the parameters of the layers by NaN, and the model's way to run its layers.
+
+        Args:
+            model: the model, on `device`.
+            layout: its layout.
+            device: where it computes.
+            threads: number of threads that combine and project.
+            spec: the recipe key `model`, for messages.
+
+        Raises RecipeError if the model has no repeated layers, or has spectral normalization.
+        """
+        layers = list(repeated_layers(model))
+        reasons = {
+            "has no repeated layers: no ModuleList or Sequential of two or more layers of one class": not layers,
+            "has spectral normalization, which needs whole weights": bool(layout.spectral),
+            "is the base of adapters, which is held whole": hasattr(model, "computing"),
+        }
+        for why, wrong in reasons.items():
+            if wrong:
+                raise RecipeError(f"actors.by_layer is true, and {spec} {why}. Remove this key.")
+        if getattr(getattr(model, "config", None), "use_cache", False) is True:
+            model.config.use_cache = False  # type: ignore[union-attr]  # a layer would put its keys there twice
+        self.device = device
+        self.runs = _runs(model, layout, layers)
+        self._places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+        for module in model.modules():
+            for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                self._places.setdefault(id(parameter), []).append((module, key))
+        self._pool = ThreadPoolExecutor(threads)
+        self._nothing = torch.full((), float("nan"), device=device)
+        self._held = {run.low: torch.zeros(run.high - run.low, device=device) for run in self._of(HELD)}
+        self._source: Source = _zeros
+        self._planes: dict[int, Hyperplane] = {}
+        self._sums: np.ndarray | float | None = None
+        for run in self.runs:
+            for _, parameter, _, _ in run.tensors:
+                parameter.register_post_accumulate_grad_hook(partial(self._accumulated, run))  # type: ignore[no-untyped-call]
+            self._set(run, self._held.get(run.low))
+        self.use(_zeros)
+        for number, layer in enumerate(layers):
+            layer.forward = partial(self._forward, number, layer.forward)
+
+    # Where the parameters come from
+
+    def use(self, source: Source) -> None:
+        """Take the parameters from `source` from here on."""
+        self._source = source
+        for run in self._of(HELD):
+            source(run, self._held[run.low])
+
+    def use_vector(self, vector: torch.Tensor) -> None:
+        """Take the parameters from a parameter vector, float32 [N]."""
+
+        def copy(run: Run, out: torch.Tensor) -> None:
+            out.copy_(vector[run.low : run.high])
+
+        self.use(copy)
+
+    def use_mean(self, ingredients: Sequence[Ingredient]) -> None:
+        """Take the parameters from the mean of ingredients, in float64, then rounded as `bake` does."""
+
+        def mean(run: Run, out: torch.Tensor) -> None:
+            for name, _, start, stop in run.tensors:
+                total = torch.zeros(stop - start, dtype=torch.float64)
+                for ingredient in ingredients:
+                    total += ingredient.read(name).view(-1)
+                out[start:stop].copy_((total / len(ingredients)).to(common_dtype(ingredients, name)))
+
+        self.use(mean)
+
+    def use_file(self, checkpoint: Ingredient) -> None:
+        """Take the parameters from a checkpoint that fits the model."""
+
+        def read(run: Run, out: torch.Tensor) -> None:
+            for name, _, start, stop in run.tensors:
+                out[start:stop].copy_(checkpoint.read(name))
+
+        self.use(read)
+
+    def holds(self, name: str) -> bool:
+        """Return whether a parameter is always there."""
+        return any(name == tensor for run in self._of(HELD) for tensor, *_ in run.tensors)
+
+    def open(self, store: DirectionStore, parts: Partition, center: torch.Tensor) -> None:
+        """Prepare the coordinates of a store's directions; `begin` must follow.
+
+        Args:
+            store: the store.
+            parts: the blocks, without the invariant ones.
+            center: float32 [N], on the CPU.
+        """
+        self._center = center
+        self._planes = {
+            run.low: Hyperplane(store, parts, run.low, run.high, self.device, pool=self._pool) for run in self.runs
+        }
+        variant = dict(zip(store.layout.names, store.variant.tolist(), strict=True))
+        for run in self.runs:
+            for name, parameter, _, _ in run.tensors:
+                parameter.requires_grad_(variant[name])
+
+    def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
+        """Begin a model batch: the ingredients `chosen`, int64 [m], move; the others stay at x, float32 [K, B]."""
+        others = np.setdiff1d(np.flatnonzero(np.any(x != 0, axis=1)), chosen)
+        size = max(1, len(chosen))
+        self._others = [
+            (some, np.ascontiguousarray(x[some], np.float32)) for some in np.split(others, range(size, len(others), size))
+        ]
+        self._chosen = chosen
+
+    def use_coordinates(self, x: np.ndarray) -> None:
+        """Take the parameters from the coordinates x, float32 [m, B]."""
+
+        def combine(run: Run, out: torch.Tensor) -> None:
+            plane = self._planes[run.low]
+            out.copy_(self._center[run.low : run.high])
+            for some, coordinates in (*self._others, (self._chosen, x)):
+                if len(some):
+                    plane.choose(some, release=False)
+                    plane.combine(out, out, coordinates)
+            plane.free()
+
+        self.use(combine)
+
+    # Gradients
+
+    def start(self) -> None:
+        """Begin a step: no gradient yet."""
+        self._sums = 0.0
+        for run in self._of(HELD):
+            self._gather(run)
+
+    def projected(self) -> np.ndarray:
+        """End a step: return the projection of the gradient, float64 [m, B]."""
+        for run in self.runs:
+            self._project(run)
+        sums, self._sums = self._sums, None
+        return np.asarray(sums)
+
+    def _gather(self, run: Run) -> None:
+        """Let the gradients of a run be views of one vector."""
+        if run.gradient is not None or not any(p.requires_grad for _, p, _, _ in run.tensors):
+            return
+        run.gradient = torch.zeros(run.high - run.low, device=self.device)
+        for _, parameter, start, stop in run.tensors:
+            if parameter.requires_grad:
+                parameter.grad = run.gradient[start:stop].view(parameter.shape)
+                run.awaited.add(id(parameter))
+
+    def _accumulated(self, run: Run, parameter: torch.nn.Parameter) -> None:
+        """Project the gradient of a layer once all of it is there."""
+        if self._sums is None:  # a backward pass that is only timed
+            parameter.grad = None
+            return
+        run.awaited.discard(id(parameter))
+        if not run.awaited and run.layer != HELD:
+            self._project(run)
+
+    def _project(self, run: Run) -> None:
+        if run.gradient is None or self._sums is None:
+            return
+        plane = self._planes[run.low]
+        plane.choose(self._chosen, release=False)
+        self._sums = self._sums + plane.project(run.gradient)
+        plane.free()
+        run.gradient = None
+        run.awaited.clear()
+        for _, parameter, _, _ in run.tensors:
+            parameter.grad = None
+
+    # Running layers
+
+    def _of(self, layer: int) -> Iterator[Run]:
+        return (run for run in self.runs if run.layer == layer)
+
+    def _set(self, run: Run, vector: torch.Tensor | None) -> None:
+        """Let the parameters of a run be views of a vector; None: NaN, which takes no memory.
+
+        In a layer, a parameter without a gradient is replaced by another one: checkpointing keeps it itself for the backward
+        pass, and of the others a view.
+        """
+        for _, parameter, start, stop in run.tensors:
+            nothing = self._nothing.expand(parameter.shape)
+            values = nothing if vector is None else vector[start:stop].view(parameter.shape)
+            shown = parameter
+            if parameter.requires_grad or run.layer == HELD or vector is None:
+                parameter.data = values
+            else:
+                shown = torch.nn.Parameter(values, requires_grad=False)
+            for module, key in self._places[id(parameter)]:
+                module._parameters[key] = shown
+
+    def _fill(self, number: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for run in self._of(number):
+                vector = torch.empty(run.high - run.low, device=self.device)
+                self._source(run, vector)
+                self._set(run, vector)
+
+    @contextmanager
+    def _filled(self, number: int) -> Iterator[None]:
+        """Have the parameters of a layer within this context."""
+        self._fill(number)
+        try:
+            yield
+        finally:
+            for run in self._of(number):
+                self._set(run, None)
+
+    @contextmanager
+    def _again(self, number: int) -> Iterator[None]:
+        """Have the parameters of a layer within this context; what the backward pass needs of them stays until it ends."""
+        with self._filled(number):
+            for run in self._of(number) if self._sums is not None else ():
+                self._gather(run)
+            yield
+
+    def _forward(self, number: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            with self._filled(number):
+                return forward(*inputs, **named)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return self._filled(number), self._again(number)
+
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+
+def _zeros(run: Run, out: torch.Tensor) -> None:
+    out.zero_()
+
+
+def _runs(model: torch.nn.Module, layout: Layout, layers: Sequence[torch.nn.Module]) -> list[Run]:
+    """Cut a layout into runs; a parameter that is used by several layers, or outside of them, is held."""
+    numbers = {id(layer): number for number, layer in enumerate(layers)}
+    owners: dict[int, set[int]] = {}
+
+    def visit(module: torch.nn.Module, owner: int) -> None:
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(owner)
+        for child in module.children():
+            visit(child, numbers.get(id(child), owner))
+
+    visit(model, HELD)
+    parameters = dict(model.named_parameters())
+    runs: list[Run] = []
+    for name, start, stop in layout.spans():
+        parameter = parameters[name]
+        mine = owners[id(parameter)]
+        layer_number = next(iter(mine)) if len(mine) == 1 else HELD
+        if not runs or runs[-1].layer != layer_number:
+            runs.append(Run(layer_number, start, start))
+        run = runs[-1]
+        run.tensors.append((name, parameter, start - run.low, stop - run.low))
+        run.high = stop
+    return runs
