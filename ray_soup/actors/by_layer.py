@@ -12,9 +12,10 @@ Parameters come from a source: the coordinates, a checkpoint, or the mean of ing
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.hyperplane import Hyperplane
 from ray_soup.task.checkpointing import repeated_layers
 
+M_MMAP_THRESHOLD = -3  # of mallopt in glibc
 HELD = -1
 """The number of what is held, beside those of the layers."""
 
@@ -60,7 +62,7 @@ Source = Callable[[Run, torch.Tensor], None]
 class ByLayer:
     """The parameters of a model, in eval mode, of which one layer's are there at a time.
 
-    `use` sets where they come from; `open` and `begin` prepare the coordinates.
+    `use` sets where they come from; `use_store` and `begin` prepare the coordinates.
     """
 
     def __init__(self, model: torch.nn.Module, layout: Layout, device: torch.device, threads: int, spec: str) -> None:
@@ -86,6 +88,7 @@ class ByLayer:
                 raise RecipeError(f"actors.by_layer is true, and {spec} {why}. Remove this key.")
         if getattr(getattr(model, "config", None), "use_cache", False) is True:
             model.config.use_cache = False  # type: ignore[union-attr]  # a layer would put its keys there twice
+        _return_memory()
         self.device = device
         self.runs = _runs(model, layout, layers)
         self._places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
@@ -147,7 +150,7 @@ class ByLayer:
         """Return whether a parameter is always there."""
         return any(name == tensor for run in self._of(HELD) for tensor, *_ in run.tensors)
 
-    def open(self, store: DirectionStore, parts: Partition, center: torch.Tensor) -> None:
+    def use_store(self, store: DirectionStore, parts: Partition, center: torch.Tensor) -> None:
         """Prepare the coordinates of a store's directions; `begin` must follow.
 
         Args:
@@ -255,40 +258,52 @@ class ByLayer:
             for module, key in self._places[id(parameter)]:
                 module._parameters[key] = shown
 
-    def _fill(self, number: int) -> None:
+    def fill(self, number: int, gathers: bool) -> None:
+        """Compute the parameters of a layer; if it `gathers`, collect their gradients from here on."""
         with torch.inference_mode(False), torch.no_grad():
             for run in self._of(number):
                 vector = torch.empty(run.high - run.low, device=self.device)
                 self._source(run, vector)
                 self._set(run, vector)
+                if gathers and self._sums is not None:
+                    self._gather(run)
 
-    @contextmanager
-    def _filled(self, number: int) -> Iterator[None]:
-        """Have the parameters of a layer within this context."""
-        self._fill(number)
-        try:
-            yield
-        finally:
-            for run in self._of(number):
-                self._set(run, None)
-
-    @contextmanager
-    def _again(self, number: int) -> Iterator[None]:
-        """Have the parameters of a layer within this context; what the backward pass needs of them stays until it ends."""
-        with self._filled(number):
-            for run in self._of(number) if self._sums is not None else ():
-                self._gather(run)
-            yield
+    def empty(self, number: int) -> None:
+        """Let the parameters of a layer be NaN again."""
+        for run in self._of(number):
+            self._set(run, None)
 
     def _forward(self, number: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            with self._filled(number):
+            with _Filled(self, number):
                 return forward(*inputs, **named)
 
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return self._filled(number), self._again(number)
+        def contexts() -> tuple[_Filled, _Filled]:
+            return _Filled(self, number), _Filled(self, number, gathers=True)
 
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+
+class _Filled:
+    """A context in which the parameters of a layer are there; what a backward pass needs of them stays until it ends.
+
+    If it `gathers`, the gradients of the layer are collected from here on.
+    """
+
+    def __init__(self, layers: ByLayer, number: int, gathers: bool = False) -> None:
+        self.layers, self.number, self.gathers = layers, number, gathers
+
+    def __enter__(self) -> None:
+        self.layers.fill(self.number, self.gathers)
+
+    def __exit__(self, *error: object) -> None:
+        self.layers.empty(self.number)
+
+
+def _return_memory() -> None:
+    """Let the C library return freed arrays of 1 MB or more to the system; glibc keeps arrays of up to 32 MB for reuse."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _zeros(run: Run, out: torch.Tensor) -> None:

@@ -132,7 +132,7 @@ class Shard:
         if self.replica.layers is None:
             self.center = tensor_of(self.store.center[low:high]).to(self.device)
         else:
-            self.replica.layers.open(self.store, parts, tensor_of(self.store.center))
+            self.replica.layers.use_store(self.store, parts, tensor_of(self.store.center))
         held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
         yield StoreInfo(parts, norms, self.store.sha256, self._output, held)
 

@@ -256,7 +256,7 @@ def write_llama(folder: Path, layers: int) -> int:
 
 @pytest.mark.slow
 def test_private_memory_is_that_of_a_layer_and_of_what_is_held(tmp_path: Path) -> None:
-    """Whole, a model takes 8 bytes a parameter for itself and its gradient."""
+    """A layer is 6 % of this model. Whole, a model takes 8 bytes a parameter for itself and its gradient."""
     write_llama(tmp_path / "small", 2)
     count, peaks, figures = write_llama(tmp_path / "large", 16), {}, {}
     for by_layer in (False, True):
@@ -268,5 +268,4 @@ def test_private_memory_is_that_of_a_layer_and_of_what_is_held(tmp_path: Path) -
         peaks[by_layer] = peak / count
     np.testing.assert_allclose(figures[True], figures[False], rtol=1e-4)
     assert peaks[False] > 8, peaks
-    assert peaks[True] < 2.6, peaks
-    print(peaks)
+    assert peaks[True] < 1, peaks
