@@ -38,7 +38,7 @@ HELD = -1
 
 
 @dataclass
-class Run:
+class Span:
     """Consecutive tensors of the parameter vector that belong to one layer."""
 
     layer: int
@@ -52,11 +52,11 @@ class Run:
     gradient: torch.Tensor | None = None
     """float32 [high - low] while a backward pass adds to it."""
     awaited: set[int] = field(default_factory=set)
-    """The ids of the parameters whose gradients are still to come."""
+    """The ids of the parameters whose gradients have not arrived."""
 
 
-Source = Callable[[Run, torch.Tensor], None]
-"""Writes the parameters of a run into a vector, float32 [high - low]."""
+Source = Callable[[Span, torch.Tensor], None]
+"""Writes the parameters of a span into a vector, float32 [high - low]."""
 
 
 class ByLayer:
@@ -66,7 +66,7 @@ class ByLayer:
     """
 
     def __init__(self, model: torch.nn.Module, layout: Layout, device: torch.device, threads: int, spec: str) -> None:
-        """Replace the parameters of the layers by NaN, and the model's way to run its layers.
+        """Replace the parameters of the layers by NaN, and the model's way to span its layers.
 
         Args:
             model: the model, on `device`.
@@ -90,21 +90,21 @@ class ByLayer:
             model.config.use_cache = False  # type: ignore[union-attr]  # a layer would put its keys there twice
         _return_memory()
         self.device = device
-        self.runs = _runs(model, layout, layers)
+        self.spans = _spans(model, layout, layers)
         self._places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
         for module in model.modules():
             for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 self._places.setdefault(id(parameter), []).append((module, key))
         self._pool = ThreadPoolExecutor(threads)
         self._nothing = torch.full((), float("nan"), device=device)
-        self._held = {run.low: torch.zeros(run.high - run.low, device=device) for run in self._of(HELD)}
+        self._held = {span.low: torch.zeros(span.high - span.low, device=device) for span in self._of(HELD)}
         self._source: Source = _zeros
         self._planes: dict[int, Hyperplane] = {}
         self._sums: np.ndarray | float | None = None
-        for run in self.runs:
-            for _, parameter, _, _ in run.tensors:
-                parameter.register_post_accumulate_grad_hook(partial(self._accumulated, run))  # type: ignore[no-untyped-call]
-            self._set(run, self._held.get(run.low))
+        for span in self.spans:
+            for _, parameter, _, _ in span.tensors:
+                parameter.register_post_accumulate_grad_hook(partial(self._accumulated, span))  # type: ignore[no-untyped-call]
+            self._set(span, self._held.get(span.low))
         self.use(_zeros)
         for number, layer in enumerate(layers):
             layer.forward = partial(self._forward, number, layer.forward)
@@ -114,22 +114,22 @@ class ByLayer:
     def use(self, source: Source) -> None:
         """Take the parameters from `source` from here on."""
         self._source = source
-        for run in self._of(HELD):
-            source(run, self._held[run.low])
+        for span in self._of(HELD):
+            source(span, self._held[span.low])
 
     def use_vector(self, vector: torch.Tensor) -> None:
         """Take the parameters from a parameter vector, float32 [N]."""
 
-        def copy(run: Run, out: torch.Tensor) -> None:
-            out.copy_(vector[run.low : run.high])
+        def copy(span: Span, out: torch.Tensor) -> None:
+            out.copy_(vector[span.low : span.high])
 
         self.use(copy)
 
     def use_mean(self, ingredients: Sequence[Ingredient]) -> None:
         """Take the parameters from the mean of ingredients, in float64, then rounded as `bake` does."""
 
-        def mean(run: Run, out: torch.Tensor) -> None:
-            for name, _, start, stop in run.tensors:
+        def mean(span: Span, out: torch.Tensor) -> None:
+            for name, _, start, stop in span.tensors:
                 total = torch.zeros(stop - start, dtype=torch.float64)
                 for ingredient in ingredients:
                     total += ingredient.read(name).view(-1)
@@ -140,15 +140,15 @@ class ByLayer:
     def use_file(self, checkpoint: Ingredient) -> None:
         """Take the parameters from a checkpoint that fits the model."""
 
-        def read(run: Run, out: torch.Tensor) -> None:
-            for name, _, start, stop in run.tensors:
+        def read(span: Span, out: torch.Tensor) -> None:
+            for name, _, start, stop in span.tensors:
                 out[start:stop].copy_(checkpoint.read(name))
 
         self.use(read)
 
     def holds(self, name: str) -> bool:
         """Return whether a parameter is always there."""
-        return any(name == tensor for run in self._of(HELD) for tensor, *_ in run.tensors)
+        return any(name == tensor for span in self._of(HELD) for tensor, *_ in span.tensors)
 
     def use_store(self, store: DirectionStore, parts: Partition, center: torch.Tensor) -> None:
         """Prepare the coordinates of a store's directions; `begin` must follow.
@@ -160,11 +160,11 @@ class ByLayer:
         """
         self._center = center
         self._planes = {
-            run.low: Hyperplane(store, parts, run.low, run.high, self.device, pool=self._pool) for run in self.runs
+            span.low: Hyperplane(store, parts, span.low, span.high, self.device, pool=self._pool) for span in self.spans
         }
         variant = dict(zip(store.layout.names, store.variant.tolist(), strict=True))
-        for run in self.runs:
-            for name, parameter, _, _ in run.tensors:
+        for span in self.spans:
+            for name, parameter, _, _ in span.tensors:
                 parameter.requires_grad_(variant[name])
 
     def begin(self, chosen: np.ndarray, x: np.ndarray) -> None:
@@ -179,9 +179,9 @@ class ByLayer:
     def use_coordinates(self, x: np.ndarray) -> None:
         """Take the parameters from the coordinates x, float32 [m, B]."""
 
-        def combine(run: Run, out: torch.Tensor) -> None:
-            plane = self._planes[run.low]
-            out.copy_(self._center[run.low : run.high])
+        def combine(span: Span, out: torch.Tensor) -> None:
+            plane = self._planes[span.low]
+            out.copy_(self._center[span.low : span.high])
             for some, coordinates in (*self._others, (self._chosen, x)):
                 if len(some):
                     plane.choose(some, release=False)
@@ -195,63 +195,63 @@ class ByLayer:
     def start(self) -> None:
         """Begin a step: no gradient yet."""
         self._sums = 0.0
-        for run in self._of(HELD):
-            self._gather(run)
+        for span in self._of(HELD):
+            self._gather(span)
 
     def projected(self) -> np.ndarray:
         """End a step: return the projection of the gradient, float64 [m, B]."""
-        for run in self.runs:
-            self._project(run)
+        for span in self.spans:
+            self._project(span)
         sums, self._sums = self._sums, None
         return np.asarray(sums)
 
-    def _gather(self, run: Run) -> None:
-        """Let the gradients of a run be views of one vector."""
-        if run.gradient is not None or not any(p.requires_grad for _, p, _, _ in run.tensors):
+    def _gather(self, span: Span) -> None:
+        """Let the gradients of a span be views of one vector."""
+        if span.gradient is not None or not any(p.requires_grad for _, p, _, _ in span.tensors):
             return
-        run.gradient = torch.zeros(run.high - run.low, device=self.device)
-        for _, parameter, start, stop in run.tensors:
+        span.gradient = torch.zeros(span.high - span.low, device=self.device)
+        for _, parameter, start, stop in span.tensors:
             if parameter.requires_grad:
-                parameter.grad = run.gradient[start:stop].view(parameter.shape)
-                run.awaited.add(id(parameter))
+                parameter.grad = span.gradient[start:stop].view(parameter.shape)
+                span.awaited.add(id(parameter))
 
-    def _accumulated(self, run: Run, parameter: torch.nn.Parameter) -> None:
+    def _accumulated(self, span: Span, parameter: torch.nn.Parameter) -> None:
         """Project the gradient of a layer once all of it is there."""
         if self._sums is None:  # a backward pass that is only timed
             parameter.grad = None
             return
-        run.awaited.discard(id(parameter))
-        if not run.awaited and run.layer != HELD:
-            self._project(run)
+        span.awaited.discard(id(parameter))
+        if not span.awaited and span.layer != HELD:
+            self._project(span)
 
-    def _project(self, run: Run) -> None:
-        if run.gradient is None or self._sums is None:
+    def _project(self, span: Span) -> None:
+        if span.gradient is None or self._sums is None:
             return
-        plane = self._planes[run.low]
+        plane = self._planes[span.low]
         plane.choose(self._chosen, release=False)
-        self._sums = self._sums + plane.project(run.gradient)
+        self._sums = self._sums + plane.project(span.gradient)
         plane.free()
-        run.gradient = None
-        run.awaited.clear()
-        for _, parameter, _, _ in run.tensors:
+        span.gradient = None
+        span.awaited.clear()
+        for _, parameter, _, _ in span.tensors:
             parameter.grad = None
 
     # Running layers
 
-    def _of(self, layer: int) -> Iterator[Run]:
-        return (run for run in self.runs if run.layer == layer)
+    def _of(self, layer: int) -> Iterator[Span]:
+        return (span for span in self.spans if span.layer == layer)
 
-    def _set(self, run: Run, vector: torch.Tensor | None) -> None:
-        """Let the parameters of a run be views of a vector; None: NaN, which takes no memory.
+    def _set(self, span: Span, vector: torch.Tensor | None) -> None:
+        """Let the parameters of a span be views of a vector; None: NaN, which takes no memory.
 
         In a layer, a parameter without a gradient is replaced by another one: checkpointing keeps it itself for the backward
         pass, and of the others a view.
         """
-        for _, parameter, start, stop in run.tensors:
+        for _, parameter, start, stop in span.tensors:
             nothing = self._nothing.expand(parameter.shape)
             values = nothing if vector is None else vector[start:stop].view(parameter.shape)
             shown = parameter
-            if parameter.requires_grad or run.layer == HELD or vector is None:
+            if parameter.requires_grad or span.layer == HELD or vector is None:
                 parameter.data = values
             else:
                 shown = torch.nn.Parameter(values, requires_grad=False)
@@ -261,17 +261,17 @@ class ByLayer:
     def fill(self, number: int, gathers: bool) -> None:
         """Compute the parameters of a layer; if it `gathers`, collect their gradients from here on."""
         with torch.inference_mode(False), torch.no_grad():
-            for run in self._of(number):
-                vector = torch.empty(run.high - run.low, device=self.device)
-                self._source(run, vector)
-                self._set(run, vector)
+            for span in self._of(number):
+                vector = torch.empty(span.high - span.low, device=self.device)
+                self._source(span, vector)
+                self._set(span, vector)
                 if gathers and self._sums is not None:
-                    self._gather(run)
+                    self._gather(span)
 
     def empty(self, number: int) -> None:
         """Let the parameters of a layer be NaN again."""
-        for run in self._of(number):
-            self._set(run, None)
+        for span in self._of(number):
+            self._set(span, None)
 
     def _forward(self, number: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -306,12 +306,12 @@ def _return_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _zeros(run: Run, out: torch.Tensor) -> None:
+def _zeros(span: Span, out: torch.Tensor) -> None:
     out.zero_()
 
 
-def _runs(model: torch.nn.Module, layout: Layout, layers: Sequence[torch.nn.Module]) -> list[Run]:
-    """Cut a layout into runs; a parameter that is used by several layers, or outside of them, is held."""
+def _spans(model: torch.nn.Module, layout: Layout, layers: Sequence[torch.nn.Module]) -> list[Span]:
+    """Cut a layout into spans; a parameter that is used by several layers, or outside of them, is held."""
     numbers = {id(layer): number for number, layer in enumerate(layers)}
     owners: dict[int, set[int]] = {}
 
@@ -323,14 +323,14 @@ def _runs(model: torch.nn.Module, layout: Layout, layers: Sequence[torch.nn.Modu
 
     visit(model, HELD)
     parameters = dict(model.named_parameters())
-    runs: list[Run] = []
+    spans: list[Span] = []
     for name, start, stop in layout.spans():
         parameter = parameters[name]
         mine = owners[id(parameter)]
         layer_number = next(iter(mine)) if len(mine) == 1 else HELD
-        if not runs or runs[-1].layer != layer_number:
-            runs.append(Run(layer_number, start, start))
-        run = runs[-1]
-        run.tensors.append((name, parameter, start - run.low, stop - run.low))
-        run.high = stop
-    return runs
+        if not spans or spans[-1].layer != layer_number:
+            spans.append(Span(layer_number, start, start))
+        span = spans[-1]
+        span.tensors.append((name, parameter, start - span.low, stop - span.low))
+        span.high = stop
+    return spans
