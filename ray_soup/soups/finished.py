@@ -31,7 +31,8 @@ from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coeffi
 from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.evaluations import figures_of
-from ray_soup.soups.finished_adapters import compare_products, compare_tensors, lifted_ingredients
+from ray_soup.soups.finished_adapters import about_digest, compare_products, compare_tensors, lifted_ingredients
+from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
@@ -74,6 +75,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
         whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
         index = [f"{MODEL}.index.json"] if whole else []
         check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
+        recipe = with_own_config(recipe, path, record, opened)
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):
         notes.append(f"evaluate: {function} was not called: it takes the folder of a model, and {named} is not one.")
@@ -160,13 +162,17 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     recipe, _, coefficients, ingredients = _open_finished(out)
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
     _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
-    of_adapters, more = is_adapter_folder(out), []
-    if of_adapters:
+    of_adapters, more, same = is_adapter_folder(out), [], "bit-identical to"
+    if recipe.adapter.merge:
+        total = compare_merged(out, recipe, coefficients, ingredients, progress)
+        sampled = compare_merged_sample(out, recipe, coefficients, ingredients)
+        more, same = [about_digest(record)], "the rounded values of"
+    elif of_adapters:
         total = compare_tensors(out, recipe, coefficients, ingredients, progress)
         sampled = compare_products(out, recipe, coefficients, ingredients)
         if recipe.adapter.rank is not None:
             more = [f"products of a larger rank than {recipe.adapter.rank} are truncated as near as that rank allows"]
-        more += [f"the base {record['base']['path']} has the digest in run.json"]
+        more += [about_digest(record)]
     else:
         total = _compare_tensors(out, coefficients, ingredients, progress)
         sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
@@ -179,7 +185,7 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
         f"{coefficients.values.shape[1]} columns sum to 1 within {off:.0e}",
         f"{len(ingredients)} ingredients have the digests in run.json",
         *more,
-        f"{total} tensors are bit-identical to those computed from coefficients and ingredients",
+        f"{total} tensors are {same} those computed from coefficients and ingredients",
         proof,
     ]
 

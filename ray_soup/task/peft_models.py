@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.io.adapters import AdapterConfig, AdapterIngredient, open_adapter
+from ray_soup.io.adapters import AdapterConfig, AdapterIngredient, adapter_file, open_adapter
 from ray_soup.io.check import check_finite
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import AdapterSet, group_of
@@ -25,6 +25,7 @@ from ray_soup.mixing.blocks import Layout, layout_of
 from ray_soup.task.functions import as_in_workers
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.models import build
+from ray_soup.task.whole_file import WholeFile
 
 NAME = "default"
 """The name that PEFT gives to the only adapter of a model."""
@@ -53,6 +54,7 @@ class AdaptedModel(torch.nn.Module):
         super().__init__()
         self.__dict__["base"] = base  # not as a submodule
         self.group = group
+        self._merged: WholeFile | None = None
         self.config = base.config
         for name, parameter in parameters.items():
             owner: Any = self
@@ -94,11 +96,21 @@ class AdaptedModel(torch.nn.Module):
         """Show the whole model, PEFT and the base's weights, because the fingerprint is computed from the printed model."""
         return f"peft {import_peft().__version__}, base {self.group.base_sha256}\n{self.__dict__['base']!r}"
 
+    def restore(self) -> None:
+        """Put the weights of the base back, if a merged model was loaded in their place."""
+        if self._merged is not None:
+            self._merged.restore()
+            self._merged = None
+
     def load_adapter_file(self, path: str) -> None:
         """Fill in the parameters, in place, from the adapter at `path`, whose ranks may be smaller.
 
+        If there is a whole model at `path`, into which adapters were merged, it takes the place of the base until `restore`.
         Raises IngredientError if it does not fit.
         """
+        if adapter_file(path) is None:
+            self._merged = WholeFile(self.computing, self.group, path)
+            return
         adapter, group, state = open_adapter(path), self.group, dict(self.named_parameters())
         whole = group.whole_in(adapter)
         unknown = [*(m for m in adapter.pairs if m not in group.modules)]

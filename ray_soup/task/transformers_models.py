@@ -99,6 +99,13 @@ def dtype_name(transformers: Any) -> str:
     return "dtype" if version >= (4, 56) else "torch_dtype"
 
 
+def untie(config: Any) -> None:
+    """State in the config of a model of transformers that it does not tie its embeddings."""
+    for one in (config, config.get_text_config()):
+        if getattr(one, "tie_word_embeddings", None) is not None:
+            one.tie_word_embeddings = False
+
+
 def loading_options(name: str) -> dict[str, bool]:
     """Return the arguments of `from_pretrained` that keep it off the network if `name` is a folder on this machine.
 
