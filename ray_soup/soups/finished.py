@@ -162,11 +162,12 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     recipe, _, coefficients, ingredients = _open_finished(out)
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
     _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
-    of_adapters, more, same = is_adapter_folder(out), [], "bit-identical to"
+    of_adapters, more = is_adapter_folder(out), []
+    equal = "are bit-identical to those computed from coefficients and ingredients"
     if recipe.adapter.merge:
         total = compare_merged(out, recipe, coefficients, ingredients, progress)
         sampled = compare_merged_sample(out, recipe, coefficients, ingredients)
-        more, same = [about_digest(record)], "the rounded values of"
+        more, equal = [about_digest(record)], "equal those computed from coefficients, ingredients and base, rounded once"
     elif of_adapters:
         total = compare_tensors(out, recipe, coefficients, ingredients, progress)
         sampled = compare_products(out, recipe, coefficients, ingredients)
@@ -185,7 +186,7 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
         f"{coefficients.values.shape[1]} columns sum to 1 within {off:.0e}",
         f"{len(ingredients)} ingredients have the digests in run.json",
         *more,
-        f"{total} tensors are {same} those computed from coefficients and ingredients",
+        f"{total} tensors {equal}",
         proof,
     ]
 
