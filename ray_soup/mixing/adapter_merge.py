@@ -146,7 +146,7 @@ class MergedSoup:
         return mix_range(self.ingredients, own, self.coefficients.of(own), start, stop, wide)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two factors of the change of a weight as it is stored, float64 [rows, R] and [R, columns]."""
+        """Return two factors of the change of a weight in the layout of the file, float64 [rows, R] and [R, columns]."""
         module = self.changed[name]
         a, b = factors_of(self.coefficients, self.ingredients, self.group, module)
         a = a.double().flatten(1)

@@ -33,6 +33,7 @@ from ray_soup.soups.comparison import (
     verdict,
 )
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
+from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.make import make
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
@@ -87,6 +88,8 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         shared = _shared_results(session, output.state("soups"))
         clock.lap("evaluating ingredients")
         made = _make_all(session, output, shared, options)
+        foreign = foreign_results(session, output, output.state("soups"))
+        made.foreign = foreign.results
         clock.lap("soups")
         sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
         preprocessing = session.preprocessing
@@ -106,7 +109,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     if recipe.evaluate is not None:
         clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
-    record["notes"] += about_data
+    record["notes"] += [*foreign.notes, *about_data]
     record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())

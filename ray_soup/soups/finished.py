@@ -66,16 +66,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     if not storage.is_remote(path):
         path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders
         model = f"{path}?key={key}" if key else path
-    record = None
-    if not storage.is_remote(path) and os.path.lexists(os.path.join(path, "run.json")):
-        record = finished_record(Path(path))
-        _check_present(Path(path), record)
-    opened = open_checkpoint(model)
-    if record is not None:
-        whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
-        index = [f"{MODEL}.index.json"] if whole else []
-        check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
-        recipe = with_own_config(recipe, path, record, opened)
+    recipe, opened = _open_model(recipe, model, path)
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):
         notes.append(f"evaluate: {function} was not called: it takes the folder of a model, and {named} is not one.")
@@ -113,6 +104,19 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     done = with_cut(examined.preprocessing, setup.cut)
     row = {"model_name": named, **kept, **objective, "examples": examples, "preprocessing": done}
     return {**row, **({"notes": notes} if notes else {})}
+
+
+def _open_model(recipe: Recipe, model: str, path: str) -> tuple[Recipe, Ingredient]:
+    """Open a model to evaluate, at `path`; return it with the recipe of its evaluation. A soup's files are checked."""
+    if storage.is_remote(path) or not os.path.lexists(os.path.join(path, "run.json")):
+        return recipe, open_checkpoint(model)
+    record = finished_record(Path(path))
+    _check_present(Path(path), record)
+    opened = open_checkpoint(model)
+    whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
+    index = [f"{MODEL}.index.json"] if whole else []
+    check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
+    return with_own_config(recipe, path, record, opened), opened
 
 
 def _is_whole_folder(path: str, key: str) -> bool:
