@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.disk import read_array, write_array, write_bytes
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
@@ -54,6 +53,7 @@ from ray_soup.soups.write import (
 )
 from ray_soup.task.adapters import about_base
 from ray_soup.task.choices import cost, ranking
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 from ray_soup.task.preprocess_key import model_of
 
@@ -68,7 +68,7 @@ def compare(
 
     Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:

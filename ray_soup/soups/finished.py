@@ -22,7 +22,7 @@ from ray_soup.io.check import check_together
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
-from ray_soup.io.hugging_face import pinned, pinned_recipe
+from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import is_adapter_folder
@@ -42,6 +42,7 @@ from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
 from ray_soup.task.adapters import lift_one
 from ray_soup.task.data import cut_splits
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import test_sets
 from ray_soup.task.own_functions import check_functions
@@ -61,7 +62,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
 
     Raises RecipeError if the recipe has no such split, SoupError if a soup's folder is not as it was written.
     """
-    recipe, named, model = pinned_recipe(recipe), model, pinned(model)
+    recipe, named, model = resolved_recipe(recipe), model, pinned(model)
     path, key = split_key(model)
     if not storage.is_remote(path):
         path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders

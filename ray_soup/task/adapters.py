@@ -21,6 +21,7 @@ from ray_soup.io.hub_path import COMMIT, HubPath, is_hub
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient, digest_of, lifted, make_set
 from ray_soup.mixing.blocks import Layout
+from ray_soup.task.heads import check_heads, other_head
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import describe
 from ray_soup.task.other_models import advice_for
@@ -77,9 +78,10 @@ def open_base(spec: str, adapters: Sequence[AdapterIngredient], ignore: Sequence
     """
     layout = describe(spec)
     opened = open_ingredient(_folder_of(spec, adapters))
-    unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
+    unneeded: Ignored = (*ignore, *layout.in_files.unsaved, *other_head(spec, layout))
     missing = layout.state_shapes.keys() - opened.bind(layout.state_shapes, layout.known_names, unneeded).tensors.keys()
     heads = {name for name in missing if all(name in a.whole and a.config.saves(name) for a in adapters)}
+    check_heads(spec, sorted(missing - heads), opened, adapters)
     shapes = {name: shape for name, shape in layout.state_shapes.items() if name not in heads}
     base = check_fits(opened, shapes, layout.known_names, unneeded)
     base.check_copies()

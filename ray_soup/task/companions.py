@@ -15,7 +15,7 @@ from ray_soup.mixing.blocks import layout_of
 from ray_soup.task.libraries import open_clip_model_arguments, timm_model_arguments, torchvision_model_arguments
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build
-from ray_soup.task.transformers_models import dtype_name, has_tokenizer, loading_options, untie
+from ray_soup.task.transformers_models import TASK, dtype_name, has_tokenizer, loading_options, untie
 
 LOADING_LINES = {
     "open_clip": "open_clip.create_model({name!r}, pretrained={file!r}{more})",
@@ -96,9 +96,12 @@ def adapter_line(spec: str) -> str:
     """Return the line of Python that loads an adapter of the base `spec`, run in the adapter's folder."""
     with torch.device("meta"):
         kind = type(build(spec).model).__name__
-    name, more = ModelSpec.parse(spec).name, ""
+    parsed = ModelSpec.parse(spec)
+    name, more = parsed.name, ""
     if is_hub(name):
         where = HubPath.parse(name)
         name, more = where.repo, f", revision={where.revision!r}"
         more += f", subfolder={where.inside!r}" if where.inside else ""
+    if TASK in parsed.options and "classes" in parsed.options:
+        more += f", num_labels={parsed.options['classes']}"
     return f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({name!r}{more}), '.')"
