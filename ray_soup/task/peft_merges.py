@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +60,21 @@ def merge_with_peft(spec: str, group: AdapterSet, kind: str, folder: Path) -> Pa
             torch.manual_seed(0)  # PEFT multiplies random factors by 0, which leaves their signs
             model: Any = None
             for name, adapter in zip(names, group.adapters, strict=True):
-                config = _plain_config(peft, adapter)
+                scales = {module: 1.0 if kind == "svd" else pair.scale for module, pair in adapter.pairs.items()}
+                config = _plain_config(peft, adapter, scales)
                 if model is None:
                     model = peft.get_peft_model(_base(spec), config, adapter_name=name)
                 else:
                     model.add_adapter(name, config)
-                factors = {name for pair in adapter.pairs.values() for name in (pair.a, pair.b)}
-                tensors = {n: adapter.read(n).view(adapter.tensors[n].shape) for n in factors}
+                tensors = _factors(adapter, scales)
                 peft.set_peft_model_state_dict(model, tensors, adapter_name=name)
                 adapter.close()
-                _check_scales(model, name, adapter)
+                _check_scales(model, name, adapter, scales)
             more = {"density": DENSITY} if kind == "ties" else {"svd_full_matrices": False} if kind == "svd" else {}
             model.add_weighted_adapter(names, weights, MERGED, kind, **more)
+            for name, parameter in model.named_parameters():
+                if name.endswith((f".{MERGED}", f".{MERGED}.weight")):
+                    parameter.data = parameter.data.contiguous()  # safetensors takes no others
             model.save_pretrained(str(folder), selected_adapters=[MERGED], save_embedding_layers=False)
     except NoMergeError:
         raise
@@ -94,18 +99,29 @@ def _is_base(group: AdapterSet, name: str) -> bool:
     return all(torch.equal(group.whole_of(name, k).to(base.dtype), base) for k in range(count))
 
 
-def _plain_config(peft: Any, adapter: AdapterIngredient) -> Any:
-    """Return a config with the scales of an adapter, but without rsLoRA: PEFT would keep that of the first for the merge."""
-    config, values = adapter.config, adapter.config.values
-    default, scales = int(values.get("r") or 8), {name: pair.scale for name, pair in adapter.pairs.items()}
+def _factors(adapter: AdapterIngredient, scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Read the factors of an adapter by their names; B is multiplied by what `scales` lacks."""
+    found: dict[str, torch.Tensor] = {}
+    for module, pair in adapter.pairs.items():
+        a, b = (adapter.read(name).view(adapter.tensors[name].shape) for name in (pair.a, pair.b))
+        found |= {pair.a: a, pair.b: b if scales[module] == pair.scale else b.float() * (pair.scale / scales[module])}
+    return found
+
+
+def _plain_config(peft: Any, adapter: AdapterIngredient, scales: Mapping[str, float]) -> Any:
+    """Return a config for an adapter with these scales, without rsLoRA: PEFT would keep that of the first for the merge.
+
+    Of `svd`, old versions of PEFT apply scales twice: they must be 1, and B contains them.
+    """
+    values = adapter.config.values
     ranks = {name: pair.rank for name, pair in adapter.pairs.items()}
-    usual = config.scale("", default)
-    unusual = {name: scales[name] * ranks[name] for name in scales if scales[name] * ranks[name] != usual * default}
+    alphas = {name: pair.rank * scales[name] for name, pair in adapter.pairs.items()}
+    largest, usual = max(ranks.values()), Counter(alphas.values()).most_common(1)[0][0]
     plain = {
-        "r": default,
-        "lora_alpha": usual * default,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != default},
-        "alpha_pattern": unusual,
+        "r": largest,  # which old versions of PEFT take for that of all modules
+        "lora_alpha": usual,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != usual},
         "target_modules": values.get("target_modules"),
         "fan_in_fan_out": bool(values.get("fan_in_fan_out")),
         "layers_to_transform": values.get("layers_to_transform"),
@@ -116,11 +132,11 @@ def _plain_config(peft: Any, adapter: AdapterIngredient) -> Any:
     return peft.LoraConfig(**known)
 
 
-def _check_scales(model: Any, name: str, adapter: AdapterIngredient) -> None:
-    """Check that PEFT scales each product as the adapter's own config says. Raises NoMergeError."""
+def _check_scales(model: Any, name: str, adapter: AdapterIngredient, scales: Mapping[str, float]) -> None:
+    """Check that PEFT scales each product by the value in `scales`. Raises NoMergeError."""
     modules = dict(model.base_model.model.named_modules())
-    for module, pair in adapter.pairs.items():
-        if not math.isclose(modules[module].scaling[name], pair.scale, rel_tol=1e-9):
+    for module, scale in scales.items():
+        if not math.isclose(modules[module].scaling[name], scale, rel_tol=1e-9):
             raise NoMergeError(f"PEFT would scale {module} of {adapter.path} in another way")
 
 

