@@ -174,7 +174,8 @@ class Replica:
         self.restore_buffers()
 
     def restore_buffers(self) -> None:
-        """Copy the buffers that `use` set back into the model, after others were copied there."""
+        """Copy the buffers that `use` set back into the model, after a file was loaded; also the base of adapters."""
+        getattr(self.model, "restore", lambda: None)()
         self.copy_buffers(self._buffers)
 
     def copy_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:

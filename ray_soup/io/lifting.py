@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,6 @@ class AdapterSet:
     adapters: tuple[AdapterIngredient, ...]
     base: Ingredient
     """The base, bound to the names of its model."""
-    base_sha256: str
     modules: Mapping[str, LiftedModule]
     """By the name of the module in the base."""
     whole: Mapping[str, WholeTensor]
@@ -106,6 +105,11 @@ class AdapterSet:
     """The module of each factor."""
     tied: Mapping[str, str]
     """Maps other names of tensors of the base to their first names."""
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """The SHA-256 of the base, computed when it is first needed: a base on the Hub must be there by then."""
+        return digest_of(self.base)
 
     def infos(self) -> dict[str, TensorInfo]:
         """Return dtype and shape of each lifted tensor, by name."""
@@ -271,7 +275,7 @@ def make_set(
     modules = {module: _module(module, adapters, parameters, tied) for module in names}
     whole = dict(_whole_tensors(adapters, base, parameters, tied, modules))
     places = {name: module for module, one in modules.items() for name in (one.a, one.b)}
-    return AdapterSet(tuple(adapters), base, digest_of(base), modules, whole, places, tied)
+    return AdapterSet(tuple(adapters), base, modules, whole, places, tied)
 
 
 def _module(module: str, adapters: Sequence[AdapterIngredient], parameters: Shapes, tied: Mapping[str, str]) -> LiftedModule:

@@ -137,13 +137,20 @@ def soup_factors(
 
     Raises IngredientError if a value is not finite.
     """
-    used = positions(coefficients, ingredients)
+    for module, one in _modules(group, positions(coefficients, ingredients)).items():
+        yield one, *factors_of(coefficients, ingredients, group, module)
+
+
+def factors_of(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], group: AdapterSet, module: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the factors A and B of one module of a soup, as `soup_factors` does."""
+    used, one = positions(coefficients, ingredients), group.modules[module]
     factor_of = {_position(i): n for n, i in enumerate(ingredients)}
-    for module, one in _modules(group, used).items():
-        owners, c = [k for k in used if one.ranks[k]], coefficients.of(one.b)
-        a = [_finite(group.factor_a(module, k), group, k, one.a).to(one.a_dtype) for k in owners]
-        b = [_finite(group.factor_b(module, k), group, k, one.b) * c[factor_of[k]] for k in owners]
-        yield one, torch.cat(a), torch.cat(b, dim=1)
+    owners, c = [k for k in used if one.ranks[k]], coefficients.of(one.b)
+    a = [finite(group.factor_a(module, k), group, k, one.a).to(one.a_dtype) for k in owners]
+    b = [finite(group.factor_b(module, k), group, k, one.b) * c[factor_of[k]] for k in owners]
+    return torch.cat(a), torch.cat(b, dim=1)
 
 
 def soup_tensors(
@@ -184,9 +191,11 @@ def relative_error(
     return math.sqrt(lost / total) if found and total else None
 
 
-def _finite(values: torch.Tensor, group: AdapterSet, k: int, name: str) -> torch.Tensor:
-    """Return the values if all are finite. Raises IngredientError."""
+def finite(values: torch.Tensor, group: AdapterSet, k: int | None, name: str) -> torch.Tensor:
+    """Return the values if all are finite, of adapter k or of the base (None). Raises IngredientError."""
     if not torch.isfinite(values).all():
+        if k is None:
+            raise IngredientError(f"{group.base.path}, the base: {name} contains values that are not finite. Use another.")
         raise IngredientError(
             f"{group.adapters[k].path}: the tensor {name} contains values that are not finite. The training run diverged: "
             "exclude this adapter."

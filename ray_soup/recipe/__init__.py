@@ -14,6 +14,7 @@ from ray_soup.recipe.methods import BEST_SINGLE as BEST_SINGLE
 from ray_soup.recipe.methods import DEFAULT_METHOD as DEFAULT_METHOD
 from ray_soup.recipe.methods import LEARNED as LEARNED
 from ray_soup.recipe.methods import METHODS as METHODS
+from ray_soup.recipe.methods import PEFT_MERGES as PEFT_MERGES
 from ray_soup.recipe.methods import RESERVED_NAMES as RESERVED_NAMES
 from ray_soup.recipe.methods import MethodInfo as MethodInfo
 from ray_soup.recipe.methods import method_info as method_info

@@ -26,7 +26,7 @@ _SINCE_0_2: dict[str, Any] = {
     "objective": "auto",
     "select_by": "auto",
     "evaluate": None,
-    "adapter": {"rank": None},
+    "adapter": {"rank": None, "merge": False},
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)
@@ -72,6 +72,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML text; loading the text gives an equal recipe."""
     values = recipe.model_dump(mode="json")
     values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
+    if "adapter" in values and not recipe.adapter.merge:
+        del values["adapter"]["merge"]
     if not recipe.learn.gradient_checkpointing:
         del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
     if not recipe.actors.by_layer:

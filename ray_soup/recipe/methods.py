@@ -115,7 +115,9 @@ BASELINES = tuple(name for name, method in METHODS.items() if method.is_baseline
 """Names of the methods that a comparison tests every soup against."""
 BEST_SINGLE = "best_single"
 DEFAULT_METHOD = "mehl+"
-RESERVED_NAMES = frozenset({*METHODS, "ensemble"})
+PEFT_MERGES = ("peft:linear", "peft:cat", "peft:svd", "peft:ties")
+"""Names of the rows in which a comparison of adapters shows PEFT's own merges."""
+RESERVED_NAMES = frozenset({*METHODS, *PEFT_MERGES, "ensemble"})
 """Names in results.jsonl that an ingredient must not have."""
 
 

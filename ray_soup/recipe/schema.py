@@ -165,11 +165,22 @@ class Directions(Section):
 
 
 class Adapter(Section):
-    """The adapter that is written if the ingredients are LoRA adapters."""
+    """What is written if the ingredients are LoRA adapters."""
 
     rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     """Largest rank of a module: larger ones are truncated to the nearest product of this rank. null: exact, the sum of the
     ranks of the adapters in use."""
+    merge: bool = False
+    """Write a whole model, the base with the changes of the soup, instead of an adapter."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Adapter:
+        if self.merge and self.rank is not None:
+            raise ValueError(
+                f"rank is {self.rank} and merge is true. Expected one of them: a merged model is as large as its base, "
+                "whatever the rank."
+            )
+        return self
 
 
 class Greedy(Section):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.disk import read_array, write_array, write_bytes
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
@@ -33,6 +32,7 @@ from ray_soup.soups.comparison import (
     verdict,
 )
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
+from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.make import make
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
@@ -53,6 +53,7 @@ from ray_soup.soups.write import (
 )
 from ray_soup.task.adapters import about_base
 from ray_soup.task.choices import cost, ranking
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 from ray_soup.task.preprocess_key import model_of
 
@@ -67,7 +68,7 @@ def compare(
 
     Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
@@ -87,6 +88,8 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         shared = _shared_results(session, output.state("soups"))
         clock.lap("evaluating ingredients")
         made = _make_all(session, output, shared, options)
+        foreign = foreign_results(session, output, output.state("soups"))
+        made.foreign = foreign.results
         clock.lap("soups")
         sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
         preprocessing = session.preprocessing
@@ -106,7 +109,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     if recipe.evaluate is not None:
         clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
-    record["notes"] += about_data
+    record["notes"] += [*foreign.notes, *about_data]
     record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())

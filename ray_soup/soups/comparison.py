@@ -134,6 +134,8 @@ class Comparison(SharedResults):
     splits: dict[int, dict[str, Split]]
     """The splits of each seed."""
     results: dict[SoupEntry, SoupResult]
+    foreign: dict[str, SoupResult] = field(default_factory=dict)
+    """Results of soups that another library made, by the name of the row."""
 
     @property
     def first(self) -> dict[str, Split]:
@@ -156,6 +158,8 @@ class Comparison(SharedResults):
         for entry in self.entries:
             made = [self.results.get(replace(entry, seed=seed), self.results[entry]) for seed in self.seeds]
             rows.append(_mean(entry.label, [r.row(self.splits[s]) for r, s in zip(made, self.seeds, strict=True)]))
+        for name, result in self.foreign.items():
+            rows.append(_mean(name, [result.row(self.splits[seed]) for seed in self.seeds]))
         rows.insert(2, _mean(ENSEMBLE, [self.ensemble.row(self.splits[seed]) for seed in self.seeds]))
         return rows
 
@@ -167,11 +171,13 @@ class Comparison(SharedResults):
             if len(entry.subset) == len(self.individual):
                 settings = {"seed": entry.seed, "model_batch": entry.model_batch}
                 rows.append({"model_name": entry.method, **settings, **result.row(self.splits[entry.seed])})
+        rows += [{"model_name": name, **result.row(self.first)} for name, result in self.foreign.items()]
         return rows
 
     def tests(self) -> list[dict[str, Any]]:
         """Return paired tests of each soup against the baselines, on each test set."""
-        found = {s: {name: r.on(s, self.first) for name, r in self.own.items()} for s in test_sets(self.first)}
+        soups = {**self.own, **self.foreign}
+        found = {s: {name: r.on(s, self.first) for name, r in soups.items()} for s in test_sets(self.first)}
         return [
             {"split": split, "model_name": name, "against": other, **paired_test(of[name], of[other])}
             for split, of in found.items()

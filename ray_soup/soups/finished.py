@@ -22,7 +22,7 @@ from ray_soup.io.check import check_together
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
-from ray_soup.io.hugging_face import pinned, pinned_recipe
+from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import is_adapter_folder
@@ -32,7 +32,8 @@ from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.baking import bakers
 from ray_soup.soups.evaluations import figures_of
-from ray_soup.soups.finished_adapters import compare_products, compare_tensors, lifted_ingredients
+from ray_soup.soups.finished_adapters import about_digest, compare_products, compare_tensors, lifted_ingredients
+from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
@@ -42,6 +43,7 @@ from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
 from ray_soup.task.adapters import lift_one
 from ray_soup.task.data import cut_splits
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import test_sets
 from ray_soup.task.own_functions import check_functions
@@ -61,20 +63,12 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
 
     Raises RecipeError if the recipe has no such split, SoupError if a soup's folder is not as it was written.
     """
-    recipe, named, model = pinned_recipe(recipe), model, pinned(model)
+    recipe, named, model = resolved_recipe(recipe), model, pinned(model)
     path, key = split_key(model)
     if not storage.is_remote(path):
         path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders
         model = f"{path}?key={key}" if key else path
-    record = None
-    if not storage.is_remote(path) and os.path.lexists(os.path.join(path, "run.json")):
-        record = finished_record(Path(path))
-        _check_present(Path(path), record)
-    opened = open_checkpoint(model)
-    if record is not None:
-        whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
-        index = [f"{MODEL}.index.json"] if whole else []
-        check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
+    recipe, opened = _open_model(recipe, model, path)
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):
         notes.append(f"evaluate: {function} was not called: it takes the folder of a model, and {named} is not one.")
@@ -112,6 +106,19 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     done = with_cut(examined.preprocessing, setup.cut)
     row = {"model_name": named, **kept, **objective, "examples": examples, "preprocessing": done}
     return {**row, **({"notes": notes} if notes else {})}
+
+
+def _open_model(recipe: Recipe, model: str, path: str) -> tuple[Recipe, Ingredient]:
+    """Open a model to evaluate, at `path`; return it with the recipe of its evaluation. A soup's files are checked."""
+    if storage.is_remote(path) or not os.path.lexists(os.path.join(path, "run.json")):
+        return recipe, open_checkpoint(model)
+    record = finished_record(Path(path))
+    _check_present(Path(path), record)
+    opened = open_checkpoint(model)
+    whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
+    index = [f"{MODEL}.index.json"] if whole else []
+    check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
+    return with_own_config(recipe, path, record, opened), opened
 
 
 def _is_whole_folder(path: str, key: str) -> bool:
@@ -164,12 +171,17 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
     _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
     of_adapters, more = is_adapter_folder(out), []
-    if of_adapters:
+    equal = "are bit-identical to those computed from coefficients and ingredients"
+    if recipe.adapter.merge:
+        total = compare_merged(out, recipe, coefficients, ingredients, progress)
+        sampled = compare_merged_sample(out, recipe, coefficients, ingredients)
+        more, equal = [about_digest(record)], "equal those computed from coefficients, ingredients and base, rounded once"
+    elif of_adapters:
         total = compare_tensors(out, recipe, coefficients, ingredients, progress)
         sampled = compare_products(out, recipe, coefficients, ingredients)
         if recipe.adapter.rank is not None:
             more = [f"products of a larger rank than {recipe.adapter.rank} are truncated as near as that rank allows"]
-        more += [f"the base {record['base']['path']} has the digest in run.json"]
+        more += [about_digest(record)]
     else:
         total = _compare_tensors(out, coefficients, ingredients, progress)
         sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
@@ -182,7 +194,7 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
         f"{coefficients.values.shape[1]} columns sum to 1 within {off:.0e}",
         f"{len(ingredients)} ingredients have the digests in run.json",
         *more,
-        f"{total} tensors are bit-identical to those computed from coefficients and ingredients",
+        f"{total} tensors {equal}",
         proof,
     ]
 

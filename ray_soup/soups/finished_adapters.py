@@ -57,6 +57,11 @@ def lifted_ingredients(
     return [*found]
 
 
+def about_digest(record: RunRecord) -> str:
+    """Return the line of `verify` about the base, which `lifted_ingredients` compared."""
+    return f"the base {record['base']['path']} has the digest in run.json"
+
+
 def compare_tensors(
     out: Path, recipe: Recipe, coefficients: Coefficients, ingredients: Sequence[Ingredient], progress: ProgressCallback
 ) -> int:

@@ -17,7 +17,6 @@ from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import actor_bytes, resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.hyperplane import ITEMSIZE
@@ -33,6 +32,7 @@ from ray_soup.soups.session import (
     planned_model_batch,
 )
 from ray_soup.task.data import cut_splits
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import test_sets
 
 CALL_S = 0.002  # a round trip to an actor, and the driver's own work in a step
@@ -71,7 +71,7 @@ class _Costs:
 
 def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Return what a run of `recipe` on this cluster will cost: counts, bytes and seconds by name. Raises SoupError."""
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe)
     if not recipe.info.learns:
         raise RecipeError(

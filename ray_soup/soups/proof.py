@@ -55,10 +55,10 @@ def compare_sample(coefficients: Coefficients, ingredients: Sequence[Ingredient]
     names = sample_of(coefficients, model)
     sums = {name: _Sum(coefficients.of(name)) for name in names}
     for k, ingredient in enumerate(ingredients):
-        read = _Library(ingredient)
+        read = Library(ingredient)
         for name in names:
             sums[name].add(k, read.elements(name))
-    read = _Library(model)
+    read = Library(model)
     for name in names:
         expected = sums[name].check(read.elements(name))
         if expected is not None:
@@ -97,7 +97,13 @@ class _Sum:
         return None if at is None else (have[at].item(), float(self._total[at]))
 
 
-class _Library:
+def picked(numel: int) -> NDArray[np.int64]:
+    """Return the positions of the elements of a tensor that are compared, evenly spaced in row-major order."""
+    found: NDArray[np.int64] = np.linspace(0, numel - 1, min(ELEMENTS, numel)).round().astype(np.int64)
+    return found
+
+
+class Library:
     """A checkpoint as the library of its format reads it."""
 
     def __init__(self, ingredient: Ingredient) -> None:
@@ -109,6 +115,13 @@ class _Library:
 
         Raises IngredientError if the library does not find the tensor, or finds another shape.
         """
+        tensor, info = self.whole(name), self._ingredient.tensors[name]
+        picks = picked(info.numel)
+        where = tuple(torch.from_numpy(index) for index in np.unravel_index(picks, info.shape)) if info.shape else ()
+        return tensor.detach()[where].reshape(-1)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor. Raises IngredientError as `elements` does."""
         info = self._ingredient.tensors[name]
         file, (key, stored) = self._ingredient.files[info.file], self._stored(name)
         tensor = (
@@ -118,9 +131,7 @@ class _Library:
             raise IngredientError(
                 f"{file}: its own library does not find the tensor {stored} {list(info.shape)}. Restore the file."
             )
-        picks = np.linspace(0, info.numel - 1, min(ELEMENTS, info.numel)).round().astype(np.int64)
-        where = tuple(torch.from_numpy(index) for index in np.unravel_index(picks, info.shape)) if info.shape else ()
-        return tensor.detach()[where].reshape(-1)
+        return tensor
 
     def _stored(self, name: str) -> tuple[str, str]:
         """Return the container of a tensor of the model, and the name that it has there."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
@@ -43,6 +42,7 @@ from ray_soup.soups.write import (
     write_library_files,
 )
 from ray_soup.task.adapters import about_base
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import Outcome, judged
 from ray_soup.task.preprocess_key import model_of
 
@@ -54,7 +54,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
 
     Raises SoupError.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients))

@@ -30,6 +30,7 @@ from ray_soup.io.progress import ProgressCallback, labelled, no_progress
 from ray_soup.mixing.blocks import Layout
 from ray_soup.mixing.buffers import check_buffers, differing_layers
 from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
+from ray_soup.recipe.plain import shown
 from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, recall
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.records import read_resolved, write_resolved
@@ -37,6 +38,7 @@ from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.task import identity
 from ray_soup.task.adapters import lift
 from ray_soup.task.data import Split, calibration_batches, cut_splits
+from ray_soup.task.merged_models import check_merged
 from ray_soup.task.models import objective_in
 from ray_soup.task.other_models import advice_for
 from ray_soup.task.outcomes import Outcome, join_outcomes
@@ -114,11 +116,12 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     adapters = adapters_among(found)
     if adapters:
         return _adapter_inputs(recipe, adapters, notes, examined.preprocessing)
-    if recipe.adapter.rank is not None:
-        raise RecipeError(
-            f"adapter.rank is {recipe.adapter.rank}, but the ingredients are whole models, such as {found[0].path}; the key "
-            "is for LoRA adapters. Remove it."
-        )
+    for key, value in recipe.adapter:
+        if value:
+            raise RecipeError(
+                f"adapter.{key} is {shown(value)}, but the ingredients are whole models, such as {found[0].path}; the key "
+                "is for LoRA adapters. Remove it."
+            )
     ignore: Ignored = (*recipe.ignore, *layout.in_files.unsaved)
     ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore, advise=advice_for(recipe.model))
     layout = layout.with_names({alias for ingredient in ingredients for alias in ingredient.aliases})
@@ -135,6 +138,8 @@ def _adapter_inputs(
     ingredients, layout, more = lift(recipe.model, adapters, recipe.ignore)
     check_floats(ingredients, layout.names)
     group = group_of(ingredients)
+    if group is not None and recipe.adapter.merge:
+        check_merged(recipe.model, group)
     frozen = 0 if group is None else sum(info.numel for info in group.base.tensors.values())
     return Inputs(tuple(ingredients), layout, (*notes, *more), preprocessing, frozen)
 

@@ -15,9 +15,10 @@ from ray_soup.io.disk import write_text
 from ray_soup.io.find import find_sweeps
 from ray_soup.io.hugging_face import notes_of
 from ray_soup.io.ingredient import Ingredient, open_ingredient
-from ray_soup.io.lifting import group_of
-from ray_soup.io.progress import ProgressCallback
+from ray_soup.io.lifting import AdapterSet, group_of
+from ray_soup.io.progress import CountCallback, ProgressCallback
 from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
+from ray_soup.mixing.adapter_merge import bake_merged
 from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
 from ray_soup.recipe import Recipe
@@ -29,8 +30,12 @@ from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
 from ray_soup.task.companions import adapter_line, loading_line, write_companions, write_tokenizer
 from ray_soup.task.data import Split
+from ray_soup.task.merged_models import merged_soup
 from ray_soup.task.outcomes import Outcome
 from ray_soup.task.peft_models import check_with_peft
+
+WORTH_A_NOTE = 0.001
+"""Relative error of a merged model's changes from which on a note states it."""
 
 
 def bake_and_evaluate(
@@ -112,6 +117,8 @@ def bake_any(
     if group is None:
         mine = tuple(range(len(ingredients))) if subset is None else subset
         return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool, mine), []
+    if recipe.adapter.merge:
+        return _bake_merged(recipe, coefficients, ingredients, group, path, count, shard_size)
     form = Form(recipe.out_dtype, recipe.adapter.rank)
     file = bake_adapter(coefficients, ingredients, group, path.parent, count, form)
     check_with_peft(recipe.model, [open_adapter(str(file))])
@@ -121,6 +128,27 @@ def bake_any(
     return file, [
         f"{recipe.method}: truncated to rank {form.rank}, the changes of weights differ by {error:.2%} (Frobenius norm) "
         "from those of the exact soup. All figures are those of the truncated adapter."
+    ]
+
+
+def _bake_merged(
+    recipe: Recipe,
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    group: AdapterSet,
+    path: Path,
+    count: CountCallback,
+    shard_size: int | None,
+) -> tuple[Path, list[str]]:
+    """Write a soup of adapters as a whole model. Arguments and value as for `bake_any`."""
+    soup = merged_soup(recipe.model, coefficients, ingredients, group, recipe.out_dtype)
+    file, error = bake_merged(soup, path, count, shard_size)
+    if error is None or error < WORTH_A_NOTE:
+        return file, []
+    return file, [
+        f"{recipe.method}: merged and rounded to the dtype of the model, the changes of weights differ by {error:.2%} "
+        "(Frobenius norm) from those of the exact soup. All figures are those of the merged model. out_dtype: float32 "
+        "rounds less."
     ]
 
 
@@ -134,8 +162,9 @@ def write_library_files(folder: Path, model: str) -> None:
     if is_adapter_folder(folder):
         write_tokenizer(model, folder)
         return
-    dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
-    write_companions(model, folder, dtypes.most_common(1)[0][0])
+    tensors = open_ingredient(str(folder)).tensors
+    dtypes = Counter(info.dtype for info in tensors.values() if info.dtype.is_floating_point)
+    write_companions(model, folder, dtypes.most_common(1)[0][0], tensors)
 
 
 def write_descriptions(

@@ -21,6 +21,7 @@ from ray_soup.io.hub_path import COMMIT, HubPath, is_hub
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient, digest_of, lifted, make_set
 from ray_soup.mixing.blocks import Layout
+from ray_soup.task.heads import check_heads, other_head
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import describe
 from ray_soup.task.other_models import advice_for
@@ -45,7 +46,7 @@ def lift(
     _folder_of(spec, adapters)
     check_with_peft(spec, adapters)
     group = lifted_set(spec, adapters, ignore)
-    notes = _compare_bases(adapters, group.base, group.base_sha256)
+    notes = _compare_bases(adapters, group)
     layout = describe_adapted(spec, group)
     return [*check_together(lifted(group), layout.state_shapes)], layout, notes
 
@@ -55,7 +56,7 @@ def lift_one(spec: str, adapter: AdapterIngredient, ignore: Sequence[str] = ()) 
     _folder_of(spec, [adapter])
     check_with_peft(spec, [adapter])
     group = lifted_set(spec, [adapter], ignore)
-    _compare_bases([adapter], group.base, group.base_sha256)
+    _compare_bases([adapter], group)
     return [*lifted(group)], describe_adapted(spec, group)
 
 
@@ -77,9 +78,10 @@ def open_base(spec: str, adapters: Sequence[AdapterIngredient], ignore: Sequence
     """
     layout = describe(spec)
     opened = open_ingredient(_folder_of(spec, adapters))
-    unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
+    unneeded: Ignored = (*ignore, *layout.in_files.unsaved, *other_head(spec, layout))
     missing = layout.state_shapes.keys() - opened.bind(layout.state_shapes, layout.known_names, unneeded).tensors.keys()
     heads = {name for name in missing if all(name in a.whole and a.config.saves(name) for a in adapters)}
+    check_heads(spec, sorted(missing - heads), opened, adapters)
     shapes = {name: shape for name, shape in layout.state_shapes.items() if name not in heads}
     base = check_fits(opened, shapes, layout.known_names, unneeded)
     base.check_copies()
@@ -99,12 +101,12 @@ def _folder_of(spec: str, adapters: Sequence[AdapterIngredient]) -> str:
     return parsed.name
 
 
-def _compare_bases(adapters: Sequence[AdapterIngredient], base: Ingredient, sha256: str) -> list[str]:
+def _compare_bases(adapters: Sequence[AdapterIngredient], group: AdapterSet) -> list[str]:
     """Compare the bases that adapters name with the recipe's.
 
     Returns notes about bases that are not on this machine. Raises IngredientError if one has other weights.
     """
-    named: dict[tuple[str, str], str] = {}
+    base, named = group.base, dict[tuple[str, str], str]()
     for adapter in adapters:
         if adapter.config.base:
             named.setdefault((adapter.config.base, str(adapter.config.values.get("revision") or "")), adapter.path)
@@ -113,7 +115,7 @@ def _compare_bases(adapters: Sequence[AdapterIngredient], base: Ingredient, sha2
         if not os.path.isdir(name):
             if not _may_be(name, revision, base.path):
                 unknown.append(f"{name}{'@' * bool(revision)}{revision} ({path})")
-        elif os.path.realpath(name) != os.path.realpath(base.path) and not _same_weights(name, base, sha256):
+        elif os.path.realpath(name) != os.path.realpath(base.path) and not _same_weights(name, group):
             raise IngredientError(
                 f"{path} was trained on the base {name} (base_model_name_or_path), whose weights differ from those of the "
                 f"recipe's model, {base.path}. Set `model:` to that base, or exclude the adapter."
@@ -136,14 +138,15 @@ def _may_be(name: str, revision: str, base: str) -> bool:
     return os.path.basename(name.rstrip("/")) == os.path.basename(base.rstrip("/"))
 
 
-def _same_weights(folder: str, base: Ingredient, sha256: str) -> bool:
+def _same_weights(folder: str, group: AdapterSet) -> bool:
     """Return whether a folder contains the weights of the base, in any files. A folder without weights cannot tell."""
     try:
         other = open_ingredient(folder)
     except (IngredientError, RecipeError):
         return True
-    if digest_of(other) == sha256:
+    if digest_of(other) == group.base_sha256:
         return True
+    base = group.base
     bound = other.bind(base.tensors, {})
     if bound.tensors.keys() != base.tensors.keys():
         return False

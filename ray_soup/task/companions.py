@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 
 from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.hugging_face import settings_folder
+from ray_soup.mixing.blocks import layout_of
 from ray_soup.task.libraries import open_clip_model_arguments, timm_model_arguments, torchvision_model_arguments
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build
-from ray_soup.task.transformers_models import dtype_name, has_tokenizer, loading_options
+from ray_soup.task.transformers_models import TASK, dtype_name, has_tokenizer, loading_options, untie
 
 LOADING_LINES = {
     "open_clip": "open_clip.create_model({name!r}, pretrained={file!r}{more})",
@@ -55,11 +56,11 @@ def _arguments(model: ModelSpec) -> dict[str, Any]:
     return torchvision_model_arguments(model) if model.library == "torchvision" else {}
 
 
-def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
+def write_companions(spec: str, folder: Path, dtype: torch.dtype, tensors: Collection[str] = ()) -> None:
     """Write the files that the model's library expects next to its weights.
 
     For transformers: config.json, which states the `dtype` of the weights, and the files of the tokenizer or image
-    processor.
+    processor. If the weights, with names in `tensors`, contain tied tensors twice, the config does not tie them.
     """
     parsed = ModelSpec.parse(spec)
     if parsed.library != "transformers":
@@ -71,6 +72,8 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
         model: Any = build(spec).model
     model.config.architectures = [type(model).__name__]
     setattr(model.config, dtype_name(transformers), dtype)
+    if not layout_of(model).tied.keys().isdisjoint(tensors):
+        untie(model.config)
     model.config._name_or_path = ""  # which versions before 5.0 would write down
     model.config.save_pretrained(folder)
     if model.main_input_name == "input_ids":
@@ -93,9 +96,12 @@ def adapter_line(spec: str) -> str:
     """Return the line of Python that loads an adapter of the base `spec`, run in the adapter's folder."""
     with torch.device("meta"):
         kind = type(build(spec).model).__name__
-    name, more = ModelSpec.parse(spec).name, ""
+    parsed = ModelSpec.parse(spec)
+    name, more = parsed.name, ""
     if is_hub(name):
         where = HubPath.parse(name)
         name, more = where.repo, f", revision={where.revision!r}"
         more += f", subfolder={where.inside!r}" if where.inside else ""
+    if TASK in parsed.options and "classes" in parsed.options:
+        more += f", num_labels={parsed.options['classes']}"
     return f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({name!r}{more}), '.')"

@@ -16,16 +16,20 @@ from typing import Any
 import torch
 
 from ray_soup.errors import IngredientError, RecipeError
-from ray_soup.io.adapters import AdapterConfig, AdapterIngredient, open_adapter
+from ray_soup.io.adapters import AdapterConfig, AdapterIngredient, adapter_file, open_adapter
 from ray_soup.io.check import check_finite
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import AdapterSet, group_of
 from ray_soup.mixing.adapter_bake import written_config
 from ray_soup.mixing.blocks import Layout, layout_of
+from ray_soup.mixing.truncate import truncated
 from ray_soup.task.functions import as_in_workers
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.models import build
+from ray_soup.task.whole_file import WholeFile
 
+NO_LOSS = 1e-12
+"""Share of the squares of a product that is rounding error, and not of a larger rank."""
 NAME = "default"
 """The name that PEFT gives to the only adapter of a model."""
 
@@ -53,6 +57,7 @@ class AdaptedModel(torch.nn.Module):
         super().__init__()
         self.__dict__["base"] = base  # not as a submodule
         self.group = group
+        self._merged: WholeFile | None = None
         self.config = base.config
         for name, parameter in parameters.items():
             owner: Any = self
@@ -94,11 +99,21 @@ class AdaptedModel(torch.nn.Module):
         """Show the whole model, PEFT and the base's weights, because the fingerprint is computed from the printed model."""
         return f"peft {import_peft().__version__}, base {self.group.base_sha256}\n{self.__dict__['base']!r}"
 
+    def restore(self) -> None:
+        """Put the weights of the base back, if a merged model was loaded in their place."""
+        if self._merged is not None:
+            self._merged.restore()
+            self._merged = None
+
     def load_adapter_file(self, path: str) -> None:
         """Fill in the parameters, in place, from the adapter at `path`, whose ranks may be smaller.
 
+        If there is a whole model at `path`, into which adapters were merged, it takes the place of the base until `restore`.
         Raises IngredientError if it does not fit.
         """
+        if adapter_file(path) is None:
+            self._merged = WholeFile(self.computing, self.group, path)
+            return
         adapter, group, state = open_adapter(path), self.group, dict(self.named_parameters())
         whole = group.whole_in(adapter)
         unknown = [*(m for m in adapter.pairs if m not in group.modules)]
@@ -129,13 +144,19 @@ class AdaptedModel(torch.nn.Module):
         """Copy the factors of a module into the first rows of A and the first columns of B."""
         pair = adapter.pairs[module]
         shape_a, shape_b = adapter.tensors[pair.a].shape, adapter.tensors[pair.b].shape
-        if shape_a[1:] != a.shape[1:] or shape_b[0] != b.shape[0] or pair.rank > len(a):
+        rank, scaled = pair.rank, adapter.read(pair.b).view(shape_b).double() * pair.scale
+        first = adapter.read(pair.a).view(shape_a)
+        if rank > len(a) and shape_a[1:] == a.shape[1:]:  # PEFT's merges state a rank that their products may not have
+            less_b, less_a, lost, total = truncated(scaled.flatten(1), first.double().flatten(1), len(a))
+            if lost <= NO_LOSS * total:
+                rank, scaled, first = len(a), less_b.view(len(b), -1, *shape_b[2:]), less_a.view(a.shape)
+        if shape_a[1:] != a.shape[1:] or shape_b[0] != b.shape[0] or rank > len(a):
             raise IngredientError(
                 f"{adapter.files[0]}: the factors of {module} are {list(shape_a)} and {list(shape_b)}; expected rank "
                 f"{len(a)} or less for {list(a.shape)} and {list(b.shape)}. Use an adapter of this run."
             )
-        a[: pair.rank] = adapter.read(pair.a).view(shape_a).to(a.dtype)
-        b[:, : pair.rank] = (adapter.read(pair.b).view(shape_b).double() * pair.scale).to(b.dtype)
+        a[:rank] = first.to(a.dtype)
+        b[:, :rank] = scaled.to(b.dtype)
 
 
 def with_adapters(built: BuiltModel, ingredients: Sequence[Ingredient]) -> BuiltModel:

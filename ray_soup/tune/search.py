@@ -19,12 +19,12 @@ from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import objective_in
 from ray_soup.task.own_functions import objective_of
 from ray_soup.tune.trainable import Config, bundles, keys_of, soup_resources, soup_trainable
@@ -115,7 +115,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     Rerun to resume; a finished search is returned without running anything. Raises SoupError if every trial fails, and its
     subclasses for errors in the recipe and the ingredients.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))

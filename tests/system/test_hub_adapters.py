@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from tests.adapters import CONFIGS, make_adapter, write_texts
+from tests.adapters import CONFIGS, loaded, make_adapter, write_texts
+from tests.conftest import ROOT
 from tests.hub_server import Hub
+from tests.ray.test_language_models import by_library
 from tests.system.test_hub import command, head
 from tests.unit.task.language_models import byte_tokenizer, llama, saved
 
@@ -112,3 +117,64 @@ def test_another_commit_of_the_base_is_noted(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     notes = json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
     assert any(f"org/base@{'0' * 40} ({folder}). It was not compared with hf://org/base@{commit}" in note for note in notes)
+
+
+def test_an_adapter_on_the_hub_is_evaluated(hub: Hub, tmp_path: Path) -> None:
+    environment, files = hub.environment(tmp_path), hub.root.parent
+    recipe = recipe_in(tmp_path / "hub", hub, "hf://org/base", ["hf://org/adapter0", "hf://org/adapter1"])
+    done = command(environment, "evaluate", recipe, "hf://org/adapter1", "--json")
+    assert done.returncode == 0, done.stderr
+    total = np.sum([*by_library(loaded(files, files / "runs" / "1"), files, "test").values()], axis=0)
+    assert json.loads(done.stdout)["test_nll"] == pytest.approx(total[0] / total[1], rel=1e-5)
+
+
+def test_a_base_in_a_subfolder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    environment, files = hub.environment(tmp_path), hub.root.parent
+    shutil.copytree(files / "base", files / "family" / "tiny")
+    (files / "family" / "README.md").write_text("several models")
+    hub.commit("org/family", files / "family")
+    commit, out = head(hub, "org/family"), tmp_path / "out"
+    adapters = [str(files / "runs" / str(k)) for k in range(2)]
+    recipe = recipe_in(tmp_path / "hub", hub, "hf://org/family/tiny", adapters)
+    done = command(environment, "uniform", recipe, out, "adapter.merge=true", "data={}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "run.json").read_text())["base"]["path"] == f"hf://org/family@{commit}/tiny"
+    local = recipe_in(tmp_path / "local", hub, str(files / "base"), adapters)
+    done = command(environment, "uniform", local, tmp_path / "same", "adapter.merge=true", "data={}")
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
+    hub.requests()
+    done = command({**environment, "HF_HUB_OFFLINE": "1"}, "verify", out)
+    assert done.returncode == 0, done.stderr
+    exact = command(environment, "uniform", recipe, tmp_path / "exact", "data={}")
+    assert exact.returncode == 0, exact.stderr
+    card = (tmp_path / "exact" / "README.md").read_text()
+    assert f"from_pretrained('org/family', revision='{commit}', subfolder='tiny'), '.')" in card
+
+
+def test_the_weights_of_a_base_are_downloaded_with_progress_and_not_before(hub: Hub, tmp_path: Path) -> None:
+    """Opening base and adapters reads headers; the download reports how far it is."""
+    recipe = recipe_in(tmp_path / "hub", hub, "hf://org/base", ["hf://org/adapter0", "hf://org/adapter1"])
+    script = f"""
+import json
+from ray_soup.io import hugging_face as hf
+hf.LARGE, hf.BEGINNING = 1000, 100_000
+from ray_soup.io.lifting import files_of
+from ray_soup.recipe import load_recipe
+from ray_soup.soups.session import open_inputs
+from ray_soup.task.heads import resolved_recipe
+inputs = open_inputs(resolved_recipe(load_recipe({str(recipe)!r})))
+base = inputs.ingredients[0].group.base
+where = hf.at_commit(hf.HubPath.parse(base.files[0]))
+before = hf._in_cache(where, "model.safetensors")
+told = list(hf.download_all(files_of(inputs.ingredients)))
+print(json.dumps([before, sorted(set(total for _, total in told)), base.sizes[0], inputs.ingredients[0].group.base_sha256]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=hub.environment(tmp_path), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    before, totals, size, sha256 = json.loads(done.stdout.splitlines()[-1])
+    assert before is None
+    assert size in totals
+    assert len(sha256) == 64

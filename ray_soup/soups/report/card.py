@@ -39,9 +39,12 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
     notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     summed = "each tensor is a weighted sum of the same tensor in"
-    if "base" in record:
+    adapter = "base" in record and not recipe.adapter.merge
+    if recipe.adapter.merge:
+        summed = "this base model, changed in each module by a weighted sum of the products B A of"
+    elif adapter:
         summed = "an adapter for it, whose product B A is, in each module, a weighted sum of the products of"
-    return f"""{_front_matter(recipe, "base" in record)}
+    return f"""{_front_matter(recipe, adapter)}
 # A model soup of {used} ingredients
 
 Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model

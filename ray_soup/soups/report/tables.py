@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_bytes
-from ray_soup.recipe import BASELINES
+from ray_soup.recipe import BASELINES, PEFT_MERGES
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, markdown_paragraph, markdown_text
 from ray_soup.task.outcomes import judged, test_sets
@@ -37,7 +37,7 @@ TRIALS_LEGEND = (
     "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
     "used."
 )
-UNBIASED = ("uniform", MEAN_SINGLE, ENSEMBLE)
+UNBIASED = ("uniform", MEAN_SINGLE, ENSEMBLE, *PEFT_MERGES)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
 """The line before and after the tables in a Markdown file."""
@@ -311,6 +311,8 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
     own = [heading for _, heading, _ in own_columns(rows)]
     if own:
         about.append(f"{', '.join(own)}: computed by {record['evaluate']['function']} from the model's folder.")
+    if any(row.get("model_name") in PEFT_MERGES for row in rows):
+        about.append("peft: PEFT's own merges with equal weights (TIES: density 0.2, weights 1, as it averages itself).")
     text = (
         f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} "
         f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "

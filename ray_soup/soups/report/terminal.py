@@ -281,7 +281,7 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_methods(soup.record)
     _print_series(soup.record)
     _print_tests(soup.record)
-    model = "adapter_model" if "base" in soup.record else "model"
+    model = "adapter_model" if any(name.startswith("adapter_model") for name in soup.record["files"]) else "model"
     echo(
         f"Wrote {soup.out}/report.html with tables and figures, and {model}.safetensors with the soup "
         f"{soup.record['chosen']}."

@@ -14,6 +14,7 @@ from ray_soup.recipe import (
     DEFAULT_METHOD,
     LEARNED,
     METHODS,
+    PEFT_MERGES,
     RESERVED_NAMES,
     Learn,
     Recipe,
@@ -32,7 +33,7 @@ def test_the_table_lists_the_methods_in_the_order_of_tables() -> None:
     assert LEARNED == ("learned", "learned+", "mehl", "mehl+")
     assert BASELINES == ("best_single", "greedy")
     assert (BEST_SINGLE, DEFAULT_METHOD) == ("best_single", "mehl+")
-    assert {*NAMES, "ensemble"} == RESERVED_NAMES
+    assert {*NAMES, *PEFT_MERGES, "ensemble"} == RESERVED_NAMES
 
 
 def test_the_table_says_what_a_comparison_does_with_a_method() -> None:
