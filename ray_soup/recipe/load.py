@@ -27,6 +27,7 @@ _SINCE_0_2: dict[str, Any] = {
     "select_by": "auto",
     "evaluate": None,
     "adapter": {"rank": None},
+    "schedule": {"window": "auto", "decay": "auto"},
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)
@@ -74,6 +75,8 @@ def dump_recipe(recipe: Recipe) -> str:
     values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
     if not recipe.learn.gradient_checkpointing:
         del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
+    if not recipe.learn.smoothness:
+        del values["learn"]["smoothness"]  # nor this one
     if isinstance(recipe.preprocess, Preprocessing):
         values["preprocess"] = recipe.preprocess.values()
     if recipe.search.metric == "auto" and recipe.select_by in UNSAID:

@@ -17,7 +17,7 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
-from ray_soup.soups.make import Mixture, make, mean_coefficients
+from ray_soup.soups.make import Mixture, coefficients_without_data, make, mean_coefficients
 from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,
@@ -139,8 +139,8 @@ def make_soup_in(
 
 
 def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
-    """Make a uniform soup from a recipe without data: there are no actors, and they evaluate nothing."""
-    coefficients = mean_coefficients(recipe, inputs, inputs.everything)
+    """Make the soup of a recipe without data: there are no actors, and they evaluate nothing."""
+    coefficients = coefficients_without_data(recipe, inputs)
     notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
     done = "not evaluated" if recipe.evaluate is None else f"evaluated by {recipe.evaluate} alone"
     note = f"The recipe has no data: this soup was {done}. {NOTHING_TO_COMPARE_WITH}"

@@ -37,7 +37,7 @@ TRIALS_LEGEND = (
     "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
     "used."
 )
-UNBIASED = ("uniform", MEAN_SINGLE, ENSEMBLE)
+UNBIASED = ("uniform", "last", MEAN_SINGLE, ENSEMBLE)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
 """The line before and after the tables in a Markdown file."""

@@ -383,4 +383,9 @@ def _print_tests(record: Mapping[str, Any]) -> None:
     for split in judged(record["examples"]) if record["tests"] else ():
         for baseline in BASELINES:
             echo(f"Paired tests against {baseline} on {titled(split)}:")
-            print_table(*paired_table(record["tests"], baseline, split, measures_in(record)))
+            head, cells = paired_table(record["tests"], baseline, split, measures_in(record))
+            whole = range(len(head))
+            at = next((n for n in whole if head[n].startswith(measures_in(record).loss_heading)), 0)
+            parts = [whole] if at < 2 or _fits(head, cells) else [whole[:at], (0, *whole[at:])]
+            for columns in parts:
+                print_table([head[n] for n in columns], [[line[n] for n in columns] for line in cells])
