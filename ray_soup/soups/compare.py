@@ -166,6 +166,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         "tests": made.tests(),
         "eliminations": made.series("dropped", "dropped", made.dropped),
         "counts": made.series("counted", "count", made.counted),
+        **made.schedules(),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
@@ -185,6 +186,9 @@ def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record
         {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
         {name: own[name].on(judged(first)[0], first) for name in (BEST_SINGLE, label)},
         made.similarity,
+        inputs.steps,
+        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in REFERENCES},
+        inputs.unit_of_steps,
     )
 
 

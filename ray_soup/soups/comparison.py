@@ -167,6 +167,11 @@ class Comparison(SharedResults):
         """The results of the table's soups by label, of the first seed."""
         return {entry.label: self.results[entry] for entry in self.entries}
 
+    def schedules(self) -> dict[str, Any]:
+        """Return the key of run.json about the windows and decays that were chosen, by method; none without schedules."""
+        found = {name: result.figures["schedule"] for name, result in self.own.items() if "schedule" in result.figures}
+        return {"schedules": found} if found else {}
+
     def table(self) -> list[ResultRow]:
         """Return one row of means over the seeds per method; a method without a seed is evaluated on every seed's select."""
         rows = [_mean(MEAN_SINGLE, [result.row(self.first) for result in self.individual], spread=False)]

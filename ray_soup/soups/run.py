@@ -31,6 +31,7 @@ from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.trajectory import recorded_weights
 from ray_soup.soups.write import (
     bake_and_evaluate,
     bake_model,
@@ -127,13 +128,14 @@ def make_soup_in(
         **about_base(inputs.ingredients),
         "notes": notes,
     }
-    record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
+    weights = recorded_weights(recipe, inputs.ingredients, coefficients.shares())
+    record.update({**made.record, **weights, **(more or {})})  # type: ignore[typeddict-item]
     costs = {"ingredients_used": used, "seconds": clock.total()}
     rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, **ours, **costs}]
     if made.baseline:
         rows.append(made.baseline.row | single)
     write_descriptions(staging, recipe, coefficients, rows, record, model_of(recipe))
-    write_bytes(staging / "report.html", html(_report(recipe, rows, record, made)).encode())
+    write_bytes(staging / "report.html", html(_report(recipe, inputs, rows, record, made)).encode())
     output.publish(recipe, rows, record, staging)
     return Soup(output.folder, rows, record, notes)
 
@@ -214,10 +216,14 @@ def _own_figures(
     return ours, single
 
 
-def _report(recipe: Recipe, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
+def _report(recipe: Recipe, inputs: Inputs, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
     coefficients: dict[str, Coefficients] = {}
     curves: dict[str, list[dict[str, float]]] = {}
     if recipe.info.learns:
         coefficients, curves = {recipe.method: made.mixture.coefficients}, {recipe.method: made.mixture.figures["curve"]}
     title = f"{recipe.method} soup of {len(record['ingredients'])} ingredients"
-    return Report(title, recipe, rows, record, coefficients, curves, made.shown, made.similarity)
+    weighted = {} if recipe.info.is_reference else {recipe.method: made.mixture.coefficients}
+    return Report(
+        title, recipe, rows, record, coefficients, curves, made.shown, made.similarity, inputs.steps, weighted,
+        inputs.unit_of_steps,
+    )  # fmt: skip

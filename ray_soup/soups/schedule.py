@@ -12,7 +12,7 @@ from ray_soup.mixing.schedules import DECAYS, windows
 from ray_soup.recipe import Recipe
 from ray_soup.soups.learn import figures_on_select
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session
-from ray_soup.soups.trajectory import fixed_weights, is_chosen, is_shaped, order_of, steps_of, weights
+from ray_soup.soups.trajectory import fixed_weights, is_chosen, is_shaped, steps_of, weights
 from ray_soup.task.choices import cost
 
 
@@ -32,12 +32,11 @@ class Choice:
     """Number of examples that these were evaluated on, and that running statistics were estimated on."""
 
     def record(self, session: Session) -> dict[str, Any]:
-        """Return the figures for run.json: the steps with their weights, in the order of the run, and what was tried."""
+        """Return the figures for run.json: the window, the steps in it, and what was tried."""
         chosen = [session.inputs.ingredients[k] for k in session.subset]
-        steps, order = steps_of(chosen) or (), order_of(chosen)[-self.window :]
+        steps = sorted(steps_of(chosen) or ())[-self.window :]
         found: dict[str, Any] = {"window": self.window} | ({} if self.decay is None else {"decay": self.decay})
-        found |= {"steps": [steps[k] for k in order], "weights": self.weights[order].tolist()}
-        return {"image_passes": self.looked, "schedule": {**found, "tried": self.tried}}
+        return {"image_passes": self.looked, "schedule": {**found, "steps": steps, "tried": self.tried}}
 
     def note(self, method: str, record: dict[str, Any], total: int) -> str:
         """Say which steps were mixed, for the user."""

@@ -83,6 +83,12 @@ class Inputs:
         return steps_of(self.ingredients)
 
     @property
+    def unit_of_steps(self) -> str:
+        """What a step of a run is called: step or epoch."""
+        first = self.ingredients[0].step
+        return "step" if first is None else first.unit
+
+    @property
     def everything(self) -> tuple[int, ...]:
         """The positions of all ingredients."""
         return tuple(range(len(self.ingredients)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.io.steps import fault_of
+from ray_soup.io.steps import asks_for_steps, fault_of
 from ray_soup.mixing.schedules import average, schedule
 from ray_soup.recipe import Recipe
 
@@ -95,6 +96,24 @@ def fixed_weights(recipe: Recipe, ingredients: Sequence[Ingredient]) -> NDArray[
     assert not is_chosen(recipe)
     count = len(ingredients) if window == "auto" else window
     return weights(recipe, ingredients, count, None if is_shaped(recipe) or decay == "auto" else decay)
+
+
+def recorded_weights(recipe: Recipe, ingredients: Sequence[Ingredient], shares: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the key of run.json that says which step has which weight, if the recipe asks for the steps of a run.
+
+    Args:
+        recipe: the recipe as run.
+        ingredients: the K ingredients.
+        shares: their mean coefficients over the blocks, float64 [K].
+    """
+    steps, first = steps_of(ingredients), ingredients[0].step
+    asked = recipe.info.needs_steps or asks_for_steps(recipe.ingredients)
+    if steps is None or first is None or recipe.info.is_reference or not asked:
+        return {}
+    order = order_of(ingredients)
+    return {"trajectory": {
+        "unit": first.unit, "steps": [steps[k] for k in order], "weights": [float(shares[k]) for k in order]
+    }}  # fmt: skip
 
 
 def roughness(coefficients: NDArray[np.float64], order: Sequence[int]) -> tuple[float, NDArray[np.float64]]:

@@ -31,6 +31,7 @@ from ray_soup.soups.report.tables import (
     searched_for,
     series_table,
     series_title,
+    steps_table,
     table,
     titled,
     trials_table,
@@ -252,6 +253,9 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
         return
     print_row(*_rows_of(soup), measures=measures_in(soup.record))
+    if "trajectory" in soup.record:
+        print_table(*steps_table(soup.record["trajectory"]))
+        echo("Weights are means over blocks; learning rate: the factor that they amount to, on the updates before a step.")
     names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
     model = max(names, default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")

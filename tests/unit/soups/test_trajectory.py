@@ -99,7 +99,6 @@ def test_a_schedule_tries_every_window_and_takes_the_best_as_a_plain_loop_does(m
     assert (choice.decay is None) == (method != "ema")
     record = choice.record(session)["schedule"]
     assert record["steps"] == steps[-window:]
-    assert record["weights"] == weights[-window:].tolist()
     assert choice.looked == len(expected) * len(select)
 
 
