@@ -55,9 +55,10 @@ def open_ingredients(spec: Spec | None, reserved: Collection[str] = (), notes: l
     lines: list[str] = []
     found = _find(spec, lines)
     if len(found) == 1 and lines:
+        hint = " To mix steps of the run, append ?per_trial=all or ?per_trial=last:N to its folder."
         raise RecipeError(
-            f"ingredients: a soup needs two or more ingredients; found one run. {' '.join(lines)} To mix steps of the run, "
-            "append ?per_trial=all or ?per_trial=last:N to its folder."
+            f"ingredients: a soup needs two or more ingredients; found one run. {' '.join(lines)}"
+            f"{hint if found[0].step is None else ''}"
         )
     paths, trials = [one.path for one in found], [one.trial for one in found]
     if notes is not None:

@@ -191,7 +191,7 @@ def _is_copy(name: str) -> bool:
 def _model_in(folder: str, name: str) -> str | None:
     """Return the model in the folder of a step: the folder itself or the only checkpoint in it; None if there is none."""
     inside = storage.join(folder, name)
-    names = storage.listdir(inside)
+    names = storage.listdir(inside) if storage.isdir(inside) else []
     if WEIGHTS & set(names) or checkpoint_of(inside) is not None:
         return inside
     files = [n for n in names if is_checkpoint(n) and not NO_MODELS.fullmatch(n)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_soup.errors import SoupError
 from ray_soup.mixing.schedules import DECAYS, windows
 from ray_soup.recipe import Recipe
 from ray_soup.soups.learn import figures_on_select
@@ -65,7 +67,10 @@ def choose(session: Session) -> Choice:
         named: dict[str, float] = {"window": window} if decay is None else {"window": window, "decay": decay}
         tried.append(named | figures_on_select(score))
     session.pool.forget()
-    window, decay = candidates[int(np.argmin(costs))]
+    known = [number for number, value in enumerate(costs) if not math.isnan(value)]
+    if not known:
+        raise SoupError(f"{recipe.method}: the loss on select is not finite, whatever is tried. Look for NaN in the data.")
+    window, decay = candidates[min(known, key=lambda number: costs[number])]
     looked = len(candidates) * (len(select) + sum(map(len, calibration)))
     return Choice(weights(recipe, ingredients, window, decay), window, decay, tried, looked)
 

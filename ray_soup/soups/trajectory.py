@@ -26,9 +26,9 @@ def steps_of(ingredients: Sequence[Ingredient]) -> tuple[int, ...] | None:
 
 
 def order_of(ingredients: Sequence[Ingredient]) -> list[int]:
-    """Return the positions of the steps of one run, ordered by step."""
+    """Return the positions of the steps of one run, ordered by step; `check_trajectory` has checked that they are such."""
     steps = steps_of(ingredients)
-    assert steps is not None  # `check_trajectory` was called at the start
+    assert steps is not None
     return sorted(range(len(steps)), key=lambda k: steps[k])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import RecipeError
@@ -110,6 +111,27 @@ def test_the_figure_of_select_by_chooses(folder: Path) -> None:
         assert choice.window == choice.tried[int(np.argmin(worst))]["window"]
         by[figure] = choice.tried
     assert by["nll"] == by["accuracy"]
+
+
+def test_a_window_without_a_finite_loss_is_not_chosen(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-65" / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, "head.weight": torch.full_like(state["head.weight"], 3e38)}, file)
+    changes = {"method": "schedule:uniform", "ingredients": f"{tmp_path}/run?per_trial=all"}
+    choice = choose(session_of(make_recipe(recipe_values(folder, **changes))))
+    assert np.isnan(choice.tried[-1]["select_nll"])
+    assert choice.window < COUNT
+    assert np.isfinite([line["select_nll"] for line in choice.tried[:-1]]).all()
+
+
+def test_a_search_over_smoothness_is_refused_before_it_starts_if_ingredients_are_no_run(zoo: Path, tmp_path: Path) -> None:
+    from ray_soup.tune.search import search
+
+    recipe = make_recipe(values(zoo, search={"trials": 2, "learn.smoothness": {"choice": [0.1]}}))
+    with pytest.raises(RecipeError, match=r"learn\.smoothness: 0\.1 is for the steps of one training run"):
+        search(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("listed", [False, True])
