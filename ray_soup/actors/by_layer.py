@@ -125,26 +125,29 @@ class ByLayer:
 
         self.use(copy)
 
+    def use_tensors(self, tensor: Callable[[str, int], torch.Tensor]) -> None:
+        """Take the parameters from `tensor`, which returns one, of any dtype [n], by its name and n."""
+
+        def copy(span: Span, out: torch.Tensor) -> None:
+            for name, _, start, stop in span.tensors:
+                out[start:stop].copy_(tensor(name, stop - start))
+
+        self.use(copy)
+
     def use_mean(self, ingredients: Sequence[Ingredient]) -> None:
         """Take the parameters from the mean of ingredients, in float64, then rounded as `bake` does."""
 
-        def mean(span: Span, out: torch.Tensor) -> None:
-            for name, _, start, stop in span.tensors:
-                total = torch.zeros(stop - start, dtype=torch.float64)
-                for ingredient in ingredients:
-                    total += ingredient.read(name).view(-1)
-                out[start:stop].copy_((total / len(ingredients)).to(common_dtype(ingredients, name)))
+        def mean(name: str, numel: int) -> torch.Tensor:
+            total = torch.zeros(numel, dtype=torch.float64)
+            for ingredient in ingredients:
+                total += ingredient.read(name).view(-1)
+            return (total / len(ingredients)).to(common_dtype(ingredients, name))
 
-        self.use(mean)
+        self.use_tensors(mean)
 
     def use_file(self, checkpoint: Ingredient) -> None:
         """Take the parameters from a checkpoint that fits the model."""
-
-        def read(span: Span, out: torch.Tensor) -> None:
-            for name, _, start, stop in span.tensors:
-                out[start:stop].copy_(checkpoint.read(name))
-
-        self.use(read)
+        self.use_tensors(lambda name, numel: checkpoint.read(name))
 
     def holds(self, name: str) -> bool:
         """Return whether a parameter is always there."""

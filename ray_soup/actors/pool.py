@@ -103,6 +103,10 @@ class ActorPool(StepPool, Protocol):
         """
         ...
 
+    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
+        """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
+        ...
+
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""
         ...
@@ -268,13 +272,21 @@ class MeshPool(RecoveringMesh):
 
         Every actor takes each mesh.size-th example.
         """
-        size = self.mesh.size
+        mine = [[Split(s.source, s.rows[rank :: self.mesh.size]) for s in splits] for rank in range(self.mesh.size)]
 
         def call(actor: Any, rank: int) -> Any:
-            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
-            return actor.try_candidate.remote(kept, candidate, mine, calibration)
+            return actor.try_candidate.remote(kept, candidate, mine[rank], calibration)
 
         return sum(self._ask("try_candidate", call), Score())
+
+    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
+        """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
+        mine = [[Split(s.source, s.rows[rank :: self.mesh.size]) for s in splits] for rank in range(self.mesh.size)]
+
+        def call(actor: Any, rank: int) -> Any:
+            return actor.try_mixture.remote(weights, mine[rank], calibration)
+
+        return sum(self._ask("try_mixture", call), Score())
 
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""

@@ -274,6 +274,14 @@ class Shard:
         self.candidates.mix(kept, candidate, calibration)
         return sum((score(self.replica, split) for split in splits), Score())
 
+    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
+        """Score the mixture of all ingredients with these weights, float64 [K], on splits.
+
+        If there are batches `calibration`, its running statistics are re-estimated on them.
+        """
+        self.candidates.mix_weighted(weights, calibration)
+        return sum((score(self.replica, split) for split in splits), Score())
+
     def forget(self) -> None:
         """Free what was kept between calls for an ensemble or a greedy search."""
         self.ensemble.forget()

@@ -22,6 +22,7 @@ from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TensorInfo
 from ray_soup.io.leftovers import groups_of
 from ray_soup.io.mapped import Version, release_pages, version_of
 from ray_soup.io.progress import drain
+from ray_soup.io.steps import Step
 from ray_soup.io.storage import LocalFile, RemoteFile, Stat
 from ray_soup.io.sweeps import Trial
 from ray_soup.io.tensor_files import Described, TensorFile, open_tensors
@@ -65,6 +66,8 @@ class Ingredient:
     """The prefix of the tensors in use if `ignore` decided; otherwise empty."""
     trial: Trial | None = None
     """The trial of a sweep that the checkpoint comes from."""
+    step: Step | None = None
+    """The training run that the checkpoint is a step of, and the step, as far as its path says so."""
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Plain values stored beside the tensors: the metadata of a safetensors file, and what stands at the top level of a
     torch file, such as `epoch` or `args` (as a dictionary). What is too long or not plain is missing."""
@@ -199,9 +202,9 @@ class Ingredient:
         known = {name: shape if isinstance(shape := shapes.get(name), tuple) else None for name in expected}
         return replace(self, **best_reading(self.containers, known, tied, ignore)._asdict())
 
-    def with_trial(self, trial: Trial | None) -> Ingredient:
-        """Return this ingredient with `trial`, the trial of a sweep that it comes from."""
-        return replace(self, trial=trial)
+    def with_trial(self, trial: Trial | None, step: Step | None = None) -> Ingredient:
+        """Return this ingredient with `trial`, the trial of a sweep that it comes from, and its step of a training run."""
+        return replace(self, trial=trial, step=step)
 
     def check_copies(self) -> None:
         """Check that both copies of a tied tensor are equal. Raises IngredientError if they differ."""

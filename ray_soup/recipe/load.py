@@ -27,6 +27,7 @@ _SINCE_0_2: dict[str, Any] = {
     "select_by": "auto",
     "evaluate": None,
     "adapter": {"rank": None, "merge": False},
+    "schedule": {"window": "auto", "decay": "auto"},
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)
@@ -78,6 +79,8 @@ def dump_recipe(recipe: Recipe) -> str:
         del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
     if not recipe.actors.by_layer:
         del values["actors"]["by_layer"]
+    if not recipe.learn.smoothness:
+        del values["learn"]["smoothness"]  # nor this one
     if isinstance(recipe.preprocess, Preprocessing):
         values["preprocess"] = recipe.preprocess.values()
     if recipe.search.metric == "auto" and recipe.select_by in UNSAID:

@@ -117,6 +117,9 @@ class Learn(Section):
     """Number of ingredients whose coordinates move at a time; auto: as many as fit into memory."""
     models_epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over all ingredients, one model batch after another."""
+    smoothness: float = Field(default=0.0, ge=0, le=1e6)
+    """For steps of one run: penalty on the mean square of the change of a coefficient from step to step, in units of 1/K,
+    added to the loss on fit."""
     seed: Seed = 1
     """Seed of the split into fit and select, of the order of batches and of the order of ingredients."""
 
@@ -190,14 +193,25 @@ class Greedy(Section):
     """Keep an ingredient if the soup's accuracy with it is >= (Wortsman et al. 2022) or > the accuracy without it."""
 
 
+class Schedule(Section):
+    """Settings of the methods `schedule:...` and `ema`, which mix the last steps of one training run."""
+
+    window: Annotated[int, Field(ge=2, le=1_000_000)] | Auto = "auto"
+    """Number of last checkpoints to mix. auto: for `ema` all of them, otherwise the number that is best on select."""
+    decay: Annotated[float, Field(gt=0, lt=1)] | Auto = "auto"
+    """Decay of `ema` from one checkpoint to the next. auto: the one of 0.5, 0.8, 0.9, 0.95, 0.98 and 0.99 that is best on
+    select."""
+
+
 class Recipe(Section):
     """The description of a run."""
 
     method: str = DEFAULT_METHOD
-    """best_single, uniform, greedy, learned, learned+, mehl or mehl+."""
+    """best_single, uniform, greedy, learned, learned+, mehl or mehl+; for the steps of one run also last, schedule:uniform,
+    schedule:linear, schedule:cosine, schedule:minus_sqrt or ema."""
     ingredients: PathText | Annotated[list[PathText], Field(min_length=1)] | None = None
     """Checkpoints that started from one initialization: a glob, a list, a folder, a URI, or the folder of a Ray Tune or
-    Ray Train experiment."""
+    Ray Train experiment. `RUN?per_trial=last:N` or `=all` takes the last N or all checkpoints of a training run."""
     ignore: list[Line] = Field(default=[], max_length=1000)
     """Tensors of the checkpoints to leave out, as glob patterns of names; for tensors that the model does not have."""
     model: Line
@@ -224,6 +238,7 @@ class Recipe(Section):
     of spectral normalization are always recomputed from the weights."""
     adapter: Adapter = Adapter()
     greedy: Greedy = Greedy()
+    schedule: Schedule = Schedule()
     learn: Learn = Learn()
     objective: ObjectiveName | Function = "auto"
     """What the model is trained for: classification, token_classification, segmentation, masked_lm, causal_lm,
@@ -370,7 +385,7 @@ class Recipe(Section):
 
 FIXED_IN_SEARCH = (
     "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
-    "evaluate", "baseline", "finetune", "search",
+    "evaluate", "baseline", "schedule", "finetune", "search",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

@@ -20,6 +20,8 @@ from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
 from ray_soup.soups.baseline import improvement, significance
 from ray_soup.soups.comparison import (
+    NOT_LEARNED,
+    REFERENCES,
     SEEDLESS,
     CompareOptions,
     Comparison,
@@ -27,6 +29,8 @@ from ray_soup.soups.comparison import (
     SoupEntry,
     SoupResult,
     diagnosis,
+    file_name,
+    methods_for,
     methods_on,
     table_entries,
     verdict,
@@ -95,11 +99,12 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         preprocessing = session.preprocessing
     own, first = made.own, made.first
     label = min(
-        (name for name in own if name != BEST_SINGLE), key=lambda name: cost(own[name].on("select", first), recipe.select_by)
+        (name for name in own if name not in REFERENCES),
+        key=lambda name: cost(own[name].on("select", first), recipe.select_by),
     )
     for name, result in own.items():
         if result.coefficients is not None:
-            save_coefficients(result.coefficients, staging / f"{name}.{COEFFICIENTS}")
+            save_coefficients(result.coefficients, staging / f"{file_name(name)}.{COEFFICIENTS}")
     coefficients = own[label].coefficients
     assert coefficients is not None
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
@@ -164,6 +169,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         "tests": made.tests(),
         "eliminations": made.series("dropped", "dropped", made.dropped),
         "counts": made.series("counted", "count", made.counted),
+        **made.schedules(),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
@@ -179,10 +185,13 @@ def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record
         recipe,
         record["table"],
         record,
-        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in SEEDLESS},
+        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in NOT_LEARNED},
         {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
         {name: own[name].on(judged(first)[0], first) for name in (BEST_SINGLE, label)},
         made.similarity,
+        inputs.steps,
+        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in REFERENCES},
+        inputs.unit_of_steps,
     )
 
 
@@ -194,7 +203,8 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
     shuffled = np.random.default_rng([learn.seed, 4]).permutation(count).tolist()
     dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
     counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
-    entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed)]
+    methods = methods_for(session.inputs.steps)
+    entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed, methods)]
     for series, subsets in (("dropped", dropped), ("counted", counted)):
         for subset in subsets.values():
             entries += [SoupEntry(method, subset, learn.seed, len(subset)) for method in methods_on(series)]
@@ -218,7 +228,7 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
         )
         results[entry] = _result(one, output, output.state("soups", entry.file))
     return Comparison(**vars(shared), seeds=seeds, model_batch=model_batch, dropped=dropped, counted=counted, splits=splits,
-                      results=results)  # fmt: skip
+                      results=results, methods=methods)  # fmt: skip
 
 
 def _shared_results(session: Session, folder: Path) -> SharedResults:

@@ -113,6 +113,7 @@ class RunRecord(TypedDict, total=False):
     counts: list[dict[str, Any]]
     search: dict[str, Any]
     base: dict[str, str]
+    trajectory: dict[str, Any]
 
 
 class BegunRecord(TypedDict, total=False):

@@ -17,7 +17,7 @@ from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
 from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
-from ray_soup.soups.make import Mixture, make, mean_coefficients
+from ray_soup.soups.make import Mixture, coefficients_without_data, make, mean_coefficients
 from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,
@@ -31,6 +31,7 @@ from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.trajectory import recorded_weights
 from ray_soup.soups.write import (
     bake_and_evaluate,
     bake_model,
@@ -128,20 +129,21 @@ def make_soup_in(
         **about_base(inputs.ingredients),
         "notes": notes,
     }
-    record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
+    weights = recorded_weights(recipe, inputs.ingredients, coefficients.shares())
+    record.update({**made.record, **weights, **(more or {})})  # type: ignore[typeddict-item]
     costs = {"ingredients_used": used, "seconds": clock.total()}
     rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, **ours, **costs}]
     if made.baseline:
         rows.append(made.baseline.row | single)
     write_descriptions(staging, recipe, coefficients, rows, record, model_of(recipe))
-    write_bytes(staging / "report.html", html(_report(recipe, rows, record, made)).encode())
+    write_bytes(staging / "report.html", html(_report(recipe, inputs, rows, record, made)).encode())
     output.publish(recipe, rows, record, staging)
     return Soup(output.folder, rows, record, notes)
 
 
 def _without_data(recipe: Recipe, inputs: Inputs, output: Output, staging: Path, progress: ProgressCallback) -> _Made:
-    """Make a uniform soup from a recipe without data: no actor builds the model, and nothing is evaluated."""
-    coefficients = mean_coefficients(recipe, inputs, inputs.everything)
+    """Make the soup of a recipe without data: no actor builds the model, and nothing is evaluated."""
+    coefficients = coefficients_without_data(recipe, inputs)
     with bakers(recipe, inputs.ingredients, output, progress) as pool:
         notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress, pool)
         sha256 = [] if pool is None else pool.hash(progress)
@@ -217,10 +219,14 @@ def _own_figures(
     return ours, single
 
 
-def _report(recipe: Recipe, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
+def _report(recipe: Recipe, inputs: Inputs, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
     coefficients: dict[str, Coefficients] = {}
     curves: dict[str, list[dict[str, float]]] = {}
     if recipe.info.learns:
         coefficients, curves = {recipe.method: made.mixture.coefficients}, {recipe.method: made.mixture.figures["curve"]}
     title = f"{recipe.method} soup of {len(record['ingredients'])} ingredients"
-    return Report(title, recipe, rows, record, coefficients, curves, made.shown, made.similarity)
+    weighted = {} if recipe.info.is_reference else {recipe.method: made.mixture.coefficients}
+    return Report(
+        title, recipe, rows, record, coefficients, curves, made.shown, made.similarity, inputs.steps, weighted,
+        inputs.unit_of_steps,
+    )  # fmt: skip

@@ -35,6 +35,7 @@ from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, reca
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.records import read_resolved, write_resolved
 from ray_soup.soups.state import StateCallback, ignore_state
+from ray_soup.soups.trajectory import check_trajectory, steps_of
 from ray_soup.task import identity
 from ray_soup.task.adapters import lift
 from ray_soup.task.data import Split, calibration_batches, cut_splits
@@ -78,6 +79,17 @@ class Inputs:
         """The names of the ingredients, in order."""
         return tuple(ingredient.name for ingredient in self.ingredients)
 
+    @cached_property
+    def steps(self) -> tuple[int, ...] | None:
+        """The step of each ingredient, if they are different steps of one training run; otherwise None."""
+        return steps_of(self.ingredients)
+
+    @property
+    def unit_of_steps(self) -> str:
+        """What a step of a run is called: step or epoch."""
+        first = self.ingredients[0].step
+        return "step" if first is None else first.unit
+
     @property
     def everything(self) -> tuple[int, ...]:
         """The positions of all ingredients."""
@@ -111,6 +123,7 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     check_data(recipe.data, objective_of(recipe, of_model).targets, of_model)
     of_runs: list[str] = []
     found = open_ingredients(recipe.ingredients, RESERVED_NAMES, of_runs)
+    check_trajectory(recipe, found)
     examined = examine(recipe, found)
     layout, notes = examined.layout, [*of_runs, *examined.notes]
     adapters = adapters_among(found)

@@ -24,6 +24,7 @@ from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
+from ray_soup.soups.trajectory import check_trajectory
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import objective_in
 from ray_soup.task.own_functions import objective_of
@@ -119,6 +120,8 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))
+    for config in configs:
+        check_trajectory(with_changes(recipe, config), inputs.ingredients)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, kind="search"))
         if soup is None:

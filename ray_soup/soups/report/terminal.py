@@ -31,6 +31,7 @@ from ray_soup.soups.report.tables import (
     searched_for,
     series_table,
     series_title,
+    steps_table,
     table,
     titled,
     trials_table,
@@ -252,6 +253,9 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
         return
     print_row(*_rows_of(soup), measures=measures_in(soup.record))
+    if "trajectory" in soup.record:
+        print_table(*steps_table(soup.record["trajectory"]))
+        echo("Weights are means over blocks; learning rate: the factor that they amount to, on the updates before a step.")
     names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
     model = max(names, default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
@@ -383,4 +387,9 @@ def _print_tests(record: Mapping[str, Any]) -> None:
     for split in judged(record["examples"]) if record["tests"] else ():
         for baseline in BASELINES:
             echo(f"Paired tests against {baseline} on {titled(split)}:")
-            print_table(*paired_table(record["tests"], baseline, split, measures_in(record)))
+            head, cells = paired_table(record["tests"], baseline, split, measures_in(record))
+            whole = range(len(head))
+            at = next((n for n in whole if head[n].startswith(measures_in(record).loss_heading)), 0)
+            parts = [whole] if at < 2 or _fits(head, cells) else [whole[:at], (0, *whole[at:])]
+            for columns in parts:
+                print_table([head[n] for n in columns], [[line[n] for n in columns] for line in cells])

@@ -224,6 +224,9 @@ def test_a_subset_of_the_adapters_has_the_mean_of_its_own(
     model.load_state_dict({n: sum(f * weights[k][n] for f, k in zip(c, some, strict=True)).float() for n in weights[0]})
     total = np.sum([sum_and_count(model, ids.tolist()) for ids in sequences(pool, FIT)], axis=0)
     assert score.loss == pytest.approx(total[0], rel=1e-5)
+    mixed = np.zeros(len(weights))
+    mixed[list(some)] = c
+    assert pool.try_mixture(mixed, [FIT]).loss == pytest.approx(total[0], rel=1e-5)
     greedy = pool.try_candidate((1, 3), 5, [FIT])
     model.load_state_dict({n: sum(weights[k][n] for k in some).float() / 3 for n in weights[0]})
     total = np.sum([sum_and_count(model, ids.tolist()) for ids in sequences(pool, FIT)], axis=0)
