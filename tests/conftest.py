@@ -60,8 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how to repeat the order of the tests if some of them failed: a quiet pytest does not."""
-    if terminalreporter.stats.get("failed"):
-        terminalreporter.write_line(f"Repeat this order with --randomly-seed={config.getoption('randomly_seed')}")
+    seed = config.getoption("randomly_seed", None)
+    if terminalreporter.stats.get("failed") and seed is not None:
+        terminalreporter.write_line(f"Repeat this order with --randomly-seed={seed}")
 
 
 def pytest_unconfigure() -> None:
