@@ -26,6 +26,8 @@ from ray_soup.io.storage import Stat
 from ray_soup.io.torch_pickle import TooLarge, Unreadable, Unsafe
 
 METADATA = ".metadata"
+STATE_FILE = "meta.pt"
+"""The file with the state of the training that Lightning writes beside the pieces."""
 LONGEST_METADATA = 256 << 20  # bytes; 600,000 pieces take 100 MB
 TRAINING_STATE = re.compile(r"(?i:(optim|optimizer|lr_?scheduler|scheduler|dataloader|rng)s?(_?states?)?(_\d+)?)")
 """Keys of a nested state dict under which the state of a training is stored."""
