@@ -19,7 +19,7 @@ import torch
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.formats import DISTRIBUTED_SUFFIX, DTYPE_NAMES, Piece, TensorInfo
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX, DTYPE_NAMES, LowPrecisionError, Piece, TensorInfo
 from ray_soup.io.inert_pickle import Inert, read_pickle, shown
 from ray_soup.io.pieces import fault_of
 from ray_soup.io.storage import Stat
@@ -237,7 +237,7 @@ def _check_pieces(described: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Check that every tensor can be mixed, and is filled by its pieces. Raises IngredientError."""
     for name, info in tensors.items():
         if info.dtype not in DTYPE_NAMES:
-            raise IngredientError(
+            raise (LowPrecisionError if "float8" in str(info.dtype) else IngredientError)(
                 f"{described}: the tensor {name} is {info.dtype}; expected one of "
                 f"{', '.join(str(d).removeprefix('torch.') for d in DTYPE_NAMES)}. Save it in one of these dtypes."
             )
@@ -268,8 +268,9 @@ def _check_places(files: list[str], stats: list[Stat], tensors: Mapping[str, Ten
                 f"{file} is truncated: it has {stat.size:,} bytes, but a piece of {name} takes bytes {start:,} to {stop:,}. "
                 "Copy it again."
             )
-        for (_, stop, one), (start, _, other) in pairwise(places):
-            if start < stop:
+        for (first, stop, one), (start, end, other) in pairwise(places):
+            tied = (first, stop) == (start, end) and one != other  # two names of one tensor
+            if start < stop and not tied:
                 raise IngredientError(
                     f"{files[0]} is damaged: pieces of {one} and {other} overlap at byte {start:,} of {file}. Copy "
                     "all files of this checkpoint again."

@@ -86,6 +86,10 @@ class Piece(TensorInfo):
     """Bytes that the piece takes in its file from byte `place` on, if it is an archive of its own."""
 
 
+class LowPrecisionError(IngredientError):
+    """A tensor has a dtype of so few bits that only quantized checkpoints use it."""
+
+
 def safetensors_header(path: str, file: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Read the header of a safetensors file: its tensors, by name, and its metadata.
 
@@ -123,7 +127,7 @@ def safetensors_header(path: str, file: int, size: int) -> tuple[dict[str, Tenso
 def check_dtype(path: str, name: str, dtype: str) -> None:
     """Check that a safetensors file names a dtype that can be mixed or copied. Raises IngredientError."""
     if dtype not in SAFETENSORS_DTYPES:
-        raise IngredientError(
+        raise (LowPrecisionError if dtype.startswith(("F8", "F6", "F4")) else IngredientError)(
             f"{path}: the tensor {name} has dtype {dtype}; expected one of {', '.join(SAFETENSORS_DTYPES)}. Save it in one "
             "of these dtypes."
         )

@@ -27,6 +27,7 @@ _SINCE_0_2: dict[str, Any] = {
     "select_by": "auto",
     "evaluate": None,
     "adapter": {"rank": None},
+    "out_format": "safetensors",
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)

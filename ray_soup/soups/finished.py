@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ray_soup.io.adapters import AdapterIngredient, adapters_among, open_checkpo
 from ray_soup.io.check import check_together
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.distributed import METADATA, is_metadata
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned, pinned_recipe
 from ray_soup.io.ingredient import Ingredient, open_ingredient
@@ -71,7 +74,8 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
         _check_present(Path(path), record)
     opened = open_checkpoint(model)
     if record is not None:
-        whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
+        sharded = len(opened.files) > 1 and not is_metadata(opened.files[0])
+        whole = not isinstance(opened, AdapterIngredient) and sharded
         index = [f"{MODEL}.index.json"] if whole else []
         check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
     function, notes = recipe.evaluate, []
@@ -169,7 +173,7 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
         more += [f"the base {record['base']['path']} has the digest in run.json"]
     else:
         total = _compare_tensors(out, coefficients, ingredients, progress)
-        sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
+        sampled = compare_sample(coefficients, ingredients, _open_model(out, coefficients))
     what = "products B A" if of_adapters else "tensors"
     proof = f"{sampled} sampled {what} equal those computed from the ingredients as their own libraries load them"
     if sampled is None:
@@ -200,12 +204,15 @@ def _check_listed(out: Path, record: RunRecord) -> None:
     expected = [*DESCRIPTIONS, index if index in listed or (out / index).exists() else MODEL]
     if is_adapter_folder(out) or ADAPTER_CONFIG in listed:
         expected[-1:] = [ADAPTER_CONFIG, ADAPTER_FILES[0]]
+    if METADATA in listed or (out / METADATA).exists():
+        expected[-1:] = [METADATA, *map(os.path.basename, open_ingredient(str(out)).files[1:])]
     if expected[-1] == index:
         expected += [os.path.basename(shard) for shard in shards_of(str(out / index))]
     missing = next((name for name in expected if name not in listed), None)
     if missing is not None:
         raise not_listed(out, missing)
-    stranger = next((f for f in sorted(out.iterdir()) if is_checkpoint(f.name) and f.name not in listed), None)
+    models = (f for f in sorted(out.iterdir()) if is_checkpoint(f.name) or f.name.endswith(DISTRIBUTED_SUFFIX))
+    stranger = next((f for f in models if f.name not in listed), None)
     if stranger is not None:
         raise RecipeError(f"{stranger} is not among the files in run.json. Remove it, or move it elsewhere.")
 
@@ -215,7 +222,7 @@ def _compare_tensors(
 ) -> int:
     """Recompute every tensor and compare it with the model's; return the number of tensors. Raises SoupError."""
     used = [ingredients[k] for k in coefficients.used()]
-    model = open_ingredient(str(out))
+    model = _open_model(out, coefficients)
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
@@ -250,11 +257,17 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
     if adapters:
         lifted = lifted_ingredients(out, recipe, record, coefficients, adapters, out / COEFFICIENTS)
         return recipe, record, coefficients, lifted
-    names = open_ingredient(str(out)).tensors
+    names = _open_model(out, coefficients).tensors
     shapes = {name: info.shape for name, info in names.items()}
     check_covers(coefficients, shapes, out / COEFFICIENTS)
     _check_buffers(recipe, coefficients, shapes, out)
     return recipe, record, coefficients, check_together(ingredients, shapes, coefficients.tied, recipe.ignore, strict=False)
+
+
+def _open_model(out: Path, coefficients: Coefficients) -> Ingredient:
+    """Open the model of a finished soup, without the second names of tied tensors, which a distributed checkpoint has."""
+    model, tied = open_ingredient(str(out)), coefficients.tied or {}
+    return replace(model, tensors={name: info for name, info in model.tensors.items() if name not in tied})
 
 
 def _check_buffers(recipe: Recipe, coefficients: Coefficients, names: Iterable[str], out: Path) -> None:

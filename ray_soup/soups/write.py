@@ -11,6 +11,7 @@ from typing import Any
 from ray_soup.io.adapters import open_adapter
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
+from ray_soup.io.distributed import is_metadata
 from ray_soup.io.find import find_sweeps
 from ray_soup.io.hugging_face import notes_of
 from ray_soup.io.ingredient import Ingredient, open_ingredient
@@ -19,9 +20,10 @@ from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
 from ray_soup.mixing.bake import bake, overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
+from ray_soup.mixing.distributed_bake import bake_distributed
 from ray_soup.recipe import Recipe
 from ray_soup.soups.make import Mixture
-from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Output
+from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
@@ -60,8 +62,11 @@ def bake_and_evaluate(
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
         found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
-        overwrite_tensors(found, file)
         mixture.coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
+        if is_metadata(str(file)):  # whose archives have checksums
+            bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+        else:
+            overwrite_tensors(found, file)
         mixture.notes.append(
             f"The running statistics of {len(inputs.recalibrated(session.recipe))} BatchNorm layers were re-estimated on "
             f"{sum(map(len, calibration)):,} examples of fit."
@@ -78,7 +83,9 @@ def bake_model(
     progress: ProgressCallback,
 ) -> list[str]:
     """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes."""
-    return bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size)[1]
+    return bake_any(recipe, coefficients, ingredients, folder / MODEL_FILES[recipe.out_format], progress, recipe.shard_size)[
+        1
+    ]
 
 
 def bake_any(
@@ -91,6 +98,8 @@ def bake_any(
 ) -> tuple[Path, list[str]]:
     """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
 
+    A `path` that ends in `.metadata` stands for a distributed checkpoint in its folder.
+
     Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
     Arguments as for `bake`.
     """
@@ -99,6 +108,9 @@ def bake_any(
         progress("mixing", done, total)
 
     group = group_of(ingredients)
+    if is_metadata(str(path)):
+        settings = (recipe.out_dtype, shard_size)
+        return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
     if group is None:
         return bake(coefficients, list(ingredients), path, None, count, recipe.out_dtype, shard_size), []
     form = Form(recipe.out_dtype, recipe.adapter.rank)
