@@ -6,6 +6,7 @@ this node's cache. A file that changes while it is in use is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,12 @@ from ray_soup.io import storage
 from ray_soup.io.binding import Ignored, Tensors, best_reading
 from ray_soup.io.checkpoint_files import checkpoint_of, index_map, refuse_piece, split_key, stem, suffixes
 from ray_soup.io.distributed import is_metadata, read_parts
-from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TensorInfo
+from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, LowPrecisionError, TensorInfo
 from ray_soup.io.leftovers import groups_of
 from ray_soup.io.mapped import Version, release_pages, version_of
 from ray_soup.io.pieces import joined
 from ray_soup.io.progress import drain
+from ray_soup.io.quantized import fault_of, remedy
 from ray_soup.io.storage import LocalFile, RemoteFile, Stat
 from ray_soup.io.sweeps import Trial
 from ray_soup.io.tensor_files import Described, TensorFile, open_tensors
@@ -237,10 +239,25 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
             tensors whose names begin with `NAME.`.
         name: name of the ingredient; default: the file name without its suffix.
 
-    Raises IngredientError if a file is broken, RecipeError if there is no checkpoint.
+    Raises IngredientError if a file is broken or quantized, RecipeError if there is no checkpoint.
     """
+    bare = split_key(path)[0]
+    file = checkpoint_of(bare)
+    folder = os.path.dirname(file or bare)
+    try:
+        opened = _opened(path, file, name)
+    except LowPrecisionError as error:
+        raise IngredientError(f"{error} The checkpoint is quantized. {remedy(folder)}") from error
+    for tensors in opened.containers.values():
+        fault = fault_of(path, folder, tensors)
+        if fault:
+            raise IngredientError(fault)
+    return opened
+
+
+def _opened(path: str, file: str | None, name: str | None) -> Ingredient:
+    """Open the checkpoint in `file`, which `path` names."""
     spec, (path, key) = path, split_key(path)
-    file = checkpoint_of(path)
     if file is None:
         refuse_piece(path)
         raise RecipeError(
