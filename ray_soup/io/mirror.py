@@ -11,7 +11,6 @@ from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.cache import cache_folder, content_key
 from ray_soup.io.disk import writing
-from ray_soup.io.formats import DISTRIBUTED_SUFFIX
 from ray_soup.io.hub_path import is_hub
 from ray_soup.io.lease import LEASE_FILE
 from ray_soup.io.progress import ProgressCallback, no_progress
@@ -51,7 +50,7 @@ class Mirror:
                 raise RecipeError(
                     f"{self.uri} has an object named {name!r}, which is no path of a file. Choose another OUT."
                 )
-            is_model = name.endswith((".safetensors", DISTRIBUTED_SUFFIX)) and found.size > SMALL
+            is_model = name.endswith((".safetensors", ".distcp")) and found.size > SMALL
             data = b"" if is_model else storage.read_bytes(storage.join(self.uri, name))
             target = self.folder / name
             with writing(target):

@@ -14,7 +14,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from struct import pack
@@ -76,39 +76,48 @@ def bake_distributed(
     shapes = {name: info.shape for name, info in ingredients[0].tensors.items()}
     dtypes = {name: written_dtype(ingredients, name, out_dtype) for name in shapes}
     files = {f"__0_{n}{DISTRIBUTED_SUFFIX}": names for n, names in enumerate(in_shards(shapes, dtypes, shard_size))}
-    paths = [folder / METADATA, *(folder / name for name in files)]
     places: dict[str, _Place] = {}
     for ingredient in ingredients:
         ingredient.check_copies()
-    try:
-        for path in paths:
-            path.unlink(missing_ok=True)  # it may be a link
-        with _Mixer(coefficients, ingredients, dtypes, threads, progress) as mixer:
-            for file, names in files.items():
-                with open(folder / file, "xb") as stream:
-                    for name in names:
-                        offset = _aligned(stream)
-                        _write_archive(stream, offset, shapes[name], dtypes[name], mixer.parts(name))
-                        places[name] = _Place(file, offset, stream.tell() - offset)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-        check_unchanged(ingredients)
-        _write_metadata(paths[0], shapes, dtypes, places, coefficients.tied or {})
-        return paths[0]
-    except BaseException as error:
-        for path in paths:
+    with _new_files(folder, [*files, METADATA], sum(math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes)):
+        try:
+            with _Mixer(coefficients, ingredients, dtypes, threads, progress) as mixer:
+                for file, names in files.items():
+                    with open(folder / file, "xb") as stream:
+                        for name in names:
+                            offset = _aligned(stream)
+                            _write_archive(stream, offset, shapes[name], dtypes[name], mixer.parts(name))
+                            places[name] = _Place(file, offset, stream.tell() - offset)
+                        stream.flush()
+                        os.fsync(stream.fileno())
+            check_unchanged(ingredients)
+        finally:
+            for ingredient in ingredients:
+                ingredient.close()
+        _write_metadata(folder / METADATA, shapes, dtypes, places, coefficients.tied or {})
+    return folder / METADATA
+
+
+@contextmanager
+def _new_files(folder: Path, names: Sequence[str], nbytes: int) -> Iterator[None]:
+    """Remove old files of these names; remove the new ones if writing fails. Raises SoupError instead of OSError."""
+
+    def remove() -> None:
+        for name in names:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)  # it may be a link
+
+    remove()
+    try:
+        yield
+    except BaseException as error:
+        remove()
         if isinstance(error, OSError):
-            nbytes = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
             raise SoupError(
-                f"{paths[1]} could not be written ({error.strerror or error}); the model takes {nbytes:,} bytes. Free some "
-                "space and rerun the same command."
+                f"{folder / names[0]} could not be written ({error.strerror or error}); the model takes {nbytes:,} bytes. "
+                "Free some space and rerun the same command."
             ) from error
         raise
-    finally:
-        for ingredient in ingredients:
-            ingredient.close()
 
 
 class _Mixer:

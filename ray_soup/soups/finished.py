@@ -22,8 +22,8 @@ from ray_soup.io.adapters import AdapterIngredient, adapters_among, open_checkpo
 from ray_soup.io.check import check_together
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
-from ray_soup.io.distributed import METADATA, is_metadata
-from ray_soup.io.formats import DISTRIBUTED_SUFFIX
+from ray_soup.io.distributed import METADATA
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX, SAFETENSORS_SUFFIX
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned, pinned_recipe
 from ray_soup.io.ingredient import Ingredient, open_ingredient
@@ -74,9 +74,8 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
         _check_present(Path(path), record)
     opened = open_checkpoint(model)
     if record is not None:
-        sharded = len(opened.files) > 1 and not is_metadata(opened.files[0])
-        whole = not isinstance(opened, AdapterIngredient) and sharded
-        index = [f"{MODEL}.index.json"] if whole else []
+        index = [f"{MODEL}.index.json"] if len(opened.files) > 1 and opened.files[0].endswith(SAFETENSORS_SUFFIX) else []
+        index = [] if isinstance(opened, AdapterIngredient) else index
         check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):

@@ -1,4 +1,4 @@
-"""Quantized checkpoints are refused by the name of the method, with the line that dequantizes them where there is one."""
+"""Quantized checkpoints are refused by the name of the method, with a line that dequantizes them if their method has one."""
 
 from __future__ import annotations
 
