@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ray_soup.io import storage
 from ray_soup.io.distributed import METADATA, check_complete, is_metadata
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX, INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 from ray_soup.io.json_files import read_json, special_kind
+from ray_soup.io.parts import refuse_part
 
 MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -20,14 +20,6 @@ ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetenso
 SHARDED_MODEL = "pytorch_model_fsdp_0"
 """The folder with the model's distributed checkpoint in what Accelerate and Transformers save under FSDP."""
 INDEX = ".index.json"
-RANK_FILES = {  # parts of a checkpoint that each process of a job wrote by itself, and the command that joins them
-    re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt"): (
-        "FSDP", "python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir MERGED",
-    ),
-    re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt"): (
-        "DeepSpeed ZeRO", "python -m deepspeed.utils.zero_to_fp32 PARENT MERGED",
-    ),
-}  # fmt: skip
 
 
 def split_key(spec: str) -> tuple[str, str]:
@@ -184,15 +176,3 @@ def refuse_piece(path: str) -> None:
             f"{path} is one file of a distributed checkpoint of torch; expected the folder that contains all of them. Write "
             f"{os.path.dirname(path)} instead."
         )
-
-
-def refuse_part(path: str) -> None:
-    """Check that a file is not the part that one process of a distributed job wrote. Raises IngredientError."""
-    for pattern, (what, command) in RANK_FILES.items():
-        if pattern.fullmatch(os.path.basename(path)):
-            folder = os.path.dirname(os.path.abspath(path))
-            paths = {"FOLDER": folder, "PARENT": os.path.dirname(folder), "MERGED": f"{folder}-merged"}
-            raise IngredientError(
-                f"{path} is the part of a checkpoint that one process of {what} wrote; expected the whole model. Join the "
-                f"parts: {shlex.join(paths.get(word, word) for word in command.split())}"
-            )
