@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
-from ray_soup.recipe import dump_recipe, make_recipe
+from ray_soup.recipe import dump_recipe, make_recipe, with_changes
 from ray_soup.soups.finished import bake_copy, evaluate, verify
+from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
 from tests import adapters, tiny
 from tests.conftest import ROOT, put, ray_soup, steps_saved, values
@@ -133,19 +134,26 @@ def test_adapters_are_written_as_safetensors_only(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def learned(sharded: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Soup]:
+    """A recipe, and the soup that was learned from it without interruption."""
+    recipe = recipe_of(sharded, method="mehl+", learn__lr=0.05, learn__epochs=20)
+    return recipe, run(recipe, tmp_path_factory.mktemp("learned") / "out")
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_learned_soup_has_the_bits_and_the_figures_of_one_written_as_safetensors(sharded: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(sharded, method="mehl+", learn__lr=0.05)
-    soup = run(recipe, tmp_path / "dcp")
-    plain = run(recipe_of(sharded, method="mehl+", learn__lr=0.05, out_format="safetensors"), tmp_path / "plain")
+def test_a_learned_soup_has_the_bits_and_the_figures_of_one_written_as_safetensors(
+    learned: tuple[Any, Soup], tmp_path: Path
+) -> None:
+    recipe, soup = learned
+    plain = run(with_changes(recipe, {"out_format": "safetensors"}), tmp_path / "plain")
     expected = load_file(tmp_path / "plain" / "model.safetensors")
-    for name, tensor in load(tmp_path / "dcp", expected).items():
+    for name, tensor in load(Path(soup.out), expected).items():
         assert torch.equal(tensor, expected[name])
     keys = [key for key in soup.rows[0] if key not in ("seconds", "peak_memory_bytes")]
     assert [soup.rows[0][key] for key in keys] == [plain.rows[0][key] for key in keys]
-    verify(tmp_path / "dcp")
-    row = evaluate(recipe, str(tmp_path / "dcp"), "test")
+    verify(soup.out)
+    row = evaluate(recipe, str(soup.out), "test")
     assert row["test_nll"] == soup.rows[0]["test_nll"]
 
 
@@ -177,8 +185,8 @@ def test_ingredients_and_soup_in_remote_storage(zoo: Path, sharded: Path, s3: st
 
 
 @pytest.mark.slow
-def test_a_killed_run_equals_one_that_was_not(sharded: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(sharded, method="mehl+", learn__lr=0.05, learn__epochs=20)
+def test_a_killed_run_equals_one_that_was_not(learned: tuple[Any, Soup], tmp_path: Path) -> None:
+    recipe, soup = learned
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     command = ray_soup("learn", str(tmp_path / "recipe.yaml"), str(tmp_path / "killed"))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -193,7 +201,5 @@ def test_a_killed_run_equals_one_that_was_not(sharded: Path, tmp_path: Path) -> 
     assert not (tmp_path / "killed" / ".metadata").exists()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    whole = ray_soup("learn", str(tmp_path / "recipe.yaml"), str(tmp_path / "whole"))
-    assert subprocess.run(whole, cwd=ROOT, capture_output=True).returncode == 0
     for name in (".metadata", "__0_0.distcp"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (Path(soup.out) / name).read_bytes()
