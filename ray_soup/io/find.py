@@ -21,13 +21,14 @@ from ray_soup.io.checkpoint_files import (
     checkpoint_of,
     index_in_use,
     is_checkpoint,
-    refuse_distributed,
+    refuse_piece,
     refuse_special,
     shards_of,
     split_key,
     stem,
     suffixes,
 )
+from ray_soup.io.distributed import is_metadata
 from ray_soup.io.formats import INDEX_SUFFIXES
 from ray_soup.io.hub_path import is_hub, without_commit
 from ray_soup.io.ingredient import Ingredient
@@ -249,9 +250,9 @@ def _find_files(spec: str, notes: list[str]) -> list[str]:
         notes += _steps_below(spec, paths, matches) if paths else []
         paths = paths or _of_runs(spec, [m for m in matches if storage.isdir(m)], notes)
     elif storage.isdir(spec):
-        names = storage.listdir(spec)
-        refuse_distributed(spec, names)
-        children = [storage.join(spec, name) for name in names]
+        if is_metadata(checkpoint_of(spec) or ""):
+            return [spec]
+        children = [storage.join(spec, name) for name in storage.listdir(spec)]
         paths = [] if run_in(spec) else _checkpoints_among(children)
         notes += _steps_below(spec, paths, children) if paths else []
         paths = paths or _of_runs(spec, [spec], notes)
@@ -264,6 +265,7 @@ def _find_files(spec: str, notes: list[str]) -> list[str]:
             f"ingredients: {spec} does not exist; expected a glob, a list or a folder of checkpoints. Check the path."
         )
     if not paths:
+        refuse_piece(spec)
         folder = spec if storage.isdir(spec) else os.path.dirname(spec)
         there = "nothing that matches" if has_magic(folder) else "no such folder"
         if storage.isfile(spec):
@@ -353,7 +355,7 @@ def _model_of(trial: Trial) -> str:
     """Return the file that contains the model in a trial's checkpoint."""
     own = checkpoint_of(trial.path)
     if own is not None:
-        return own
+        return trial.path if is_metadata(own) else own
     files = sorted(name for name in storage.listdir(trial.path) if is_checkpoint(name))
     models = [name for name in files if "model" in name.lower()]
     chosen = files if len(files) == 1 else models

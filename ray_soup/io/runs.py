@@ -6,6 +6,7 @@
     timm           RUN/model_best.pth.tar, checkpoint-N     model_best, or the last
     torchvision    RUN/model_N.pth, checkpoint.pth          the last
     open_clip      RUN/checkpoints/epoch_N.pt               the last
+    torchtitan     RUN/checkpoint/step-N/.metadata          the last
     others         RUN/best.pt, RUN/step_100.pt, ...        the only one, the best by its name, or the last step
 
 Steps of one training are no independent ingredients, so a folder never contributes several of them unseen.
@@ -22,12 +23,15 @@ from typing import Any
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
-from ray_soup.io.checkpoint_files import ADAPTER_FILES, MODEL_FILES, checkpoint_of, is_checkpoint
+from ray_soup.io.checkpoint_files import ADAPTER_FILES, MODEL_FILES, SHARDED_MODEL, checkpoint_of, is_checkpoint
+from ray_soup.io.distributed import METADATA, STATE_FILE
 from ray_soup.io.json_files import read_json
 from ray_soup.io.progress import drain
 
-WEIGHTS = {*MODEL_FILES, *ADAPTER_FILES}
-"""The files by which a folder has a model of transformers, or an adapter of PEFT."""
+SHARDED = {METADATA, SHARDED_MODEL}
+"""The names by which a folder is a distributed checkpoint of torch, or has one in it as Accelerate saves it."""
+WEIGHTS = {*MODEL_FILES, *ADAPTER_FILES, *SHARDED}
+"""The names by which a folder has a model of transformers, or an adapter of PEFT."""
 STEP = re.compile(r"checkpoint-(\d+)")
 """Folders of the Trainer of transformers."""
 STATE = "trainer_state.json"
@@ -83,7 +87,8 @@ def run_in(folder: str) -> Run | None:
     epochs = _numbered(files, r"model_(\d+)\.pth")
     if epochs and "checkpoint.pth" in files:
         return _run(folder, files, epochs[-1], "the last epoch")
-    return None
+    sharded = _sharded_steps(folder, names)
+    return _run(folder, sharded, sharded[-1], "the last step") if sharded else None
 
 
 def runs_below(folder: str) -> list[Run]:
@@ -167,9 +172,9 @@ def _tree(root: str) -> dict[str, set[str]]:
 
 def has_checkpoints(folder: str, names: Collection[str]) -> bool:
     """Return whether a folder has checkpoints in it, or is the run of a library that has a folder for each of them."""
-    return any(is_checkpoint(n) and not NO_MODELS.fullmatch(n) for n in names) or (
-        any(map(STEP.fullmatch, names)) and bool(_steps(folder, names))
-    )
+    if any(n in SHARDED or (is_checkpoint(n) and not NO_MODELS.fullmatch(n)) for n in names):
+        return True
+    return (any(map(STEP.fullmatch, names)) and bool(_steps(folder, names))) or bool(_sharded_steps(folder, names))
 
 
 def _runs_at(folder: str, names: list[str]) -> list[Run]:
@@ -222,6 +227,21 @@ def _steps(folder: str, names: Collection[str]) -> dict[str, list[str]]:
     return {name: beside for name, beside in inside.items() if WEIGHTS & set(beside)}
 
 
+def _sharded_steps(folder: str, names: Collection[str]) -> list[str]:
+    """Return the distributed checkpoints in folders that are named after a step, as in step-100, in the order of the steps.
+
+    Raises RecipeError if their names do not say that they are steps of one run.
+    """
+    found = [m for name in names if not is_checkpoint(name) and (m := NUMBERED.fullmatch(name)) and not m[3]]
+    found = [m for m in found if SHARDED & set(storage.listdir(storage.join(folder, m[0])))]
+    if len({m[1] for m in found}) > 1:
+        raise RecipeError(
+            f"ingredients: {folder} has {len(found)} checkpoints, and nothing says whether they are steps of one run: "
+            f"{', '.join(m[0] for m in found[:5])}. Name the ingredients with a glob."
+        )
+    return [m[0] for m in sorted(found, key=lambda m: int(m[2]))]
+
+
 def _of_transformers(folder: str, names: Sequence[str], steps: Mapping[str, list[str]]) -> Run:
     """Choose the model that was saved in the run's own folder, the best step by its record, or the last step."""
     if WEIGHTS & set(names):
@@ -265,6 +285,8 @@ def _best_of_lightning(path: str) -> list[str]:
     """Return the paths that the ModelCheckpoints with a monitored figure name as the best, from a checkpoint's state."""
     from ray_soup.io.torch_files import load_torch
 
+    if storage.isdir(path):  # a distributed checkpoint
+        path = storage.join(path, STATE_FILE)
     loaded, _ = load_torch(path, drain(storage.local_copy(path)))
     callbacks = loaded.get("callbacks")
     states = [state for state in callbacks.values() if isinstance(state, dict)] if isinstance(callbacks, dict) else []

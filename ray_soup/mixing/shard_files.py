@@ -99,7 +99,7 @@ def plan_files(shapes: Shapes, dtypes: Dtypes, path: Path, shard_size: int | Non
         shard_size: maximum bytes of tensors per file; a larger tensor gets a file to itself. None: one file.
         tied: maps other names of a tensor to its first name; written into the metadata of every file.
     """
-    parts = _in_shards(shapes, dtypes, shard_size)
+    parts = in_shards(shapes, dtypes, shard_size)
     paths = [path]
     if len(parts) > 1:
         paths = [path.with_name(f"{path.stem}-{n + 1:05d}-of-{len(parts):05d}{path.suffix}") for n in range(len(parts))]
@@ -114,8 +114,8 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _in_shards(shapes: Shapes, dtypes: Dtypes, shard_size: int | None) -> list[list[str]]:
-    """Return the names of the tensors of each file."""
+def in_shards(shapes: Shapes, dtypes: Dtypes, shard_size: int | None) -> list[list[str]]:
+    """Return the names of the tensors of each file, as `plan_files` distributes them."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():

@@ -28,6 +28,7 @@ _SINCE_0_2: dict[str, Any] = {
     "evaluate": None,
     "adapter": {"rank": None, "merge": False},
     "schedule": {"window": "auto", "decay": "auto"},
+    "out_format": "safetensors",
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)

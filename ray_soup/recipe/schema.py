@@ -269,6 +269,9 @@ class Recipe(Section):
     on a CPU if it measures faster. Reported results are always computed in float32."""
     out_dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the soup's floating-point tensors. keep: for each tensor the widest dtype among the ingredients."""
+    out_format: Literal["safetensors", "dcp"] = "safetensors"
+    """Files of the soup: safetensors, or a distributed checkpoint for torch.distributed.checkpoint.load. Adapters are always
+    safetensors."""
     shard_size: int | None = None
     """Largest file of the soup, in bytes or as in 5GB. A larger model is split into several files with an index. null: one
     file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ray_soup.io.adapters import AdapterIngredient, adapters_among, open_checkpo
 from ray_soup.io.check import check_together
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.distributed import METADATA
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX, SAFETENSORS_SUFFIX
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
@@ -68,7 +71,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     if not storage.is_remote(path):
         path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders
         model = f"{path}?key={key}" if key else path
-    recipe, opened = _open_model(recipe, model, path)
+    recipe, opened = _open_to_evaluate(recipe, model, path)
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):
         notes.append(f"evaluate: {function} was not called: it takes the folder of a model, and {named} is not one.")
@@ -108,7 +111,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     return {**row, **({"notes": notes} if notes else {})}
 
 
-def _open_model(recipe: Recipe, model: str, path: str) -> tuple[Recipe, Ingredient]:
+def _open_to_evaluate(recipe: Recipe, model: str, path: str) -> tuple[Recipe, Ingredient]:
     """Open a model to evaluate, at `path`; return it with the recipe of its evaluation. A soup's files are checked."""
     if storage.is_remote(path) or not os.path.lexists(os.path.join(path, "run.json")):
         return recipe, open_checkpoint(model)
@@ -116,7 +119,7 @@ def _open_model(recipe: Recipe, model: str, path: str) -> tuple[Recipe, Ingredie
     _check_present(Path(path), record)
     opened = open_checkpoint(model)
     whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
-    index = [f"{MODEL}.index.json"] if whole else []
+    index = [f"{MODEL}.index.json"] if whole and opened.files[0].endswith(SAFETENSORS_SUFFIX) else []
     check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
     return with_own_config(recipe, path, record, opened), opened
 
@@ -184,7 +187,7 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
         more += [about_digest(record)]
     else:
         total = _compare_tensors(out, coefficients, ingredients, progress)
-        sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
+        sampled = compare_sample(coefficients, ingredients, _open_model(out, coefficients))
     what = "products B A" if of_adapters else "tensors"
     proof = f"{sampled} sampled {what} equal those computed from the ingredients as their own libraries load them"
     if sampled is None:
@@ -215,12 +218,15 @@ def _check_listed(out: Path, record: RunRecord) -> None:
     expected = [*DESCRIPTIONS, index if index in listed or (out / index).exists() else MODEL]
     if is_adapter_folder(out) or ADAPTER_CONFIG in listed:
         expected[-1:] = [ADAPTER_CONFIG, ADAPTER_FILES[0]]
+    if METADATA in listed or (out / METADATA).exists():
+        expected[-1:] = [METADATA, *map(os.path.basename, open_ingredient(str(out)).files[1:])]
     if expected[-1] == index:
         expected += [os.path.basename(shard) for shard in shards_of(str(out / index))]
     missing = next((name for name in expected if name not in listed), None)
     if missing is not None:
         raise not_listed(out, missing)
-    stranger = next((f for f in sorted(out.iterdir()) if is_checkpoint(f.name) and f.name not in listed), None)
+    models = (f for f in sorted(out.iterdir()) if is_checkpoint(f.name) or f.name.endswith(DISTRIBUTED_SUFFIX))
+    stranger = next((f for f in models if f.name not in listed), None)
     if stranger is not None:
         raise RecipeError(f"{stranger} is not among the files in run.json. Remove it, or move it elsewhere.")
 
@@ -230,7 +236,7 @@ def _compare_tensors(
 ) -> int:
     """Recompute every tensor and compare it with the model's; return the number of tensors. Raises SoupError."""
     used = [ingredients[k] for k in coefficients.used()]
-    model = open_ingredient(str(out))
+    model = _open_model(out, coefficients)
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
@@ -265,11 +271,17 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
     if adapters:
         lifted = lifted_ingredients(out, recipe, record, coefficients, adapters, out / COEFFICIENTS)
         return recipe, record, coefficients, lifted
-    names = open_ingredient(str(out)).tensors
+    names = _open_model(out, coefficients).tensors
     shapes = {name: info.shape for name, info in names.items()}
     check_covers(coefficients, shapes, out / COEFFICIENTS)
     _check_buffers(recipe, coefficients, shapes, out)
     return recipe, record, coefficients, check_together(ingredients, shapes, coefficients.tied, recipe.ignore, strict=False)
+
+
+def _open_model(out: Path, coefficients: Coefficients) -> Ingredient:
+    """Open the model of a finished soup, without the second names of tied tensors, which a distributed checkpoint has."""
+    model, tied = open_ingredient(str(out)), coefficients.tied or {}
+    return replace(model, tensors={name: info for name, info in model.tensors.items() if name not in tied})
 
 
 def _check_buffers(recipe: Recipe, coefficients: Coefficients, names: Iterable[str], out: Path) -> None:

@@ -1,13 +1,15 @@
 """Prove a soup's numbers without this package's readers: recompute a sample of its tensors from the original files.
 
-The values come from the libraries that wrote the files: safetensors and `torch.load`. The sum is NumPy's, in float64 and in
-the order of the ingredients. The mixing kernels may round a product and a sum once instead of twice (a fused multiply-add),
-so an element must lie between the results at both ends of that sum's rounding error. For float32 and narrower dtypes both
-ends are the same number almost everywhere.
+The values come from the libraries that wrote the files: safetensors, `torch.load` and `torch.distributed.checkpoint`. The
+sum is NumPy's, in float64 and in the order of the ingredients. The mixing kernels may round a product and a sum once instead
+of twice (a fused multiply-add), so an element must lie between the results at both ends of that sum's rounding error. For
+float32 and narrower dtypes both ends are the same number almost everywhere.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors import safe_open
 
 from ray_soup.errors import IngredientError, SoupError
 from ray_soup.io import storage
-from ray_soup.io.formats import SAFETENSORS_SUFFIX
+from ray_soup.io.formats import SAFETENSORS_SUFFIX, TensorInfo
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.torch_files import NUMPY
 from ray_soup.mixing.coefficients import Coefficients
@@ -124,9 +126,12 @@ class Library:
         """Return a tensor. Raises IngredientError as `elements` does."""
         info = self._ingredient.tensors[name]
         file, (key, stored) = self._ingredient.files[info.file], self._stored(name)
-        tensor = (
-            _from_safetensors(file, stored) if file.endswith(SAFETENSORS_SUFFIX) else self._from_torch(file, key, stored)
-        )
+        if info.pieces:
+            tensor: torch.Tensor | None = _from_distributed(file, info)
+        elif file.endswith(SAFETENSORS_SUFFIX):
+            tensor = _from_safetensors(file, stored)
+        else:
+            tensor = self._from_torch(file, key, stored)
         if tensor is None or tuple(tensor.shape) != tuple(info.shape):
             raise IngredientError(
                 f"{file}: its own library does not find the tensor {stored} {list(info.shape)}. Restore the file."
@@ -152,6 +157,17 @@ class Library:
 def _from_safetensors(file: str, name: str) -> torch.Tensor | None:
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name) if name in set(opened.keys()) else None
+
+
+def _from_distributed(file: str, info: TensorInfo) -> torch.Tensor:
+    """Load a tensor of a distributed checkpoint with its library; io/distributed.py has checked that this runs no code."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    loaded = {info.stored[1]: torch.empty(info.shape, dtype=info.dtype)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        state_dict_loader.load(loaded, checkpoint_id=os.path.dirname(file))
+    return loaded[info.stored[1]]
 
 
 def _mappings(file: str) -> list[tuple[str, Mapping[str, Any]]]:

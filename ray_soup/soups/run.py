@@ -18,7 +18,7 @@ from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
 from ray_soup.soups.make import Mixture, coefficients_without_data, make, mean_coefficients
-from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.output import BOARD, MODEL_FILES, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,
     check_same_names,
@@ -169,8 +169,8 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     peak = max(session.pool.peak_memory())
     similarity = cosines(session.pool.gram()) if learning else None
     outcomes = bake_and_evaluate(
-        session, output, mixture, staging / MODEL, reported(session.splits), session.calibration(CALIBRATION),
-        recipe.shard_size,
+        session, output, mixture, staging / MODEL_FILES[recipe.out_format], reported(session.splits),
+        session.calibration(CALIBRATION), recipe.shard_size,
     )  # fmt: skip
     clock.lap("mixing and evaluation")
     baseline = compare_with_best_single(session, outcomes)

@@ -127,6 +127,11 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     examined = examine(recipe, found)
     layout, notes = examined.layout, [*of_runs, *examined.notes]
     adapters = adapters_among(found)
+    if adapters and recipe.out_format != "safetensors":
+        raise RecipeError(
+            f"out_format is {recipe.out_format}, but the ingredients are LoRA adapters, such as {adapters[0].path}; PEFT "
+            "loads safetensors. Remove the key."
+        )
     if adapters:
         return _adapter_inputs(recipe, adapters, notes, examined.preprocessing)
     for key, value in recipe.adapter:

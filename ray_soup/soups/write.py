@@ -12,6 +12,7 @@ from ray_soup.actors.pool import ActorPool
 from ray_soup.io.adapters import open_adapter
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
+from ray_soup.io.distributed import is_metadata
 from ray_soup.io.find import find_sweeps
 from ray_soup.io.hugging_face import notes_of
 from ray_soup.io.ingredient import Ingredient, open_ingredient
@@ -21,10 +22,11 @@ from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, 
 from ray_soup.mixing.adapter_merge import bake_merged
 from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
+from ray_soup.mixing.distributed_bake import bake_distributed
 from ray_soup.recipe import Recipe
 from ray_soup.soups.baking import bake_whole
 from ray_soup.soups.make import Mixture
-from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Output
+from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
@@ -69,8 +71,11 @@ def bake_and_evaluate(
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
         found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
-        overwrite_tensors(found, file)
         mixture.coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
+        if is_metadata(str(file)):  # whose archives have checksums
+            bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+        else:
+            overwrite_tensors(found, file)
         mixture.notes.append(
             f"The running statistics of {len(inputs.recalibrated(session.recipe))} BatchNorm layers were re-estimated on "
             f"{sum(map(len, calibration)):,} examples of fit."
@@ -91,7 +96,8 @@ def bake_model(
 
     If there is a `pool` of all ingredients, on nodes that see the folder, its actors may write the files.
     """
-    return bake_any(recipe, coefficients, ingredients, folder / MODEL, progress, recipe.shard_size, pool)[1]
+    path = folder / MODEL_FILES[recipe.out_format]
+    return bake_any(recipe, coefficients, ingredients, path, progress, recipe.shard_size, pool)[1]
 
 
 def bake_any(
@@ -106,6 +112,8 @@ def bake_any(
 ) -> tuple[Path, list[str]]:
     """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
 
+    A `path` that ends in `.metadata` stands for a distributed checkpoint in its folder.
+
     Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
     Arguments as for `bake_whole`; `subset` is by default all ingredients of the pool.
     """
@@ -114,6 +122,9 @@ def bake_any(
         progress("mixing", done, total)
 
     group = group_of(ingredients)
+    if is_metadata(str(path)):
+        settings = (recipe.out_dtype, shard_size)
+        return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
     if group is None:
         mine = tuple(range(len(ingredients))) if subset is None else subset
         return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool, mine), []

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ray_soup.io.distributed import METADATA
 from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.hugging_face import settings_folder
 from ray_soup.mixing.blocks import layout_of
@@ -34,7 +35,9 @@ def loading_line(spec: str, files: Iterable[str]) -> str:
     The line uses the model's own library if that can load the soup, otherwise ray_soup. `files` are the names of the files
     in the folder.
     """
-    model = ModelSpec.parse(spec)
+    model, files = ModelSpec.parse(spec), list(files)
+    if METADATA in files:
+        return "torch.distributed.checkpoint.load(model.state_dict(), checkpoint_id='.')"
     if model.library == "transformers":
         with torch.device("meta"):
             return f"transformers.{type(build(spec).model).__name__}.from_pretrained('.')"

@@ -144,6 +144,14 @@ def load_config(transformers: Any, spec: ModelSpec) -> Any:
             f"model: {spec.name} has no config.json that transformers can read ({error}). Use a folder that "
             "`save_pretrained` wrote, or a model on the Hub."
         ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise RecipeError(
+            f"model: the config.json of {spec.name} is that of a quantized model (quantization_config, {method}); expected "
+            "a model with floating-point weights. Use the model from before quantization, or, if its weights have been "
+            "dequantized, remove that entry."
+        )
     chosen = spec.choice(TASK, ("classification", "token_classification"))
     if chosen is not None:
         config.architectures = [_architecture_for(chosen, config, spec)]
