@@ -19,12 +19,12 @@ COUNT = 4
 
 
 def larger_llama() -> nn.Module:
-    """A base of 11 M parameters."""
+    """A base of 8 M parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=320, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=320, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=256,
     )).eval()  # fmt: skip
 
@@ -42,4 +42,4 @@ def test_the_planned_memory_is_that_of_the_run(tmp_path: Path) -> None:
     record = run(recipe, tmp_path / "soup").record
     print(f"planned {found['memory_bytes_per_actor']:,}, peak {record['peak_memory_bytes']:,}")
     assert found["parameters"] > 5_000_000
-    assert found["memory_bytes_per_actor"] == pytest.approx(record["peak_memory_bytes"], rel=0.15)
+    assert found["memory_bytes_per_actor"] == pytest.approx(record["peak_memory_bytes"], rel=0.1)

@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from ray_soup.recipe import load_recipe
+from ray_soup.soups.run import run
 from tests.adapters import CONFIGS, loaded, make_adapter, write_texts
 from tests.conftest import ROOT
 from tests.hub_server import Hub
@@ -140,8 +142,7 @@ def test_a_base_in_a_subfolder_of_a_repository(hub: Hub, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "run.json").read_text())["base"]["path"] == f"hf://org/family@{commit}/tiny"
     local = recipe_in(tmp_path / "local", hub, str(files / "base"), adapters)
-    done = command(environment, "uniform", local, tmp_path / "same", "adapter.merge=true", "data={}")
-    assert done.returncode == 0, done.stderr
+    run(load_recipe(local, ["adapter.merge=true", "data={}", "method=uniform"]), tmp_path / "same")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
     hub.requests()
     done = command({**environment, "HF_HUB_OFFLINE": "1"}, "verify", out)
