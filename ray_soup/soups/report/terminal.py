@@ -253,8 +253,14 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         return
     print_row(*_rows_of(soup), measures=measures_in(soup.record))
     names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
-    model = max(names, default="model.safetensors")
+    model = _distributed(soup) or max(names, default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
+
+
+def _distributed(soup: Soup) -> str:
+    """Return the files of a soup that is a distributed checkpoint of torch, for a sentence; empty for any other one."""
+    parts = [name for name in soup.record.get("files", ()) if name.endswith(".distcp")]
+    return f".metadata and {len(parts)} .distcp file{'s' * (len(parts) > 1)}" if parts else ""
 
 
 def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: str | None = None) -> None:
@@ -281,11 +287,8 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_methods(soup.record)
     _print_series(soup.record)
     _print_tests(soup.record)
-    model = "adapter_model" if "base" in soup.record else "model"
-    echo(
-        f"Wrote {soup.out}/report.html with tables and figures, and {model}.safetensors with the soup "
-        f"{soup.record['chosen']}."
-    )
+    model = _distributed(soup) or ("adapter_model" if "base" in soup.record else "model") + ".safetensors"
+    echo(f"Wrote {soup.out}/report.html with tables and figures, and {model} with the soup {soup.record['chosen']}.")
 
 
 def print_trials(record: Mapping[str, Any]) -> None:
