@@ -13,6 +13,7 @@ from ray_soup.io.distributed import METADATA, check_complete, is_metadata
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX, INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 from ray_soup.io.json_files import read_json, special_kind
 from ray_soup.io.parts import refuse_part
+from ray_soup.io.rank_files import is_rank_file, rank_files
 
 MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -113,6 +114,8 @@ def checkpoint_of(path: str) -> str | None:
             return file
     if SHARDED_MODEL in names and (model := checkpoint_of(storage.join(path, SHARDED_MODEL))):
         return model
+    if ranks := rank_files(path, names):
+        return storage.join(path, ranks[0])
     if ADAPTER_CONFIG in names:
         raise IngredientError(
             f"{path} contains {ADAPTER_CONFIG}, but not {ADAPTER_FILES[0]}. Copy the adapter again, or exclude the folder."
@@ -120,6 +123,11 @@ def checkpoint_of(path: str) -> str | None:
     if is_checkpoint(path):
         refuse_special(path)
     return None
+
+
+def is_of_folder(file: str | None) -> bool:
+    """Return whether what `checkpoint_of` found is one of several files that only their folder can name."""
+    return file is not None and (is_metadata(file) or is_rank_file(file))
 
 
 def index_in_use(index: str, names: Collection[str]) -> bool:

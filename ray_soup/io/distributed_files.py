@@ -103,6 +103,11 @@ class _Window(io.RawIOBase):
         return len(part)
 
 
+def window(view: memoryview) -> IO[bytes]:
+    """Return bytes of a memory map as a file."""
+    return cast(IO[bytes], io.BufferedReader(_Window(view)))
+
+
 def tensor_in(view: memoryview, what: str) -> torch.Tensor:
     """Return the tensor in an archive of torch.save, as a view of it.
 
@@ -113,7 +118,7 @@ def tensor_in(view: memoryview, what: str) -> torch.Tensor:
     Raises IngredientError if it is damaged, or not an archive of one dense tensor.
     """
     try:
-        records, pickled = open_archive(cast(IO[bytes], io.BufferedReader(_Window(view))))
+        records, pickled = open_archive(window(view))
         made = read_pickle(pickled, PICKLED)
         if isinstance(made, Inert) and made.name == PARAMETER:
             made = made.arguments[0]

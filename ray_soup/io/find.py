@@ -21,6 +21,7 @@ from ray_soup.io.checkpoint_files import (
     checkpoint_of,
     index_in_use,
     is_checkpoint,
+    is_of_folder,
     refuse_piece,
     refuse_special,
     shards_of,
@@ -28,7 +29,6 @@ from ray_soup.io.checkpoint_files import (
     stem,
     suffixes,
 )
-from ray_soup.io.distributed import is_metadata
 from ray_soup.io.formats import INDEX_SUFFIXES
 from ray_soup.io.hub_path import is_hub, without_commit
 from ray_soup.io.ingredient import Ingredient
@@ -97,7 +97,8 @@ def find_sweeps(spec: Spec | None) -> list[Sweep]:
     pattern, metric, mode = split_metric(split_key(split_per_trial(spec)[0])[0])
     folders = [pattern] if storage.isdir(pattern) else sorted(_glob(pattern), key=natural)
     experiments = [f for f in folders if is_experiment(f)]
-    if not experiments and len(folders) == 1 and storage.isdir(folders[0]):
+    alone = len(folders) == 1 and storage.isdir(folders[0]) and not is_of_folder(checkpoint_of(folders[0]))
+    if not experiments and alone:
         children = sorted((storage.join(folders[0], child) for child in storage.listdir(folders[0])), key=natural)
         if not any(checkpoint_of(child) for child in children):
             experiments = [child for child in children if is_experiment(child)]
@@ -250,7 +251,7 @@ def _find_files(spec: str, notes: list[str]) -> list[str]:
         notes += _steps_below(spec, paths, matches) if paths else []
         paths = paths or _of_runs(spec, [m for m in matches if storage.isdir(m)], notes)
     elif storage.isdir(spec):
-        if is_metadata(checkpoint_of(spec) or ""):
+        if is_of_folder(checkpoint_of(spec)):
             return [spec]
         children = [storage.join(spec, name) for name in storage.listdir(spec)]
         paths = [] if run_in(spec) else _checkpoints_among(children)
@@ -355,7 +356,7 @@ def _model_of(trial: Trial) -> str:
     """Return the file that contains the model in a trial's checkpoint."""
     own = checkpoint_of(trial.path)
     if own is not None:
-        return trial.path if is_metadata(own) else own
+        return trial.path if is_of_folder(own) else own
     files = sorted(name for name in storage.listdir(trial.path) if is_checkpoint(name))
     models = [name for name in files if "model" in name.lower()]
     chosen = files if len(files) == 1 else models

@@ -18,7 +18,7 @@ import torch
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
 from ray_soup.io.binding import Ignored, Tensors, best_reading
-from ray_soup.io.checkpoint_files import checkpoint_of, index_map, refuse_piece, split_key, stem, suffixes
+from ray_soup.io.checkpoint_files import checkpoint_of, index_map, is_of_folder, refuse_piece, split_key, stem, suffixes
 from ray_soup.io.distributed import is_metadata, read_parts
 from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, LowPrecisionError, TensorInfo
 from ray_soup.io.leftovers import groups_of
@@ -26,6 +26,7 @@ from ray_soup.io.mapped import Version, release_pages, version_of
 from ray_soup.io.pieces import joined
 from ray_soup.io.progress import drain
 from ray_soup.io.quantized import fault_of, remedy
+from ray_soup.io.rank_files import read_ranks
 from ray_soup.io.steps import Step
 from ray_soup.io.storage import LocalFile, RemoteFile, Stat
 from ray_soup.io.sweeps import Trial
@@ -266,7 +267,7 @@ def _opened(path: str, file: str | None, name: str | None) -> Ingredient:
         raise RecipeError(
             f"{path} is not a checkpoint: expected a file ending in {suffixes()}, or a folder with one. Check the path."
         )
-    if is_metadata(file):
+    if is_of_folder(file):
         return _open_distributed(spec, file, name)
     shard_of = index_map(file) if file.endswith(INDEX_SUFFIXES) else {}
     files = sorted(set(shard_of.values())) or [file]
@@ -294,9 +295,9 @@ def _opened(path: str, file: str | None, name: str | None) -> Ingredient:
 
 
 def _open_distributed(spec: str, metadata: str, name: str | None) -> Ingredient:
-    """Open the distributed checkpoint of torch that a file `.metadata` describes."""
+    """Open the checkpoint in pieces that a file `.metadata` describes, or whose first part is that of a process."""
     path, key = split_key(spec)
-    parts = read_parts(metadata, with_training_state=bool(key))
+    parts = read_parts(metadata, with_training_state=bool(key)) if is_metadata(metadata) else read_ranks(metadata)
     containers: Described = {"": parts.tensors}
     if key:
         containers = {key: _under(path, containers, key)}

@@ -25,9 +25,10 @@ def refuse_part(path: str) -> None:
     """Check that a file is not the part that one process of a distributed job wrote. Raises IngredientError."""
     name = os.path.basename(path)
     if FSDP.fullmatch(name):
-        folder = _folder_of(path)
-        join = ["python", "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-        raise _part(path, "FSDP", shlex.join([*join, "--local_dir", folder, "--target_dir", f"{folder}-merged"]))
+        raise IngredientError(
+            f"{path} is the part of a checkpoint that one process of FSDP wrote; expected the whole model: name the folder "
+            f"of all parts, if they are DTensors. {join_fsdp(path)}"
+        )
     if ACCELERATE.fullmatch(name):
         raise IngredientError(
             f"{path} is the part of a checkpoint that one process of FSDP wrote; expected the whole model. Save it with "
@@ -52,6 +53,13 @@ def refuse_part(path: str) -> None:
 
 def _folder_of(path: str) -> str:
     return path.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
+
+
+def join_fsdp(path: str) -> str:
+    """Return what to do about the parts of FSDP beside a file that cannot be read in parts."""
+    folder = _folder_of(path)
+    join = ["python", "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    return f"Join the parts: {shlex.join([*join, '--local_dir', folder, '--target_dir', f'{folder}-merged'])}"
 
 
 def _part(path: str, what: str, command: str) -> IngredientError:

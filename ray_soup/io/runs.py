@@ -27,6 +27,7 @@ from ray_soup.io.checkpoint_files import ADAPTER_FILES, MODEL_FILES, SHARDED_MOD
 from ray_soup.io.distributed import METADATA, STATE_FILE
 from ray_soup.io.json_files import read_json
 from ray_soup.io.progress import drain
+from ray_soup.io.rank_files import is_rank_file
 
 SHARDED = {METADATA, SHARDED_MODEL}
 """The names by which a folder is a distributed checkpoint of torch, or has one in it as Accelerate saves it."""
@@ -186,7 +187,13 @@ def _runs_at(folder: str, names: list[str]) -> list[Run]:
         return [known]
     if any(map(STEP.fullmatch, names)) and (steps := _steps(folder, names)):
         return [_of_transformers(folder, names, steps)]
-    if checkpoint_of(folder) is not None:
+    whole = checkpoint_of(folder)
+    if whole is not None and is_rank_file(whole):
+        raise RecipeError(
+            f"ingredients: {folder} has the parts of one checkpoint that processes of FSDP saved, and nothing says which of "
+            f"such folders are steps of one run. Name the folders of the checkpoints, as in {folder}."
+        )
+    if whole is not None:
         return [Run(folder, folder, "the model in its folder")]
     files = [name for name in names if is_checkpoint(name) and not NO_MODELS.fullmatch(name)]
     chosen, rule = _by_words(folder, files)

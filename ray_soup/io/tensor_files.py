@@ -4,6 +4,7 @@
     SafetensorsFile     `safetensors.safe_open`, memory-mapped
     RemoteSafetensors   byte ranges of a file in remote storage
     DistributedFile     pieces of `torch.distributed.checkpoint`, memory-mapped (distributed_files.py)
+    RankFile            shards that one process of FSDP saved, memory-mapped (rank_files.py)
 
 A file describes its tensors with TensorInfo, and reads elements of one by its TensorInfo. To add a format, add a class here.
 """
@@ -31,6 +32,7 @@ from ray_soup.io.formats import (
 from ray_soup.io.mapped import Version, guard, opened
 from ray_soup.io.pieces import elements
 from ray_soup.io.progress import drain
+from ray_soup.io.rank_files import RankFile, is_rank_file
 from ray_soup.io.storage import RemoteFile
 from ray_soup.io.torch_files import load_torch, plain_values, state_dicts
 
@@ -196,6 +198,8 @@ def open_tensors(path: str, size: int, key: str = "") -> TensorFile:
         raise IngredientError(f"{path} is empty (0 bytes). Copy it again.")
     if path.endswith(DISTRIBUTED_SUFFIX):
         return DistributedFile(path)
+    if is_rank_file(path):
+        return RankFile(path)
     if not path.endswith(SAFETENSORS_SUFFIX):
         return TorchFile(path, key)
     return RemoteSafetensors(path, size) if storage.is_remote(path) else SafetensorsFile(path)

@@ -23,6 +23,7 @@ from ray_soup.errors import IngredientError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.formats import SAFETENSORS_SUFFIX, TensorInfo
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.rank_files import is_rank_file
 from ray_soup.io.torch_files import NUMPY
 from ray_soup.mixing.coefficients import Coefficients
 
@@ -126,8 +127,10 @@ class Library:
         """Return a tensor. Raises IngredientError as `elements` does."""
         info = self._ingredient.tensors[name]
         file, (key, stored) = self._ingredient.files[info.file], self._stored(name)
-        if info.pieces:
-            tensor: torch.Tensor | None = _from_distributed(file, info)
+        if info.pieces and is_rank_file(file):
+            tensor: torch.Tensor | None = _from_ranks(self._ingredient.files, info.stored[1])
+        elif info.pieces:
+            tensor = _from_distributed(file, info)
         elif file.endswith(SAFETENSORS_SUFFIX):
             tensor = _from_safetensors(file, stored)
         else:
@@ -168,6 +171,17 @@ def _from_distributed(file: str, info: TensorInfo) -> torch.Tensor:
         warnings.simplefilter("ignore")  # that there is one process
         state_dict_loader.load(loaded, checkpoint_id=os.path.dirname(file))
     return loaded[info.stored[1]]
+
+
+def _from_ranks(files: Sequence[str], name: str) -> torch.Tensor:
+    """Load a tensor from the state dicts of all processes of FSDP with torch, and put its shards together."""
+    import torch.distributed.tensor as distributed
+
+    shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name] for file in files]
+    placements = shards[0].placements if isinstance(shards[0], distributed.DTensor) else ()
+    local = [shard.to_local() if isinstance(shard, distributed.DTensor) else shard for shard in shards]
+    cut = placements[0].dim if placements and isinstance(placements[0], distributed.Shard) else None
+    return local[0] if cut is None else torch.cat([part for part in local if part.numel()], cut)
 
 
 def _mappings(file: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -257,8 +257,14 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         print_table(*steps_table(soup.record["trajectory"]))
         echo("Weights are means over blocks; learning rate: the factor that they amount to, on the updates before a step.")
     names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
-    model = max(names, default="model.safetensors")
+    model = _distributed(soup) or max(names, default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
+
+
+def _distributed(soup: Soup) -> str:
+    """Return the files of a soup that is a distributed checkpoint of torch, for a sentence; empty for any other one."""
+    parts = [name for name in soup.record.get("files", ()) if name.endswith(".distcp")]
+    return f".metadata and {len(parts)} .distcp file{'s' * (len(parts) > 1)}" if parts else ""
 
 
 def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: str | None = None) -> None:
@@ -285,11 +291,9 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_methods(soup.record)
     _print_series(soup.record)
     _print_tests(soup.record)
-    model = "adapter_model" if any(name.startswith("adapter_model") for name in soup.record["files"]) else "model"
-    echo(
-        f"Wrote {soup.out}/report.html with tables and figures, and {model}.safetensors with the soup "
-        f"{soup.record['chosen']}."
-    )
+    adapter = any(name.startswith("adapter_model") for name in soup.record["files"])
+    model = _distributed(soup) or ("adapter_model" if adapter else "model") + ".safetensors"
+    echo(f"Wrote {soup.out}/report.html with tables and figures, and {model} with the soup {soup.record['chosen']}.")
 
 
 def print_trials(record: Mapping[str, Any]) -> None:

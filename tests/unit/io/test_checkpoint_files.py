@@ -204,7 +204,7 @@ def test_a_fifo_as_a_manifest_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model_world_size_2_rank_1.pt",
+        "extra_state_world_size_2_rank_1.pt",
         "optim_world_size_8_rank_0.pt",
         "zero_pp_rank_0_mp_rank_00_model_states.pt",
         "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt",

@@ -19,6 +19,7 @@ from ray_soup.io import storage
 from ray_soup.recipe import dump_recipe, make_recipe, with_changes
 from ray_soup.soups.finished import bake_copy, evaluate, verify
 from ray_soup.soups.output import Soup
+from ray_soup.soups.report.terminal import print_soup
 from ray_soup.soups.run import run
 from tests import adapters, tiny
 from tests.conftest import ROOT, put, ray_soup, steps_saved, values
@@ -65,6 +66,12 @@ def test_the_soup_of_sharded_checkpoints_is_a_sharded_checkpoint_of_their_mean(z
     assert {".metadata", "__0_0.distcp", "__0_1.distcp"} <= set(record["files"])
     assert "torch.distributed.checkpoint.load(model.state_dict(), checkpoint_id='.')" in (uniform / "README.md").read_text()
     assert not list(uniform.glob("*model*.safetensors"))
+
+
+def test_the_command_says_what_it_wrote(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soup = run(recipe_of(sharded, method="uniform", data={}), tmp_path / "out")
+    print_soup(soup, False)
+    assert f"Wrote {tmp_path}/out/.metadata and 1 .distcp file, its coefficients" in capsys.readouterr().out
 
 
 def test_it_loads_into_the_model_by_the_line_of_its_card(uniform: Path, monkeypatch: pytest.MonkeyPatch) -> None:
