@@ -168,8 +168,8 @@ _soup_command(
 _soup_command(
     "schedule",
     SCHEDULES,
-    "Mix the last checkpoints of one run.\n\nWeights them as a decay of the learning rate would have weighted the updates "
-    "(WSM), or by a moving average. The number of checkpoints is chosen on held-out data. Writes the soup to OUT.",
+    "Mix the last checkpoints of one run.\n\nThe weights amount to a decay of the learning rate (WSM), or to a moving "
+    "average. How many checkpoints are mixed is chosen on held-out data. Writes the soup to OUT.",
 )
 for _info in METHODS.values():
     if _info.kind == "selection":
