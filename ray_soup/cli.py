@@ -209,7 +209,8 @@ def compare(
     """Make every soup and compare them in one table.
 
     The table lists the best single ingredient, the ensemble, and the soups uniform, greedy, learned(+) and mehl(+); mehl(+)
-    is also made with model batches. OUT/report.html contains the tables and figures. The soup that is best on select, by NLL
+    is also made with model batches. If all ingredients are steps of one run, schedules and the last step are added.
+    OUT/report.html contains the tables and figures. The soup that is best on select, by NLL
     unless select_by names another figure, is written to OUT. Test data is used for reporting only.
     """
 

@@ -272,19 +272,21 @@ class MeshPool(RecoveringMesh):
 
         Every actor takes each mesh.size-th example.
         """
-        mine = [[Split(s.source, s.rows[rank :: self.mesh.size]) for s in splits] for rank in range(self.mesh.size)]
+        size = self.mesh.size
 
         def call(actor: Any, rank: int) -> Any:
-            return actor.try_candidate.remote(kept, candidate, mine[rank], calibration)
+            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
+            return actor.try_candidate.remote(kept, candidate, mine, calibration)
 
         return sum(self._ask("try_candidate", call), Score())
 
     def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
         """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
-        mine = [[Split(s.source, s.rows[rank :: self.mesh.size]) for s in splits] for rank in range(self.mesh.size)]
+        size = self.mesh.size
 
         def call(actor: Any, rank: int) -> Any:
-            return actor.try_mixture.remote(weights, mine[rank], calibration)
+            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
+            return actor.try_mixture.remote(weights, mine, calibration)
 
         return sum(self._ask("try_mixture", call), Score())
 
