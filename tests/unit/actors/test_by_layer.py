@@ -129,6 +129,7 @@ def test_every_evaluation_has_the_same_bits(deep: Path) -> None:
                 pool.evaluate(x, 1.0, FIT),
                 pool.try_candidate((0, 3), 1, [FIT]),
                 pool.try_candidate((0, 3, 1), 4, [FIT], [FIT]),
+                pool.try_mixture(np.array([0.5, 0.0, 0.75, -0.25, 0.0]), [FIT]),
                 pool.evaluate_ensemble((file, str(deep / "zoo" / "model_1.safetensors")), [FIT])[0].loss.tolist(),
                 {n: v.tolist() for n, v in pool.statistics_of_file(file, [FIT]).items()},
                 pool.evaluate(x, 1.0, FIT),
