@@ -5,7 +5,7 @@ import json
 import sys
 
 USUAL = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos")
-NAMES = (*USUAL, "fuzz", "disk", "golden")
+NAMES = (*USUAL, "large", "fuzz", "disk", "golden")
 
 
 def main() -> None:
