@@ -21,7 +21,7 @@ from ray_soup.io.hub_path import COMMIT, HubPath, is_hub
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient, digest_of, lifted, make_set
 from ray_soup.mixing.blocks import Layout
-from ray_soup.task.heads import check_heads, other_head
+from ray_soup.task.heads import check_heads, other_head, with_classes
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import describe
 from ray_soup.task.other_models import advice_for
@@ -167,7 +167,7 @@ def bound_to(ingredients: Sequence[Ingredient], model: str | None) -> tuple[list
     if model is None:
         return check_together(ingredients), [*common_shapes(ingredients)[0]]
     if adapters:
-        bound, layout, _ = lift(model, adapters)
+        bound, layout, _ = lift(with_classes(model, adapters), adapters)
         return bound, [*layout.state_shapes]
     layout, advise = describe(model), advice_for(model)
     bound = check_together(ingredients, layout.state_shapes, layout.known_names, layout.in_files.unsaved, advise=advise)

@@ -29,12 +29,21 @@ def resolved_recipe(recipe: Recipe) -> Recipe:
     Adapters know that number if `model` has the option `task` and not `classes`. Raises RecipeError or IngredientError.
     """
     recipe = pinned_recipe(recipe)
-    spec = ModelSpec.parse(recipe.model)
-    if TASK not in spec.options or "classes" in spec.options or recipe.ingredients is None:
+    options = ModelSpec.parse(recipe.model).options
+    if TASK not in options or "classes" in options or recipe.ingredients is None:
         return recipe
-    adapters = adapters_among(open_ingredients(recipe.ingredients, (), []))
-    if not adapters:
-        return recipe
+    model = with_classes(recipe.model, adapters_among(open_ingredients(recipe.ingredients, (), [])))
+    return recipe if model == recipe.model else with_changes(recipe, {"model": model})
+
+
+def with_classes(model: str, adapters: Sequence[AdapterIngredient]) -> str:
+    """Return the recipe key `model` with the number of classes of the adapters' heads, if it has `task` and no `classes`.
+
+    Raises IngredientError if the heads differ.
+    """
+    spec = ModelSpec.parse(model)
+    if TASK not in spec.options or "classes" in spec.options or not adapters:
+        return model
     few, more = (describe(spec.with_options({"classes": str(n)})).state_shapes for n in TRIED)
     found = {
         a.tensors[a.whole[name]].shape[0]: a for name in few if few[name] != more[name] for a in adapters if name in a.whole
@@ -45,7 +54,7 @@ def resolved_recipe(recipe: Recipe) -> Recipe:
             f"{one.path} has a head for {first} classes and {other.path} one for {second}; expected the same classes. "
             "Exclude one kind."
         )
-    return with_changes(recipe, {"model": spec.with_options({"classes": str(n)})}) if (n := next(iter(found), 0)) else recipe
+    return spec.with_options({"classes": str(next(iter(found)))}) if found else model
 
 
 def other_head(spec: str, layout: Layout) -> list[str]:

@@ -79,7 +79,8 @@ def merge_with_peft(spec: str, group: AdapterSet, kind: str, folder: Path) -> Pa
     except NoMergeError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
-        raise NoMergeError(f"PEFT {peft.__version__} refuses it ({str(error).partition(chr(10))[0][:200]})") from error
+        reason = str(error).partition("\n")[0][:200].rstrip(".")
+        raise NoMergeError(f"PEFT {peft.__version__} refuses such a merge ({reason})") from error
     return folder / MERGED
 
 

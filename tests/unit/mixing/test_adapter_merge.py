@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ray_soup.errors import IngredientError
 from ray_soup.io.adapters import open_adapter
 from ray_soup.io.lifting import group_of
+from ray_soup.mixing import adapter_merge
 from ray_soup.mixing.adapter_bake import bake_adapter
 from ray_soup.mixing.adapter_merge import bake_merged
 from ray_soup.mixing.coefficients import Coefficients
@@ -126,6 +127,21 @@ def test_weights_are_rounded_once(tmp_path: Path) -> None:
     wide = merged(spec, coefficients, ingredients, tmp_path / "wide", "float32")
     tensors = load_file(wide / "model.safetensors")
     assert all(torch.equal(tensors[name], exact[name].float()) for name in exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "embeddings", "biases of Conv1D", "convolutions"])
+def test_the_size_of_a_range_does_not_matter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, adapters = made(KINDS[name], tmp_path)
+    ingredients, layout, _ = lift(spec, adapters)
+    coefficients = random_coefficients(layout, tuple(i.name for i in ingredients))
+    whole = merged(spec, coefficients, ingredients, tmp_path / "whole")
+    monkeypatch.setattr(adapter_merge, "RANGE", 100)
+    parts = merged(spec, coefficients, ingredients, tmp_path / "parts")
+    group = group_of(ingredients)
+    soup = merged_soup(spec, coefficients, ingredients, group, "keep")
+    rows = {n: max(1, int(np.prod(soup.shape(n)[1:]))) for n in soup.names}
+    assert all(len(part.written) <= max(100, rows[n]) for n in soup.names for part in soup.ranges(n))
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
 
 
 def test_adapters_out_of_use_leave_the_base_as_it_is(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ray_soup.io.lifting import group_of
 from ray_soup.mixing.adapter_bake import bake_adapter
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.session import open_inputs
+from ray_soup.task.adapters import bound_to
 from ray_soup.task.companions import adapter_line
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import build, objective_in
@@ -67,6 +68,8 @@ def test_the_head_is_that_of_the_adapters(task: str, kind: str, task_type: str, 
     found = resolved_recipe(recipe(tmp_path, task))
     assert found.model.endswith(f"base?task={task}&length=16&classes=3")
     assert objective_in(found.model) == task
+    opened = [open_adapter(str(tmp_path / "runs" / str(k))) for k in range(3)]
+    assert "base_model.model.score.weight" in bound_to(opened, recipe(tmp_path, task).model)[1]
     inputs = open_inputs(found)
     ingredients, group = [*inputs.ingredients], group_of(inputs.ingredients)
     assert {tensor.base for tensor in group.whole.values()} >= {"score.weight"}
