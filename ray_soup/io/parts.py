@@ -17,6 +17,8 @@ FSDP = re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt")
 ACCELERATE = re.compile(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin")
 ZERO = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt")
 MODEL_STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+SHARD = re.compile(r"shard-\d+-model(-\d+-of-\d+)?\.safetensors")
+"""What `torch.distributed.checkpoint.HuggingFaceStorageWriter` writes in every process before it consolidates them."""
 JOIN_ZERO = "zero_to_fp32.py"
 """The script that DeepSpeed puts beside its checkpoints."""
 
@@ -33,6 +35,11 @@ def refuse_part(path: str) -> None:
         raise IngredientError(
             f"{path} is the part of a checkpoint that one process of FSDP wrote; expected the whole model. Save it with "
             "fsdp_state_dict_type: SHARDED_STATE_DICT (Accelerate's use_dcp=True) or FULL_STATE_DICT."
+        )
+    if SHARD.fullmatch(name):
+        raise IngredientError(
+            f"{path} is the part of a checkpoint that one process of torch.distributed.checkpoint wrote; expected the whole "
+            "model. Save it with HuggingFaceStorageWriter(..., enable_consolidation=True)."
         )
     if ZERO.fullmatch(name):
         raise _part(path, "DeepSpeed ZeRO", _join_zero(path))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from ray_soup.errors import IngredientError
 from ray_soup.io.find import open_ingredients
@@ -62,3 +64,14 @@ def test_a_rank_file_of_accelerate_is_refused(tmp_path: Path, name: str) -> None
     for spec in (str(tmp_path), str(tmp_path / name)):
         with pytest.raises(IngredientError, match=rf"{name} is the part .* of FSDP wrote; .*SHARDED_STATE_DICT"):
             open_ingredients(spec)
+
+
+@pytest.mark.skipif(not hasattr(dcp, "HuggingFaceStorageWriter"), reason="torch before 2.8 has no such writer")
+def test_a_shard_of_the_writer_for_hugging_face_is_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            {"weight": torch.ones(4, 2)}, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+        )
+    with pytest.raises(IngredientError, match=r"shard-00001-model.*\.safetensors is the part .* enable_consolidation=True"):
+        open_ingredients(str(tmp_path))

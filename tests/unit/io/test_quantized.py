@@ -17,6 +17,7 @@ from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.run import run
+from tests import adapters
 from tests.distributed import write
 from tests.unit.task.language_models import byte_tokenizer, llama, saved
 
@@ -164,3 +165,19 @@ def test_the_config_of_a_quantized_model_is_refused(tmp_path: Path) -> None:
         RecipeError, match=r"config\.json of .*/m is that of a quantized model \(quantization_config, bitsand"
     ):
         run(recipe, tmp_path / "out")
+
+
+def test_adapters_on_a_quantized_base_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    adapters.write_adapters(tmp_path, adapters.CONFIGS[:2])
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("up_proj.weight"))
+    packed = {
+        name: torch.zeros(8, 1, dtype=torch.uint8),
+        f"{name}.absmax": torch.ones(2),
+        f"{name}.quant_map": torch.ones(16),
+    }
+    save_file({**state, **packed}, file, {"format": "pt"})
+    with pytest.raises(IngredientError, match=r"base.* is quantized \(bitsandbytes\)"):
+        run(make_recipe({**adapters.values(tmp_path), "method": "uniform", "data": {}}), tmp_path / "out")
