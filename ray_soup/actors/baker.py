@@ -12,13 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray_soup.actors.messages import SetupInfo, Stream
+from ray_soup.actors.messages import ModelFiles, SetupInfo, Stream
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.bake import bake_files, plan_baking
-from ray_soup.mixing.coefficients import Coefficients
 
 HEARTBEAT_S = 0.5
 """Seconds between two reports of an actor."""
@@ -35,43 +34,31 @@ class Baker:
         check_paths(self.ingredients, seen)
         yield SetupInfo({}, None, {}, "", socket.gethostname())
 
-    def bake(
-        self,
-        subset: tuple[int, ...],
-        coefficients: Coefficients,
-        path: str,
-        out_dtype: str,
-        shard_size: int | None,
-        first: int,
-        stop: int,
-    ) -> Stream[int]:
-        """Write files number `first` to `stop` (excluded) of a soup of the ingredients `subset`; see `bake`."""
-        chosen = [self.ingredients[k] for k in subset]
-        yield from bake(chosen, coefficients, path, out_dtype, shard_size, first, stop, self.threads)
+    def bake(self, model: ModelFiles) -> Stream[int]:
+        """Write files of a model, as `bake` in this module does."""
+        yield from bake(self.ingredients, model, self.threads)
 
     def hash(self, chosen: Sequence[int]) -> list[str]:
         """Return the SHA-256 of the ingredients with these numbers."""
         return hash_ingredients([self.ingredients[k] for k in chosen])
 
 
-def bake(
-    ingredients: Sequence[Ingredient],
-    coefficients: Coefficients,
-    path: str,
-    out_dtype: str,
-    shard_size: int | None,
-    first: int,
-    stop: int,
-    threads: int | None,
-) -> Stream[int]:
-    """Write files number `first` to `stop` (excluded) of a soup's model.
+def bake(ingredients: Sequence[Ingredient], model: ModelFiles, threads: int | None) -> Stream[int]:
+    """Write files of a soup's model.
 
     The heartbeats have the bytes read since the last one; the answer is how many bytes of ingredients were read in all.
-    Raises SoupError as `bake_files` does. Other arguments as for `bake` in ray_soup.mixing.bake.
+    Raises SoupError as `bake_files` does.
+
+    Args:
+        ingredients: all ingredients of the run.
+        model: the files to write.
+        threads: number of threads that read and mix; None: as many as CPUs and memory allow.
     """
-    files = plan_baking(coefficients, ingredients, Path(path), out_dtype, shard_size).part(first, stop)
+    chosen = [ingredients[k] for k in model.subset]
+    planned = plan_baking(model.coefficients, chosen, Path(model.path), model.out_dtype, model.shard_size)
+    files = planned.part(model.first, model.stop)
     read, told, at = 0, 0, time.monotonic()
-    for nbytes in bake_files(coefficients, ingredients, files, threads):
+    for nbytes in bake_files(model.coefficients, chosen, files, threads):
         read += nbytes
         if time.monotonic() - at >= HEARTBEAT_S:
             yield "mixing", read - told, 0

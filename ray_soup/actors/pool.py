@@ -7,14 +7,14 @@ the interfaces; `MeshPool` implements their calls, and its subclasses add a tran
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from ray_soup.actors.messages import Mesh, Partial, SetupInfo, StepTimings, StoreInfo
+from ray_soup.actors.messages import Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo
 from ray_soup.actors.recovery import RecoveringMesh
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics, averaged
 from ray_soup.mixing.shard_files import ShardFiles
 from ray_soup.task.data import Split
@@ -111,16 +111,8 @@ class ActorPool(StepPool, Protocol):
         """Free what the actors kept for an ensemble or a greedy search."""
         ...
 
-    def bake(
-        self,
-        subset: tuple[int, ...],
-        coefficients: Coefficients,
-        files: ShardFiles,
-        out_dtype: str,
-        shard_size: int | None,
-        progress: Callable[[int], None],
-    ) -> int:
-        """Write the files of a soup of the ingredients `subset`, divided among the actors; return the bytes read."""
+    def bake(self, model: ModelFiles, files: ShardFiles, progress: Callable[[int], None]) -> int:
+        """Write all files of a model, divided among the actors; return the bytes read."""
         ...
 
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
@@ -294,23 +286,12 @@ class MeshPool(RecoveringMesh):
         """Free what the actors kept for an ensemble or a greedy search."""
         self._ask("forget", lambda actor, rank: actor.forget.remote())
 
-    def bake(
-        self,
-        subset: tuple[int, ...],
-        coefficients: Coefficients,
-        files: ShardFiles,
-        out_dtype: str,
-        shard_size: int | None,
-        progress: Callable[[int], None],
-    ) -> int:
-        """Write the files of a soup's model, neighbouring ones on one actor; they must be on a disk that all nodes share.
+    def bake(self, model: ModelFiles, files: ShardFiles, progress: Callable[[int], None]) -> int:
+        """Write all files of a model, neighbouring ones on one actor.
 
         Args:
-            subset: the numbers of the ingredients that the coefficients refer to.
-            coefficients: the coefficients of the soup.
-            files: all files of the model, from `plan_baking` with the two following arguments.
-            out_dtype: dtype of the floats, or `keep`.
-            shard_size: maximum bytes of tensors per file.
+            model: what to write.
+            files: the files, planned from it.
             progress: called with the bytes of ingredients that all actors have read so far.
 
         Returns how many bytes of the ingredients' parameters the actors have read. Raises SoupError if a file is missing
@@ -326,8 +307,7 @@ class MeshPool(RecoveringMesh):
             progress(read)
 
         def call(actor: Any, rank: int) -> Any:
-            part = (bounds[rank], bounds[rank + 1])
-            return actor.bake.remote(subset, coefficients, str(files.path), out_dtype, shard_size, *part)
+            return actor.bake.remote(replace(model, first=bounds[rank], stop=bounds[rank + 1]))
 
         answers = self._ask("bake", call, range(count), add)
         files.check_sizes()

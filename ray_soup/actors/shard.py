@@ -22,7 +22,7 @@ from ray_soup.actors.baker import bake, check_paths
 from ray_soup.actors.candidates import CandidateMixer
 from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, score
 from ray_soup.actors.group import ShardGroup
-from ray_soup.actors.messages import Heartbeat, Mesh, Partial, SetupInfo, StepTimings, StoreInfo, Stream
+from ray_soup.actors.messages import Heartbeat, Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo, Stream
 from ray_soup.actors.replica import load_replica, tensor_of
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
@@ -32,7 +32,6 @@ from ray_soup.io.progress import labelled
 from ray_soup.mixing import stores
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.buffers import mixed_buffer
-from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
@@ -287,19 +286,9 @@ class Shard:
         self.ensemble.forget()
         self.candidates.forget()
 
-    def bake(
-        self,
-        subset: tuple[int, ...],
-        coefficients: Coefficients,
-        path: str,
-        out_dtype: str,
-        shard_size: int | None,
-        first: int,
-        stop: int,
-    ) -> Stream[int]:
-        """Write files number `first` to `stop` (excluded) of a soup of the ingredients `subset`; see `bake`."""
-        chosen = [self.ingredients[k] for k in subset]
-        yield from bake(chosen, coefficients, path, out_dtype, shard_size, first, stop, self.threads)
+    def bake(self, model: ModelFiles) -> Stream[int]:
+        """Write files of a soup's model, as `bake` in ray_soup.actors.baker does."""
+        yield from bake(self.ingredients, model, self.threads)
 
     # Measurements
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray_soup.actors.messages import ModelFiles
 from ray_soup.actors.on_ray import BakingPool
 from ray_soup.actors.pool import ActorPool
 from ray_soup.actors.ray_session import connect, has_cluster
@@ -46,10 +47,9 @@ def bake_whole(
     path: Path,
     progress: ProgressCallback,
     shard_size: int | None,
-    pool: ActorPool | None,
-    subset: tuple[int, ...],
+    pool: tuple[ActorPool, tuple[int, ...]] | None,
 ) -> Path:
-    """Write the soup's model, as `bake` does; by the actors of `pool` if they are on several nodes and it has several files.
+    """Write the soup's model, as `bake` does; by actors if they are on several nodes and it has several files.
 
     Args:
         recipe: for the dtype of the model.
@@ -58,11 +58,11 @@ def bake_whole(
         path: the file to write.
         progress: called with "mixing" and bytes.
         shard_size: maximum bytes of tensors per file; None: one file.
-        pool: actors that see the folder of `path`; None: this process writes the model.
-        subset: the numbers of the ingredients among those that the pool has.
+        pool: actors that see the folder of `path`, and the numbers of the ingredients among those that they have; None: this
+            process writes the model.
     """
     files = plan_baking(coefficients, ingredients, path, recipe.out_dtype, shard_size)
-    if pool is None or pool.nodes < 2 or len(files.files) < 2:
+    if pool is None or pool[0].nodes < 2 or len(files.files) < 2:
 
         def count(done: int, total: int) -> None:
             progress("mixing", done, total)
@@ -71,10 +71,9 @@ def bake_whole(
     check_copies(ingredients)
     total = read_bytes(coefficients, ingredients, files)
     try:
-        pool.bake(
-            subset, coefficients, files, recipe.out_dtype, shard_size,
-            lambda done: progress("mixing", min(done, total), total),
-        )  # fmt: skip
+        actors, subset = pool
+        model = ModelFiles(subset, coefficients, str(path), recipe.out_dtype, shard_size)
+        actors.bake(model, files, lambda done: progress("mixing", min(done, total), total))
         return files.write_index()
     except BaseException:
         files.remove()

@@ -64,9 +64,8 @@ def bake_and_evaluate(
     """
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
-    shared = pool if output.mirror is None else None
-    made = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, shared, session.subset)
-    file, notes = made
+    actors = (pool, session.subset) if output.mirror is None else None
+    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, actors)
     mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
@@ -97,7 +96,8 @@ def bake_model(
     If there is a `pool` of all ingredients, on nodes that see the folder, its actors may write the files.
     """
     path = folder / MODEL_FILES[recipe.out_format]
-    return bake_any(recipe, coefficients, ingredients, path, progress, recipe.shard_size, pool)[1]
+    actors = None if pool is None else (pool, tuple(range(len(ingredients))))
+    return bake_any(recipe, coefficients, ingredients, path, progress, recipe.shard_size, actors)[1]
 
 
 def bake_any(
@@ -107,15 +107,14 @@ def bake_any(
     path: Path,
     progress: ProgressCallback,
     shard_size: int | None,
-    pool: ActorPool | None = None,
-    subset: tuple[int, ...] | None = None,
+    pool: tuple[ActorPool, tuple[int, ...]] | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
 
     A `path` that ends in `.metadata` stands for a distributed checkpoint in its folder.
 
     Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
-    Arguments as for `bake_whole`; `subset` is by default all ingredients of the pool.
+    Arguments as for `bake_whole`.
     """
 
     def count(done: int, total: int) -> None:
@@ -126,8 +125,7 @@ def bake_any(
         settings = (recipe.out_dtype, shard_size)
         return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
     if group is None:
-        mine = tuple(range(len(ingredients))) if subset is None else subset
-        return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool, mine), []
+        return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool), []
     if recipe.adapter.merge:
         return _bake_merged(recipe, coefficients, ingredients, group, path, count, shard_size)
     form = Form(recipe.out_dtype, recipe.adapter.rank)

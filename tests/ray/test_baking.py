@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ray_soup.actors.in_process import InProcessPool
-from ray_soup.actors.messages import Mesh
+from ray_soup.actors.messages import Mesh, ModelFiles
 from ray_soup.actors.on_ray import BakingPool
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.hashing import hash_ingredients
@@ -42,7 +42,7 @@ class Soup:
         """Let a pool write the model into `folder`, and check that it is the same as the one of one process."""
         files = plan_baking(self.coefficients, self.ingredients, folder / "model.safetensors", "keep", SHARD)
         subset = tuple(range(len(self.ingredients)))
-        read = pool.bake(subset, self.coefficients, files, "keep", SHARD, told)
+        read = pool.bake(ModelFiles(subset, self.coefficients, str(files.path), "keep", SHARD), files, told)
         files.write_index()
         assert read >= read_bytes(self.coefficients, self.ingredients, files)
         assert contents(folder) == contents(self.folder)
@@ -122,7 +122,7 @@ def test_files_that_the_driver_does_not_see_are_an_error(
             file.unlink(missing_ok=True)
 
     with pytest.raises(SoupError, match=r"model-0000\d-of-0000\d\.safetensors is missing, although an actor has written it"):
-        local.bake((0, 1, 2, 3), soup.coefficients, files, "keep", SHARD, lose)
+        local.bake(ModelFiles((0, 1, 2, 3), soup.coefficients, str(files.path), "keep", SHARD), files, lose)
 
 
 def test_a_changed_ingredient_is_found_by_the_actor_that_reads_it(conv_zoo: Path, tmp_path: Path) -> None:
