@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ray_soup.errors import IngredientError, SoupError
+from ray_soup.errors import IngredientError
 from ray_soup.io.adapters import CONFIG, MODEL, PREFIX, AdapterConfig
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hub_path import HubPath, is_hub
@@ -81,25 +81,18 @@ def bake_adapter(
     shapes, dtypes = outline(coefficients, ingredients, group, form)
     files = plan_files(shapes, dtypes, path, None, {})
     try:
-        with ShardWriter(files) as writer:
-            for done, (name, tensor) in enumerate(soup_tensors(coefficients, ingredients, group, form)):
-                writer.write(name, 0, tensor)
-                progress(done + 1, len(shapes))
-            writer.sync()
-        check_unchanged(ingredients)
-        used = positions(coefficients, ingredients)
-        values = written_config(group, used, group.base.path, scaled(coefficients), form)
-        text = json.dumps(values, indent=2, sort_keys=True)
-        write_bytes(folder / CONFIG, text.encode())
-        return path
-    except BaseException as error:
-        files.remove()
-        if isinstance(error, OSError):
-            raise SoupError(
-                f"{path} could not be written ({error.strerror or error}); it takes {files.nbytes:,} bytes. Free some "
-                "space and rerun the same command."
-            ) from error
-        raise
+        with files.removed_on_error():
+            with ShardWriter(files) as writer:
+                for done, (name, tensor) in enumerate(soup_tensors(coefficients, ingredients, group, form)):
+                    writer.write(name, 0, tensor)
+                    progress(done + 1, len(shapes))
+                writer.sync()
+            check_unchanged(ingredients)
+            used = positions(coefficients, ingredients)
+            values = written_config(group, used, group.base.path, scaled(coefficients), form)
+            text = json.dumps(values, indent=2, sort_keys=True)
+            write_bytes(folder / CONFIG, text.encode())
+            return path
     finally:
         group.close()
 

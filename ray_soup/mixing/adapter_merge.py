@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ray_soup.errors import IngredientError, SoupError
+from ray_soup.errors import IngredientError
 from ray_soup.io.ingredient import Ingredient, check_unchanged
 from ray_soup.io.lifting import AdapterSet
 from ray_soup.io.progress import CountCallback, no_count
@@ -175,25 +175,18 @@ def bake_merged(
     tied = {alias: first for alias, first in soup.group.tied.items() if alias not in shapes}
     files, lost, total = plan_files(shapes, dtypes, path, shard_size, tied), 0.0, 0.0
     try:
-        with ShardWriter(files) as writer:
-            for done, name in enumerate(names):
-                for part in soup.ranges(name):
-                    writer.write(name, part.start, part.written)
-                    if part.change:
-                        lost += float((part.written.double() - part.exact).square().sum())
-                        total += part.change
-                progress(done + 1, len(names))
-            writer.sync()
-        check_unchanged([*soup.ingredients])
-        base.check_unchanged()
-        return files.write_index(), math.sqrt(lost / total) if total else None
-    except BaseException as error:
-        files.remove()
-        if isinstance(error, OSError):
-            raise SoupError(
-                f"{path} could not be written ({error.strerror or error}); it takes {files.nbytes:,} bytes. Free some "
-                "space and rerun the same command."
-            ) from error
-        raise
+        with files.removed_on_error():
+            with ShardWriter(files) as writer:
+                for done, name in enumerate(names):
+                    for part in soup.ranges(name):
+                        writer.write(name, part.start, part.written)
+                        if part.change:
+                            lost += float((part.written.double() - part.exact).square().sum())
+                            total += part.change
+                    progress(done + 1, len(names))
+                writer.sync()
+            check_unchanged([*soup.ingredients])
+            base.check_unchanged()
+            return files.write_index(), math.sqrt(lost / total) if total else None
     finally:
         soup.group.close()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_soup.errors import IngredientError, SoupError
+from ray_soup.errors import IngredientError
 from ray_soup.io.check import check_finite, common_dtype
 from ray_soup.io.disk import reading_threads, write_at
 from ray_soup.io.formats import safetensors_header
@@ -114,10 +114,11 @@ def bake(
     files = plan_baking(coefficients, ingredients, path, out_dtype, shard_size)
     check_copies(ingredients)
     done, total = 0, read_bytes(coefficients, ingredients, files)
-    for nbytes in bake_files(coefficients, ingredients, files, threads):
-        done += nbytes
-        progress(done, total)
-    return files.write_index()
+    with files.removed_on_error():
+        for nbytes in bake_files(coefficients, ingredients, files, threads):
+            done += nbytes
+            progress(done, total)
+        return files.write_index()
 
 
 def plan_baking(
@@ -156,19 +157,12 @@ def bake_files(
         threads: as for `bake`.
     """
     try:
-        with ShardWriter(files) as writer:
-            _write_buffers(writer, coefficients, ingredients, files)
-            yield from _write_parameters(writer, coefficients, ingredients, files, threads)
-            writer.sync()
-        check_unchanged(ingredients)
-    except BaseException as error:
-        files.remove()
-        if isinstance(error, OSError):
-            raise SoupError(
-                f"{files.path} could not be written ({error.strerror or error}); it takes {files.nbytes:,} bytes. Free some "
-                "space and rerun the same command."
-            ) from error
-        raise
+        with files.removed_on_error():
+            with ShardWriter(files) as writer:
+                _write_buffers(writer, coefficients, ingredients, files)
+                yield from _write_parameters(writer, coefficients, ingredients, files, threads)
+                writer.sync()
+            check_unchanged(ingredients)
     finally:
         for ingredient in ingredients:
             ingredient.close()

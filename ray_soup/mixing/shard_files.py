@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -81,6 +81,20 @@ class ShardFiles:
         text = json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}, indent=2)
         write_bytes(index, text.encode())
         return index
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """Delete the files if this context ends with an error. An OSError becomes a SoupError that names the model."""
+        try:
+            yield
+        except BaseException as error:
+            self.remove()
+            if isinstance(error, OSError):
+                raise SoupError(
+                    f"{self.path} could not be written ({error.strerror or error}); it takes {self.nbytes:,} bytes. Free "
+                    "some space and rerun the same command."
+                ) from error
+            raise
 
     def remove(self) -> None:
         """Delete the files, complete or not, and the index."""

@@ -70,11 +70,8 @@ def bake_whole(
         return bake(coefficients, ingredients, path, None, count, recipe.out_dtype, shard_size)
     check_copies(ingredients)
     total = read_bytes(coefficients, ingredients, files)
-    try:
-        actors, subset = pool
-        model = ModelFiles(subset, coefficients, str(path), recipe.out_dtype, shard_size)
+    actors, subset = pool
+    model = ModelFiles(subset, coefficients, str(path), recipe.out_dtype, shard_size)
+    with files.removed_on_error():
         actors.bake(model, files, lambda done: progress("mixing", min(done, total), total))
         return files.write_index()
-    except BaseException:
-        files.remove()
-        raise
