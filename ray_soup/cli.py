@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 from ray_soup import __version__
 from ray_soup.errors import RecipeError
 from ray_soup.exits import Shell, check_improvement, common_options, run_task
-from ray_soup.recipe import LEARNED, METHODS, RESERVED_NAMES, Recipe, load_recipe
+from ray_soup.recipe import LEARNED, METHODS, RESERVED_NAMES, SCHEDULES, Recipe, load_recipe
 from ray_soup.soups.report.terminal import (
     ProgressBar,
     echo,
@@ -100,25 +99,16 @@ def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> N
 
     Shows names, shapes, dtypes and sizes. Reads headers only.
     """
-    from ray_soup.io.check import check_floats, check_together, common_shapes, left_out_notes
+    from ray_soup.io.check import left_out_notes
     from ray_soup.io.find import find_sweeps, open_ingredients
+    from ray_soup.task.adapters import bound_to
 
     spec: Any = list(ingredients) if len(ingredients) > 1 else ingredients[0]
     notes: list[str] = []
     found = open_ingredients(spec, RESERVED_NAMES, notes)
     notes += [note for sweep in find_sweeps(spec) if (note := sweep.note())]
-    names: Iterable[str]
-    if model:
-        from ray_soup.task.models import describe
-        from ray_soup.task.other_models import advice_for
-
-        layout, advise = describe(model), advice_for(model)
-        bound = check_together(found, layout.state_shapes, layout.known_names, layout.in_files.unsaved, advise=advise)
-        names = layout.state_shapes
-        check_floats(bound, layout.names)
-    else:
-        bound, (names, _) = check_together(found), common_shapes(found)
-    print_ingredients(bound, list(names), as_json)
+    bound, names = bound_to(found, model)
+    print_ingredients(bound, names, as_json)
     for note in (*notes, *left_out_notes(bound)):
         say(note)
 
@@ -134,8 +124,9 @@ def _comparable(recipe: Recipe, required: bool) -> Recipe:
     return recipe
 
 
-def _soup_command(name: str, method: str | None, text: str) -> None:
-    """Add a command that makes one soup; if `method` is None, the recipe or --method chooses a method that learns."""
+def _soup_command(name: str, methods: tuple[str, ...], text: str) -> None:
+    """Add a command that makes one soup, by one of some methods; if there are several, the recipe or --method chooses."""
+    method = methods[0] if len(methods) == 1 else None
 
     @recipe_argument
     @out_argument
@@ -148,10 +139,10 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
             from ray_soup.soups.run import run
 
             loaded = _comparable(load_recipe(recipe, overrides, method or options.get("method")), required)
-            if method is None and not loaded.info.learns:
+            if loaded.method not in methods:
                 raise RecipeError(
-                    f"`ray-soup learn` supports the methods {', '.join(LEARNED)}; the recipe has {loaded.method}. Run "
-                    f"`ray-soup {loaded.method.replace('_', '-')}`, or choose a method with --method."
+                    f"`ray-soup {name}` supports the methods {', '.join(methods)}; the recipe has {loaded.method}. Run "
+                    f"`ray-soup {_command_for(loaded.method)}`, or choose a method with --method."
                 )
             return run(loaded, out, progress)
 
@@ -162,14 +153,27 @@ def _soup_command(name: str, method: str | None, text: str) -> None:
     if method is None or not METHODS[method].is_reference:
         command = require_improvement_option(command)
     if method is None:
-        command = click.option("--method", type=click.Choice(LEARNED), help="Default: the method in the recipe.")(command)
+        command = click.option("--method", type=click.Choice(methods), help="Default: the method in the recipe.")(command)
     main.command(name, help=text)(command)
 
 
-_soup_command("learn", None, "Learn the coefficients of a soup.\n\nUses MEHL-Soup or Learned-Soup. Writes the soup to OUT.")
+def _command_for(method: str) -> str:
+    """Return the command that makes soups by a method."""
+    return "learn" if method in LEARNED else "schedule" if method in SCHEDULES else method.replace("_", "-")
+
+
+_soup_command(
+    "learn", LEARNED, "Learn the coefficients of a soup.\n\nUses MEHL-Soup or Learned-Soup. Writes the soup to OUT."
+)
+_soup_command(
+    "schedule",
+    SCHEDULES,
+    "Mix the last checkpoints of one run.\n\nThe weights amount to a decay of the learning rate (WSM), or to a moving "
+    "average. How many checkpoints are mixed is chosen on held-out data. Writes the soup to OUT.",
+)
 for _info in METHODS.values():
-    if not _info.learns:
-        _soup_command(_info.name.replace("_", "-"), _info.name, f"{_info.description}\n\nThe result is written to OUT.")
+    if _info.kind == "selection":
+        _soup_command(_command_for(_info.name), (_info.name,), f"{_info.description}\n\nThe result is written to OUT.")
 
 
 def _integers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -205,7 +209,8 @@ def compare(
     """Make every soup and compare them in one table.
 
     The table lists the best single ingredient, the ensemble, and the soups uniform, greedy, learned(+) and mehl(+); mehl(+)
-    is also made with model batches. OUT/report.html contains the tables and figures. The soup that is best on select, by NLL
+    is also made with model batches. If all ingredients are steps of one run, schedules and the last step are added.
+    OUT/report.html contains the tables and figures. The soup that is best on select, by NLL
     unless select_by names another figure, is written to OUT. Test data is used for reporting only.
     """
 

@@ -41,7 +41,9 @@ LONGEST = (
     "ray/test_search.py", "ray/test_train.py", "system/test_storage.py", "ray/test_hosts.py", "system/test_demo.py",
     "system/test_signals.py", "ray/test_learn.py", "ray/test_disk_faults.py", "system/test_jobs.py", "ray/test_any_task.py",
     "ray/test_compare.py", "system/test_fuzz.py", "ray/test_memory.py", "system/test_improvement.py",
-    "ray/test_language_models.py", "unit/soups/test_disk_faults.py",
+    "ray/test_language_models.py", "unit/soups/test_disk_faults.py", "system/test_hub_adapters.py",
+    "system/test_pretrainer.py", "ray/test_by_layer.py", "ray/test_adapters_user.py", "ray/test_adapters.py",
+    "unit/io/test_distributed_runs.py",
 )  # fmt: skip
 """Files whose tests take a minute or more, slowest first."""
 

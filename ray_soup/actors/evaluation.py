@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from ray_soup.actors.messages import Heartbeat
 from ray_soup.actors.replica import Replica
-from ray_soup.task import models
 from ray_soup.task.data import Split
 from ray_soup.task.objective import Classification, Objective
 from ray_soup.task.outcomes import LOG_FACTORS, Outcome, Score, join_outcomes
@@ -102,7 +101,7 @@ def evaluate_checkpoint(
         totals: if given, what an ensemble averages is added to these tensors, a list for each split with one for each
             micro-batch; empty lists are filled.
     """
-    models.load_checkpoint(replica.model, path, replica.recipe.ignore)
+    replica.load_file(path)
     outcomes, done, count = [], 0, sum(map(len, splits))
     for number, split in enumerate(splits):
         parts: list[Outcome] = []

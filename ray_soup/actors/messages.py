@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from ray_soup.mixing.blocks import Partition
+from ray_soup.mixing.coefficients import Coefficients
 
 T = TypeVar("T")
 
@@ -85,6 +86,26 @@ class StoreInfo:
     """The parameters that scale the logits; empty if the model has none."""
     held: int
     """Bytes of directions and center that the actor works on."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a soup's model, some of which an actor writes."""
+
+    subset: tuple[int, ...]
+    """The numbers of the ingredients that the coefficients refer to."""
+    coefficients: Coefficients
+    """The coefficients of the soup."""
+    path: str
+    """The file of a model that is not split, on a disk that all nodes share."""
+    out_dtype: str
+    """Dtype of the floats, or `keep`."""
+    shard_size: int | None
+    """Maximum bytes of tensors per file."""
+    first: int = 0
+    """Number of the first file to write."""
+    stop: int = 0
+    """End of the files to write (excluded)."""
 
 
 @dataclass(frozen=True)

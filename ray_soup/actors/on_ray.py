@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray_soup.actors import placement
+from ray_soup.actors.baker import Baker
 from ray_soup.actors.group import GroupLost
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.pool import MeshPool
@@ -17,7 +18,7 @@ from ray_soup.errors import SoupError, first_line
 from ray_soup.io.environment import deadline_s
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import ProgressCallback
-from ray_soup.recipe import Recipe
+from ray_soup.recipe import Recipe, with_changes
 from ray_soup.task import identity
 from ray_soup.task.functions import look_in
 
@@ -164,6 +165,43 @@ class RayPool(MeshPool):
                     else:
                         answers[rank] = value
         return Loss(frozenset(lost), reason, silent=reason == no_answer) if lost else None
+
+
+class BakingPool(RayPool):
+    """One baker on each node of the cluster, with as many threads as the node allows; they reserve no CPUs.
+
+    Serves `setup`, `bake`, `hash` and `close`.
+    """
+
+    def __init__(self, recipe: Recipe, ingredients: Sequence[Ingredient]) -> None:
+        import ray
+
+        found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]  # type: ignore[no-untyped-call]
+        self._places = sorted(node["NodeID"] for node in found)
+        super().__init__(with_changes(recipe, {"actors.gpus": 0}), ingredients, Mesh(len(self._places), 1), 0)
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes that the actors run on."""
+        return self.mesh.size
+
+    def hash(self, progress: ProgressCallback) -> list[str]:
+        """Return the SHA-256 of each ingredient, each computed by one actor."""
+        size, count = self.mesh.size, len(self._ingredients)
+        progress("hashing", 0, count)
+        answers = self._ask("hash", lambda actor, rank: actor.hash.remote(range(rank, count, size)))
+        progress("hashing", count, count)
+        return [answers[k % size][k // size] for k in range(count)]
+
+    def _create(self, ranks: list[int]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        remote = ray.remote(Baker)
+        for rank in ranks:
+            place = NodeAffinitySchedulingStrategy(self._places[rank], soft=True)  # on another node if this one has died
+            options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": place}
+            self.handles[rank] = remote.options(**options).remote(self._ingredients, None)
 
 
 def _original(error: RayTaskError) -> BaseException:

@@ -137,7 +137,9 @@ def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str,
     cpus = wanted.cpus if wanted.cpus != "auto" else 1 if cores < 4 or wanted.gpus else 2
     most = max(1, int(min(cores // cpus if cpus else cores, gpus / wanted.gpus if wanted.gpus else float("inf"))))
     shards = wanted.shards
-    if shards == "auto":
+    if wanted.by_layer:
+        shards = 1
+    elif shards == "auto":
         fixed = 2 if wanted.replicas == "auto" else wanted.replicas
         shards = 1
         while (
@@ -152,9 +154,12 @@ def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str,
 def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, fixed: float = PROCESS_BYTES) -> float:
     """Estimate the memory of an actor in bytes.
 
-    Every shard holds all parameters and the whole gradient; center, base and the directions of a model batch are split
+    By layer, it holds about an eighth of the parameters, and a layer, with their gradients; `plan` measures this. Otherwise
+    every shard holds all parameters and the whole gradient; center, base and the directions of a model batch are split
     among the shards.
     """
+    if recipe.actors.by_layer:
+        return fixed + parameters
     return fixed + parameters * 8 + parameters * (8 + ITEMSIZE[recipe.directions.dtype] * model_batch) / shards
 
 

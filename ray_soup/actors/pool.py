@@ -6,15 +6,17 @@ the interfaces; `MeshPool` implements their calls, and its subclasses add a tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from ray_soup.actors.messages import Mesh, Partial, SetupInfo, StepTimings, StoreInfo
+from ray_soup.actors.messages import Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo
 from ray_soup.actors.recovery import RecoveringMesh
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.running_statistics import Statistics, averaged
+from ray_soup.mixing.shard_files import ShardFiles
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, Score, join_outcomes
 
@@ -54,6 +56,11 @@ class ActorPool(StepPool, Protocol):
     """The pool interface of a run. Answers come in the order of ranks."""
 
     mesh: Mesh
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes that the actors run on."""
+        ...
 
     def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
         """Start all actors and wait until they are set up. They must see the files `seen`."""
@@ -96,8 +103,16 @@ class ActorPool(StepPool, Protocol):
         """
         ...
 
+    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
+        """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
+        ...
+
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""
+        ...
+
+    def bake(self, model: ModelFiles, files: ShardFiles, progress: Callable[[int], None]) -> int:
+        """Write all files of a model, divided among the actors; return the bytes read."""
         ...
 
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
@@ -126,6 +141,11 @@ class MeshPool(RecoveringMesh):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__(mesh)
         self._precision = ""
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes that the actors run on."""
+        return len(set(self._nodes.values()))
 
     def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
         """Start all actors and wait until they are set up; their answers are equal."""
@@ -252,9 +272,46 @@ class MeshPool(RecoveringMesh):
 
         return sum(self._ask("try_candidate", call), Score())
 
+    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
+        """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
+        size = self.mesh.size
+
+        def call(actor: Any, rank: int) -> Any:
+            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
+            return actor.try_mixture.remote(weights, mine, calibration)
+
+        return sum(self._ask("try_mixture", call), Score())
+
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""
         self._ask("forget", lambda actor, rank: actor.forget.remote())
+
+    def bake(self, model: ModelFiles, files: ShardFiles, progress: Callable[[int], None]) -> int:
+        """Write all files of a model, neighbouring ones on one actor.
+
+        Args:
+            model: what to write.
+            files: the files, planned from it.
+            progress: called with the bytes of ingredients that all actors have read so far.
+
+        Returns how many bytes of the ingredients' parameters the actors have read. Raises SoupError if a file is missing
+        afterwards.
+        """
+        count = min(self.mesh.size, len(files.files))
+        bounds = [len(files.files) * rank // count for rank in range(count + 1)]
+        read = 0
+
+        def add(what: str, nbytes: int, total: int) -> None:
+            nonlocal read
+            read += nbytes
+            progress(read)
+
+        def call(actor: Any, rank: int) -> Any:
+            return actor.bake.remote(replace(model, first=bounds[rank], stop=bounds[rank + 1]))
+
+        answers = self._ask("bake", call, range(count), add)
+        files.check_sizes()
+        return sum(answers)
 
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
         """Time the parts of a step on at most `most` examples on the first actor's node."""

@@ -45,9 +45,14 @@ def has_bfloat16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context for forward passes in float32 or bfloat16. It may be entered more than once."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+def autocast(precision: str, device: torch.device, keeps: bool = True) -> AbstractContextManager[object]:
+    """Return the context for forward passes in float32 or bfloat16. It may be entered more than once.
+
+    If it `keeps` them, the parameters in bfloat16 stay until the context ends.
+    """
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=keeps)
+    return contextlib.nullcontext()
 
 
 def choose_precision(recipe: Recipe, model: torch.nn.Module, images: Inputs) -> str:

@@ -59,6 +59,13 @@ def connect() -> Iterator[None]:
         under_handler(ray.shutdown)
 
 
+def has_cluster() -> bool:
+    """Return whether this process is connected to Ray, or RAY_ADDRESS names a cluster to connect to."""
+    import ray
+
+    return ray.is_initialized() or os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
+
+
 def _join_cluster(address: str) -> None:
     """Connect to the cluster at `address`, HOST:PORT or auto."""
     if address != "auto":

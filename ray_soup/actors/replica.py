@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
+from ray_soup.actors.by_layer import ByLayer
 from ray_soup.actors.messages import Heartbeat
 from ray_soup.actors.precision import micro_batch_size
 from ray_soup.errors import RecipeError
@@ -28,11 +29,13 @@ from ray_soup.mixing.spectral import update_singular_vectors
 from ray_soup.recipe import Recipe, is_function
 from ray_soup.task import models
 from ray_soup.task.data import Examples, Split, check_model_names, load_sources
+from ray_soup.task.empty_models import build_empty
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.logits import hold_back, sampled
 from ray_soup.task.objective import OBJECTIVES, Inputs, Objective
 from ray_soup.task.own_functions import loss_of, metric_of, objective_of
+from ray_soup.task.peft_models import with_adapters
 from ray_soup.task.preprocess import preprocess_identity
 from ray_soup.task.preprocess_key import build_for, model_of
 
@@ -56,13 +59,15 @@ class Replica:
         self.ingredients = ingredients
         self.model = built.model
         self.theta = self.gradient = torch.empty(0)
+        self.layers: ByLayer | None = None
         self.objective = objective_of(recipe, built.objective)
         outputs, targets = check_examples(recipe, self.objective, self.model, examples, device)
         at = self.objective.classes_at
         self.classes = None if at is None else outputs.shape[at]
         self.loss = loss_of(recipe, self.objective, outputs, targets)
         self.metric = metric_of(recipe, self.objective, outputs, targets)
-        self.micro_batch = micro_batch_size(recipe, self.layout.numel, _most_outputs(outputs, examples))
+        frozen = getattr(self.model, "frozen_numel", 0)  # the base of adapters
+        self.micro_batch = micro_batch_size(recipe, self.layout.numel + frozen, _most_outputs(outputs, examples))
         self._mixed_buffers: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._prefetch = ThreadPoolExecutor(1)
@@ -79,7 +84,17 @@ class Replica:
                 found += content_key(preprocess_identity(import_function(spec), outside))
         return found
 
+    @property
+    def computing(self) -> torch.nn.Module:
+        """The module with the layers of the model: the model itself, but for adapters their base with them in it."""
+        found: torch.nn.Module = getattr(self.model, "computing", self.model)
+        return found
+
     # Vectors
+
+    def split(self, threads: int) -> None:
+        """Compute the parameters layer by layer, on `threads` threads, and hold few of them. Raises RecipeError."""
+        self.layers = ByLayer(self.model, self.layout, self.device, threads, self.recipe.model)
 
     def allocate(self, padded: int) -> None:
         """Make the parameters views of a new vector of `padded` zeros."""
@@ -101,8 +116,20 @@ class Replica:
 
     def set_parameters(self, vector: np.ndarray) -> None:
         """Copy a parameter vector, float32 [N], into the model."""
+        if self.layers is not None:
+            self.layers.use_vector(tensor_of(vector))
+            return
         self.theta[: self.layout.numel] = tensor_of(vector)
         self.update_computed_buffers()
+
+    def load_file(self, path: str) -> None:
+        """Set parameters and buffers to those of the checkpoint at `path`. Raises IngredientError if it does not fit."""
+        if self.layers is None:
+            models.load_checkpoint(self.model, path, self.recipe.ignore)
+            return
+        checkpoint = models.fitting(self.layout, path, self.recipe.ignore)
+        models.copy_tensors(checkpoint, self.model, self.layout.buffers)
+        self.layers.use_file(checkpoint)
 
     def output_layer(self) -> tuple[str, ...]:
         """Find the parameters that double the logits when they are doubled; empty if there are none.
@@ -121,6 +148,7 @@ class Replica:
                     name
                     for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
                     if name.startswith(prefix) and "." not in name[len(prefix) :] and self.classes in shape
+                    if self.layers is None or self.layers.holds(name)
                 ]
                 if not names:
                     continue
@@ -146,7 +174,8 @@ class Replica:
         self.restore_buffers()
 
     def restore_buffers(self) -> None:
-        """Copy the buffers that `use` set back into the model, after others were copied there."""
+        """Copy the buffers that `use` set back into the model, after a file was loaded; also the base of adapters."""
+        getattr(self.model, "restore", lambda: None)()
         self.copy_buffers(self._buffers)
 
     def copy_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
@@ -234,7 +263,8 @@ def load_replica(
 
     Raises RecipeError if model and data do not fit together.
     """
-    built = build_for(recipe)
+    built = build_empty(partial(build_for, recipe), device) if recipe.actors.by_layer else build_for(recipe)
+    built = with_adapters(built, ingredients)
     built.model.to(device).eval()
     layout = layout_of(built.model)
 

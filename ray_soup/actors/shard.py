@@ -7,7 +7,6 @@ module does not use Ray.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Generator, Sequence
@@ -19,24 +18,23 @@ import torch
 
 from ray_soup.actors import precision as precisions
 from ray_soup.actors import timing
+from ray_soup.actors.baker import bake, check_paths
 from ray_soup.actors.candidates import CandidateMixer
 from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, score
 from ray_soup.actors.group import ShardGroup
-from ray_soup.actors.messages import Heartbeat, Mesh, Partial, SetupInfo, StepTimings, StoreInfo, Stream
+from ray_soup.actors.messages import Heartbeat, Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo, Stream
 from ray_soup.actors.replica import load_replica, tensor_of
-from ray_soup.errors import RecipeError
-from ray_soup.io import storage
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lifting import files_of
 from ray_soup.io.progress import labelled
-from ray_soup.mixing import directions
+from ray_soup.mixing import stores
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.buffers import mixed_buffer
-from ray_soup.mixing.hyperplane import Hyperplane, decompressed
+from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
-from ray_soup.task import models
 from ray_soup.task.checkpointing import checkpoint_layers
 from ray_soup.task.data import Split
 from ray_soup.task.identity import notes_on
@@ -66,9 +64,8 @@ class Shard:
         Raises RecipeError if this node does not see the ingredients or the local files `seen` by the driver; on the first
         actor also if two splits share examples.
         """
-        self._check_paths(seen)
-        files = [file for ingredient in self.ingredients for file in ingredient.files]
-        yield from labelled("downloading ingredients", download_all(files))
+        check_paths(self.ingredients, seen)
+        yield from labelled("downloading ingredients", download_all(files_of(self.ingredients)))
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
@@ -76,13 +73,16 @@ class Shard:
             found = yield from labelled("comparing examples", leaks)
         shards = self.mesh.shards
         self.group = ShardGroup(self.rank % shards, shards, self.replica.layout.numel, self.device)
-        self.replica.allocate(self.group.padded)
+        if not self.recipe.actors.by_layer:
+            self.replica.allocate(self.group.padded)
         self.candidates = CandidateMixer(self.replica, self.ingredients)
         self.ensemble = Ensemble(self.replica)
         examples, outside = self.replica.examples, list[str]()
         fingerprint = self.replica.fingerprint(outside)
-        if self.recipe.learn.gradient_checkpointing:
-            checkpoint_layers(self.replica.model, self.recipe.model)
+        if self.recipe.actors.by_layer:
+            self.replica.split(self.threads)
+        elif self.recipe.learn.gradient_checkpointing:
+            checkpoint_layers(self.replica.computing, self.recipe.model)
         notes = [*(note for e in examples.values() for note in e.notes), *notes_on(outside)]
         yield SetupInfo(
             {name: len(e) for name, e in examples.items()},
@@ -93,19 +93,6 @@ class Shard:
             tuple(dict.fromkeys(notes)),
             {name: e.cut for name, e in examples.items() if e.cut is not None},
         )
-
-    def _check_paths(self, seen: tuple[str, ...]) -> None:
-        files = [(f, size) for i in self.ingredients for f, size in zip(i.files, i.sizes, strict=True)]
-        for path, size in [*((path, None) for path in seen), *files]:
-            if storage.is_remote(path):
-                continue
-            found = os.path.getsize(path) if os.path.exists(path) else None
-            if found is None or size not in (None, found):
-                what = "does not exist" if found is None else f"has {found:,} bytes instead of {size:,} (on the driver)"
-                raise RecipeError(
-                    f"{path} {what} on the node {socket.gethostname()}. Put ingredients, data and OUT where every node sees "
-                    "them: a shared disk, or a URI such as s3://BUCKET/...."
-                )
 
     # The other shards of the replica
 
@@ -126,21 +113,25 @@ class Shard:
         """
         chosen = [self.ingredients[k] for k in subset]
         if self._opened != subset:
-            work = directions.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
-            self.store: directions.DirectionStore = yield from labelled("reading ingredients", work)
+            work = stores.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
+            self.store: DirectionStore = yield from labelled("reading ingredients", work)
             self.replica.set_mixed_buffers(
                 {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.mixed_buffers}
             )
             self._opened = subset
-            self.replica.hold_gradients(self.store.variant)
+            if self.replica.layers is None:
+                self.replica.hold_gradients(self.store.variant)
             self.use({})
             self.replica.set_parameters(self.store.center)
             self._output = self.replica.output_layer()
         self.use({})  # an earlier method may have left its running statistics
         parts, norms = self.store.blocks(partition(self.replica.layout, blocks))
         low, high = self.group.low, self.group.high
-        self.plane = Hyperplane(self.store, parts, low, high, self.device, self.threads)
-        self.center = tensor_of(self.store.center[low:high]).to(self.device)
+        self.plane = stores.plane_on(self.store, parts, low, high, self.device, self.threads)
+        if self.replica.layers is None:
+            self.center = tensor_of(self.store.center[low:high]).to(self.device)
+        else:
+            self.replica.layers.use_store(self.store, parts, tensor_of(self.store.center))
         held = (len(subset) * self.store.row_bytes + self.store.center.nbytes) // self.mesh.shards
         yield StoreInfo(parts, norms, self.store.sha256, self._output, held)
 
@@ -150,11 +141,7 @@ class Shard:
         Args:
             part: (index, parts), which selects every `parts`-th piece of this shard's slice, from piece `index` on.
         """
-        total = np.zeros((len(self.store.rows),) * 2)
-        for start, stop, _, chunk in self.plane.pieces[part[0] :: part[1]]:
-            rows = decompressed(self.store, start, stop, chunk)
-            total += (rows @ rows.T).double().numpy()
-        return total
+        return stores.gram(self.plane, part)
 
     # Learning
 
@@ -177,7 +164,11 @@ class Shard:
             x: float32 [K, B], the coordinates of all ingredients.
             precision: float32 or bfloat16, for forward and backward passes.
         """
-        self.precision = precisions.autocast(precision, self.device)
+        layers = self.replica.layers
+        self.precision = precisions.autocast(precision, self.device, keeps=layers is None)
+        if layers is not None:
+            layers.begin(chosen, x)
+            return
         others = np.setdiff1d(np.flatnonzero(np.any(x != 0, axis=1)), chosen)
         self.base = self.center
         if len(others):
@@ -193,6 +184,9 @@ class Shard:
         self.replica.use(statistics)
 
     def _combine(self, x: np.ndarray) -> None:
+        if self.replica.layers is not None:
+            self.replica.layers.use_coordinates(x)
+            return
         self.plane.combine(self.replica.theta[self.group.low : self.group.high], self.base, x)
         self.group.gather(self.replica.theta)
         self.replica.update_computed_buffers()
@@ -208,7 +202,10 @@ class Shard:
         start = time.perf_counter()
         self._combine(x)
         replica = self.replica
-        replica.gradient.zero_()
+        if replica.layers is None:
+            replica.gradient.zero_()
+        else:
+            replica.layers.start()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.device)
         objective = replica.objective
@@ -221,7 +218,10 @@ class Shard:
             torch.autograd.backward(loss)
             loss_sum += loss.detach()
             weight += objective.weights(targets).sum()
-        projected = self.plane.project(self.group.scatter(replica.gradient))
+        if replica.layers is None:
+            projected = self.plane.project(self.group.scatter(replica.gradient))
+        else:
+            projected = replica.layers.projected()
         return Partial(projected, t.grad.item(), loss_sum.item(), weight.item(), time.perf_counter() - start)
 
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Stream[Score]:
@@ -243,7 +243,7 @@ class Shard:
 
     def sum_statistics_of_file(self, path: str, batches: list[Split]) -> Stream[Sums]:
         """Sum the running statistics of the checkpoint at `path` over `batches`."""
-        models.load_checkpoint(self.replica.model, path, self.replica.recipe.ignore)
+        self.replica.load_file(path)
         yield from self._sum_statistics(batches)
 
     def _sum_statistics(self, batches: list[Split]) -> Stream[Sums]:
@@ -273,10 +273,22 @@ class Shard:
         self.candidates.mix(kept, candidate, calibration)
         return sum((score(self.replica, split) for split in splits), Score())
 
+    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
+        """Score the mixture of all ingredients with these weights, float64 [K], on splits.
+
+        If there are batches `calibration`, its running statistics are re-estimated on them.
+        """
+        self.candidates.mix_weighted(weights, calibration)
+        return sum((score(self.replica, split) for split in splits), Score())
+
     def forget(self) -> None:
         """Free what was kept between calls for an ensemble or a greedy search."""
         self.ensemble.forget()
         self.candidates.forget()
+
+    def bake(self, model: ModelFiles) -> Stream[int]:
+        """Write files of a soup's model, as `bake` in ray_soup.actors.baker does."""
+        yield from bake(self.ingredients, model, self.threads)
 
     # Measurements
 

@@ -19,6 +19,7 @@ from ray_soup.actors.replica import Replica
 from ray_soup.io import storage
 from ray_soup.io.disk import reading_threads
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lifting import group_of
 from ray_soup.mixing.directions import CHUNK
 from ray_soup.mixing.hyperplane import ITEMSIZE, Hyperplane, synthetic_plane
 from ray_soup.task.data import Split
@@ -57,9 +58,10 @@ def time_step(
         theta, base = (torch.zeros(elements, device=device) for _ in range(2))
         return synthetic, theta, base, np.full((model_batch, 1), 1e-3, np.float32)
 
-    plane, theta, base, x = plane_of(CHUNK)  # loads the compiled loops, which take memory
-    plane.combine(theta, base, x)
-    plane.project(theta)
+    if group_of(ingredients) is None:  # adapters need no compiled loops, which take memory once they are loaded
+        plane, theta, base, x = plane_of(CHUNK)
+        plane.combine(theta, base, x)
+        plane.project(theta)
     reset_peak(device)
     step_s = median_seconds(forward_and_backward)
     peak = peak_memory(device)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Collection
 from pathlib import Path
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+from ray_soup.io.distributed import METADATA, check_complete, is_metadata
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX, INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 from ray_soup.io.json_files import read_json, special_kind
+from ray_soup.io.parts import refuse_part
+from ray_soup.io.rank_files import is_rank_file, rank_files
 
 MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+"""The files of a LoRA adapter of PEFT; of those of weights, PEFT loads the first one that exists."""
+SHARDED_MODEL = "pytorch_model_fsdp_0"
+"""The folder with the model's distributed checkpoint in what Accelerate and Transformers save under FSDP."""
 INDEX = ".index.json"
-RANK_FILES = {  # parts of a checkpoint that each process of a job wrote by itself, and the command that joins them
-    re.compile(r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt"): (
-        "FSDP", "python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir MERGED",
-    ),
-    re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt"): (
-        "DeepSpeed ZeRO", "python -m deepspeed.utils.zero_to_fp32 PARENT MERGED",
-    ),
-}  # fmt: skip
 
 
 def split_key(spec: str) -> tuple[str, str]:
@@ -96,24 +94,40 @@ def is_checkpoint(path: str) -> bool:
 def checkpoint_of(path: str) -> str | None:
     """Return the file of the checkpoint at `path`: the path itself, or the model in a folder; None if there is none.
 
-    At most an index is opened. Raises IngredientError for a FIFO, socket or device with the name of a checkpoint, for a
-    broken link, for a folder with two models of which one is out of date, and for the parts of a distributed checkpoint.
+    For a distributed checkpoint of torch this is the file `.metadata`. At most an index is opened. Raises IngredientError
+    for a FIFO, socket or device with the name of a checkpoint, for a broken link, for a folder with two models of which one
+    is out of date, and for a part of a checkpoint.
     """
     if is_checkpoint(path) and storage.isfile(path):
         refuse_part(path)
         return path
     names = storage.listdir(path) if storage.isdir(path) else []
-    refuse_distributed(path, names)
-    for name in (*MODEL_FILES, "adapter_model.safetensors"):  # open_ingredient refuses an adapter with a message
+    if METADATA in names:
+        return _distributed(path, names)
+    check_complete(path, names)
+    for name in (*MODEL_FILES, *ADAPTER_FILES):
         if name in names:
             file = storage.join(path, name)
             if file.endswith(INDEX_SUFFIXES) and name.removesuffix(INDEX) in names and not index_in_use(file, names):
                 continue
             refuse_special(file)
             return file
+    if SHARDED_MODEL in names and (model := checkpoint_of(storage.join(path, SHARDED_MODEL))):
+        return model
+    if ranks := rank_files(path, names):
+        return storage.join(path, ranks[0])
+    if ADAPTER_CONFIG in names:
+        raise IngredientError(
+            f"{path} contains {ADAPTER_CONFIG}, but not {ADAPTER_FILES[0]}. Copy the adapter again, or exclude the folder."
+        )
     if is_checkpoint(path):
         refuse_special(path)
     return None
+
+
+def is_of_folder(file: str | None) -> bool:
+    """Return whether what `checkpoint_of` found is one of several files that only their folder can name."""
+    return file is not None and (is_metadata(file) or is_rank_file(file))
 
 
 def index_in_use(index: str, names: Collection[str]) -> bool:
@@ -141,6 +155,18 @@ def index_in_use(index: str, names: Collection[str]) -> bool:
     )
 
 
+def _distributed(folder: str, names: Collection[str]) -> str:
+    """Return the file that describes a distributed checkpoint. Raises IngredientError if the folder has another model."""
+    other = next((name for name in (*MODEL_FILES, *ADAPTER_FILES) if name in names), None)
+    if other is not None:
+        raise IngredientError(
+            f"{folder} contains two models: {other}, and a distributed checkpoint of torch ({METADATA}). Move the one that "
+            f"you do not want elsewhere, or name the file {other} itself."
+        )
+    refuse_special(storage.join(folder, METADATA))
+    return storage.join(folder, METADATA)
+
+
 def refuse_special(path: str) -> None:
     """Check that a path is a regular file or a link to one, without opening it. Raises IngredientError."""
     kind = special_kind(path)
@@ -151,23 +177,10 @@ def refuse_special(path: str) -> None:
         )
 
 
-def refuse_distributed(folder: str, names: Collection[str]) -> None:
-    """Check that a folder with the files `names` is not a distributed checkpoint of torch. Raises IngredientError."""
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        command = ("python", "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", folder, f"{folder}.pt")
+def refuse_piece(path: str) -> None:
+    """Check that a path is not a file of a distributed checkpoint of torch. Raises IngredientError."""
+    if is_metadata(path) or path.endswith(DISTRIBUTED_SUFFIX):
         raise IngredientError(
-            f"{folder} is a distributed checkpoint of torch (.metadata and .distcp files), in which each process wrote a "
-            f"part; expected one file. Convert it: {shlex.join(command)}"
+            f"{path} is one file of a distributed checkpoint of torch; expected the folder that contains all of them. Write "
+            f"{os.path.dirname(path)} instead."
         )
-
-
-def refuse_part(path: str) -> None:
-    """Check that a file is not the part that one process of a distributed job wrote. Raises IngredientError."""
-    for pattern, (what, command) in RANK_FILES.items():
-        if pattern.fullmatch(os.path.basename(path)):
-            folder = os.path.dirname(os.path.abspath(path))
-            paths = {"FOLDER": folder, "PARENT": os.path.dirname(folder), "MERGED": f"{folder}-merged"}
-            raise IngredientError(
-                f"{path} is the part of a checkpoint that one process of {what} wrote; expected the whole model. Join the "
-                f"parts: {shlex.join(paths.get(word, word) for word in command.split())}"
-            )

@@ -8,17 +8,21 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from glob import has_magic
 from typing import Any
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
+from ray_soup.io.adapters import open_checkpoint
 from ray_soup.io.checkpoint_files import (
+    ADAPTER_FILES,
     INDEX,
     checkpoint_of,
     index_in_use,
     is_checkpoint,
-    refuse_distributed,
+    is_of_folder,
+    refuse_piece,
     refuse_special,
     shards_of,
     split_key,
@@ -27,9 +31,11 @@ from ray_soup.io.checkpoint_files import (
 )
 from ray_soup.io.formats import INDEX_SUFFIXES
 from ray_soup.io.hub_path import is_hub, without_commit
-from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.runs import has_checkpoints, mixed_steps, natural, notes_of, run_in, runs_below, searched
+from ray_soup.io.steps import named_step, split_per_trial
 from ray_soup.io.sweeps import Sweep, Trial, fine_tuned, is_experiment, read_sweep, split_metric
+from ray_soup.io.trajectories import Found, check_per_trial, steps_of_runs, steps_of_trials, would_be_step
 
 Spec = str | Sequence[str]
 """A glob, a folder, a file or an experiment, or a list of them."""
@@ -50,18 +56,23 @@ def open_ingredients(spec: Spec | None, reserved: Collection[str] = (), notes: l
     lines: list[str] = []
     found = _find(spec, lines)
     if len(found) == 1 and lines:
-        raise RecipeError(f"ingredients: a soup needs two or more ingredients; found one run. {' '.join(lines)}")
-    paths, trials = [path for path, _ in found], [trial for _, trial in found]
+        hint = " To mix steps of the run, append ?per_trial=all or ?per_trial=last:N to its folder."
+        raise RecipeError(
+            f"ingredients: a soup needs two or more ingredients; found one run. {' '.join(lines)}"
+            f"{hint if found[0].step is None else ''}"
+        )
+    paths, trials = [one.path for one in found], [one.trial for one in found]
     if notes is not None:
-        notes += [*lines, *mixed_steps([path for path, trial in found if trial is None])]
+        notes += [*lines, *mixed_steps([one.path for one in found if one.trial is None and one.step is None])]
     _check_names(paths)
     names = [t.name for t in trials if t is not None]
     if len(set(names)) < len(paths) or set(names) & set(reserved):
-        names = _unique_names(paths, reserved)
-    opened = [open_ingredient(path, name) for path, name in zip(paths, names, strict=True)]
+        several = len({one.step.run for one in found if one.step is not None}) > 1
+        names = _unique_names(paths, reserved, several)
+    opened = [open_checkpoint(path, name) for path, name in zip(paths, names, strict=True)]
     _check_distinct(opened)
-    known = zip(trials, fine_tuned(paths), strict=True)
-    return [ingredient.with_trial(trial or noted) for ingredient, (trial, noted) in zip(opened, known, strict=True)]
+    known = zip(opened, found, fine_tuned(paths), strict=True)
+    return [one.with_trial(at.trial or noted, at.step or named_step(at.path)) for one, at, noted in known]
 
 
 def find_checkpoints(spec: Spec) -> list[str]:
@@ -69,7 +80,7 @@ def find_checkpoints(spec: Spec) -> list[str]:
 
     For an experiment of Ray Tune or Train these are the checkpoints of its trials. Raises RecipeError if there are none.
     """
-    return [path for path, _ in _find(spec, [])]
+    return [found.path for found in _find(spec, [])]
 
 
 def find_sweeps(spec: Spec | None) -> list[Sweep]:
@@ -83,10 +94,11 @@ def find_sweeps(spec: Spec | None) -> list[Sweep]:
     """
     if spec is None or not isinstance(spec, str):
         return [sweep for one in spec or () for sweep in find_sweeps(one)]
-    pattern, metric, mode = split_metric(split_key(spec)[0])
+    pattern, metric, mode = split_metric(split_key(split_per_trial(spec)[0])[0])
     folders = [pattern] if storage.isdir(pattern) else sorted(_glob(pattern), key=natural)
     experiments = [f for f in folders if is_experiment(f)]
-    if not experiments and len(folders) == 1 and storage.isdir(folders[0]):
+    alone = len(folders) == 1 and storage.isdir(folders[0]) and not is_of_folder(checkpoint_of(folders[0]))
+    if not experiments and alone:
         children = sorted((storage.join(folders[0], child) for child in storage.listdir(folders[0])), key=natural)
         if not any(checkpoint_of(child) for child in children):
             experiments = [child for child in children if is_experiment(child)]
@@ -104,7 +116,8 @@ def check_apart(spec: Spec | None, out: str) -> None:
         for one in spec or ():
             check_apart(one, out)
         return
-    pattern = split_metric(split_key(spec)[0])[0]
+    plain, of_runs = split_per_trial(spec)
+    pattern = split_metric(split_key(plain)[0])[0]
     if storage.is_remote(pattern) != storage.is_remote(out):
         return
     if storage.is_remote(out):
@@ -116,13 +129,13 @@ def check_apart(spec: Spec | None, out: str) -> None:
         found = _is_searched(pattern, os.path.abspath(out), folder)
         if not has_magic(pattern) or os.path.lexists(pattern):
             named = os.path.realpath(pattern)
-            inside = os.path.dirname(named) == folder and os.path.basename(named).startswith("model")
+            inside = os.path.dirname(named) == folder and os.path.basename(named).startswith(("model", ADAPTER_FILES[0]))
             found = found or inside or named == folder
             pattern = os.path.join(glob.escape(pattern), "*")
         found = found or any(
             _would_match(pattern, path) for path in (os.path.abspath(out), folder, *_aliases(pattern, folder))
         )
-    if found:
+    if found or (of_runs is not None and would_be_step(split_key(plain)[0], out)):
         raise RecipeError(
             f"OUT {out} is where the recipe looks for ingredients ({spec}): the next run would use the soup as one. "
             "Choose another folder."
@@ -157,7 +170,8 @@ def _children(folder: str, spec: str) -> list[str]:
 
 def _would_match(pattern: str, folder: str) -> bool:
     """Return whether a pattern matches a folder, or the model of a soup in it."""
-    return any(storage.matches(path, pattern) for path in (folder, f"{folder}/model.safetensors"))
+    paths = (folder, f"{folder}/model.safetensors", f"{folder}/{ADAPTER_FILES[0]}")
+    return any(storage.matches(path, pattern) for path in paths)
 
 
 def _aliases(pattern: str, folder: str) -> Iterator[str]:
@@ -180,26 +194,53 @@ def _check_names(paths: list[str]) -> None:
             raise IngredientError(f"{path!a}: this name contains a control character. Rename the file.")
 
 
-def _find(spec: Spec, notes: list[str]) -> list[tuple[str, Trial | None]]:
+def _find(spec: Spec, notes: list[str]) -> list[Found]:
     """Return the path of each checkpoint and the trial that it comes from; adds lines about runs to `notes`."""
     if not isinstance(spec, str):
-        return [found for one in spec for found in ([(one, None)] if checkpoint_of(one) else _find(one, notes))]
+        return [found for one in spec for found in ([Found(one)] if checkpoint_of(one) else _find(one, notes))]
+    whole, (spec, asked) = spec, split_per_trial(spec)
     spec, key = split_key(spec)
     if key:
-        return [(f"{path}?key={key}", trial) for path, trial in _find(spec, notes)]
+        again = spec if asked is None else f"{spec}{'&' if '?metric=' in spec else '?'}per_trial={asked}"
+        return [found.with_key(key) for found in _find(again, notes)]
+    if asked is not None:
+        return _find_steps(whole, spec, asked, notes)
     if (
         is_hub(spec) and not has_magic(spec) and checkpoint_of(spec)
     ):  # a repository with one model, and other files beside it
-        return [(spec, None)]
-    sweeps = find_sweeps(spec)
+        return [Found(spec)]
+    sweeps = _with_trials(spec)
     if not sweeps:
-        return [(path, None) for path in _find_files(spec, notes)]
-    if not any(sweep.trials for sweep in sweeps):
+        return [Found(path) for path in _find_files(spec, notes)]
+    return [Found(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
+
+
+def _with_trials(spec: str) -> list[Sweep]:
+    """Return the experiments that `spec` names. Raises RecipeError if there are some, and none of them has a trial."""
+    sweeps = find_sweeps(spec)
+    if sweeps and not any(sweep.trials for sweep in sweeps):
         said = " ".join(sweep.note() or "" for sweep in sweeps)
         raise RecipeError(
             f"ingredients: no finished trial with a checkpoint in {spec}. {said} Finish the sweep first, or fix ?metric=."
         )
-    return [(_model_of(trial), trial) for sweep in sweeps for trial in sweep.trials]
+    return sweeps
+
+
+def _find_steps(whole: str, spec: str, asked: str, notes: list[str]) -> list[Found]:
+    """Return the steps of the runs or trials that `spec` names; `whole` has ?per_trial=`asked`, too. Raises RecipeError."""
+    check_per_trial(whole, asked)
+    if split_metric(spec)[1] is not None:
+        raise RecipeError(
+            f"ingredients: {whole}: ?metric= takes one checkpoint of each trial, and ?per_trial= takes steps. Remove one."
+        )
+    sweeps = _with_trials(spec)
+    if sweeps:
+        steps = steps_of_trials(whole, sweeps, asked, notes)
+        return [replace(found, path=_model_of(found.trial)) for found in steps if found.trial is not None]
+    folders = [spec] if storage.isdir(spec) else sorted(filter(storage.isdir, _glob(spec)), key=natural)
+    if not folders and not storage.exists(spec) and not has_magic(spec):
+        raise RecipeError(f"ingredients: {spec} does not exist; ?per_trial= needs the folder of a run. Check the path.")
+    return steps_of_runs(whole, folders, asked, notes)
 
 
 def _find_files(spec: str, notes: list[str]) -> list[str]:
@@ -210,9 +251,9 @@ def _find_files(spec: str, notes: list[str]) -> list[str]:
         notes += _steps_below(spec, paths, matches) if paths else []
         paths = paths or _of_runs(spec, [m for m in matches if storage.isdir(m)], notes)
     elif storage.isdir(spec):
-        names = storage.listdir(spec)
-        refuse_distributed(spec, names)
-        children = [storage.join(spec, name) for name in names]
+        if is_of_folder(checkpoint_of(spec)):
+            return [spec]
+        children = [storage.join(spec, name) for name in storage.listdir(spec)]
         paths = [] if run_in(spec) else _checkpoints_among(children)
         notes += _steps_below(spec, paths, children) if paths else []
         paths = paths or _of_runs(spec, [spec], notes)
@@ -225,6 +266,7 @@ def _find_files(spec: str, notes: list[str]) -> list[str]:
             f"ingredients: {spec} does not exist; expected a glob, a list or a folder of checkpoints. Check the path."
         )
     if not paths:
+        refuse_piece(spec)
         folder = spec if storage.isdir(spec) else os.path.dirname(spec)
         there = "nothing that matches" if has_magic(folder) else "no such folder"
         if storage.isfile(spec):
@@ -314,7 +356,7 @@ def _model_of(trial: Trial) -> str:
     """Return the file that contains the model in a trial's checkpoint."""
     own = checkpoint_of(trial.path)
     if own is not None:
-        return own
+        return trial.path if is_of_folder(own) else own
     files = sorted(name for name in storage.listdir(trial.path) if is_checkpoint(name))
     models = [name for name in files if "model" in name.lower()]
     chosen = files if len(files) == 1 else models
@@ -338,13 +380,16 @@ def _check_distinct(ingredients: list[Ingredient]) -> None:
         seen[files, ingredient.key] = ingredient.path
 
 
-def _unique_names(paths: list[str], reserved: Collection[str]) -> list[str]:
-    """Return file names without suffix if unique and not reserved, otherwise paths, relative to the common folder if any."""
+def _unique_names(paths: list[str], reserved: Collection[str], with_folders: bool = False) -> list[str]:
+    """Return file names without suffix if unique and not reserved, otherwise paths, relative to the common folder if any.
+
+    `with_folders` asks for paths in any case.
+    """
     plain = [without_commit(path) for path in paths]
     paths = plain if len(set(plain)) == len(plain) else paths
     bare = [split_key(path)[0].rstrip("/") for path in paths]
     stems = [stem(path) if is_checkpoint(path) else os.path.basename(path) for path in bare]
-    if len(set(stems)) == len(stems) and not set(stems) & set(reserved):
+    if not with_folders and len(set(stems)) == len(stems) and not set(stems) & set(reserved):
         return stems
     with suppress(ValueError):  # there is no common folder of a URI and a local path
         root = os.path.commonpath([os.path.dirname(p) for p in paths])

@@ -20,6 +20,7 @@ from ray_soup.io import storage
 
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+DISTRIBUTED_SUFFIX = ".distcp"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "ema_state_dict", "state_dict_ema", "model_ema")
 """Keys of a torch file under which training scripts store a state dict."""
@@ -58,6 +59,8 @@ class TensorInfo:
     """The key of the state dict in the file ("" for the top level), and the tensor's name in it."""
     offset: int | None = None
     """Byte at which the tensor's data begins, row by row; None where a library finds it."""
+    pieces: tuple[Piece, ...] = ()
+    """The pieces that a tensor is stored in, which fill it without overlapping; () if it is stored whole."""
 
     @property
     def numel(self) -> int:
@@ -71,6 +74,20 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(TensorInfo):
+    """A piece of a tensor: the elements from `begin` to `begin + shape`, stored like a tensor of its own."""
+
+    begin: tuple[int, ...] = ()
+    """First index of the piece in each dimension of the whole tensor."""
+    length: int = 0
+    """Bytes that the piece takes in its file from byte `place` on, if it is an archive of its own."""
+
+
+class LowPrecisionError(IngredientError):
+    """A tensor has a dtype of so few bits that only quantized checkpoints use it."""
 
 
 def safetensors_header(path: str, file: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -110,7 +127,7 @@ def safetensors_header(path: str, file: int, size: int) -> tuple[dict[str, Tenso
 def check_dtype(path: str, name: str, dtype: str) -> None:
     """Check that a safetensors file names a dtype that can be mixed or copied. Raises IngredientError."""
     if dtype not in SAFETENSORS_DTYPES:
-        raise IngredientError(
+        raise (LowPrecisionError if dtype.startswith(("F8", "F6", "F4")) else IngredientError)(
             f"{path}: the tensor {name} has dtype {dtype}; expected one of {', '.join(SAFETENSORS_DTYPES)}. Save it in one "
             "of these dtypes."
         )

@@ -1,11 +1,12 @@
 """One ingredient: a checkpoint that is described without its data, then read tensor by tensor.
 
-Local files are read through a memory map, remote safetensors files by range requests, and remote torch files from a copy in
+Local files are read through a memory map, remote safetensors files by range requests, and other remote files from a copy in
 this node's cache. A file that changes while it is in use is refused.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,16 @@ import torch
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
 from ray_soup.io.binding import Ignored, Tensors, best_reading
-from ray_soup.io.checkpoint_files import checkpoint_of, index_map, split_key, stem, suffixes
-from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, TensorInfo
+from ray_soup.io.checkpoint_files import checkpoint_of, index_map, is_of_folder, refuse_piece, split_key, stem, suffixes
+from ray_soup.io.distributed import is_metadata, read_parts
+from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, LowPrecisionError, TensorInfo
 from ray_soup.io.leftovers import groups_of
 from ray_soup.io.mapped import Version, release_pages, version_of
+from ray_soup.io.pieces import joined
 from ray_soup.io.progress import drain
+from ray_soup.io.quantized import fault_of, remedy
+from ray_soup.io.rank_files import read_ranks
+from ray_soup.io.steps import Step
 from ray_soup.io.storage import LocalFile, RemoteFile, Stat
 from ray_soup.io.sweeps import Trial
 from ray_soup.io.tensor_files import Described, TensorFile, open_tensors
@@ -65,6 +71,8 @@ class Ingredient:
     """The prefix of the tensors in use if `ignore` decided; otherwise empty."""
     trial: Trial | None = None
     """The trial of a sweep that the checkpoint comes from."""
+    step: Step | None = None
+    """The training run that the checkpoint is a step of, and the step, as far as its path says so."""
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Plain values stored beside the tensors: the metadata of a safetensors file, and what stands at the top level of a
     torch file, such as `epoch` or `args` (as a dictionary). What is too long or not plain is missing."""
@@ -182,6 +190,8 @@ class Ingredient:
             raise ValueError(f"{self.path}: elements {start} to {stop} of {info}")
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
+        if info.pieces:
+            return joined(info, start, stop, lambda piece: self.source(piece.file).tensor(piece))
         return self.source(info.file).read(info, start, stop)
 
     def bind(self, expected: Iterable[str], tied: Mapping[str, str], ignore: Ignored = ()) -> Ingredient:
@@ -199,9 +209,9 @@ class Ingredient:
         known = {name: shape if isinstance(shape := shapes.get(name), tuple) else None for name in expected}
         return replace(self, **best_reading(self.containers, known, tied, ignore)._asdict())
 
-    def with_trial(self, trial: Trial | None) -> Ingredient:
-        """Return this ingredient with `trial`, the trial of a sweep that it comes from."""
-        return replace(self, trial=trial)
+    def with_trial(self, trial: Trial | None, step: Step | None = None) -> Ingredient:
+        """Return this ingredient with `trial`, the trial of a sweep that it comes from, and its step of a training run."""
+        return replace(self, trial=trial, step=step)
 
     def check_copies(self) -> None:
         """Check that both copies of a tied tensor are equal. Raises IngredientError if they differ."""
@@ -233,14 +243,32 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
             tensors whose names begin with `NAME.`.
         name: name of the ingredient; default: the file name without its suffix.
 
-    Raises IngredientError if a file is broken, RecipeError if there is no checkpoint.
+    Raises IngredientError if a file is broken or quantized, RecipeError if there is no checkpoint.
     """
+    bare = split_key(path)[0]
+    file = checkpoint_of(bare)
+    folder = os.path.dirname(file or bare)
+    try:
+        opened = _opened(path, file, name)
+    except LowPrecisionError as error:
+        raise IngredientError(f"{error} The checkpoint is quantized. {remedy(folder)}") from error
+    for tensors in opened.containers.values():
+        fault = fault_of(path, folder, tensors)
+        if fault:
+            raise IngredientError(fault)
+    return opened
+
+
+def _opened(path: str, file: str | None, name: str | None) -> Ingredient:
+    """Open the checkpoint in `file`, which `path` names."""
     spec, (path, key) = path, split_key(path)
-    file = checkpoint_of(path)
     if file is None:
+        refuse_piece(path)
         raise RecipeError(
             f"{path} is not a checkpoint: expected a file ending in {suffixes()}, or a folder with one. Check the path."
         )
+    if is_of_folder(file):
+        return _open_distributed(spec, file, name)
     shard_of = index_map(file) if file.endswith(INDEX_SUFFIXES) else {}
     files = sorted(set(shard_of.values())) or [file]
     stats = [storage.stat(f) for f in files]
@@ -251,11 +279,7 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
     if key:
         containers = {key: _under(path, containers, key)}
     tensors = next(iter(containers.values()))
-    if tensors and all("lora_" in tensor for tensor in tensors):
-        raise IngredientError(
-            f"{path} is a LoRA adapter ({len(tensors)} tensors, such as {next(iter(tensors))}); expected a whole model. "
-            "Merge it into its base model (peft: model.merge_and_unload()) and save that."
-        )
+    _refuse_adapter(path, tensors)
     return Ingredient(
         name=name or stem(path),
         path=spec,
@@ -268,6 +292,30 @@ def open_ingredient(path: str, name: str | None = None) -> Ingredient:
         metadata={k: v for source in reversed(opened) for k, v in source.metadata.items()},
         _seen={number: source.version for number, source in enumerate(opened) if source.version is not None},
     )
+
+
+def _open_distributed(spec: str, metadata: str, name: str | None) -> Ingredient:
+    """Open the checkpoint in pieces that a file `.metadata` describes, or whose first part is that of a process."""
+    path, key = split_key(spec)
+    parts = read_parts(metadata, with_training_state=bool(key)) if is_metadata(metadata) else read_ranks(metadata)
+    containers: Described = {"": parts.tensors}
+    if key:
+        containers = {key: _under(path, containers, key)}
+    tensors = next(iter(containers.values()))
+    _refuse_adapter(path, tensors)
+    sizes, versions = tuple(s.size for s in parts.stats), tuple(s.version for s in parts.stats)
+    name = name or stem(path.rstrip("/"))
+    return Ingredient(name, spec, tuple(parts.files), sizes, versions, containers, tensors, key=key)
+
+
+def _refuse_adapter(path: str, tensors: Tensors) -> None:
+    """Check that a checkpoint without an adapter_config.json is not an adapter. Raises IngredientError."""
+    if tensors and all("lora_" in tensor for tensor in tensors):
+        raise IngredientError(
+            f"{path} is a LoRA adapter ({len(tensors)} tensors, such as {next(iter(tensors))}); expected a whole model, "
+            "or an adapter with its adapter_config.json among the recipe's ingredients. Restore that file, or merge the "
+            "adapter into its base model (peft: model.merge_and_unload()) and save that."
+        )
 
 
 def _under(path: str, containers: Described, key: str) -> dict[str, TensorInfo]:

@@ -50,7 +50,7 @@ class Mirror:
                 raise RecipeError(
                     f"{self.uri} has an object named {name!r}, which is no path of a file. Choose another OUT."
                 )
-            is_model = name.endswith(".safetensors") and found.size > SMALL
+            is_model = name.endswith((".safetensors", ".distcp")) and found.size > SMALL
             data = b"" if is_model else storage.read_bytes(storage.join(self.uri, name))
             target = self.folder / name
             with writing(target):

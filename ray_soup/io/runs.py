@@ -1,10 +1,12 @@
 """The folders that training scripts leave: of each run one checkpoint is used, chosen by a rule that is reported.
 
     transformers   RUN/checkpoint-N/model.safetensors       the model saved at the end, the best by its record, the last
+    PEFT, TRL      RUN/checkpoint-N/adapter_model...        the same
     Lightning      RUN/checkpoints/epoch=3-step=12.ckpt     the best by its ModelCheckpoint, or the last
     timm           RUN/model_best.pth.tar, checkpoint-N     model_best, or the last
     torchvision    RUN/model_N.pth, checkpoint.pth          the last
     open_clip      RUN/checkpoints/epoch_N.pt               the last
+    torchtitan     RUN/checkpoint/step-N/.metadata          the last
     others         RUN/best.pt, RUN/step_100.pt, ...        the only one, the best by its name, or the last step
 
 Steps of one training are no independent ingredients, so a folder never contributes several of them unseen.
@@ -21,10 +23,16 @@ from typing import Any
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
-from ray_soup.io.checkpoint_files import MODEL_FILES, checkpoint_of, is_checkpoint
+from ray_soup.io.checkpoint_files import ADAPTER_FILES, MODEL_FILES, SHARDED_MODEL, checkpoint_of, is_checkpoint
+from ray_soup.io.distributed import METADATA, STATE_FILE
 from ray_soup.io.json_files import read_json
 from ray_soup.io.progress import drain
+from ray_soup.io.rank_files import is_rank_file
 
+SHARDED = {METADATA, SHARDED_MODEL}
+"""The names by which a folder is a distributed checkpoint of torch, or has one in it as Accelerate saves it."""
+WEIGHTS = {*MODEL_FILES, *ADAPTER_FILES, *SHARDED}
+"""The names by which a folder has a model of transformers, or an adapter of PEFT."""
 STEP = re.compile(r"checkpoint-(\d+)")
 """Folders of the Trainer of transformers."""
 STATE = "trainer_state.json"
@@ -80,7 +88,8 @@ def run_in(folder: str) -> Run | None:
     epochs = _numbered(files, r"model_(\d+)\.pth")
     if epochs and "checkpoint.pth" in files:
         return _run(folder, files, epochs[-1], "the last epoch")
-    return None
+    sharded = _sharded_steps(folder, names)
+    return _run(folder, sharded, sharded[-1], "the last step") if sharded else None
 
 
 def runs_below(folder: str) -> list[Run]:
@@ -164,9 +173,9 @@ def _tree(root: str) -> dict[str, set[str]]:
 
 def has_checkpoints(folder: str, names: Collection[str]) -> bool:
     """Return whether a folder has checkpoints in it, or is the run of a library that has a folder for each of them."""
-    return any(is_checkpoint(n) and not NO_MODELS.fullmatch(n) for n in names) or (
-        any(map(STEP.fullmatch, names)) and bool(_steps(folder, names))
-    )
+    if any(n in SHARDED or (is_checkpoint(n) and not NO_MODELS.fullmatch(n)) for n in names):
+        return True
+    return (any(map(STEP.fullmatch, names)) and bool(_steps(folder, names))) or bool(_sharded_steps(folder, names))
 
 
 def _runs_at(folder: str, names: list[str]) -> list[Run]:
@@ -178,7 +187,13 @@ def _runs_at(folder: str, names: list[str]) -> list[Run]:
         return [known]
     if any(map(STEP.fullmatch, names)) and (steps := _steps(folder, names)):
         return [_of_transformers(folder, names, steps)]
-    if checkpoint_of(folder) is not None:
+    whole = checkpoint_of(folder)
+    if whole is not None and is_rank_file(whole):
+        raise RecipeError(
+            f"ingredients: {folder} has the parts of one checkpoint that processes of FSDP saved, and nothing says which of "
+            f"such folders are steps of one run. Name the folders of the checkpoints, as in {folder}."
+        )
+    if whole is not None:
         return [Run(folder, folder, "the model in its folder")]
     files = [name for name in names if is_checkpoint(name) and not NO_MODELS.fullmatch(name)]
     chosen, rule = _by_words(folder, files)
@@ -216,12 +231,27 @@ def _steps(folder: str, names: Collection[str]) -> dict[str, list[str]]:
     """Return the folders checkpoint-N that contain a model, in order of N, with the names in each."""
     steps = sorted((int(match[1]), name) for name in names if (match := STEP.fullmatch(name)))
     inside = {name: storage.listdir(storage.join(folder, name)) for _, name in steps}
-    return {name: beside for name, beside in inside.items() if set(MODEL_FILES) & set(beside)}
+    return {name: beside for name, beside in inside.items() if WEIGHTS & set(beside)}
+
+
+def _sharded_steps(folder: str, names: Collection[str]) -> list[str]:
+    """Return the distributed checkpoints in folders that are named after a step, as in step-100, in the order of the steps.
+
+    Raises RecipeError if their names do not say that they are steps of one run.
+    """
+    found = [m for name in names if not is_checkpoint(name) and (m := NUMBERED.fullmatch(name)) and not m[3]]
+    found = [m for m in found if SHARDED & set(storage.listdir(storage.join(folder, m[0])))]
+    if len({m[1] for m in found}) > 1:
+        raise RecipeError(
+            f"ingredients: {folder} has {len(found)} checkpoints, and nothing says whether they are steps of one run: "
+            f"{', '.join(m[0] for m in found[:5])}. Name the ingredients with a glob."
+        )
+    return [m[0] for m in sorted(found, key=lambda m: int(m[2]))]
 
 
 def _of_transformers(folder: str, names: Sequence[str], steps: Mapping[str, list[str]]) -> Run:
     """Choose the model that was saved in the run's own folder, the best step by its record, or the last step."""
-    if set(MODEL_FILES) & set(names):
+    if WEIGHTS & set(names):
         return Run(folder, folder, "the model saved at the end", tuple(steps))
     last = list(steps)[-1]
     if STATE in steps[last]:
@@ -262,6 +292,8 @@ def _best_of_lightning(path: str) -> list[str]:
     """Return the paths that the ModelCheckpoints with a monitored figure name as the best, from a checkpoint's state."""
     from ray_soup.io.torch_files import load_torch
 
+    if storage.isdir(path):  # a distributed checkpoint
+        path = storage.join(path, STATE_FILE)
     loaded, _ = load_torch(path, drain(storage.local_copy(path)))
     callbacks = loaded.get("callbacks")
     states = [state for state in callbacks.values() if isinstance(state, dict)] if isinstance(callbacks, dict) else []

@@ -43,6 +43,8 @@ class Trial:
     """Hyperparameters."""
     metrics: dict[str, Any]
     """Metrics that the trial reported with this checkpoint."""
+    checkpoints: tuple[str, ...] = field(default=(), compare=False)
+    """All checkpoints of the trial, folders, in the order in which they were written."""
 
 
 @dataclass
@@ -199,7 +201,8 @@ def _choose(sweep: Sweep, runs: list[_Run], metric: str | None, mode: str) -> No
                 name = run.checkpoints[-1] if metric is None else _best(sweep, run, metric, mode)
                 metrics = _plain(run.by_checkpoint().get(name or "", {}), metric)
             if name is not None:
-                sweep.trials.append(Trial(run.name, storage.join(run.folder, name), run.config, metrics))
+                paths = tuple(storage.join(run.folder, one) for one in run.checkpoints)
+                sweep.trials.append(Trial(run.name, storage.join(run.folder, name), run.config, metrics, paths))
 
 
 def _best(sweep: Sweep, run: _Run, metric: str, mode: str) -> str | None:

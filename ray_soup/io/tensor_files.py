@@ -3,6 +3,8 @@
     TorchFile           `torch.load`, memory-mapped (torch_files.py)
     SafetensorsFile     `safetensors.safe_open`, memory-mapped
     RemoteSafetensors   byte ranges of a file in remote storage
+    DistributedFile     pieces of `torch.distributed.checkpoint`, memory-mapped (distributed_files.py)
+    RankFile            shards that one process of FSDP saved, memory-mapped (rank_files.py)
 
 A file describes its tensors with TensorInfo, and reads elements of one by its TensorInfo. To add a format, add a class here.
 """
@@ -18,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
+from ray_soup.io.distributed_files import DistributedFile
 from ray_soup.io.formats import (
+    DISTRIBUTED_SUFFIX,
     SAFETENSORS_DTYPES,
     SAFETENSORS_SUFFIX,
     TensorInfo,
@@ -26,7 +30,9 @@ from ray_soup.io.formats import (
     safetensors_header,
 )
 from ray_soup.io.mapped import Version, guard, opened
+from ray_soup.io.pieces import elements
 from ray_soup.io.progress import drain
+from ray_soup.io.rank_files import RankFile, is_rank_file
 from ray_soup.io.storage import RemoteFile
 from ray_soup.io.torch_files import load_torch, plain_values, state_dicts
 
@@ -48,36 +54,11 @@ class TensorFile(Protocol):
     def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Read elements of a tensor, counted row by row: [stop - start], contiguous and aligned, not to be written to."""
 
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Return a tensor in its shape: where possible a view of the file, of which only what is used is read."""
+
     def addresses(self) -> list[int]:
         """Return an address in each memory map that the file is read through."""
-
-
-def elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Return elements `start` to `stop` of a tensor, counted row by row: [stop - start], contiguous and aligned.
-
-    This is a view where the tensor allows that, otherwise a copy of no more than these elements.
-    """
-    if tensor.is_contiguous():
-        part = tensor.reshape(-1)[start:stop]
-    else:
-        parts = [p.reshape(-1) for p in _cut(tensor, start, stop)]
-        part = parts[0] if len(parts) == 1 else torch.cat(parts)
-    part = part.resolve_neg().contiguous()
-    return part.clone() if part.data_ptr() % part.itemsize else part
-
-
-def _cut(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
-    """Return views of a tensor that together hold elements `start` to `stop`, in order."""
-    if tensor.dim() == 1:
-        return [tensor[start:stop]]
-    size = tensor[0].numel()  # of a row
-    first, last = -(-start // size), stop // size  # rows that are needed in full
-    if first > last:  # within one row
-        return _cut(tensor[last], start - last * size, stop - last * size)
-    parts = [tensor[first:last]] if first < last else []
-    head = _cut(tensor[first - 1], start - (first - 1) * size, size) if start < first * size else []
-    tail = _cut(tensor[last], 0, stop - last * size) if stop > last * size else []
-    return [*head, *parts, *tail]
 
 
 class TorchFile:
@@ -103,7 +84,11 @@ class TorchFile:
 
     def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Read elements of a tensor, as in TensorFile."""
-        return elements(self._containers[info.stored[0]][info.stored[1]], start, stop)
+        return elements(self.tensor(info), start, stop)
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Return a view of a tensor, as in TensorFile."""
+        return self._containers[info.stored[0]][info.stored[1]]
 
     def addresses(self) -> list[int]:
         """Return an address in the memory map."""
@@ -146,9 +131,13 @@ class SafetensorsFile:
 
     def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Read elements of a tensor, as in TensorFile."""
-        tensor = self._file.get_tensor(info.stored[1])
+        return elements(self.tensor(info), start, stop)
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Return a view of a tensor, as in TensorFile."""
+        tensor: torch.Tensor = self._file.get_tensor(info.stored[1])
         self._address = tensor.data_ptr() or self._address
-        return elements(tensor, start, stop)
+        return tensor
 
     def addresses(self) -> list[int]:
         """Return an address in the memory map."""
@@ -186,6 +175,10 @@ class RemoteSafetensors:
         data = self._file.read(info.offset + start * itemsize, (stop - start) * itemsize)
         return elements(torch.frombuffer(bytearray(data), dtype=info.dtype), 0, stop - start)
 
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Read a whole tensor, as in TensorFile."""
+        return self.read(info, 0, info.numel).reshape(info.shape)
+
     def addresses(self) -> list[int]:
         """Return nothing: no memory map is used."""
         return []
@@ -203,6 +196,10 @@ def open_tensors(path: str, size: int, key: str = "") -> TensorFile:
     """
     if size == 0:
         raise IngredientError(f"{path} is empty (0 bytes). Copy it again.")
+    if path.endswith(DISTRIBUTED_SUFFIX):
+        return DistributedFile(path)
+    if is_rank_file(path):
+        return RankFile(path)
     if not path.endswith(SAFETENSORS_SUFFIX):
         return TorchFile(path, key)
     return RemoteSafetensors(path, size) if storage.is_remote(path) else SafetensorsFile(path)

@@ -28,6 +28,25 @@ def check_archive(file: IO[bytes]) -> None:
 
     Raises Unreadable, TooLarge or Unsafe.
     """
+    open_archive(file)
+
+
+def open_archive(file: IO[bytes]) -> tuple[dict[str, tuple[int, int]], bytes]:
+    """Return offset and size of the data of each record, by its name, and the pickle, checked as in `check_archive`."""
+    records, data = archive_of(file)
+    pickled = Storages(data)
+    for key, nbytes in pickled.nbytes.items():
+        found = records.get(f"data/{key}", (0, -1))[1]
+        if found < nbytes:
+            tensor = pickled.tensors.get(key)
+            whose = f"the tensor {tensor}" if tensor else "a tensor"
+            has = f"has {found:,} bytes" if found >= 0 else "is missing"
+            raise Unreadable(f"the record data/{key} of {whose} {has}; expected {nbytes:,}")
+    return records, data
+
+
+def archive_of(file: IO[bytes]) -> tuple[dict[str, tuple[int, int]], bytes]:
+    """Return the same, without a check of the pickle. Raises Unreadable or TooLarge."""
     try:
         records = _records(file)
     except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, OverflowError) as error:
@@ -40,14 +59,7 @@ def check_archive(file: IO[bytes]) -> None:
     order = _read(file, *records["byteorder"]) if "byteorder" in records else b"little"
     if order != b"little":
         raise Unreadable(f"its numbers are in the byte order {order[:20]!r}; expected b'little'. Save it on another machine")
-    pickled = Storages(_read(file, offset, size))
-    for key, nbytes in pickled.nbytes.items():
-        found = records.get(f"data/{key}", (0, -1))[1]
-        if found < nbytes:
-            tensor = pickled.tensors.get(key)
-            whose = f"the tensor {tensor}" if tensor else "a tensor"
-            has = f"has {found:,} bytes" if found >= 0 else "is missing"
-            raise Unreadable(f"the record data/{key} of {whose} {has}; expected {nbytes:,}")
+    return records, _read(file, offset, size)
 
 
 def _read(file: IO[bytes], offset: int, size: int) -> bytes:
@@ -57,7 +69,7 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 def _records(file: IO[bytes]) -> dict[str, tuple[int, int]]:
     """Return offset and size of each record's data, by its name without the common folder. Raises ValueError and others."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     directory = _directory(file, size)
     with zipfile.ZipFile(file) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)

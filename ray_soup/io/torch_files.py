@@ -18,7 +18,7 @@ import torch
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.formats import CONTAINERS, DTYPE_NAMES, refuse_text
+from ray_soup.io.formats import CONTAINERS, DTYPE_NAMES, LowPrecisionError, refuse_text
 from ray_soup.io.mapped import Version, guard, opened
 from ray_soup.io.torch_archive import check_archive
 from ray_soup.io.torch_pickle import TooLarge, Unsafe
@@ -204,7 +204,7 @@ def _plain_tensor(path: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         what = f"a {type(tensor).__name__}"
     else:
         return tensor.detach().as_subclass(torch.Tensor)
-    raise IngredientError(
+    raise (LowPrecisionError if "torch.float8" in what else IngredientError)(
         f"{path}: the tensor {name} is {what}; expected a dense tensor of "
         f"{', '.join(str(d).removeprefix('torch.') for d in DTYPE_NAMES)}. Convert it to one of these."
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_soup.errors import IngredientError, SoupError
+from ray_soup.errors import IngredientError
 from ray_soup.io.check import check_finite, common_dtype
 from ray_soup.io.disk import reading_threads, write_at
 from ray_soup.io.formats import safetensors_header
@@ -29,7 +29,7 @@ from ray_soup.io.progress import CountCallback, no_count
 from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
-from ray_soup.mixing.shard_files import Dtypes, ShardWriter, plan_files
+from ray_soup.mixing.shard_files import ShardFiles, ShardWriter, plan_files
 
 RANGE = 1 << 20  # elements that a thread mixes at a time
 
@@ -111,66 +111,95 @@ def bake(
 
     Raises SoupError if the files cannot be written, IngredientError if a value is not finite or an ingredient has changed.
     """
+    files = plan_baking(coefficients, ingredients, path, out_dtype, shard_size)
+    check_copies(ingredients)
+    done, total = 0, read_bytes(coefficients, ingredients, files)
+    with files.removed_on_error():
+        for nbytes in bake_files(coefficients, ingredients, files, threads):
+            done += nbytes
+            progress(done, total)
+        return files.write_index()
+
+
+def plan_baking(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], path: Path, out_dtype: str, shard_size: int | None
+) -> ShardFiles:
+    """Plan the files of a soup's model; arguments as for `bake`."""
     shapes = {name: info.shape for name, info in ingredients[0].tensors.items()}
     dtypes = {name: written_dtype(ingredients, name, out_dtype) for name in shapes}
-    files = plan_files(shapes, dtypes, path, shard_size, coefficients.tied or {})
+    return plan_files(shapes, dtypes, path, shard_size, coefficients.tied or {})
+
+
+def read_bytes(coefficients: Coefficients, ingredients: Sequence[Ingredient], files: ShardFiles) -> int:
+    """Return how many bytes of the ingredients' parameters are read to bake these files."""
+    names = files.places().keys() & coefficients.block_of.keys()
+    return sum(i.tensors[name].nbytes for i in ingredients for name in names)
+
+
+def check_copies(ingredients: Sequence[Ingredient]) -> None:
+    """Check that both copies of tied tensors are equal in each ingredient. Raises IngredientError if they differ."""
     for ingredient in ingredients:
         ingredient.check_copies()
+
+
+def bake_files(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], files: ShardFiles, threads: int | None = None
+) -> Iterator[int]:
+    """Write some of the files of a soup's model, or all of them; yield the bytes read since the last time.
+
+    The files are deleted if anything fails. Raises SoupError if they cannot be written, IngredientError if a value is not
+    finite or an ingredient has changed.
+
+    Args:
+        coefficients: the coefficients of the soup.
+        ingredients: the K ingredients, bound to the model and checked against each other.
+        files: the files to write, from `plan_baking`.
+        threads: as for `bake`.
+    """
     try:
-        with ShardWriter(files) as writer:
-            _write_buffers(writer, coefficients, ingredients, dtypes)
-            _write_parameters(writer, coefficients, ingredients, dtypes, threads, progress)
-            writer.sync()
-        check_unchanged(ingredients)
-        return files.write_index()
-    except BaseException as error:
-        files.remove()
-        if isinstance(error, OSError):
-            raise SoupError(
-                f"{path} could not be written ({error.strerror or error}); it takes {files.nbytes:,} bytes. Free some "
-                "space and rerun the same command."
-            ) from error
-        raise
+        with files.removed_on_error():
+            with ShardWriter(files) as writer:
+                _write_buffers(writer, coefficients, ingredients, files)
+                yield from _write_parameters(writer, coefficients, ingredients, files, threads)
+                writer.sync()
+            check_unchanged(ingredients)
     finally:
         for ingredient in ingredients:
             ingredient.close()
 
 
 def _write_buffers(
-    writer: ShardWriter, coefficients: Coefficients, ingredients: Sequence[Ingredient], dtypes: Dtypes
+    writer: ShardWriter, coefficients: Coefficients, ingredients: Sequence[Ingredient], files: ShardFiles
 ) -> None:
     used = [ingredients[k] for k in coefficients.used()]
-    for name in ingredients[0].tensors:
+    for name in files.places():
         if name not in coefficients.block_of:
-            writer.write(name, 0, soup_buffer(coefficients, used, name).to(dtypes[name]))
+            writer.write(name, 0, soup_buffer(coefficients, used, name).to(files.dtypes[name]))
 
 
 def _write_parameters(
     writer: ShardWriter,
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
-    dtypes: Dtypes,
+    files: ShardFiles,
     threads: int | None,
-    progress: CountCallback,
-) -> None:
-    """Mix and write all parameters, range by range in the order of the first ingredient's files."""
+) -> Iterator[int]:
+    """Mix and write the parameters, range by range in the order of the first ingredient's files; yield the bytes read."""
     tensors = ingredients[0].tensors
     ranges = []
-    for name in sorted(coefficients.block_of, key=lambda n: (tensors[n].file, tensors[n].place)):
+    names = files.places().keys() & coefficients.block_of.keys()
+    for name in sorted(names, key=lambda n: (tensors[n].file, tensors[n].place)):
         size = math.prod(tensors[name].shape)
         ranges += [(name, start, min(start + RANGE, size)) for start in range(0, size, RANGE)]
-    total = sum(i.tensors[name].nbytes for i in ingredients for name in coefficients.block_of)
 
     def work(task: tuple[str, int, int]) -> int:
         name, start, stop = task
-        writer.write(name, start, mix_range(ingredients, name, coefficients.of(name), start, stop, dtypes[name]))
+        dtype = files.dtypes[name]
+        writer.write(name, start, mix_range(ingredients, name, coefficients.of(name), start, stop, dtype))
         return sum((stop - start) * i.tensors[name].dtype.itemsize for i in ingredients)
 
-    done = 0
     with ThreadPoolExecutor(threads or reading_threads(8 * RANGE * len(ingredients))) as pool:
-        for nbytes in pool.map(work, ranges):
-            done += nbytes
-            progress(done, total)
+        yield from pool.map(work, ranges)
 
 
 def overwrite_tensors(tensors: Statistics, path: Path) -> None:

@@ -193,7 +193,7 @@ def partition(layout: Layout, blocks: str | int) -> Partition:
 
 def _layers(layout: Layout) -> tuple[list[int], list[str]]:
     """Return the first tensor and the label of each layer."""
-    keys = [_layer_of(name) for name in layout.names]
+    keys = [layer_of(name) for name in layout.names]
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     labels = [keys[i] for i in starts]
     if len(set(labels)) < len(labels):  # the tensors of a layer need not be adjacent in the model's order
@@ -201,7 +201,7 @@ def _layers(layout: Layout) -> tuple[list[int], list[str]]:
     return starts, labels
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     """Return the layer of a tensor: its name up to the last numeric part, otherwise the module that owns it.
 
     For example `transformer.resblocks.3.mlp.c_fc.weight` belongs to `transformer.resblocks.3`.

@@ -55,6 +55,7 @@ class Hyperplane:
         high: int,
         device: torch.device,
         threads: int = 1,
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
         """Prepare a slice of the store; `choose` must follow.
 
@@ -65,12 +66,13 @@ class Hyperplane:
             high: end of the slice (excluded).
             device: where combine and project run.
             threads: number of threads that combine and project use on a CPU.
+            pool: their threads, which several slices may share; None: new ones.
         """
         self.store, self.low, self.high, self.device = store, low, high, device
         self.blocks = partition.count
         self.pieces = store.pieces(partition, low, high)
         self.chosen: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = pool or ThreadPoolExecutor(threads)
         self._cuts = self._even_cuts(threads)
         ends = np.concatenate([[low], self.pieces[:, 1]])
         starts = np.concatenate([self.pieces[:, 0], [high]])
@@ -90,10 +92,11 @@ class Hyperplane:
         marks = [0, *(int(b) for b in bounds), len(self.pieces)]
         return list(itertools.pairwise(marks))
 
-    def choose(self, chosen: NDArray[np.int64]) -> None:
-        """Make the ingredients `chosen`, int64 [m], the model batch, and release the previous one."""
+    def choose(self, chosen: NDArray[np.int64], release: bool = True) -> None:
+        """Make the ingredients `chosen`, int64 [m], the model batch, and release the previous one unless it is to stay."""
         self.chosen = np.asarray(chosen, dtype=np.int64)
-        self.release()
+        if release:
+            self.release()
         if self.device.type != "cpu":
             self._resident = _sent(self.rows(), self.device)
             self._scales = _sent(torch.from_numpy(self.store.scales[self.chosen]), self.device)
@@ -103,12 +106,16 @@ class Hyperplane:
         rows = torch.from_numpy(np.ascontiguousarray(self.store.rows[self.chosen, self.low : self.high]))
         return rows.view(torch.bfloat16) if self.store.dtype == "bfloat16" else rows
 
+    def free(self) -> None:
+        """Release the GPU memory of the model batch."""
+        self._resident = self._scales = torch.empty(0)
+
     def release(self) -> None:
         """Release the GPU memory of the model batch and the store's memory pages read so far.
 
         The pages stay in the system's page cache.
         """
-        self._resident = self._scales = torch.empty(0)
+        self.free()
         if isinstance(self.store.rows, np.memmap):
             self.store.rows._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy offers no other way
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import IO
 
 import torch
 
+from ray_soup.errors import SoupError
 from ray_soup.io.disk import write_at, write_bytes
 from ray_soup.io.formats import DTYPE_NAMES
 
@@ -42,7 +43,9 @@ class ShardFiles:
     files: dict[Path, ShardFile]
     """The files, in the order of the tensors."""
     tensor_bytes: int
-    """Size of all tensors in bytes."""
+    """Size of all tensors of the model in bytes."""
+    dtypes: Dtypes
+    """Dtype of each tensor of the model."""
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +55,21 @@ class ShardFiles:
     def places(self) -> dict[str, tuple[Path, int]]:
         """Return the file of each tensor, and the byte at which the tensor begins in it."""
         return {name: (path, begin) for path, file in self.files.items() for name, begin in file.begins.items()}
+
+    def part(self, first: int, stop: int) -> ShardFiles:
+        """Return files number `first` to `stop` (excluded)."""
+        return replace(self, files=dict(list(self.files.items())[first:stop]))
+
+    def check_sizes(self) -> None:
+        """Check that all files are there and complete. Raises SoupError for the first one that is not."""
+        for path, file in self.files.items():
+            found = path.stat().st_size if path.exists() else None
+            if found != file.nbytes:
+                what = "is missing" if found is None else f"has {found:,} bytes"
+                raise SoupError(
+                    f"{path} {what}, although an actor has written it; expected {file.nbytes:,} bytes. Put OUT on a disk "
+                    "that all nodes share."
+                )
 
     def write_index(self) -> Path:
         """Write the index if there are several files; return the file to load the model from."""
@@ -63,6 +81,20 @@ class ShardFiles:
         text = json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}, indent=2)
         write_bytes(index, text.encode())
         return index
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """Delete the files if this context ends with an error. An OSError becomes a SoupError that names the model."""
+        try:
+            yield
+        except BaseException as error:
+            self.remove()
+            if isinstance(error, OSError):
+                raise SoupError(
+                    f"{self.path} could not be written ({error.strerror or error}); it takes {self.nbytes:,} bytes. Free "
+                    "some space and rerun the same command."
+                ) from error
+            raise
 
     def remove(self) -> None:
         """Delete the files, complete or not, and the index."""
@@ -81,7 +113,7 @@ def plan_files(shapes: Shapes, dtypes: Dtypes, path: Path, shard_size: int | Non
         shard_size: maximum bytes of tensors per file; a larger tensor gets a file to itself. None: one file.
         tied: maps other names of a tensor to its first name; written into the metadata of every file.
     """
-    parts = _in_shards(shapes, dtypes, shard_size)
+    parts = in_shards(shapes, dtypes, shard_size)
     paths = [path]
     if len(parts) > 1:
         paths = [path.with_name(f"{path.stem}-{n + 1:05d}-of-{len(parts):05d}{path.suffix}") for n in range(len(parts))]
@@ -89,15 +121,15 @@ def plan_files(shapes: Shapes, dtypes: Dtypes, path: Path, shard_size: int | Non
         file: _shard_file({name: shapes[name] for name in names}, dtypes, tied)
         for file, names in zip(paths, parts, strict=True)
     }
-    return ShardFiles(path, files, sum(_nbytes(shapes[name], dtypes[name]) for name in shapes))
+    return ShardFiles(path, files, sum(_nbytes(shapes[name], dtypes[name]) for name in shapes), dtypes)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _in_shards(shapes: Shapes, dtypes: Dtypes, shard_size: int | None) -> list[list[str]]:
-    """Return the names of the tensors of each file."""
+def in_shards(shapes: Shapes, dtypes: Dtypes, shard_size: int | None) -> list[list[str]]:
+    """Return the names of the tensors of each file, as `plan_files` distributes them."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():

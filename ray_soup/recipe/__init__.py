@@ -14,7 +14,9 @@ from ray_soup.recipe.methods import BEST_SINGLE as BEST_SINGLE
 from ray_soup.recipe.methods import DEFAULT_METHOD as DEFAULT_METHOD
 from ray_soup.recipe.methods import LEARNED as LEARNED
 from ray_soup.recipe.methods import METHODS as METHODS
+from ray_soup.recipe.methods import PEFT_MERGES as PEFT_MERGES
 from ray_soup.recipe.methods import RESERVED_NAMES as RESERVED_NAMES
+from ray_soup.recipe.methods import SCHEDULES as SCHEDULES
 from ray_soup.recipe.methods import MethodInfo as MethodInfo
 from ray_soup.recipe.methods import method_info as method_info
 from ray_soup.recipe.paths import absolute as absolute
@@ -27,6 +29,7 @@ from ray_soup.recipe.schema import Directions as Directions
 from ray_soup.recipe.schema import Greedy as Greedy
 from ray_soup.recipe.schema import Learn as Learn
 from ray_soup.recipe.schema import Recipe as Recipe
+from ray_soup.recipe.schema import Schedule as Schedule
 from ray_soup.recipe.tuning import Finetune as Finetune
 from ray_soup.recipe.tuning import Search as Search
 from ray_soup.recipe.tuning import Trunk as Trunk

@@ -26,6 +26,9 @@ _SINCE_0_2: dict[str, Any] = {
     "objective": "auto",
     "select_by": "auto",
     "evaluate": None,
+    "adapter": {"rank": None, "merge": False},
+    "schedule": {"window": "auto", "decay": "auto"},
+    "out_format": "safetensors",
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _is_text = takes_text_only(Recipe)
@@ -71,8 +74,14 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML text; loading the text gives an equal recipe."""
     values = recipe.model_dump(mode="json")
     values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
+    if "adapter" in values and not recipe.adapter.merge:
+        del values["adapter"]["merge"]
     if not recipe.learn.gradient_checkpointing:
         del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
+    if not recipe.actors.by_layer:
+        del values["actors"]["by_layer"]
+    if not recipe.learn.smoothness:
+        del values["learn"]["smoothness"]  # nor this one
     if isinstance(recipe.preprocess, Preprocessing):
         values["preprocess"] = recipe.preprocess.values()
     if recipe.search.metric == "auto" and recipe.select_by in UNSAID:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ray_soup.errors import RecipeError
 from ray_soup.recipe.plain import shown
 
-Kind = Literal["selection", "hyperplane", "softmax"]
+Kind = Literal["selection", "schedule", "hyperplane", "softmax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class MethodInfo:
 
     name: str
     kind: Kind
-    """selection: chooses ingredients and averages them; hyperplane: coefficients of any sign that sum to 1; softmax:
-    positive coefficients that sum to 1."""
+    """selection: chooses ingredients and averages them; schedule: weights of the steps of one run by a formula;
+    hyperplane: coefficients of any sign that sum to 1; softmax: positive coefficients that sum to 1."""
     description: str
     """One sentence for help texts."""
     blocks: str = "model"
@@ -28,6 +28,10 @@ class MethodInfo:
     """Defaults of the recipe section `learn` that differ from the section's own."""
     needs_data: bool = True
     """Whether the method needs data.fit."""
+    needs_steps: bool = False
+    """Whether the ingredients must be the steps of one training run."""
+    for_uneven_steps: bool = False
+    """Whether the method equals another one of the table if the steps of the run are equidistant."""
     is_reference: bool = False
     """Whether the method returns an ingredient and not a soup."""
     is_baseline: bool = False
@@ -39,12 +43,12 @@ class MethodInfo:
     @property
     def learns(self) -> bool:
         """Whether the method learns coefficients by gradient descent."""
-        return self.kind != "selection"
+        return self.kind in ("hyperplane", "softmax")
 
     @property
     def uses_seed(self) -> bool:
-        """Whether the result depends on learn.seed by more than the split into fit and select."""
-        return self.learns
+        """Whether the result depends on learn.seed, if only by the split into fit and select."""
+        return self.kind != "selection"
 
     @property
     def uses_model_batches(self) -> bool:
@@ -54,6 +58,12 @@ class MethodInfo:
 
 SOFTMAX_LEARN: Mapping[str, Any] = {"lr": 0.05, "batch_size": 256, "cosine_lr": False}
 """Settings of Learned-Soup (Wortsman et al. 2022)."""
+
+
+def _of_steps(name: str, description: str, kind: Kind = "schedule", **flags: Any) -> MethodInfo:
+    """Return a method for the steps of one training run."""
+    return MethodInfo(name=name, kind=kind, description=description, needs_data=False, needs_steps=True, **flags)
+
 
 METHODS: dict[str, MethodInfo] = {
     method.name: method
@@ -105,18 +115,36 @@ METHODS: dict[str, MethodInfo] = {
             blocks="tensor",
             on_subsets=("dropped", "counted"),
         ),
+        _of_steps("last", "Take the last checkpoint of one run.", "selection", is_reference=True),
+        _of_steps("schedule:uniform", "Average the last checkpoints of one run."),
+        _of_steps(
+            "schedule:linear",
+            "Mix the last checkpoints of one run as if its learning rate had decayed linearly.",
+            for_uneven_steps=True,
+        ),
+        _of_steps(
+            "schedule:cosine", "Mix the last checkpoints of one run as if its learning rate had decayed along a cosine."
+        ),
+        _of_steps(
+            "schedule:minus_sqrt", "Mix the last checkpoints of one run as if its learning rate had decayed as 1 - sqrt(x)."
+        ),
+        _of_steps("ema", "Take the exponential moving average of the checkpoints of one run."),
     )
 }
 """Every method by its name, in the order in which tables list them."""
 
 LEARNED = tuple(name for name, method in METHODS.items() if method.learns)
 """Names of the methods that learn."""
+SCHEDULES = tuple(name for name, method in METHODS.items() if method.kind == "schedule")
+"""Names of the methods that weight the steps of one run by a formula."""
 BASELINES = tuple(name for name, method in METHODS.items() if method.is_baseline)
 """Names of the methods that a comparison tests every soup against."""
 BEST_SINGLE = "best_single"
 DEFAULT_METHOD = "mehl+"
-RESERVED_NAMES = frozenset({*METHODS, "ensemble"})
-"""Names in results.jsonl that an ingredient must not have."""
+PEFT_MERGES = ("peft:linear", "peft:cat", "peft:svd", "peft:ties")
+"""Names of the rows in which a comparison of adapters shows PEFT's own merges."""
+RESERVED_NAMES = frozenset({*(name for name, method in METHODS.items() if not method.needs_steps), *PEFT_MERGES, "ensemble"})
+"""Names in results.jsonl that an ingredient must not have; steps of a run are called otherwise."""
 
 
 def method_info(name: str) -> MethodInfo:

@@ -117,6 +117,9 @@ class Learn(Section):
     """Number of ingredients whose coordinates move at a time; auto: as many as fit into memory."""
     models_epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over all ingredients, one model batch after another."""
+    smoothness: float = Field(default=0.0, ge=0, le=1e6)
+    """For steps of one run: penalty on the mean square of the change of a coefficient from step to step, in units of 1/K,
+    added to the loss on fit."""
     seed: Seed = 1
     """Seed of the split into fit and select, of the order of batches and of the order of ingredients."""
 
@@ -132,6 +135,9 @@ class ActorsSection(Section):
     """CPUs per actor; also its number of threads."""
     gpus: Annotated[float, AfterValidator(share)] = Field(default=0, ge=0, le=128)
     """GPUs per actor: a share of one, or a whole number."""
+    by_layer: bool = False
+    """Hold the parameters of one layer of the model at a time, and their gradient: memory does not grow with the number of
+    layers. Takes more time: a layer is mixed again for each micro-batch, and computed twice. Needs shards: 1."""
     wait_s: float = Field(default=0, ge=0, le=604_800)
     """Seconds to wait for nodes to join, on a cluster that is starting or scales on demand; at most a week."""
 
@@ -149,6 +155,8 @@ class ActorsSection(Section):
             raise ValueError(
                 f"{self.replicas} replicas x {self.shards} shards are {asked:,} actors. Expected at most {MOST_ACTORS:,}."
             )
+        if self.by_layer and self.shards not in ("auto", 1):
+            raise ValueError(f"by_layer is true, and shards is {self.shards}. Expected shards: 1, or by_layer: false.")
         return self
 
 
@@ -159,6 +167,25 @@ class Directions(Section):
     """Precision of the stored directions while learning. The soup itself is computed from the original files."""
 
 
+class Adapter(Section):
+    """What is written if the ingredients are LoRA adapters."""
+
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    """Largest rank of a module: larger ones are truncated to the nearest product of this rank. null: exact, the sum of the
+    ranks of the adapters in use."""
+    merge: bool = False
+    """Write a whole model, the base with the changes of the soup, instead of an adapter."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Adapter:
+        if self.merge and self.rank is not None:
+            raise ValueError(
+                f"rank is {self.rank} and merge is true. Expected one of them: a merged model is as large as its base, "
+                "whatever the rank."
+            )
+        return self
+
+
 class Greedy(Section):
     """Settings of the greedy method."""
 
@@ -166,14 +193,25 @@ class Greedy(Section):
     """Keep an ingredient if the soup's accuracy with it is >= (Wortsman et al. 2022) or > the accuracy without it."""
 
 
+class Schedule(Section):
+    """Settings of the methods `schedule:...` and `ema`, which mix the last steps of one training run."""
+
+    window: Annotated[int, Field(ge=2, le=1_000_000)] | Auto = "auto"
+    """Number of last checkpoints to mix. auto: for `ema` all of them, otherwise the number that is best on select."""
+    decay: Annotated[float, Field(gt=0, lt=1)] | Auto = "auto"
+    """Decay of `ema` from one checkpoint to the next. auto: the one of 0.5, 0.8, 0.9, 0.95, 0.98 and 0.99 that is best on
+    select."""
+
+
 class Recipe(Section):
     """The description of a run."""
 
     method: str = DEFAULT_METHOD
-    """best_single, uniform, greedy, learned, learned+, mehl or mehl+."""
+    """best_single, uniform, greedy, learned, learned+, mehl or mehl+; for the steps of one run also last, schedule:uniform,
+    schedule:linear, schedule:cosine, schedule:minus_sqrt or ema."""
     ingredients: PathText | Annotated[list[PathText], Field(min_length=1)] | None = None
     """Checkpoints that started from one initialization: a glob, a list, a folder, a URI, or the folder of a Ray Tune or
-    Ray Train experiment."""
+    Ray Train experiment. `RUN?per_trial=last:N` or `=all` takes the last N or all checkpoints of a training run."""
     ignore: list[Line] = Field(default=[], max_length=1000)
     """Tensors of the checkpoints to leave out, as glob patterns of names; for tensors that the model does not have."""
     model: Line
@@ -198,7 +236,9 @@ class Recipe(Section):
     BatchNorm layers are re-estimated on fit. auto: recalibrate the layers whose running statistics differ between
     ingredients if data.fit is given, else average them; other floating-point buffers that differ are refused. The buffers
     of spectral normalization are always recomputed from the weights."""
+    adapter: Adapter = Adapter()
     greedy: Greedy = Greedy()
+    schedule: Schedule = Schedule()
     learn: Learn = Learn()
     objective: ObjectiveName | Function = "auto"
     """What the model is trained for: classification, token_classification, segmentation, masked_lm, causal_lm,
@@ -229,6 +269,9 @@ class Recipe(Section):
     on a CPU if it measures faster. Reported results are always computed in float32."""
     out_dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the soup's floating-point tensors. keep: for each tensor the widest dtype among the ingredients."""
+    out_format: Literal["safetensors", "dcp"] = "safetensors"
+    """Files of the soup: safetensors, or a distributed checkpoint for torch.distributed.checkpoint.load. Adapters are always
+    safetensors."""
     shard_size: int | None = None
     """Largest file of the soup, in bytes or as in 5GB. A larger model is split into several files with an index. null: one
     file."""
@@ -345,7 +388,7 @@ class Recipe(Section):
 
 FIXED_IN_SEARCH = (
     "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
-    "evaluate", "baseline", "finetune", "search",
+    "evaluate", "baseline", "schedule", "finetune", "search",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.disk import read_array, write_array, write_bytes
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
 from ray_soup.soups.baseline import improvement, significance
 from ray_soup.soups.comparison import (
+    NOT_LEARNED,
+    REFERENCES,
     SEEDLESS,
     CompareOptions,
     Comparison,
@@ -27,11 +29,14 @@ from ray_soup.soups.comparison import (
     SoupEntry,
     SoupResult,
     diagnosis,
+    file_name,
+    methods_for,
     methods_on,
     table_entries,
     verdict,
 )
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
+from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.make import make
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
@@ -50,7 +55,9 @@ from ray_soup.soups.write import (
     write_descriptions,
     write_library_files,
 )
+from ray_soup.task.adapters import about_base
 from ray_soup.task.choices import cost, ranking
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 from ray_soup.task.preprocess_key import model_of
 
@@ -65,7 +72,7 @@ def compare(
 
     Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
@@ -85,16 +92,19 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         shared = _shared_results(session, output.state("soups"))
         clock.lap("evaluating ingredients")
         made = _make_all(session, output, shared, options)
+        foreign = foreign_results(session, output, output.state("soups"))
+        made.foreign = foreign.results
         clock.lap("soups")
         sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
         preprocessing = session.preprocessing
     own, first = made.own, made.first
     label = min(
-        (name for name in own if name != BEST_SINGLE), key=lambda name: cost(own[name].on("select", first), recipe.select_by)
+        (name for name in own if name not in REFERENCES),
+        key=lambda name: cost(own[name].on("select", first), recipe.select_by),
     )
     for name, result in own.items():
         if result.coefficients is not None:
-            save_coefficients(result.coefficients, staging / f"{name}.{COEFFICIENTS}")
+            save_coefficients(result.coefficients, staging / f"{file_name(name)}.{COEFFICIENTS}")
     coefficients = own[label].coefficients
     assert coefficients is not None
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
@@ -104,7 +114,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     if recipe.evaluate is not None:
         clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
-    record["notes"] += about_data
+    record["notes"] += [*foreign.notes, *about_data]
     record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
@@ -159,9 +169,11 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         "tests": made.tests(),
         "eliminations": made.series("dropped", "dropped", made.dropped),
         "counts": made.series("counted", "count", made.counted),
+        **made.schedules(),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
+        **about_base(inputs.ingredients),
         "notes": notes,
     }
 
@@ -173,10 +185,13 @@ def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record
         recipe,
         record["table"],
         record,
-        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in SEEDLESS},
+        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in NOT_LEARNED},
         {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
         {name: own[name].on(judged(first)[0], first) for name in (BEST_SINGLE, label)},
         made.similarity,
+        inputs.steps,
+        {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in REFERENCES},
+        inputs.unit_of_steps,
     )
 
 
@@ -188,7 +203,8 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
     shuffled = np.random.default_rng([learn.seed, 4]).permutation(count).tolist()
     dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
     counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
-    entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed)]
+    methods = methods_for(session.inputs.steps)
+    entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed, methods)]
     for series, subsets in (("dropped", dropped), ("counted", counted)):
         for subset in subsets.values():
             entries += [SoupEntry(method, subset, learn.seed, len(subset)) for method in methods_on(series)]
@@ -212,7 +228,7 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
         )
         results[entry] = _result(one, output, output.state("soups", entry.file))
     return Comparison(**vars(shared), seeds=seeds, model_batch=model_batch, dropped=dropped, counted=counted, splits=splits,
-                      results=results)  # fmt: skip
+                      results=results, methods=methods)  # fmt: skip
 
 
 def _shared_results(session: Session, folder: Path) -> SharedResults:
@@ -254,7 +270,8 @@ def _result(session: Session, output: Output, file: Path) -> SoupResult:
         on = {s: session.whole(s) for s in session.setup.sizes} if method in SEEDLESS else reported(session.splits)
         found = bake_and_evaluate(session, output, mixture, model, on, session.calibration(CALIBRATION))
         save_outcomes(found, outcomes)
-        model.unlink()
+        model.unlink(missing_ok=True)
+        remove_adapter(model.parent)
         save_coefficients(mixture.coefficients, coefficients)
         write_entry({"figures": mixture.figures, "notes": mixture.notes}, made_so)
     entry = read_entry(made_so)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.mixing.schedules import are_even
 from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS
 from ray_soup.soups.baseline import compared
 from ray_soup.soups.evaluations import figures_of, reported
@@ -22,6 +23,15 @@ from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, test_sets
 
 SEEDLESS = tuple(name for name, info in METHODS.items() if not info.uses_seed)
+NOT_LEARNED = tuple(name for name, info in METHODS.items() if not info.learns)
+REFERENCES = tuple(name for name, info in METHODS.items() if info.is_reference)
+
+
+def methods_for(steps: Sequence[int] | None) -> tuple[str, ...]:
+    """Return the methods of the table; those for steps of one run only if the ingredients are such `steps`."""
+    if steps is None:
+        return tuple(name for name, info in METHODS.items() if not info.needs_steps)
+    return tuple(name for name, info in METHODS.items() if not (info.for_uneven_steps and are_even(steps)))
 
 
 def methods_on(series: str) -> tuple[str, ...]:
@@ -54,6 +64,11 @@ class CompareOptions:
                 )
 
 
+def file_name(label: str) -> str:
+    """Return a label as part of a file's name: without the colon, which many programs take for something else."""
+    return label.replace(":", "-")
+
+
 @dataclass(frozen=True)
 class SoupEntry:
     """One soup to make: a method on a subset of the ingredients, with a seed and a model batch."""
@@ -72,7 +87,7 @@ class SoupEntry:
     def file(self) -> str:
         """Stem of the soup's files in OUT/state/soups."""
         digest = hashlib.sha256(repr(self.subset).encode()).hexdigest()[:12]
-        return f"{self.label}_seed{self.seed}_{digest}"
+        return f"{file_name(self.label)}_seed{self.seed}_{digest}"
 
 
 @dataclass
@@ -96,15 +111,15 @@ class SoupResult:
         return {**figures_of({name: self.on(name, splits) for name in reported(splits)}), **own, **costs}
 
 
-def table_entries(count: int, model_batch: int, seed: int) -> list[SoupEntry]:
-    """Return the soups of the table for one seed: every method on all ingredients.
+def table_entries(count: int, model_batch: int, seed: int, methods: Sequence[str]) -> list[SoupEntry]:
+    """Return the soups of the table for one seed: every one of these methods on all ingredients.
 
     Methods on the hyperplane are listed a second time with `model_batch` if that is smaller than `count`.
     """
     everything = tuple(range(count))
-    entries = [SoupEntry(method, everything, seed, count) for method in METHODS]
+    entries = [SoupEntry(method, everything, seed, count) for method in methods]
     if model_batch < count:
-        batched = [name for name, info in METHODS.items() if info.uses_model_batches]
+        batched = [name for name in methods if METHODS[name].uses_model_batches]
         entries += [SoupEntry(method, everything, seed, model_batch) for method in batched]
     return entries
 
@@ -134,6 +149,10 @@ class Comparison(SharedResults):
     splits: dict[int, dict[str, Split]]
     """The splits of each seed."""
     results: dict[SoupEntry, SoupResult]
+    methods: tuple[str, ...]
+    """The methods of the table."""
+    foreign: dict[str, SoupResult] = field(default_factory=dict)
+    """Results of soups that another library made, by the name of the row."""
 
     @property
     def first(self) -> dict[str, Split]:
@@ -143,12 +162,17 @@ class Comparison(SharedResults):
     @property
     def entries(self) -> list[SoupEntry]:
         """The soups of the table, of the first seed."""
-        return table_entries(len(self.individual), self.model_batch, self.seeds[0])
+        return table_entries(len(self.individual), self.model_batch, self.seeds[0], self.methods)
 
     @property
     def own(self) -> dict[str, SoupResult]:
         """The results of the table's soups by label, of the first seed."""
         return {entry.label: self.results[entry] for entry in self.entries}
+
+    def schedules(self) -> dict[str, Any]:
+        """Return the key of run.json about the windows and decays that were chosen, by method; none without schedules."""
+        found = {name: result.figures["schedule"] for name, result in self.own.items() if "schedule" in result.figures}
+        return {"schedules": found} if found else {}
 
     def table(self) -> list[ResultRow]:
         """Return one row of means over the seeds per method; a method without a seed is evaluated on every seed's select."""
@@ -156,6 +180,8 @@ class Comparison(SharedResults):
         for entry in self.entries:
             made = [self.results.get(replace(entry, seed=seed), self.results[entry]) for seed in self.seeds]
             rows.append(_mean(entry.label, [r.row(self.splits[s]) for r, s in zip(made, self.seeds, strict=True)]))
+        for name, result in self.foreign.items():
+            rows.append(_mean(name, [result.row(self.splits[seed]) for seed in self.seeds]))
         rows.insert(2, _mean(ENSEMBLE, [self.ensemble.row(self.splits[seed]) for seed in self.seeds]))
         return rows
 
@@ -167,11 +193,13 @@ class Comparison(SharedResults):
             if len(entry.subset) == len(self.individual):
                 settings = {"seed": entry.seed, "model_batch": entry.model_batch}
                 rows.append({"model_name": entry.method, **settings, **result.row(self.splits[entry.seed])})
+        rows += [{"model_name": name, **result.row(self.first)} for name, result in self.foreign.items()]
         return rows
 
     def tests(self) -> list[dict[str, Any]]:
         """Return paired tests of each soup against the baselines, on each test set."""
-        found = {s: {name: r.on(s, self.first) for name, r in self.own.items()} for s in test_sets(self.first)}
+        soups = {**self.own, **self.foreign}
+        found = {s: {name: r.on(s, self.first) for name, r in soups.items()} for s in test_sets(self.first)}
         return [
             {"split": split, "model_name": name, "against": other, **paired_test(of[name], of[other])}
             for split, of in found.items()

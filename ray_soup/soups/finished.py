@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,25 @@ from ray_soup.actors.placement import resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
+from ray_soup.io.adapters import AdapterIngredient, adapters_among, open_checkpoint
 from ray_soup.io.check import check_together
-from ray_soup.io.checkpoint_files import is_checkpoint, shards_of, split_key
+from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.distributed import METADATA
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX, SAFETENSORS_SUFFIX
 from ray_soup.io.hashing import hash_ingredients
-from ray_soup.io.hugging_face import pinned, pinned_recipe
+from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.adapter_bake import is_adapter_folder
 from ray_soup.mixing.bake import mix_range, soup_buffer
 from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coefficients
 from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
+from ray_soup.soups.baking import bakers
 from ray_soup.soups.evaluations import figures_of
+from ray_soup.soups.finished_adapters import about_digest, compare_products, compare_tensors, lifted_ingredients
+from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
 from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
@@ -36,7 +44,9 @@ from ray_soup.soups.proof import compare_sample
 from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
+from ray_soup.task.adapters import lift_one
 from ray_soup.task.data import cut_splits
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import describe
 from ray_soup.task.outcomes import test_sets
 from ray_soup.task.own_functions import check_functions
@@ -56,19 +66,12 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
 
     Raises RecipeError if the recipe has no such split, SoupError if a soup's folder is not as it was written.
     """
-    recipe, named, model = pinned_recipe(recipe), model, pinned(model)
+    recipe, named, model = resolved_recipe(recipe), model, pinned(model)
     path, key = split_key(model)
     if not storage.is_remote(path):
         path = os.path.abspath(os.path.expanduser(path))  # for actors in other folders
         model = f"{path}?key={key}" if key else path
-    record = None
-    if not storage.is_remote(path) and os.path.lexists(os.path.join(path, "run.json")):
-        record = finished_record(Path(path))
-        _check_present(Path(path), record)
-    opened = open_ingredient(model)
-    if record is not None:
-        index = [f"{MODEL}.index.json"] if len(opened.files) > 1 else []
-        check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
+    recipe, opened = _open_to_evaluate(recipe, model, path)
     function, notes = recipe.evaluate, []
     if function is not None and not _is_whole_folder(path, key):
         notes.append(f"evaluate: {function} was not called: it takes the folder of a model, and {named} is not one.")
@@ -77,9 +80,12 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
         check_functions(recipe)
     examined = examine(recipe, [opened])
     layout, notes = examined.layout, [*notes, *examined.notes]
+    ingredients: list[Ingredient] = []
+    if isinstance(opened, AdapterIngredient):
+        ingredients, _ = lift_one(recipe.model, opened, recipe.ignore)
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress, now=True)
-        pool = RayPool(recipe, [], Mesh(mesh.size, 1), cpus)
+        pool = RayPool(recipe, ingredients, Mesh(mesh.size, 1), cpus)
         try:
             setup = pool.setup(progress)
             splits = cut_splits(recipe.data, setup.sizes, setup.fit_digests, recipe.learn.seed)
@@ -105,6 +111,19 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     return {**row, **({"notes": notes} if notes else {})}
 
 
+def _open_to_evaluate(recipe: Recipe, model: str, path: str) -> tuple[Recipe, Ingredient]:
+    """Open a model to evaluate, at `path`; return it with the recipe of its evaluation. A soup's files are checked."""
+    if storage.is_remote(path) or not os.path.lexists(os.path.join(path, "run.json")):
+        return recipe, open_checkpoint(model)
+    record = finished_record(Path(path))
+    _check_present(Path(path), record)
+    opened = open_checkpoint(model)
+    whole = not isinstance(opened, AdapterIngredient) and len(opened.files) > 1
+    index = [f"{MODEL}.index.json"] if whole and opened.files[0].endswith(SAFETENSORS_SUFFIX) else []
+    check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
+    return with_own_config(recipe, path, record, opened), opened
+
+
 def _is_whole_folder(path: str, key: str) -> bool:
     """Return whether a model is all that is in a folder, and not a file or one of the models in it."""
     return not key and (not storage.isfile(path) if storage.is_remote(path) else os.path.isdir(path))
@@ -122,12 +141,14 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
     rows = read_results(source)
     with open_output(new_out, progress) as output:
         try:
-            _check_digests(source, record, ingredients, hash_ingredients(ingredients, progress))
             soup = output.begin(begun(recipe, ingredients))
             if soup is not None:
                 raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()
-            bake_model(staging, recipe, coefficients, ingredients, progress)
+            with bakers(recipe, ingredients, output, progress) as pool:
+                sha256 = hash_ingredients(ingredients, progress) if pool is None else pool.hash(progress)
+                _check_digests(source, record, ingredients, sha256)
+                bake_model(staging, recipe, coefficients, ingredients, progress, pool)
             beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else model_of(recipe)
             write_library_files(staging, beside)
             write_descriptions(staging, recipe, coefficients, rows, record, beside)
@@ -149,19 +170,34 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     record = finished_record(out)
     _check_listed(out, record)
     check_files(out, record, error=SoupError)
-    _, _, coefficients, ingredients = _open_finished(out)
+    recipe, _, coefficients, ingredients = _open_finished(out)
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
     _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
-    total = _compare_tensors(out, coefficients, ingredients, progress)
-    sampled = compare_sample(coefficients, ingredients, open_ingredient(str(out)))
-    proof = f"{sampled} sampled tensors equal those computed from the ingredients as their own libraries load them"
+    of_adapters, more = is_adapter_folder(out), []
+    equal = "are bit-identical to those computed from coefficients and ingredients"
+    if recipe.adapter.merge:
+        total = compare_merged(out, recipe, coefficients, ingredients, progress)
+        sampled = compare_merged_sample(out, recipe, coefficients, ingredients)
+        more, equal = [about_digest(record)], "equal those computed from coefficients, ingredients and base, rounded once"
+    elif of_adapters:
+        total = compare_tensors(out, recipe, coefficients, ingredients, progress)
+        sampled = compare_products(out, recipe, coefficients, ingredients)
+        if recipe.adapter.rank is not None:
+            more = [f"products of a larger rank than {recipe.adapter.rank} are truncated as near as that rank allows"]
+        more += [about_digest(record)]
+    else:
+        total = _compare_tensors(out, coefficients, ingredients, progress)
+        sampled = compare_sample(coefficients, ingredients, _open_model(out, coefficients))
+    what = "products B A" if of_adapters else "tensors"
+    proof = f"{sampled} sampled {what} equal those computed from the ingredients as their own libraries load them"
     if sampled is None:
-        proof = "no tensors were sampled for their own libraries, because the ingredients are in remote storage"
+        proof = f"no {what} were sampled for their own libraries, because the ingredients are in remote storage"
     return [
         f"{len(record['files'])} files have the digests in run.json",
         f"{coefficients.values.shape[1]} columns sum to 1 within {off:.0e}",
         f"{len(ingredients)} ingredients have the digests in run.json",
-        f"{total} tensors are bit-identical to those computed from coefficients and ingredients",
+        *more,
+        f"{total} tensors {equal}",
         proof,
     ]
 
@@ -180,12 +216,17 @@ def _check_listed(out: Path, record: RunRecord) -> None:
     listed = record["files"]
     index = f"{MODEL}.index.json"
     expected = [*DESCRIPTIONS, index if index in listed or (out / index).exists() else MODEL]
+    if is_adapter_folder(out) or ADAPTER_CONFIG in listed:
+        expected[-1:] = [ADAPTER_CONFIG, ADAPTER_FILES[0]]
+    if METADATA in listed or (out / METADATA).exists():
+        expected[-1:] = [METADATA, *map(os.path.basename, open_ingredient(str(out)).files[1:])]
     if expected[-1] == index:
         expected += [os.path.basename(shard) for shard in shards_of(str(out / index))]
     missing = next((name for name in expected if name not in listed), None)
     if missing is not None:
         raise not_listed(out, missing)
-    stranger = next((f for f in sorted(out.iterdir()) if is_checkpoint(f.name) and f.name not in listed), None)
+    models = (f for f in sorted(out.iterdir()) if is_checkpoint(f.name) or f.name.endswith(DISTRIBUTED_SUFFIX))
+    stranger = next((f for f in models if f.name not in listed), None)
     if stranger is not None:
         raise RecipeError(f"{stranger} is not among the files in run.json. Remove it, or move it elsewhere.")
 
@@ -195,7 +236,7 @@ def _compare_tensors(
 ) -> int:
     """Recompute every tensor and compare it with the model's; return the number of tensors. Raises SoupError."""
     used = [ingredients[k] for k in coefficients.used()]
-    model = open_ingredient(str(out))
+    model = _open_model(out, coefficients)
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
@@ -218,7 +259,7 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
     recipe = load_recipe(out / "recipe.yaml")
     coefficients = load_coefficients(out / COEFFICIENTS)
     try:
-        ingredients = [open_ingredient(i["path"], i["name"]) for i in record["ingredients"]]
+        ingredients = [open_checkpoint(i["path"], i["name"]) for i in record["ingredients"]]
     except SoupError as error:
         raise type(error)(f"{error} {out / 'run.json'} lists it as an ingredient.") from error
     if tuple(i.name for i in ingredients) != coefficients.ingredients:
@@ -226,11 +267,21 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
             f"{out}: run.json and {COEFFICIENTS} name different ingredients. Restore both files from the same run."
         )
     _check_present(out, record)
-    names = open_ingredient(str(out)).tensors
+    adapters = adapters_among(ingredients)
+    if adapters:
+        lifted = lifted_ingredients(out, recipe, record, coefficients, adapters, out / COEFFICIENTS)
+        return recipe, record, coefficients, lifted
+    names = _open_model(out, coefficients).tensors
     shapes = {name: info.shape for name, info in names.items()}
     check_covers(coefficients, shapes, out / COEFFICIENTS)
     _check_buffers(recipe, coefficients, shapes, out)
     return recipe, record, coefficients, check_together(ingredients, shapes, coefficients.tied, recipe.ignore, strict=False)
+
+
+def _open_model(out: Path, coefficients: Coefficients) -> Ingredient:
+    """Open the model of a finished soup, without the second names of tied tensors, which a distributed checkpoint has."""
+    model, tied = open_ingredient(str(out)), coefficients.tied or {}
+    return replace(model, tensors={name: info for name, info in model.tensors.items() if name not in tied})
 
 
 def _check_buffers(recipe: Recipe, coefficients: Coefficients, names: Iterable[str], out: Path) -> None:

@@ -29,6 +29,7 @@ from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization, without_noise
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
+from ray_soup.soups.trajectory import roughness
 from ray_soup.task.choices import cost, cost_in
 from ray_soup.task.data import Split, batch_positions
 from ray_soup.task.outcomes import Score
@@ -57,6 +58,7 @@ def learn(
     after_epoch: StateCallback = ignore_state,
     calibration: list[Split] | None = None,
     contents: Sequence[str] = (),
+    order: Sequence[int] = (),
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -71,12 +73,14 @@ def learn(
         after_epoch: called after every epoch.
         calibration: batches of fit that running statistics are re-estimated on; empty: the statistics are averaged.
         contents: digests of the ingredients and of the examples, without which a state is not resumed from.
+        order: the positions of the ingredients, ordered by step; needed with learn.smoothness.
 
     Returns:
         The last state; its `y` and `factor` are the soup.
     """
     task = task_of(recipe, contents)
     run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
+    run.order = order
     state, options = run.state, recipe.learn
     for turn in range(state.turn, len(run.turns)):
         chosen, optimizer = run.begin_turn(turn)
@@ -119,6 +123,8 @@ class _Learning:
     saved: float
     of: Affine | Softmax
     """The parametrization of the model batch that moves now."""
+    order: Sequence[int] = ()
+    """The positions of the ingredients, ordered by step."""
 
     @classmethod
     def start(
@@ -182,7 +188,7 @@ class _Learning:
         if turn == 0 and not state.curve:
             start = self.pool.evaluate(self.x(), 1.0, self.select)
             state.best_cost = cost(start, self.recipe.select_by)
-            state.curve.append({"turn": 0, "epoch": -1, **_figures(start), "steps": 0})
+            state.curve.append({"turn": 0, "epoch": -1, **figures_on_select(start), "steps": 0})
         return chosen, optimizer
 
     def move(self, optimizer: torch.optim.Optimizer, partials: list[Partial], step: int) -> None:
@@ -192,9 +198,25 @@ class _Learning:
         weight = sum(p.weight for p in partials) or 1.0  # a batch may have nothing to score
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.steps_per_turn)
-        state.moving.grad = torch.from_numpy(_gradient(partials, weight, self.of, options.clip, state))
+        rough = self.by_roughness() if options.smoothness else None
+        state.moving.grad = torch.from_numpy(_gradient(partials, weight, self.of, options.clip, state, rough))
         state.factor.grad = torch.tensor(sum(p.by_factor for p in partials) / weight, dtype=torch.float64)
         optimizer.step()
+
+    def by_roughness(self) -> np.ndarray:
+        """Return the gradient of the penalty `learn.smoothness` with respect to x, float64 [m, B].
+
+        Coefficients are linear in x, c = x + (1 - sum_j x_j) / K, so that dP/dx_k = dP/dc_k - mean_j dP/dc_j. With a
+        softmax, x sums to 1, and what is the same for all k changes nothing.
+        """
+        state, chosen = self.state, self.turns[self.state.turn]
+        assert state.moving is not None
+        y = state.y.numpy().copy()
+        y[chosen] = state.moving.numpy()
+        everything = parametrization(self.recipe.info.kind == "softmax", self.norms)
+        _, by_c = roughness(everything.coefficients(y), self.order)
+        found: np.ndarray = self.recipe.learn.smoothness * (by_c - by_c.mean(axis=0))[chosen]
+        return found
 
     def end_epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         """Evaluate on select, remember the best point, and save."""
@@ -208,7 +230,7 @@ class _Learning:
         state.curve.append(
             {
                 "turn": state.turn, "epoch": epoch, "fit_nll": state.fit_loss / max(state.fit_count, 1e-300),
-                **_figures(score), "steps": state.steps,
+                **figures_on_select(score), "steps": state.steps,
                 "lr": optimizer.param_groups[0]["lr"],
             }
         )  # fmt: skip
@@ -250,7 +272,7 @@ class _Learning:
         save_state(self.state, self.state_file)
 
 
-def _figures(score: Score) -> dict[str, float]:
+def figures_on_select(score: Score) -> dict[str, float]:
     """Return the figures of a score on select, for the curve."""
     found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
     return {name: value for name, value in found.items() if value is not None}
@@ -263,9 +285,17 @@ def stale_epochs(state: LearnState, select_by: str) -> int:
 
 
 def _gradient(
-    partials: list[Partial], weight: float, of: Affine | Softmax, clip: float | None, state: LearnState
+    partials: list[Partial],
+    weight: float,
+    of: Affine | Softmax,
+    clip: float | None,
+    state: LearnState,
+    rough: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Compute dL/dy, float64 [m, B]: sum the partial gradients by rank, divide by the weight, apply the chain rule."""
+    """Compute dL/dy, float64 [m, B]: sum the partial gradients by rank, divide by the weight, apply the chain rule.
+
+    `rough` is the gradient of a penalty with respect to x, float64 [m, B].
+    """
     total = np.zeros_like(of.norms)
     for partial in partials:
         total += partial.gradient
@@ -276,7 +306,8 @@ def _gradient(
                 "The loss is not finite at the first step. Look for NaN in the inputs of data.fit or in `loss:`."
             )
         raise SoupError(f"The loss is not finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
-    gradient = without_noise(of.gradient(state.moving.numpy(), total / weight))
+    by_x = total / weight if rough is None else total / weight + rough
+    gradient = without_noise(of.gradient(state.moving.numpy(), by_x))
     size = float(np.linalg.norm(gradient))
     return gradient * (clip / size) if clip is not None and size > clip else gradient
 

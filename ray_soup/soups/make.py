@@ -19,12 +19,14 @@ from ray_soup.mixing.blocks import Layout, Partition, partition
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
-from ray_soup.recipe import Recipe
+from ray_soup.recipe import SCHEDULES, Recipe
 from ray_soup.soups.greedy import GreedySearch, greedy
 from ray_soup.soups.learn import learn, summary
 from ray_soup.soups.optimize import parametrization
+from ray_soup.soups.schedule import choose
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs, Session
 from ray_soup.soups.state import LearnState
+from ray_soup.soups.trajectory import fixed_weights, order_of
 from ray_soup.task.choices import ranking
 
 
@@ -85,6 +87,19 @@ def greedy_soup(session: Session) -> Mixture:
     return Mixture(_on_whole_model(session, values), figures, [note])
 
 
+def last(session: Session) -> Mixture:
+    """Take the last step of one run."""
+    return Mixture(_on_whole_model(session, mean_of(_order(session)[-1:], len(session.subset))))
+
+
+def scheduled(session: Session) -> Mixture:
+    """Mix the last steps of one run by a schedule, or by their moving average."""
+    choice, recipe = choose(session), session.recipe
+    figures = choice.record(session)
+    note = choice.note(recipe.method, figures, len(session.subset))
+    return Mixture(_on_whole_model(session, choice.weights[:, None]), figures, [note])
+
+
 def learned(session: Session) -> Mixture:
     """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
     recipe, softmax = session.recipe, session.recipe.info.kind == "softmax"
@@ -96,6 +111,7 @@ def learned(session: Session) -> Mixture:
     state = learn(
         recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
         session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
+        _order(session) if recipe.learn.smoothness else (),
     )  # fmt: skip
     notes, options = [], {}
     asked, count = recipe.learn.model_batch, len(session.subset)
@@ -122,6 +138,8 @@ MAKERS: dict[str, Callable[[Session], Mixture]] = {
     "learned+": learned,
     "mehl": learned,
     "mehl+": learned,
+    "last": last,
+    **dict.fromkeys(SCHEDULES, scheduled),
 }
 
 
@@ -141,10 +159,24 @@ def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **o
     return with_computed_buffers(made, [session.inputs.ingredients[k] for k in session.subset], layout, session.recipe)
 
 
+def coefficients_without_data(recipe: Recipe, inputs: Inputs) -> Coefficients:
+    """Return the coefficients of a method that needs neither data nor actors."""
+    if recipe.info.needs_steps:
+        is_last = recipe.info.is_reference
+        kept = order_of(inputs.ingredients)[-1:]
+        values = mean_of(kept, len(inputs.ingredients)) if is_last else fixed_weights(recipe, inputs.ingredients)[:, None]
+        return _without_actors(recipe, inputs, values)
+    return mean_coefficients(recipe, inputs, inputs.everything)
+
+
 def mean_coefficients(recipe: Recipe, inputs: Inputs, kept: Sequence[int]) -> Coefficients:
     """Return the coefficients of the plain mean of the ingredients `kept`, which needs no actors."""
+    return _without_actors(recipe, inputs, mean_of(kept, len(inputs.ingredients)))
+
+
+def _without_actors(recipe: Recipe, inputs: Inputs, values: np.ndarray) -> Coefficients:
     layout = inputs.layout
-    values, whole = mean_of(kept, len(inputs.ingredients)), partition(layout, "model")
+    whole = partition(layout, "model")
     block_of = dict.fromkeys(layout.names, 0)
     made = Coefficients(values, inputs.names, whole.names, block_of, buffer_policy(recipe), layout.tied)
     return with_computed_buffers(made, inputs.ingredients, layout, recipe)
@@ -179,6 +211,11 @@ def with_computed_buffers(
 def buffer_policy(recipe: Recipe) -> str:
     """Return how buffers are mixed, apart from those that are re-estimated."""
     return "first" if recipe.buffers == "first" else "average"
+
+
+def _order(session: Session) -> list[int]:
+    """Return the positions in the subset, ordered by step."""
+    return order_of([session.inputs.ingredients[k] for k in session.subset])
 
 
 def _on_whole_model(session: Session, values: np.ndarray) -> Coefficients:

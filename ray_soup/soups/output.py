@@ -26,8 +26,11 @@ from ray_soup import __version__
 from ray_soup.errors import RecipeError, SoupError, Stopped, explain
 from ray_soup.io import storage
 from ray_soup.io.cache import content_key
+from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES
 from ray_soup.io.disk import read_json, write_bytes, writing
+from ray_soup.io.distributed import METADATA, is_metadata
 from ray_soup.io.find import check_apart
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lease import Lease
@@ -52,6 +55,8 @@ from ray_soup.soups.records import (
     write_run_record,
 )
 
+MODEL_FILES = {"safetensors": "model.safetensors", "dcp": METADATA}
+"""The file that a soup is loaded from, by the recipe's `out_format`."""
 MODEL, COEFFICIENTS, TABLE = "model.safetensors", "coefficients.safetensors", "coefficients.parquet"
 BOARD = "tensorboard"
 KEPT_STATE = ("begun.json", "resolved.json", *HELD)  # of a finished run; the rest of state/ is removed
@@ -109,13 +114,17 @@ class Output:
 
     def visible_to_actors(self, file: Path) -> str:
         """Return a path or URI where actors on any node find `file`; a file of a mirror is uploaded first."""
+        distributed = is_metadata(str(file))
         if self.mirror is None:
-            return str(file)
+            return str(file.parent if distributed else file)
         uri = self.uri_of("state", "evaluated")
         parts = set(read_json(file)["weight_map"].values()) if file.suffix == ".json" else set()
-        for name in (*parts, file.name):
+        beside = [ADAPTER_CONFIG] if file.name in ADAPTER_FILES else []
+        if distributed:
+            beside = [path.name for path in file.parent.glob(f"*{DISTRIBUTED_SUFFIX}")]
+        for name in (*parts, *beside, file.name):
             storage.upload(file.with_name(name), storage.join(uri, name))
-        return storage.join(uri, file.name)
+        return uri if distributed else storage.join(uri, file.name)
 
     def shared_files(self) -> tuple[str, ...]:
         """Return local files of this folder that actors on every node must see."""
@@ -243,7 +252,7 @@ class Output:
             record["files"] = {f.name: sha256_file(str(f)) for f in sorted(staging.iterdir())}
             write_run_record(record, staging / "run.json")
             with uninterrupted():
-                for file in sorted(staging.iterdir(), key=lambda f: f.name == "run.json"):
+                for file in sorted(staging.iterdir(), key=lambda f: (f.name == "run.json", f.name == METADATA)):
                     self.moved.append(file.replace(self.folder / file.name))
                 self.finished = True
         with suppress(OSError):  # the soup is finished, whatever is left

@@ -17,11 +17,10 @@ from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import actor_bytes, resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import partition
-from ray_soup.mixing.directions import has_store
 from ray_soup.mixing.hyperplane import ITEMSIZE
+from ray_soup.mixing.stores import has_store
 from ray_soup.recipe import Recipe
 from ray_soup.soups.learn import model_batches
 from ray_soup.soups.report.measures import measures_in, measures_of, recorded
@@ -29,10 +28,11 @@ from ray_soup.soups.session import (
     CALIBRATION,
     CALIBRATION_WHILE_CHOOSING,
     Inputs,
-    fitting_model_batch,
     open_inputs,
+    planned_model_batch,
 )
 from ray_soup.task.data import cut_splits
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import test_sets
 
 CALL_S = 0.002  # a round trip to an actor, and the driver's own work in a step
@@ -47,33 +47,41 @@ class _Costs:
     mesh: Mesh
     combine_s: float
     project_s: float
+    by_layer: bool = False
+    """Whether every pass mixes and projects again."""
 
     def _passes_s(self, seconds: float, examples: int) -> float:
         return seconds * -(-examples // self.mesh.size) / self.timings.images
 
+    def _times(self, examples: int) -> int:
+        """Return how often an actor mixes the parameters for a forward pass over its part of the examples."""
+        return -(-examples // (self.mesh.size * self.timings.images)) if self.by_layer else 1
+
     def step_s(self, examples: int) -> float:
         """Estimate a step on a batch: every shard combines and projects, and the actors share the examples."""
-        passes = self._passes_s(self.timings.step_s, examples)
-        return self.combine_s + self.project_s + passes + CALL_S * self.mesh.size
+        passes, mixed = self._passes_s(self.timings.step_s, examples), self._times(examples)
+        combines = 2 * mixed if self.by_layer else 1  # a layer runs again in the backward pass
+        return combines * self.combine_s + mixed * self.project_s + passes + CALL_S * self.mesh.size
 
     def evaluation_s(self, examples: int) -> float:
         """Estimate a forward pass over the examples."""
-        return self.combine_s + self._passes_s(self.timings.forward_s, examples) + CALL_S * self.mesh.size
+        mixing = self._times(examples) * self.combine_s
+        return mixing + self._passes_s(self.timings.forward_s, examples) + CALL_S * self.mesh.size
 
 
 def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Return what a run of `recipe` on this cluster will cost: counts, bytes and seconds by name. Raises SoupError."""
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe)
     if not recipe.info.learns:
         raise RecipeError(
             f"plan: the method {recipe.method} learns nothing; expected a method that learns coefficients. Choose one, as "
             "in method=mehl+."
         )
-    count, numel = len(inputs.ingredients), inputs.layout.numel
+    numel, count = inputs.held
     with connect():
         mesh, cpus = resolve_mesh(recipe, numel, count, progress)
-        model_batch = fitting_model_batch(recipe, numel, count, mesh)
+        model_batch = planned_model_batch(recipe, inputs, mesh)
         pool = RayPool(recipe, inputs.ingredients, Mesh(1, 1), cpus)
         try:
             setup = pool.setup(progress)
@@ -96,15 +104,22 @@ def _figures(
 ) -> dict[str, Any]:
     options, numel, count = recipe.learn, inputs.layout.numel, len(inputs.ingredients)
     itemsize = ITEMSIZE[recipe.directions.dtype]
+    stored, passed = count * itemsize, model_batch * itemsize  # bytes per parameter, on a node and in a step
+    if inputs.frozen:  # the values of all adapters, once
+        stored = passed = 4
     blocks = partition(inputs.layout, recipe.blocks).count
     turns = len(model_batches(count, model_batch, options.seed, options.models_epochs))
     per_epoch = -(-sizes["fit"] // options.batch_size)
-    row_bytes = -(-numel // mesh.shards) * itemsize
-    combine, project = (model_batch * row_bytes * s for s in (timings.combine_s, timings.project_s))
-    costs = _Costs(timings, mesh, combine, project)
+    row_bytes = -(-numel // mesh.shards) * passed
+    combine, project = (row_bytes * s for s in (timings.combine_s, timings.project_s))
+    by_layer = recipe.actors.by_layer
+    costs = _Costs(timings, mesh, combine, project, by_layer)
     seconds = _seconds(recipe, inputs, sizes, costs, turns, cpus)
     full = costs.step_s(options.batch_size)
-    memory = actor_bytes(recipe, numel, model_batch, mesh.shards, timings.peak_bytes - 8 * numel)
+    moving = 0 if inputs.frozen else model_batch
+    memory = actor_bytes(recipe, numel, moving, mesh.shards, timings.peak_bytes - (1 if by_layer else 8) * numel)
+    if inputs.frozen:
+        memory += 4 * numel // mesh.shards
     vector = 8 * numel * (mesh.shards - 1) // mesh.shards
     return {
         "method": recipe.method,
@@ -116,7 +131,7 @@ def _figures(
         "model_batch": model_batch,
         "examples": sizes,
         "memory_bytes_per_actor": int(memory),
-        "store_bytes_per_node": int(numel * (4 + count * itemsize)),
+        "store_bytes_per_node": int(numel * (4 + stored)),
         "store_is_there": seconds["store"] == 0.0,
         "bytes_read": sum(i.nbytes for i in inputs.ingredients),
         "steps": turns * options.epochs * per_epoch,

@@ -1,13 +1,15 @@
 """Prove a soup's numbers without this package's readers: recompute a sample of its tensors from the original files.
 
-The values come from the libraries that wrote the files: safetensors and `torch.load`. The sum is NumPy's, in float64 and in
-the order of the ingredients. The mixing kernels may round a product and a sum once instead of twice (a fused multiply-add),
-so an element must lie between the results at both ends of that sum's rounding error. For float32 and narrower dtypes both
-ends are the same number almost everywhere.
+The values come from the libraries that wrote the files: safetensors, `torch.load` and `torch.distributed.checkpoint`. The
+sum is NumPy's, in float64 and in the order of the ingredients. The mixing kernels may round a product and a sum once instead
+of twice (a fused multiply-add), so an element must lie between the results at both ends of that sum's rounding error. For
+float32 and narrower dtypes both ends are the same number almost everywhere.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +21,9 @@ from safetensors import safe_open
 
 from ray_soup.errors import IngredientError, SoupError
 from ray_soup.io import storage
-from ray_soup.io.formats import SAFETENSORS_SUFFIX
+from ray_soup.io.formats import SAFETENSORS_SUFFIX, TensorInfo
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.rank_files import is_rank_file
 from ray_soup.io.torch_files import NUMPY
 from ray_soup.mixing.coefficients import Coefficients
 
@@ -55,10 +58,10 @@ def compare_sample(coefficients: Coefficients, ingredients: Sequence[Ingredient]
     names = sample_of(coefficients, model)
     sums = {name: _Sum(coefficients.of(name)) for name in names}
     for k, ingredient in enumerate(ingredients):
-        read = _Library(ingredient)
+        read = Library(ingredient)
         for name in names:
             sums[name].add(k, read.elements(name))
-    read = _Library(model)
+    read = Library(model)
     for name in names:
         expected = sums[name].check(read.elements(name))
         if expected is not None:
@@ -97,7 +100,13 @@ class _Sum:
         return None if at is None else (have[at].item(), float(self._total[at]))
 
 
-class _Library:
+def picked(numel: int) -> NDArray[np.int64]:
+    """Return the positions of the elements of a tensor that are compared, evenly spaced in row-major order."""
+    found: NDArray[np.int64] = np.linspace(0, numel - 1, min(ELEMENTS, numel)).round().astype(np.int64)
+    return found
+
+
+class Library:
     """A checkpoint as the library of its format reads it."""
 
     def __init__(self, ingredient: Ingredient) -> None:
@@ -109,18 +118,28 @@ class _Library:
 
         Raises IngredientError if the library does not find the tensor, or finds another shape.
         """
+        tensor, info = self.whole(name), self._ingredient.tensors[name]
+        picks = picked(info.numel)
+        where = tuple(torch.from_numpy(index) for index in np.unravel_index(picks, info.shape)) if info.shape else ()
+        return tensor.detach()[where].reshape(-1)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor. Raises IngredientError as `elements` does."""
         info = self._ingredient.tensors[name]
         file, (key, stored) = self._ingredient.files[info.file], self._stored(name)
-        tensor = (
-            _from_safetensors(file, stored) if file.endswith(SAFETENSORS_SUFFIX) else self._from_torch(file, key, stored)
-        )
+        if info.pieces and is_rank_file(file):
+            tensor: torch.Tensor | None = _from_ranks(self._ingredient.files, info.stored[1])
+        elif info.pieces:
+            tensor = _from_distributed(file, info)
+        elif file.endswith(SAFETENSORS_SUFFIX):
+            tensor = _from_safetensors(file, stored)
+        else:
+            tensor = self._from_torch(file, key, stored)
         if tensor is None or tuple(tensor.shape) != tuple(info.shape):
             raise IngredientError(
                 f"{file}: its own library does not find the tensor {stored} {list(info.shape)}. Restore the file."
             )
-        picks = np.linspace(0, info.numel - 1, min(ELEMENTS, info.numel)).round().astype(np.int64)
-        where = tuple(torch.from_numpy(index) for index in np.unravel_index(picks, info.shape)) if info.shape else ()
-        return tensor.detach()[where].reshape(-1)
+        return tensor
 
     def _stored(self, name: str) -> tuple[str, str]:
         """Return the container of a tensor of the model, and the name that it has there."""
@@ -141,6 +160,28 @@ class _Library:
 def _from_safetensors(file: str, name: str) -> torch.Tensor | None:
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name) if name in set(opened.keys()) else None
+
+
+def _from_distributed(file: str, info: TensorInfo) -> torch.Tensor:
+    """Load a tensor of a distributed checkpoint with its library; io/distributed.py has checked that this runs no code."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    loaded = {info.stored[1]: torch.empty(info.shape, dtype=info.dtype)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        state_dict_loader.load(loaded, checkpoint_id=os.path.dirname(file))
+    return loaded[info.stored[1]]
+
+
+def _from_ranks(files: Sequence[str], name: str) -> torch.Tensor:
+    """Load a tensor from the state dicts of all processes of FSDP with torch, and put its shards together."""
+    import torch.distributed.tensor as distributed
+
+    shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name] for file in files]
+    placements = shards[0].placements if isinstance(shards[0], distributed.DTensor) else ()
+    local = [shard.to_local() if isinstance(shard, distributed.DTensor) else shard for shard in shards]
+    cut = placements[0].dim if placements and isinstance(placements[0], distributed.Shard) else None
+    return local[0] if cut is None else torch.cat([part for part in local if part.numel()], cut)
 
 
 def _mappings(file: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -112,6 +112,8 @@ class RunRecord(TypedDict, total=False):
     eliminations: list[dict[str, Any]]
     counts: list[dict[str, Any]]
     search: dict[str, Any]
+    base: dict[str, str]
+    trajectory: dict[str, Any]
 
 
 class BegunRecord(TypedDict, total=False):

@@ -11,14 +11,14 @@ import numpy as np
 
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import BEST_SINGLE, Data, Recipe
+from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
+from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
-from ray_soup.soups.make import Mixture, make, mean_coefficients
-from ray_soup.soups.output import BOARD, MODEL, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.make import Mixture, coefficients_without_data, make, mean_coefficients
+from ray_soup.soups.output import BOARD, MODEL_FILES, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,
     check_same_names,
@@ -31,6 +31,7 @@ from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.trajectory import recorded_weights
 from ray_soup.soups.write import (
     bake_and_evaluate,
     bake_model,
@@ -41,6 +42,8 @@ from ray_soup.soups.write import (
     write_descriptions,
     write_library_files,
 )
+from ray_soup.task.adapters import about_base
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import Outcome, judged
 from ray_soup.task.preprocess_key import model_of
 
@@ -52,7 +55,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
 
     Raises SoupError.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients))
@@ -93,7 +96,7 @@ def make_soup_in(
     """
     clock, staging = Clock(), output.staging()
     if recipe.data == Data():
-        made = _without_data(recipe, inputs, staging, progress)
+        made = _without_data(recipe, inputs, output, staging, progress)
         clock.lap("mixing")
     else:
         with open_session(recipe, inputs, output, recipe.info.learns, progress) as session:
@@ -123,26 +126,30 @@ def make_soup_in(
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
         "preprocessing": inputs.preprocessing,
+        **about_base(inputs.ingredients),
         "notes": notes,
     }
-    record.update({**made.record, **(more or {})})  # type: ignore[typeddict-item]
+    weights = recorded_weights(recipe, inputs.ingredients, coefficients.shares())
+    record.update({**made.record, **weights, **(more or {})})  # type: ignore[typeddict-item]
     costs = {"ingredients_used": used, "seconds": clock.total()}
     rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, **ours, **costs}]
     if made.baseline:
         rows.append(made.baseline.row | single)
     write_descriptions(staging, recipe, coefficients, rows, record, model_of(recipe))
-    write_bytes(staging / "report.html", html(_report(recipe, rows, record, made)).encode())
+    write_bytes(staging / "report.html", html(_report(recipe, inputs, rows, record, made)).encode())
     output.publish(recipe, rows, record, staging)
     return Soup(output.folder, rows, record, notes)
 
 
-def _without_data(recipe: Recipe, inputs: Inputs, staging: Path, progress: ProgressCallback) -> _Made:
-    """Make a uniform soup from a recipe without data: there are no actors, and they evaluate nothing."""
-    coefficients = mean_coefficients(recipe, inputs, inputs.everything)
-    bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+def _without_data(recipe: Recipe, inputs: Inputs, output: Output, staging: Path, progress: ProgressCallback) -> _Made:
+    """Make the soup of a recipe without data: no actor builds the model, and nothing is evaluated."""
+    coefficients = coefficients_without_data(recipe, inputs)
+    with bakers(recipe, inputs.ingredients, output, progress) as pool:
+        notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress, pool)
+        sha256 = [] if pool is None else pool.hash(progress)
     done = "not evaluated" if recipe.evaluate is None else f"evaluated by {recipe.evaluate} alone"
     note = f"The recipe has no data: this soup was {done}. {NOTHING_TO_COMPARE_WITH}"
-    return _Made(Mixture(coefficients, notes=[note]))
+    return _Made(Mixture(coefficients, notes=[note, *notes]), sha256=sha256)
 
 
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:
@@ -162,8 +169,8 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     peak = max(session.pool.peak_memory())
     similarity = cosines(session.pool.gram()) if learning else None
     outcomes = bake_and_evaluate(
-        session, output, mixture, staging / MODEL, reported(session.splits), session.calibration(CALIBRATION),
-        recipe.shard_size,
+        session, output, mixture, staging / MODEL_FILES[recipe.out_format], reported(session.splits),
+        session.calibration(CALIBRATION), recipe.shard_size,
     )  # fmt: skip
     clock.lap("mixing and evaluation")
     baseline = compare_with_best_single(session, outcomes)
@@ -204,17 +211,22 @@ def _own_figures(
         return ours, {}
     progress(f"evaluate {BEST_SINGLE}", 0, 1)
     best = mean_coefficients(recipe, inputs, [inputs.names.index(made.baseline.name)])
+    exact = with_changes(recipe, {"adapter.rank": None})  # its other figures are those of the ingredient itself
     single = figures_of_soup(
-        recipe, output, BEST_SINGLE, best, lambda: folder_of_soup(staging, recipe, best, inputs.ingredients, progress)
+        recipe, output, BEST_SINGLE, best, lambda: folder_of_soup(staging, exact, best, inputs.ingredients, progress)
     )
     check_same_names(recipe.evaluate, [(recipe.method, ours), (BEST_SINGLE, single)])
     return ours, single
 
 
-def _report(recipe: Recipe, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
+def _report(recipe: Recipe, inputs: Inputs, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
     coefficients: dict[str, Coefficients] = {}
     curves: dict[str, list[dict[str, float]]] = {}
     if recipe.info.learns:
         coefficients, curves = {recipe.method: made.mixture.coefficients}, {recipe.method: made.mixture.figures["curve"]}
     title = f"{recipe.method} soup of {len(record['ingredients'])} ingredients"
-    return Report(title, recipe, rows, record, coefficients, curves, made.shown, made.similarity)
+    weighted = {} if recipe.info.is_reference else {recipe.method: made.mixture.coefficients}
+    return Report(
+        title, recipe, rows, record, coefficients, curves, made.shown, made.similarity, inputs.steps, weighted,
+        inputs.unit_of_steps,
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from ray_soup.actors.placement import actor_bytes, has_room, memory_of_each, res
 from ray_soup.actors.pool import ActorPool
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.io.adapters import AdapterIngredient, adapters_among
 from ray_soup.io.binding import Ignored
 from ray_soup.io.cache import content_key
 from ray_soup.io.check import check_floats, check_together
@@ -24,16 +25,21 @@ from ray_soup.io.find import open_ingredients
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lifting import files_of, group_of
 from ray_soup.io.progress import ProgressCallback, labelled, no_progress
 from ray_soup.mixing.blocks import Layout
 from ray_soup.mixing.buffers import check_buffers, differing_layers
 from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
+from ray_soup.recipe.plain import shown
 from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, recall
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.records import read_resolved, write_resolved
 from ray_soup.soups.state import StateCallback, ignore_state
+from ray_soup.soups.trajectory import check_trajectory, steps_of
 from ray_soup.task import identity
+from ray_soup.task.adapters import lift
 from ray_soup.task.data import Split, calibration_batches, cut_splits
+from ray_soup.task.merged_models import check_merged
 from ray_soup.task.models import objective_in
 from ray_soup.task.other_models import advice_for
 from ray_soup.task.outcomes import Outcome, join_outcomes
@@ -55,11 +61,34 @@ class Inputs:
     """Notes for the user about how the ingredients were trained."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     """How examples are preprocessed, for run.json."""
+    frozen: int = 0
+    """Parameters of the base, if the ingredients are adapters."""
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """What an actor holds, for estimates of its memory: parameters, and directions of each.
+
+        Of the base these are 4 bytes per parameter, and of adapters 20 per element, whatever their number.
+        """
+        if not self.frozen:
+            return self.layout.numel, len(self.ingredients)
+        return self.frozen // 4 + self.layout.numel * 5 // 4, 0
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the ingredients, in order."""
         return tuple(ingredient.name for ingredient in self.ingredients)
+
+    @cached_property
+    def steps(self) -> tuple[int, ...] | None:
+        """The step of each ingredient, if they are different steps of one training run; otherwise None."""
+        return steps_of(self.ingredients)
+
+    @property
+    def unit_of_steps(self) -> str:
+        """What a step of a run is called: step or epoch."""
+        first = self.ingredients[0].step
+        return "step" if first is None else first.unit
 
     @property
     def everything(self) -> tuple[int, ...]:
@@ -94,8 +123,23 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     check_data(recipe.data, objective_of(recipe, of_model).targets, of_model)
     of_runs: list[str] = []
     found = open_ingredients(recipe.ingredients, RESERVED_NAMES, of_runs)
+    check_trajectory(recipe, found)
     examined = examine(recipe, found)
     layout, notes = examined.layout, [*of_runs, *examined.notes]
+    adapters = adapters_among(found)
+    if adapters and recipe.out_format != "safetensors":
+        raise RecipeError(
+            f"out_format is {recipe.out_format}, but the ingredients are LoRA adapters, such as {adapters[0].path}; PEFT "
+            "loads safetensors. Remove the key."
+        )
+    if adapters:
+        return _adapter_inputs(recipe, adapters, notes, examined.preprocessing)
+    for key, value in recipe.adapter:
+        if value:
+            raise RecipeError(
+                f"adapter.{key} is {shown(value)}, but the ingredients are whole models, such as {found[0].path}; the key "
+                "is for LoRA adapters. Remove it."
+            )
     ignore: Ignored = (*recipe.ignore, *layout.in_files.unsaved)
     ingredients = check_together(found, layout.state_shapes, layout.known_names, ignore, advise=advice_for(recipe.model))
     layout = layout.with_names({alias for ingredient in ingredients for alias in ingredient.aliases})
@@ -103,6 +147,19 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     if needs_fit or not recipe.info.is_reference:
         notes += check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
     return Inputs(tuple(ingredients), layout, tuple(notes), examined.preprocessing)
+
+
+def _adapter_inputs(
+    recipe: Recipe, adapters: Sequence[AdapterIngredient], notes: Sequence[str], preprocessing: dict[str, Any]
+) -> Inputs:
+    """Lift adapters to ingredients of one model."""
+    ingredients, layout, more = lift(recipe.model, adapters, recipe.ignore)
+    check_floats(ingredients, layout.names)
+    group = group_of(ingredients)
+    if group is not None and recipe.adapter.merge:
+        check_merged(recipe.model, group)
+    frozen = 0 if group is None else sum(info.numel for info in group.base.tensors.values())
+    return Inputs(tuple(ingredients), layout, (*notes, *more), preprocessing, frozen)
 
 
 @dataclass
@@ -183,9 +240,11 @@ class Session:
         return info
 
     def learned_from(self, store: StoreInfo) -> list[str]:
-        """Return the digests of the ingredients in `store`, and of the examples of fit and select."""
+        """Return the digests of the ingredients in `store`, their base, and the examples of fit and select."""
         sources = sorted({self.splits[name].source for name in ("fit", "select")})
-        return [*store.sha256, *(self.setup.contents[source] for source in sources)]
+        group = group_of(self.inputs.ingredients)
+        base = [] if group is None else [group.base_sha256]
+        return [*store.sha256, *base, *(self.setup.contents[source] for source in sources)]
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of each ingredient; the files are hashed unless an earlier read did so."""
@@ -251,7 +310,7 @@ def open_session(
         resolved_file: where the mesh is recorded; None: in the state of `output`.
     """
     identity.in_run(output.token())
-    for heartbeat in labelled("downloading ingredients", download_all([f for i in inputs.ingredients for f in i.files])):
+    for heartbeat in labelled("downloading ingredients", download_all(files_of(inputs.ingredients))):
         progress(*heartbeat)
     with connect():
         file = output.state("resolved.json") if resolved_file is None else resolved_file
@@ -272,22 +331,30 @@ def _resolve(
 
     If the cluster has shrunk, or the recipe now requests other actors, the mesh differs; the optimization does not.
     """
-    requested, count, numel = recipe.actors.model_dump(), len(inputs.ingredients), inputs.layout.numel
+    requested, (numel, held) = recipe.actors.model_dump(exclude={"by_layer"}), inputs.held
     kept = read_resolved(file)
     if kept is not None and kept["actors"] == requested and has_room(recipe, Mesh(*kept["mesh"]), kept["cpus"]):
         return Mesh(*kept["mesh"]), kept["cpus"], kept["model_batch"]
     try:
-        mesh, cpus = resolve_mesh(recipe, numel, count if learning else 0, progress, now=True)
+        mesh, cpus = resolve_mesh(recipe, numel, held if learning else 0, progress, now=True)
     except RecipeError:
         if kept is None:
             raise
         fewer = with_changes(recipe, {"actors.replicas": "auto", "actors.shards": "auto"})
-        mesh, cpus = resolve_mesh(fewer, numel, count if learning else 0, now=True)
-    model_batch = fitting_model_batch(recipe, numel, count, mesh) if kept is None else kept["model_batch"]
+        mesh, cpus = resolve_mesh(fewer, numel, held if learning else 0, now=True)
+    model_batch = planned_model_batch(recipe, inputs, mesh) if kept is None else kept["model_batch"]
     write_resolved(
         {"mesh": [mesh.replicas, mesh.shards], "cpus": cpus, "model_batch": model_batch, "actors": requested}, file
     )
     return mesh, cpus, model_batch
+
+
+def planned_model_batch(recipe: Recipe, inputs: Inputs, mesh: Mesh) -> int:
+    """Return the model batch on this mesh, as `fitting_model_batch` does; adapters take as much memory for any."""
+    count = len(inputs.ingredients)
+    if inputs.frozen:
+        return requested_model_batch(recipe, count)
+    return fitting_model_batch(recipe, inputs.layout.numel, count, mesh)
 
 
 def fitting_model_batch(recipe: Recipe, parameters: int, count: int, mesh: Mesh) -> int:

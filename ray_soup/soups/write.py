@@ -8,23 +8,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray_soup.actors.pool import ActorPool
+from ray_soup.io.adapters import open_adapter
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
+from ray_soup.io.distributed import is_metadata
 from ray_soup.io.find import find_sweeps
 from ray_soup.io.hugging_face import notes_of
 from ray_soup.io.ingredient import Ingredient, open_ingredient
-from ray_soup.io.progress import ProgressCallback
-from ray_soup.mixing.bake import bake, overwrite_tensors
+from ray_soup.io.lifting import AdapterSet, group_of
+from ray_soup.io.progress import CountCallback, ProgressCallback
+from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
+from ray_soup.mixing.adapter_merge import bake_merged
+from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
+from ray_soup.mixing.distributed_bake import bake_distributed
 from ray_soup.recipe import Recipe
+from ray_soup.soups.baking import bake_whole
 from ray_soup.soups.make import Mixture
-from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Output
+from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
-from ray_soup.task.companions import loading_line, write_companions
+from ray_soup.task.companions import adapter_line, loading_line, write_companions, write_tokenizer
 from ray_soup.task.data import Split
+from ray_soup.task.merged_models import merged_soup
 from ray_soup.task.outcomes import Outcome
+from ray_soup.task.peft_models import check_with_peft
+
+WORTH_A_NOTE = 0.001
+"""Relative error of a merged model's changes from which on a note states it."""
 
 
 def bake_and_evaluate(
@@ -51,15 +64,17 @@ def bake_and_evaluate(
     """
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
-    file = bake(
-        mixture.coefficients, chosen, path, None, lambda done, total: progress("mixing", done, total),
-        session.recipe.out_dtype, shard_size,
-    )  # fmt: skip
+    actors = (pool, session.subset) if output.mirror is None else None
+    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, actors)
+    mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
         found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
         found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
-        overwrite_tensors(found, file)
         mixture.coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
+        if is_metadata(str(file)):  # whose archives have checksums
+            bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+        else:
+            overwrite_tensors(found, file)
         mixture.notes.append(
             f"The running statistics of {len(inputs.recalibrated(session.recipe))} BatchNorm layers were re-estimated on "
             f"{sum(map(len, calibration)):,} examples of fit."
@@ -74,12 +89,76 @@ def bake_model(
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
     progress: ProgressCallback,
-) -> None:
-    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests."""
-    bake(
-        coefficients, list(ingredients), folder / MODEL, None, lambda done, total: progress("mixing", done, total),
-        recipe.out_dtype, recipe.shard_size,
-    )  # fmt: skip
+    pool: ActorPool | None = None,
+) -> list[str]:
+    """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes.
+
+    If there is a `pool` of all ingredients, on nodes that see the folder, its actors may write the files.
+    """
+    path = folder / MODEL_FILES[recipe.out_format]
+    actors = None if pool is None else (pool, tuple(range(len(ingredients))))
+    return bake_any(recipe, coefficients, ingredients, path, progress, recipe.shard_size, actors)[1]
+
+
+def bake_any(
+    recipe: Recipe,
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    path: Path,
+    progress: ProgressCallback,
+    shard_size: int | None,
+    pool: tuple[ActorPool, tuple[int, ...]] | None = None,
+) -> tuple[Path, list[str]]:
+    """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
+
+    A `path` that ends in `.metadata` stands for a distributed checkpoint in its folder.
+
+    Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
+    Arguments as for `bake_whole`.
+    """
+
+    def count(done: int, total: int) -> None:
+        progress("mixing", done, total)
+
+    group = group_of(ingredients)
+    if is_metadata(str(path)):
+        settings = (recipe.out_dtype, shard_size)
+        return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
+    if group is None:
+        return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool), []
+    if recipe.adapter.merge:
+        return _bake_merged(recipe, coefficients, ingredients, group, path, count, shard_size)
+    form = Form(recipe.out_dtype, recipe.adapter.rank)
+    file = bake_adapter(coefficients, ingredients, group, path.parent, count, form)
+    check_with_peft(recipe.model, [open_adapter(str(file))])
+    error = relative_error(coefficients, ingredients, group, form)
+    if error is None:
+        return file, []
+    return file, [
+        f"{recipe.method}: truncated to rank {form.rank}, the changes of weights differ by {error:.2%} (Frobenius norm) "
+        "from those of the exact soup. All figures are those of the truncated adapter."
+    ]
+
+
+def _bake_merged(
+    recipe: Recipe,
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    group: AdapterSet,
+    path: Path,
+    count: CountCallback,
+    shard_size: int | None,
+) -> tuple[Path, list[str]]:
+    """Write a soup of adapters as a whole model. Arguments and value as for `bake_any`."""
+    soup = merged_soup(recipe.model, coefficients, ingredients, group, recipe.out_dtype)
+    file, error = bake_merged(soup, path, count, shard_size)
+    if error is None or error < WORTH_A_NOTE:
+        return file, []
+    return file, [
+        f"{recipe.method}: merged and rounded to the dtype of the model, the changes of weights differ by {error:.2%} "
+        "(Frobenius norm) from those of the exact soup. All figures are those of the merged model. out_dtype: float32 "
+        "rounds less."
+    ]
 
 
 def write_library_files(folder: Path, model: str) -> None:
@@ -89,8 +168,12 @@ def write_library_files(folder: Path, model: str) -> None:
         folder: the folder, which already contains the model.
         model: where the files come from, as in the recipe's `model`.
     """
-    dtypes = Counter(info.dtype for info in open_ingredient(str(folder)).tensors.values() if info.dtype.is_floating_point)
-    write_companions(model, folder, dtypes.most_common(1)[0][0])
+    if is_adapter_folder(folder):
+        write_tokenizer(model, folder)
+        return
+    tensors = open_ingredient(str(folder)).tensors
+    dtypes = Counter(info.dtype for info in tensors.values() if info.dtype.is_floating_point)
+    write_companions(model, folder, dtypes.most_common(1)[0][0], tensors)
 
 
 def write_descriptions(
@@ -113,7 +196,10 @@ def write_descriptions(
     """
     save_coefficients(coefficients, folder / COEFFICIENTS)
     save_table(coefficients, folder / TABLE)
-    line = loading_line(model, [file.name for file in folder.iterdir()])
+    if is_adapter_folder(folder):
+        line = adapter_line(recipe.model)
+    else:
+        line = loading_line(model, [file.name for file in folder.iterdir()])
     write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, line))
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ray_soup.io.distributed import METADATA
+from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.hugging_face import settings_folder
+from ray_soup.mixing.blocks import layout_of
 from ray_soup.task.libraries import open_clip_model_arguments, timm_model_arguments, torchvision_model_arguments
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build
-from ray_soup.task.transformers_models import dtype_name, has_tokenizer, loading_options
+from ray_soup.task.transformers_models import TASK, dtype_name, has_tokenizer, loading_options, untie
 
 LOADING_LINES = {
     "open_clip": "open_clip.create_model({name!r}, pretrained={file!r}{more})",
@@ -32,7 +35,9 @@ def loading_line(spec: str, files: Iterable[str]) -> str:
     The line uses the model's own library if that can load the soup, otherwise ray_soup. `files` are the names of the files
     in the folder.
     """
-    model = ModelSpec.parse(spec)
+    model, files = ModelSpec.parse(spec), list(files)
+    if METADATA in files:
+        return "torch.distributed.checkpoint.load(model.state_dict(), checkpoint_id='.')"
     if model.library == "transformers":
         with torch.device("meta"):
             return f"transformers.{type(build(spec).model).__name__}.from_pretrained('.')"
@@ -54,11 +59,11 @@ def _arguments(model: ModelSpec) -> dict[str, Any]:
     return torchvision_model_arguments(model) if model.library == "torchvision" else {}
 
 
-def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
+def write_companions(spec: str, folder: Path, dtype: torch.dtype, tensors: Collection[str] = ()) -> None:
     """Write the files that the model's library expects next to its weights.
 
     For transformers: config.json, which states the `dtype` of the weights, and the files of the tokenizer or image
-    processor.
+    processor. If the weights, with names in `tensors`, contain tied tensors twice, the config does not tie them.
     """
     parsed = ModelSpec.parse(spec)
     if parsed.library != "transformers":
@@ -70,11 +75,36 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype) -> None:
         model: Any = build(spec).model
     model.config.architectures = [type(model).__name__]
     setattr(model.config, dtype_name(transformers), dtype)
+    if not layout_of(model).tied.keys().isdisjoint(tensors):
+        untie(model.config)
     model.config._name_or_path = ""  # which versions before 5.0 would write down
     model.config.save_pretrained(folder)
     if model.main_input_name == "input_ids":
-        if has_tokenizer(name):
-            transformers.AutoTokenizer.from_pretrained(name, **local).save_pretrained(folder)
+        write_tokenizer(spec, folder)
     else:
         with contextlib.suppress(OSError, ValueError):  # none was saved with the model
             transformers.AutoImageProcessor.from_pretrained(name, **local).save_pretrained(folder)
+
+
+def write_tokenizer(spec: str, folder: Path) -> None:
+    """Write the files of the tokenizer of `transformers:FOLDER`, if that has one."""
+    parsed = ModelSpec.parse(spec)
+    name = settings_folder(parsed.name)
+    if has_tokenizer(name):
+        tokenizers = parsed.import_library().AutoTokenizer
+        tokenizers.from_pretrained(name, **loading_options(name)).save_pretrained(folder)
+
+
+def adapter_line(spec: str) -> str:
+    """Return the line of Python that loads an adapter of the base `spec`, run in the adapter's folder."""
+    with torch.device("meta"):
+        kind = type(build(spec).model).__name__
+    parsed = ModelSpec.parse(spec)
+    name, more = parsed.name, ""
+    if is_hub(name):
+        where = HubPath.parse(name)
+        name, more = where.repo, f", revision={where.revision!r}"
+        more += f", subfolder={where.inside!r}" if where.inside else ""
+    if TASK in parsed.options and "classes" in parsed.options:
+        more += f", num_labels={parsed.options['classes']}"
+    return f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({name!r}{more}), '.')"

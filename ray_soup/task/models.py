@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from ray_soup.errors import RecipeError
 from ray_soup.io.binding import Ignored
 from ray_soup.io.check import check_fits, check_floats
-from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.mixing.blocks import Layout, layout_of
 from ray_soup.recipe import is_function
 from ray_soup.task.code_files import is_of_library, version
@@ -204,15 +204,29 @@ def load_checkpoint(model: torch.nn.Module, path: str, ignore: Sequence[str] = (
 
     Raises IngredientError if the checkpoint does not fit.
     """
+    load_adapter = getattr(model, "load_adapter_file", None)
+    if load_adapter is not None:  # the base with an adapter, task.peft_models
+        load_adapter(path)
+        return
     layout = layout_of(model)
+    copy_tensors(fitting(layout, path, ignore), model, layout.state_shapes)
+
+
+def fitting(layout: Layout, path: str, ignore: Sequence[str] = ()) -> Ingredient:
+    """Open the checkpoint at `path` for a model with this layout. Raises IngredientError if it does not fit."""
     unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
     checkpoint = check_fits(open_ingredient(path), layout.state_shapes, layout.known_names, unneeded)
     checkpoint.check_copies()
     check_floats([checkpoint], layout.names)
+    return checkpoint
+
+
+def copy_tensors(checkpoint: Ingredient, model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Copy tensors of a checkpoint into a model, in place."""
     state = model.state_dict()
     with torch.no_grad():
-        for name, shape in layout.state_shapes.items():
-            state[name].copy_(checkpoint.read(name).view(shape))
+        for name in names:
+            state[name].copy_(checkpoint.read(name).view(state[name].shape))
 
 
 def fingerprint(spec: str, built: BuiltModel, outside: list[str] | None = None) -> str:

@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )  # fmt: skip
 
+TASK = "task"
+"""The option of `model` that names another task than the config's: a model with a new head."""
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
@@ -31,7 +33,7 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
     ids and attention mask. Raises RecipeError if the model does not exist or is not a classifier.
     """
     transformers = spec.import_library()
-    spec.check_options(("classes", "length", "attn_implementation"), "transformers:FOLDER?classes=10")
+    spec.check_options(("task", "classes", "length", "attn_implementation"), "transformers:FOLDER?classes=10")
     config = load_config(transformers, spec)
     task = task_of(config, spec)
     model = built(spec, config, task)
@@ -41,6 +43,8 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
         return model, _image_preprocess(transformers, spec.name)
     model.register_forward_pre_hook(_text_inputs, with_kwargs=True)
     tokenizer = load_tokenizer(transformers, spec.name)
+    if TASK in spec.options and model.config.pad_token_id is None:  # as scripts set it for a model without padding
+        model.config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
     return model, _text_preprocess(tokenizer, spec.name, length_of(spec, model, tokenizer))
 
 
@@ -99,6 +103,13 @@ def dtype_name(transformers: Any) -> str:
     return "dtype" if version >= (4, 56) else "torch_dtype"
 
 
+def untie(config: Any) -> None:
+    """State in the config of a model of transformers that it does not tie its embeddings."""
+    for one in (config, config.get_text_config()):
+        if getattr(one, "tie_word_embeddings", None) is not None:
+            one.tie_word_embeddings = False
+
+
 def loading_options(name: str) -> dict[str, bool]:
     """Return the arguments of `from_pretrained` that keep it off the network if `name` is a folder on this machine.
 
@@ -133,9 +144,39 @@ def load_config(transformers: Any, spec: ModelSpec) -> Any:
             f"model: {spec.name} has no config.json that transformers can read ({error}). Use a folder that "
             "`save_pretrained` wrote, or a model on the Hub."
         ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise RecipeError(
+            f"model: the config.json of {spec.name} is that of a quantized model (quantization_config, {method}); expected "
+            "a model with floating-point weights. Use the model from before quantization, or, if its weights have been "
+            "dequantized, remove that entry."
+        )
+    chosen = spec.choice(TASK, ("classification", "token_classification"))
+    if chosen is not None:
+        config.architectures = [_architecture_for(chosen, config, spec)]
     if "classes" in spec.options:
         config.num_labels = spec.count("classes", f"transformers:{spec.name}?classes=10")
     return config
+
+
+def _architecture_for(chosen: str, config: Any, spec: ModelSpec) -> str:
+    """Return the architecture by which a model of this config does another task than its own. Raises RecipeError."""
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = {
+        "classification": (
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        ),
+        "token_classification": (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,),
+    }  # fmt: skip
+    found: Any = next((mapping[type(config)] for mapping in mappings[chosen] if type(config) in mapping), None)
+    if found is None:
+        raise RecipeError(
+            f"model: {spec.text}: transformers has no {config.model_type} for {chosen}. Choose another task or model."
+        )
+    first: type[Any] = found[0] if isinstance(found, tuple) else found
+    return first.__name__
 
 
 def task_of(config: Any, spec: ModelSpec) -> str:

@@ -26,7 +26,7 @@ def transformers_tokens(spec: ModelSpec) -> tuple[torch.nn.Module, Tokenizing]:
     config = load_config(transformers, spec)
     objective = token_objective(config)
     known = {"causal_lm": ("stride", "pack"), "token_classification": ("classes",)}.get(objective, ())
-    spec.check_options(("length", *known, "attn_implementation"), example)
+    spec.check_options(("task", "length", *known, "attn_implementation"), example)
     config.use_cache = False
     model = built(spec, config, auto_task(config, spec))
     model.eval()  # dropout must not disturb the checks below; training code sets the mode itself

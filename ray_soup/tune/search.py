@@ -19,12 +19,13 @@ from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
+from ray_soup.soups.trajectory import check_trajectory
+from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import objective_in
 from ray_soup.task.own_functions import objective_of
 from ray_soup.tune.trainable import Config, bundles, keys_of, soup_resources, soup_trainable
@@ -115,10 +116,12 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     Rerun to resume; a finished search is returned without running anything. Raises SoupError if every trial fails, and its
     subclasses for errors in the recipe and the ingredients.
     """
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))
+    for config in configs:
+        check_trajectory(with_changes(recipe, config), inputs.ingredients)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, kind="search"))
         if soup is None:
@@ -131,7 +134,7 @@ def _search(recipe: Recipe, inputs: Inputs, configs: list[Config], output: Outpu
     """Run the search in an output folder after `Output.begin`."""
     settle()
     for config in configs:
-        actors = bundles(with_changes(recipe, config), inputs.layout.numel, len(inputs.ingredients), progress)
+        actors = bundles(with_changes(recipe, config), inputs.held[0], len(inputs.ingredients), progress)
         wait_for_room(actors, recipe.actors.wait_s, progress, "`actors:` or learn.model_batch")
     first = output.state("first", "state", "resolved.json")
     with writing(first):

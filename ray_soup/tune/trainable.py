@@ -21,7 +21,6 @@ from ray_soup.actors.placement import actor_bytes, resolve_mesh
 from ray_soup.errors import DiskError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
-from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import Recipe, with_changes
 from ray_soup.soups.learn import learn
@@ -32,6 +31,7 @@ from ray_soup.soups.state import LearnState
 from ray_soup.task import identity
 from ray_soup.task.choices import cost_in
 from ray_soup.task.functions import look_in
+from ray_soup.task.heads import resolved_recipe
 
 Config = dict[str, Any]
 """Recipe keys and values of a trial, as in {"learn.lr": 0.02}."""
@@ -88,7 +88,7 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
         states: a folder that every node sees, or a URI, where each trial keeps its state as TRIAL_ID.pt to resume from.
             None: the state is the trial's checkpoint.
     """
-    folder, run, recipe = os.getcwd(), identity.RUN, pinned_recipe(recipe)
+    folder, run, recipe = os.getcwd(), identity.RUN, resolved_recipe(recipe)
 
     def soup_trial(config: Config) -> None:
         with suppress(OSError):
@@ -127,7 +127,7 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
 def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None]) -> None:
     """Learn the coefficients of one soup with the state in `file`; after every epoch, keep the state and report."""
     inputs = open_inputs(recipe, needs_fit=True)
-    mesh, cpus, model_batch = trial_mesh(recipe, inputs.layout.numel, len(inputs.ingredients))
+    mesh, cpus, model_batch = trial_mesh(recipe, inputs.held[0], len(inputs.ingredients))
     pool = RayPool(recipe, inputs.ingredients, mesh, cpus)
     try:
         setup = pool.setup(no_progress)
@@ -158,9 +158,9 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
 
 def soup_resources(recipe: Recipe) -> Callable[[Config], tune.PlacementGroupFactory]:
     """Return the resources of a trial of `soup_trainable` as a function of its config, for `tune.with_resources`."""
-    recipe = pinned_recipe(recipe)
+    recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe, needs_fit=True)
-    parameters, count = inputs.layout.numel, len(inputs.ingredients)
+    parameters, count = inputs.held[0], len(inputs.ingredients)
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
         actors = bundles(recipe_of(recipe, config), parameters, count)

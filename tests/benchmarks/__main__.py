@@ -5,12 +5,12 @@ import json
 import sys
 
 USUAL = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos")
-NAMES = (*USUAL, "fuzz", "disk", "golden")
+NAMES = (*USUAL, "large", "fuzz", "disk", "golden", "trajectories")
 
 
 def main() -> None:
     """Run what the command line names."""
-    names = sys.argv[1:] or USUAL
+    names = [name for name in sys.argv[1:] if name != "tiny"] or USUAL
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.exit(f"Unknown benchmark: {', '.join(unknown)}. Known: {', '.join(NAMES)}.")

@@ -24,6 +24,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests import distributed
 from tests.benchmarks.mutations import BINARY, Mutation, edit_json, edit_safetensors, edit_yaml
 from tests.tiny import Tiny, digits
 
@@ -112,6 +113,9 @@ def uniform(folder: Path) -> None:
 
 def their_state(path: Path) -> State:
     """Load an ingredient as its own library does."""
+    if (path / ".metadata").exists():
+        named = {f"model.{name}": value for name, value in states()[0].items()}
+        return distributed.load(path, named)
     if path.is_dir():
         path = next(path / n for n in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors",
                                        "model.pt") if (path / n).exists())  # fmt: skip
@@ -182,6 +186,13 @@ def write_sharded(state: State, zoo: Path, suffix: str, save: Callable[[State, P
 
 def write_safetensors_shards(state: State, zoo: Path) -> None:
     write_sharded(state, zoo, ".safetensors", save_file, "model.safetensors.index.json")
+
+
+def write_distributed(state: State, zoo: Path) -> None:
+    """Write a distributed checkpoint in pieces, with the state of an optimizer."""
+    named = {f"model.{name}": value for name, value in state.items()}
+    moments = {f"optimizer.state.{name}.exp_avg": value for name, value in state.items()}
+    distributed.write(zoo / "b", named | moments, cuts=2, files=2)
 
 
 def write_bin_shards(state: State, zoo: Path) -> None:
@@ -467,6 +478,7 @@ KINDS: dict[str, Kind] = {
     "Lightning": ingredient(write_lightning, ["b.ckpt"]),
     "index": ingredient(shards, ["b/model.safetensors.index.json"], *[edit_json] * 10),
     "shards": ingredient(shards, ["b/part-0.safetensors", "b/part-1.safetensors"], *[edit_safetensors] * 5),
+    "distributed": ingredient(write_distributed, ["b/.metadata", "b/__0_0.distcp", "b/__1_0.distcp"]),
     "torch index": ingredient(write_bin_shards, ["b/pytorch_model.bin.index.json"], *[edit_json] * 10),
     "torch shards": ingredient(write_bin_shards, ["b/part-0.bin", "b/part-1.bin"]),
     "Tune": Kind(write_tune, TUNE_FILES, best_of_tune, soup_is_uniform, JSON_AND_BINARY, also_named="zoo/trial_"),

@@ -74,6 +74,22 @@ class Resident:
         self._thread.join()
 
 
+class Private(Resident):
+    """Peak of this process's private memory above what it is at the beginning, in bytes."""
+
+    def __enter__(self) -> Resident:
+        self._before = self._now()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.peak -= self._before
+
+    def _now(self) -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
 def write_data(folder: Path) -> None:
     """Write random images and labels, as many as the largest batch."""
     random = np.random.default_rng(0)

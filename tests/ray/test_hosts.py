@@ -105,13 +105,11 @@ class Hosts:
     def address(self) -> str:
         return f"{self.addresses[0]}:{PORT}"
 
-    def learn(self, recipe: dict[str, Any], out: Path, **environment: str) -> subprocess.Popen[bytes]:
-        """Start `ray-soup learn` on the head."""
+    def learn(self, recipe: dict[str, Any], out: Path, verb: str = "learn", **environment: str) -> subprocess.Popen[bytes]:
+        """Start `ray-soup learn`, or another verb, on the head."""
         file = out.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(recipe))
-        return self.start(
-            0, ray_soup("learn", str(file), str(out)), f"{out.name}.log", RAY_ADDRESS=self.address, **environment
-        )
+        return self.start(0, ray_soup(verb, str(file), str(out)), f"{out.name}.log", RAY_ADDRESS=self.address, **environment)
 
     def actors(self) -> tuple[int, ...]:
         """Count the actors on each host."""
@@ -248,6 +246,23 @@ def test_shards_across_hosts_agree_with_one_host(hosts: Hosts, zoo: Path, tmp_pa
     expected = local(recipe, tmp_path / "one")
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
     assert np.abs(found - 1 / 8).max() > 0.01
+
+
+def test_the_files_of_a_model_are_written_from_both_hosts(hosts: Hosts, zoo: Path, tmp_path: Path, cluster: None) -> None:
+    """By actors that build no model if there is no data, otherwise by those that learned; with the bits of one process."""
+    of_learning = values(zoo, learn__epochs=1, actors={"replicas": 2, "shards": 1, "cpus": 1}, shard_size=2_000)
+    for verb, recipe in (("uniform", {**of_learning, "method": "uniform", "data": {}}), ("learn", of_learning)):
+        out, alone = tmp_path / verb, tmp_path / f"{verb}-alone"
+        hosts.finish(hosts.learn(recipe, out, verb), out)
+        run(make_recipe(recipe), alone)
+        found, expected = (sorted(folder.glob("model-0*")) for folder in (out, alone))
+        assert len(found) > 2
+        assert [file.read_bytes() for file in found] == [file.read_bytes() for file in expected]
+        digests = [json.loads((folder / "run.json").read_text())["ingredients"] for folder in (out, alone)]
+        assert digests[0] == digests[1]
+    for host in (0, 1):
+        logs = (hosts.folder / str(host)).glob("session_2*/logs/worker-*.out")
+        assert any(":actor_name:Baker" in log.read_text() for log in logs)
 
 
 def test_a_link_cut_for_ten_seconds_changes_no_bit(hosts: Hosts, zoo: Path, tmp_path: Path, on_one_host: np.ndarray) -> None:

@@ -157,6 +157,7 @@ def answers(pool: MeshPool, paths: list[str]) -> dict[str, Any]:
     found["evaluate_member"] = [pool.evaluate_member(tuple(paths[: n + 1]), [FIT, TEST]) for n in range(2)]
     found["evaluate_ensemble"] = pool.evaluate_ensemble(tuple(paths[:2]), [FIT, TEST])
     found["try_candidate"] = [pool.try_candidate((3,), 1, [FIT, TEST]), pool.try_candidate((3, 1), 0, [FIT], BATCHES)]
+    found["try_mixture"] = [pool.try_mixture(np.array([0.5, 0, 0.75, -0.25]), [FIT, TEST], some) for some in ([], BATCHES)]
     pool.forget()
     return found
 

@@ -20,7 +20,7 @@ from ray_soup.soups.report.text import (
     preprocessing_text,
 )
 
-HUB_LIBRARIES = ("open_clip", "timm", "transformers")
+HUB_LIBRARIES = ("open_clip", "timm", "transformers", "peft")
 """Model libraries that the Hub knows under the same names as recipes; all others are `pytorch`."""
 
 
@@ -38,11 +38,17 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
     factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
     notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
-    return f"""{_front_matter(recipe)}
+    summed = "each tensor is a weighted sum of the same tensor in"
+    adapter = "base" in record and not recipe.adapter.merge
+    if recipe.adapter.merge:
+        summed = "this base model, changed in each module by a weighted sum of the products B A of"
+    elif adapter:
+        summed = "an adapter for it, whose product B A is, in each module, a weighted sum of the products of"
+    return f"""{_front_matter(recipe, adapter)}
 # A model soup of {used} ingredients
 
 Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model
-{markdown_code(recipe.model)}: each tensor is a weighted sum of the same tensor in {used} fine-tuned checkpoints, with
+{markdown_code(recipe.model)}: {summed} {used} fine-tuned {"LoRA adapters" if "base" in record else "checkpoints"}, with
 weights that sum to 1.{factor} To load it from its folder:
 
 {markdown_block(load, "python")}
@@ -80,8 +86,8 @@ def _preprocessing(record: Mapping[str, Any]) -> str:
     return f"\n## Preprocessing\n\n{markdown_paragraph(text[0].upper() + text[1:])}.\n" if text else ""
 
 
-def _front_matter(recipe: Recipe) -> str:
-    library = recipe.model.partition(":")[0]
+def _front_matter(recipe: Recipe, adapter: bool) -> str:
+    library = "peft" if adapter else recipe.model.partition(":")[0]
     values: dict[str, Any] = {"base_model": redact(recipe.base_model)} if recipe.base_model else {}
     values |= {
         "base_model_relation": "merge",

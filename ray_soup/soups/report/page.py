@@ -59,6 +59,12 @@ class Report:
     for intervals where no paired tests were made."""
     similarity: np.ndarray | None = None
     """Cosines of the ingredients' directions, float64 [K, K]."""
+    steps: Sequence[int] | None = None
+    """The step of each ingredient, if they are steps of one run."""
+    weighted: Mapping[str, Coefficients] = field(default_factory=dict)
+    """Coefficients to draw against the steps, by the soup's label."""
+    unit: str = "step"
+    """What a step is called."""
 
     @property
     def splits(self) -> list[str]:
@@ -236,6 +242,11 @@ def _plots_of_learning(report: Report) -> Iterator[Plot]:
     if report.coefficients:
         text = "Hatched bars: negative coefficients. Dotted line: 1/K, the uniform soup."
         yield Plot("Distribution of coefficients", text, figures.distribution(report.coefficients))
+    if report.steps is not None and report.weighted:
+        from ray_soup.soups.report import trajectories
+
+        drawn = trajectories.weights_by_step(report.weighted, report.steps, report.unit)
+        yield Plot(f"Weight by {report.unit}", trajectories.CAPTION.format(unit=report.unit), drawn)
     for name, coefficients in report.coefficients.items():
         if coefficients.values.shape[1] > 1:
             text = "One row per ingredient, one column per block; white is 1/K, the uniform soup."

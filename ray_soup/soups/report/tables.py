@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_bytes
-from ray_soup.recipe import BASELINES
+from ray_soup.recipe import BASELINES, PEFT_MERGES
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, markdown_paragraph, markdown_text
 from ray_soup.task.outcomes import judged, test_sets
@@ -37,7 +37,7 @@ TRIALS_LEGEND = (
     "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
     "used."
 )
-UNBIASED = ("uniform", MEAN_SINGLE, ENSEMBLE)
+UNBIASED = ("uniform", "last", MEAN_SINGLE, ENSEMBLE, *PEFT_MERGES)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
 """The line before and after the tables in a Markdown file."""
@@ -82,6 +82,22 @@ def own_columns(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
     """Return the columns of what the recipe's function `evaluate` computed."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith(EVALUATE) and not key.endswith("_sd"))
     return [(key, key.removeprefix(EVALUATE), "{:.4g}") for key in keys]
+
+
+def steps_table(trajectory: Row, most: int = 20) -> Table:
+    """Format the weights of the steps of a run, at most about `most` of them, evenly spaced, from the first one in use.
+
+    The last column is the sum of the weights from a step on: the factor on the learning rate that led to it.
+    """
+    weights, steps = trajectory["weights"], trajectory["steps"]
+    rates = [sum(weights[n:]) for n in range(len(weights))]
+    first = next((n for n, weight in enumerate(weights) if weight), 0)
+    every = -(-(len(steps) - first) // most)
+    shown = range(len(steps) - 1, first - 1, -every)[::-1]
+    return (
+        [trajectory["unit"], "weight", "learning rate"],
+        [[f"{steps[n]:,}", f"{weights[n]:+.4f}", f"{rates[n]:.4f}"] for n in shown],
+    )
 
 
 def cost(measures: Measures = Measures()) -> list[tuple[str, str, str]]:
@@ -311,6 +327,8 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
     own = [heading for _, heading, _ in own_columns(rows)]
     if own:
         about.append(f"{', '.join(own)}: computed by {record['evaluate']['function']} from the model's folder.")
+    if any(row.get("model_name") in PEFT_MERGES for row in rows):
+        about.append("peft: PEFT's own merges with equal weights (TIES: density 0.2, weights 1, as it averages itself).")
     text = (
         f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} "
         f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "

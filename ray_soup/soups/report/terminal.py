@@ -31,6 +31,7 @@ from ray_soup.soups.report.tables import (
     searched_for,
     series_table,
     series_title,
+    steps_table,
     table,
     titled,
     trials_table,
@@ -252,8 +253,18 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
         return
     print_row(*_rows_of(soup), measures=measures_in(soup.record))
-    model = max((name for name in soup.record["files"] if name.startswith("model")), default="model.safetensors")
+    if "trajectory" in soup.record:
+        print_table(*steps_table(soup.record["trajectory"]))
+        echo("Weights are means over blocks; learning rate: the factor that they amount to, on the updates before a step.")
+    names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
+    model = _distributed(soup) or max(names, default="model.safetensors")
     echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
+
+
+def _distributed(soup: Soup) -> str:
+    """Return the files of a soup that is a distributed checkpoint of torch, for a sentence; empty for any other one."""
+    parts = [name for name in soup.record.get("files", ()) if name.endswith(".distcp")]
+    return f".metadata and {len(parts)} .distcp file{'s' * (len(parts) > 1)}" if parts else ""
 
 
 def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: str | None = None) -> None:
@@ -280,9 +291,9 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_methods(soup.record)
     _print_series(soup.record)
     _print_tests(soup.record)
-    echo(
-        f"Wrote {soup.out}/report.html with tables and figures, and model.safetensors with the soup {soup.record['chosen']}."
-    )
+    adapter = any(name.startswith("adapter_model") for name in soup.record["files"])
+    model = _distributed(soup) or ("adapter_model" if adapter else "model") + ".safetensors"
+    echo(f"Wrote {soup.out}/report.html with tables and figures, and {model} with the soup {soup.record['chosen']}.")
 
 
 def print_trials(record: Mapping[str, Any]) -> None:
@@ -380,4 +391,9 @@ def _print_tests(record: Mapping[str, Any]) -> None:
     for split in judged(record["examples"]) if record["tests"] else ():
         for baseline in BASELINES:
             echo(f"Paired tests against {baseline} on {titled(split)}:")
-            print_table(*paired_table(record["tests"], baseline, split, measures_in(record)))
+            head, cells = paired_table(record["tests"], baseline, split, measures_in(record))
+            whole = range(len(head))
+            at = next((n for n in whole if head[n].startswith(measures_in(record).loss_heading)), 0)
+            parts = [whole] if at < 2 or _fits(head, cells) else [whole[:at], (0, *whole[at:])]
+            for columns in parts:
+                print_table([head[n] for n in columns], [[line[n] for n in columns] for line in cells])

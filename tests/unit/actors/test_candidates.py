@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ray_soup.mixing.bake import bake
+from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.in_memory import mix_state_dicts
 from ray_soup.task.data import Split
@@ -82,3 +85,41 @@ def test_a_soup_of_integers_that_differ_is_made_in_memory(conv_zoo: Path) -> Non
     soup = mix_state_dicts(Counting(), states, [(images, labels)], method="uniform")
     assert soup.state_dict()["steps"] == 5
     assert any(note.startswith("Integer buffers differ") for note in soup.notes)
+
+
+@pytest.mark.parametrize("out_dtype", ["keep", "float16"])
+def test_a_mixture_is_bit_for_bit_the_model_that_bake_writes(zoo: Path, tmp_path: Path, out_dtype: str) -> None:
+    """With weights of any sign, some of them zero, and whatever was mixed before."""
+    recipe = make_recipe(values(zoo, method="greedy", out_dtype=out_dtype))
+    pool, split = InProcess(recipe, 2), [Split("fit", np.arange(149, dtype=np.int32))]
+    weights = np.array([0.5, 0, -0.25, 0.125, 0, 0.5, 0.125, 0])
+    pool.try_candidate((4,), 2, split)
+    found = pool.try_mixture(weights, split)
+    layout = pool.layout
+    coefficients = Coefficients(weights[:, None], pool.inputs.names, ("model",), dict.fromkeys(layout.names, 0))
+    bake(coefficients, list(pool.inputs.ingredients), tmp_path / "model.safetensors", out_dtype=out_dtype)
+    state = load_file(tmp_path / "model.safetensors")
+    for shard in pool.shards:
+        model = shard.replica.model.state_dict()
+        assert all(torch.equal(model[name], tensor.to(model[name].dtype)) for name, tensor in state.items())
+    (outcome,) = pool.evaluate_file(str(tmp_path / "model.safetensors"), split)
+    assert found.nll == pytest.approx(outcome.nll, rel=1e-6)
+    assert found.correct == outcome.correct.sum()
+    fresh = InProcess(recipe)
+    pool.try_candidate((4, 2), 0, split)
+    fresh.try_candidate((4, 2), 0, split)
+    assert torch.equal(pool.shards[0].replica.theta, fresh.shards[0].replica.theta)
+
+
+def test_running_statistics_of_a_mixture_are_re_estimated(conv_zoo: Path) -> None:
+    recipe = make_recipe(values(conv_zoo, model="tests.tiny:build_conv", method="greedy"))
+    pool, split = InProcess(recipe), Split("fit", np.arange(61, dtype=np.int32))
+    pool.try_candidate((0,), 2, [split], [split])
+    by_candidate = {n: t.clone() for n, t in pool.shards[0].replica.model.state_dict().items() if t.is_floating_point()}
+    pool.try_mixture(np.array([0.5, 0, 0.5, 0]), [split], [split])
+    for name, tensor in pool.shards[0].replica.model.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, by_candidate[name], rtol=1e-5, atol=1e-6)
+    pool.try_mixture(np.array([0, 1.0, 0, 0]), [split], [split])  # one ingredient keeps its own
+    state = load_file(conv_zoo / "zoo" / "model_1.safetensors")
+    assert all(torch.equal(t, state[n]) for n, t in pool.shards[0].replica.model.state_dict().items())

@@ -201,36 +201,10 @@ def test_a_fifo_as_a_manifest_is_ignored(tmp_path: Path) -> None:
     assert open_ingredients(str(tmp_path))[0].trial is None
 
 
-def test_a_distributed_checkpoint_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "it's a run"
-    folder.mkdir()
-    for name in (".metadata", "__0_0.distcp"):
-        (folder / name).touch()
-    for spec in (str(folder), str(tmp_path), str(tmp_path / "*")):
-        with pytest.raises(IngredientError, match=r"is a distributed checkpoint of torch .*Convert it: python") as error:
-            open_ingredients(spec)
-        words = shlex.split(str(error.value).partition("Convert it: ")[2])
-        assert words[-2:] == [str(folder), f"{folder}.pt"]
-
-
-@pytest.mark.slow
-def test_the_command_converts_a_distributed_checkpoint(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    folder = tmp_path / "it's a run"
-    dcp.save({"a": torch.arange(3.0)}, checkpoint_id=str(folder))
-    with pytest.raises(IngredientError, match="Convert it: python") as error:
-        open_ingredients(str(folder))
-    command = shlex.split(str(error.value).partition("Convert it: ")[2])
-    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert open_ingredient(command[-1]).read("a").tolist() == [0.0, 1.0, 2.0]
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        "model_world_size_2_rank_1.pt",
+        "extra_state_world_size_2_rank_1.pt",
         "optim_world_size_8_rank_0.pt",
         "zero_pp_rank_0_mp_rank_00_model_states.pt",
         "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt",

@@ -14,7 +14,9 @@ from ray_soup.recipe import (
     DEFAULT_METHOD,
     LEARNED,
     METHODS,
+    PEFT_MERGES,
     RESERVED_NAMES,
+    SCHEDULES,
     Learn,
     Recipe,
     for_method,
@@ -23,7 +25,8 @@ from ray_soup.recipe import (
 )
 from ray_soup.recipe.schema import Section
 
-NAMES = ("best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+")
+OF_STEPS = ("last", "schedule:uniform", "schedule:linear", "schedule:cosine", "schedule:minus_sqrt", "ema")
+NAMES = ("best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+", *OF_STEPS)
 
 
 def test_the_table_lists_the_methods_in_the_order_of_tables() -> None:
@@ -32,14 +35,16 @@ def test_the_table_lists_the_methods_in_the_order_of_tables() -> None:
     assert LEARNED == ("learned", "learned+", "mehl", "mehl+")
     assert BASELINES == ("best_single", "greedy")
     assert (BEST_SINGLE, DEFAULT_METHOD) == ("best_single", "mehl+")
-    assert {*NAMES, "ensemble"} == RESERVED_NAMES
+    assert {*NAMES, *PEFT_MERGES, "ensemble"} - set(OF_STEPS) == RESERVED_NAMES  # names of ingredients stay what they were
+    assert tuple(name for name, method in METHODS.items() if method.needs_steps) == OF_STEPS
+    assert OF_STEPS[1:] == SCHEDULES
 
 
 def test_the_table_says_what_a_comparison_does_with_a_method() -> None:
-    assert [name for name, method in METHODS.items() if not method.uses_seed] == ["best_single", "uniform", "greedy"]
+    assert [name for name, method in METHODS.items() if not method.uses_seed] == ["best_single", "uniform", "greedy", "last"]
     assert [name for name, method in METHODS.items() if method.uses_model_batches] == ["mehl", "mehl+"]
-    assert [name for name, method in METHODS.items() if method.is_reference] == ["best_single"]
-    assert [name for name, method in METHODS.items() if not method.needs_data] == ["uniform"]
+    assert [name for name, method in METHODS.items() if method.is_reference] == ["best_single", "last"]
+    assert [name for name, method in METHODS.items() if not method.needs_data] == ["uniform", *OF_STEPS]
     on = {
         series: [name for name, method in METHODS.items() if series in method.on_subsets]
         for series in ("dropped", "counted")

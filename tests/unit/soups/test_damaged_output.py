@@ -482,13 +482,13 @@ def test_a_recipe_of_the_zoo_is_still_evaluated_by_a_relative_path(
 ) -> None:
     """Actors have other working directories."""
     seen: list[str] = []
-    open_ingredient = finished.open_ingredient
+    open_checkpoint = finished.open_checkpoint
 
     def opened(path: str) -> Any:
         seen.append(path)
-        return open_ingredient(path)
+        return open_checkpoint(path)
 
-    monkeypatch.setattr(finished, "open_ingredient", opened)
+    monkeypatch.setattr(finished, "open_checkpoint", opened)
     monkeypatch.setattr(finished, "connect", reached)
     monkeypatch.chdir(zoo / "zoo")
     with pytest.raises(Reached):

@@ -1,0 +1,59 @@
+"""Direction stores and their slices: of whole models, or of lifted adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lifting import group_of
+from ray_soup.mixing import directions
+from ray_soup.mixing.adapter_plane import AdapterPlane
+from ray_soup.mixing.adapter_store import AdapterStore, has_adapters, open_adapters
+from ray_soup.mixing.blocks import Layout, Partition
+from ray_soup.mixing.directions import DirectionStore
+from ray_soup.mixing.hyperplane import Hyperplane, decompressed
+
+Plane = Hyperplane | AdapterPlane
+
+
+def open_store(
+    ingredients: Sequence[Ingredient], layout: Layout, dtype: str, threads: int = 1
+) -> Generator[tuple[int, int], None, DirectionStore]:
+    """Open the store of these ingredients, as `directions.open_store` does; adapters ignore `dtype` and `threads`."""
+    if group_of(ingredients) is None:
+        return (yield from directions.open_store(ingredients, layout, dtype, threads))
+    return (yield from open_adapters(ingredients, layout))
+
+
+def has_store(ingredients: Sequence[Ingredient], layout: Layout, dtype: str) -> bool:
+    """Return whether this node's cache has the store of these ingredients."""
+    if group_of(ingredients) is None:
+        return directions.has_store(ingredients, layout, dtype)
+    return has_adapters(ingredients, layout)
+
+
+def plane_on(store: DirectionStore, partition: Partition, low: int, high: int, device: torch.device, threads: int) -> Plane:
+    """Prepare parameters low to high of a store for combine and project, with arguments as for Hyperplane."""
+    if isinstance(store, AdapterStore):
+        return AdapterPlane(store, partition, low, high, device)
+    return Hyperplane(store, partition, low, high, device, threads)
+
+
+def gram(plane: Plane, part: tuple[int, int]) -> NDArray[np.float64]:
+    """Sum the inner products of the directions over a part of a slice, float64 [K, K].
+
+    Args:
+        plane: the slice.
+        part: (index, parts), which selects every `parts`-th piece of the slice, from piece `index` on.
+    """
+    if isinstance(plane, AdapterPlane):
+        return plane.gram(part)
+    total = np.zeros((len(plane.store.rows),) * 2)
+    for start, stop, _, chunk in plane.pieces[part[0] :: part[1]]:
+        rows = decompressed(plane.store, start, stop, chunk)
+        total += (rows @ rows.T).double().numpy()
+    return total
