@@ -7,12 +7,14 @@ The layers are the repeated layers of the model (checkpointing.repeated_layers).
 the head, are held, with their gradient. The parameters of a layer that does not run are NaN, so that a model which uses them
 elsewhere has a loss that is not finite, which is an error.
 
-Parameters come from a source: the coordinates, a checkpoint, or the mean of ingredients.
+Parameters come from a source: the coordinates, or a parameter vector, which for a checkpoint or a mixture is on the disk.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +27,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.cache import cache_folder
 from ray_soup.io.check import common_dtype
+from ray_soup.io.disk import writing
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.directions import DirectionStore
@@ -99,6 +103,7 @@ class ByLayer:
         self._nothing = torch.full((), float("nan"), device=device)
         self._held = {span.low: torch.zeros(span.high - span.low, device=device) for span in self._of(HELD)}
         self._source: Source = _zeros
+        self._kept: torch.Tensor | None = None
         self._planes: dict[int, Hyperplane] = {}
         self._sums: np.ndarray | float | None = None
         for span in self.spans:
@@ -126,13 +131,16 @@ class ByLayer:
         self.use(copy)
 
     def use_tensors(self, tensor: Callable[[str, int], torch.Tensor]) -> None:
-        """Take the parameters from `tensor`, which returns one, of any dtype [n], by its name and n."""
+        """Take the parameters from `tensor`, which returns one, of any dtype [n], by its name and n.
 
-        def copy(span: Span, out: torch.Tensor) -> None:
+        Each is asked for once, and kept in a file without a name in the cache folder. Raises DiskError.
+        """
+        if self._kept is None:
+            self._kept = _vector_on_disk(self.spans[-1].high)
+        for span in self.spans:
             for name, _, start, stop in span.tensors:
-                out[start:stop].copy_(tensor(name, stop - start))
-
-        self.use(copy)
+                self._kept[span.low + start : span.low + stop].copy_(tensor(name, stop - start))
+        self.use_vector(self._kept)
 
     def use_mean(self, ingredients: Sequence[Ingredient]) -> None:
         """Take the parameters from the mean of ingredients, in float64, then rounded as `bake` does."""
@@ -144,10 +152,8 @@ class ByLayer:
             return (total / len(ingredients)).to(common_dtype(ingredients, name))
 
         self.use_tensors(mean)
-
-    def use_file(self, checkpoint: Ingredient) -> None:
-        """Take the parameters from a checkpoint that fits the model."""
-        self.use_tensors(lambda name, numel: checkpoint.read(name))
+        for ingredient in ingredients:
+            ingredient.close()
 
     def holds(self, name: str) -> bool:
         """Return whether a parameter is always there."""
@@ -301,6 +307,16 @@ class _Filled:
 
     def __exit__(self, *error: object) -> None:
         self.layers.empty(self.number)
+
+
+def _vector_on_disk(numel: int) -> torch.Tensor:
+    """Return a vector, float32 [N], in a file that ends with this process. Raises DiskError if the disk has no room."""
+    folder = cache_folder()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the map holds it
+        os.posix_fallocate(file.fileno(), 0, 4 * numel)
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(numel,)))
 
 
 def _return_memory() -> None:

@@ -129,7 +129,8 @@ class Replica:
             return
         checkpoint = models.fitting(self.layout, path, self.recipe.ignore)
         models.copy_tensors(checkpoint, self.model, self.layout.buffers)
-        self.layers.use_file(checkpoint)
+        self.layers.use_tensors(lambda name, numel: checkpoint.read(name))
+        checkpoint.close()
 
     def output_layer(self) -> tuple[str, ...]:
         """Find the parameters that double the logits when they are doubled; empty if there are none.

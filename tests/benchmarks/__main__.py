@@ -5,7 +5,7 @@ import json
 import sys
 
 USUAL = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos")
-NAMES = (*USUAL, "large", "fuzz", "disk", "golden", "trajectories")
+NAMES = (*USUAL, "large", "nodes", "fuzz", "disk", "golden", "trajectories")
 
 
 def main() -> None:
