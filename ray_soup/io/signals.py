@@ -49,9 +49,11 @@ def catching_signals() -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for number in caught:
         signal.signal(number, _stop)
+    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         if Stopped.signal is None:  # otherwise the process is about to end, and the thread waits for that
             signal.set_wakeup_fd(wakeup)
             for number in caught:
@@ -110,6 +112,15 @@ def last_words(record: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _last_words.remove(record)
+
+
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose Stopped was raised where Python drops errors, as in a destructor or while it forks."""
+    if isinstance(unraisable.exc_value, Stopped) and Stopped.signal is not None:
+        Stopped.handled = False
+        threading.Timer(SAME_S / 4, os.kill, (os.getpid(), Stopped.signal)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -138,8 +139,6 @@ def good(answer: Answer) -> bool:
 
 def prepare(work: Path, names: list[str]) -> None:
     """Build the undamaged folder of each kind."""
-    torch.set_num_threads(1)
-    os.environ["RAY_SOUP_CACHE"] = str(work / "cache")
     for name in names:
         (work / name / "base").mkdir(parents=True)
         code, *_ = in_child(lambda name=name: KINDS[name].build(work / name / "base"), work / name / "log")
@@ -153,7 +152,10 @@ def run(count: int, names: list[str], seed: int = 0, jobs: int = 2) -> list[Answ
     import ray_soup.mixing.kernels
     import ray_soup.soups.run  # noqa: F401 - the children share what is imported here
 
-    work = Path(tempfile.mkdtemp(prefix="ray_soup_fuzz"))
+    work, threads = Path(tempfile.mkdtemp(prefix="ray_soup_fuzz")), torch.get_num_threads()
+    cache = patch.dict(os.environ, {"RAY_SOUP_CACHE": str(work / "cache")})  # the children inherit it
+    cache.start()
+    torch.set_num_threads(1)
     try:
         prepare(work, names)
         each = -(-count // len(names))
@@ -168,6 +170,8 @@ def run(count: int, names: list[str], seed: int = 0, jobs: int = 2) -> list[Answ
                 pool.map(attempt, [n for n, _ in chosen], [str(work / n) for n, _ in chosen], [i for _, i in chosen])
             )
     finally:
+        torch.set_num_threads(threads)
+        cache.stop()
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -260,9 +260,24 @@ def test_the_files_of_a_model_are_written_from_both_hosts(hosts: Hosts, zoo: Pat
         assert [file.read_bytes() for file in found] == [file.read_bytes() for file in expected]
         digests = [json.loads((folder / "run.json").read_text())["ingredients"] for folder in (out, alone)]
         assert digests[0] == digests[1]
-    for host in (0, 1):
-        logs = (hosts.folder / str(host)).glob("session_2*/logs/worker-*.out")
-        assert any(":actor_name:Baker" in log.read_text() for log in logs)
+    code = f"""
+from ray_soup.actors.on_ray import BakingPool
+from ray_soup.actors.ray_session import connect
+from ray_soup.io.progress import no_progress
+from ray_soup.recipe import load_recipe
+from ray_soup.soups.session import open_inputs
+
+recipe = load_recipe({str(tmp_path / "uniform.yaml")!r})
+with connect():
+    pool = BakingPool(recipe, open_inputs(recipe).ingredients)
+    pool.setup(no_progress)
+    print("bakers on", *sorted(pool._nodes.values()))
+    pool.close()
+"""
+    process = hosts.start(0, [sys.executable, "-c", code], "bakers.log", RAY_ADDRESS=hosts.address)
+    log = hosts.folder / "bakers.log"
+    assert process.wait(120) == 0, log.read_text()
+    assert "bakers on host0 host1" in log.read_text()
 
 
 def test_a_link_cut_for_ten_seconds_changes_no_bit(hosts: Hosts, zoo: Path, tmp_path: Path, on_one_host: np.ndarray) -> None:

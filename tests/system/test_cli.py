@@ -181,7 +181,7 @@ def test_a_full_disk_while_baking_fails_and_a_rerun_resumes(own: Path, monkeypat
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs more permissions")
 
-    def bake_on_a_full_disk(*arguments: Any, **options: Any) -> None:
+    def bake_on_a_full_disk(*arguments: Any, **options: Any) -> Any:
         with open(small / "ballast", "wb", buffering=0) as file:
             written = 4096
             while written == 4096:
@@ -189,12 +189,12 @@ def test_a_full_disk_while_baking_fails_and_a_rerun_resumes(own: Path, monkeypat
                     written = file.write(b"x" * 4096)
                 except OSError:
                     break
-        bake(*arguments, **options)
+        return bake(*arguments, **options)
 
     try:
         recipe = write_recipe(own, values(own, learn__epochs=1))
         with monkeypatch.context() as patch:
-            patch.setattr("ray_soup.soups.write.bake", bake_on_a_full_disk)
+            patch.setattr("ray_soup.soups.baking.bake", bake_on_a_full_disk)
             result = call("learn", recipe, small / "out")
         assert "model.safetensors could not be written (No space left on device)" in result.stderr
         assert result.exit_code == 1

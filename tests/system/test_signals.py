@@ -135,6 +135,34 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+IN_A_DESTRUCTOR = """
+import os, signal, time
+from ray_soup.errors import Stopped
+from ray_soup.io.signals import catching_signals
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+with catching_signals():
+    Last()
+    print("went on", flush=True)
+    try:
+        time.sleep(20)
+    except Stopped:
+        print("stopped", flush=True)
+        os._exit(0)
+"""
+
+
+def test_a_signal_where_python_drops_errors_is_not_lost() -> None:
+    """As in a destructor, or in what is called when a process forks."""
+    done = subprocess.run([sys.executable, "-c", IN_A_DESTRUCTOR], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\nstopped\n", "")
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminal closed"), (signal.SIGINT, 130, "interrupted")],
