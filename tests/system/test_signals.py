@@ -148,7 +148,7 @@ class Last:
 
 with catching_signals():
     Last()
-    print("went on", flush=True)
+    print("continues", flush=True)
     try:
         time.sleep(20)
     except Stopped:
@@ -160,7 +160,7 @@ with catching_signals():
 def test_a_signal_where_python_drops_errors_is_not_lost() -> None:
     """As in a destructor, or in what is called when a process forks."""
     done = subprocess.run([sys.executable, "-c", IN_A_DESTRUCTOR], capture_output=True, text=True, cwd=ROOT, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\nstopped\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "continues\nstopped\n", "")
 
 
 @pytest.mark.parametrize(

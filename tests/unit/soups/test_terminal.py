@@ -196,7 +196,7 @@ def hostile_soup() -> Soup:
 
 
 def show_a_bar() -> None:
-    with ProgressBar() as bar:  # otherwise its thread would go on drawing
+    with ProgressBar() as bar:  # otherwise its thread continues to draw
         bar(HOSTILE, 1, 2)
 
 
