@@ -70,7 +70,7 @@ class ByLayer:
     """
 
     def __init__(self, model: torch.nn.Module, layout: Layout, device: torch.device, threads: int, spec: str) -> None:
-        """Replace the parameters of the layers by NaN, and the model's way to span its layers.
+        """Replace the parameters of the layers by NaN, and the model's way to run its layers.
 
         Args:
             model: the model, on `device`.
@@ -99,7 +99,7 @@ class ByLayer:
         for module in model.modules():
             for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 self._places.setdefault(id(parameter), []).append((module, key))
-        self._pool = ThreadPoolExecutor(threads)
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads)
         self._nothing = torch.full((), float("nan"), device=device)
         self._held = {span.low: torch.zeros(span.high - span.low, device=device) for span in self._of(HELD)}
         self._source: Source = _zeros
@@ -169,7 +169,8 @@ class ByLayer:
         """
         self._center = center
         self._planes = {
-            span.low: Hyperplane(store, parts, span.low, span.high, self.device, pool=self._pool) for span in self.spans
+            span.low: Hyperplane(store, parts, span.low, span.high, self.device, self._threads, self._pool)
+            for span in self.spans
         }
         variant = dict(zip(store.layout.names, store.variant.tolist(), strict=True))
         for span in self.spans:

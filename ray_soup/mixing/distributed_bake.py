@@ -14,7 +14,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from io import BytesIO
 from pathlib import Path
 from struct import pack
@@ -22,16 +22,15 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 
-from ray_soup.errors import SoupError
 from ray_soup.io.disk import reading_threads
 from ray_soup.io.distributed import METADATA
 from ray_soup.io.distributed_files import STORAGES
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX
 from ray_soup.io.ingredient import Ingredient, check_unchanged
 from ray_soup.io.progress import CountCallback, no_count
-from ray_soup.mixing.bake import RANGE, mix_range, soup_buffer, written_dtype
+from ray_soup.mixing.bake import RANGE, check_copies, mix_range, soup_buffer, written_dtype
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.mixing.shard_files import Dtypes, Shapes, in_shards
+from ray_soup.mixing.shard_files import Dtypes, Shapes, in_shards, undone_on_error
 
 ALIGNMENT = 64  # bytes; where values begin in a file, so that they can be memory-mapped
 VERSION = b"3\n"  # of the format of torch.save
@@ -77,8 +76,7 @@ def bake_distributed(
     dtypes = {name: written_dtype(ingredients, name, out_dtype) for name in shapes}
     files = {f"__0_{n}{DISTRIBUTED_SUFFIX}": names for n, names in enumerate(in_shards(shapes, dtypes, shard_size))}
     places: dict[str, _Place] = {}
-    for ingredient in ingredients:
-        ingredient.check_copies()
+    check_copies(ingredients)
     with _new_files(folder, [*files, METADATA], sum(math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes)):
         try:
             with _Mixer(coefficients, ingredients, dtypes, threads, progress) as mixer:
@@ -98,8 +96,7 @@ def bake_distributed(
     return folder / METADATA
 
 
-@contextmanager
-def _new_files(folder: Path, names: Sequence[str], nbytes: int) -> Iterator[None]:
+def _new_files(folder: Path, names: Sequence[str], nbytes: int) -> AbstractContextManager[None]:
     """Remove old files of these names; remove the new ones if writing fails. Raises SoupError instead of OSError."""
 
     def remove() -> None:
@@ -108,16 +105,7 @@ def _new_files(folder: Path, names: Sequence[str], nbytes: int) -> Iterator[None
                 (folder / name).unlink(missing_ok=True)  # it may be a link
 
     remove()
-    try:
-        yield
-    except BaseException as error:
-        remove()
-        if isinstance(error, OSError):
-            raise SoupError(
-                f"{folder / names[0]} could not be written ({error.strerror or error}); the model takes {nbytes:,} bytes. "
-                "Free some space and rerun the same command."
-            ) from error
-        raise
+    return undone_on_error(remove, folder / names[0], f"the model takes {nbytes:,} bytes")
 
 
 class _Mixer:

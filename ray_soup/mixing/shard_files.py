@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -82,25 +82,30 @@ class ShardFiles:
         write_bytes(index, text.encode())
         return index
 
-    @contextmanager
-    def removed_on_error(self) -> Iterator[None]:
+    def removed_on_error(self) -> AbstractContextManager[None]:
         """Delete the files if this context ends with an error. An OSError becomes a SoupError that names the model."""
-        try:
-            yield
-        except BaseException as error:
-            self.remove()
-            if isinstance(error, OSError):
-                raise SoupError(
-                    f"{self.path} could not be written ({error.strerror or error}); it takes {self.nbytes:,} bytes. Free "
-                    "some space and rerun the same command."
-                ) from error
-            raise
+        return undone_on_error(self.remove, self.path, f"it takes {self.nbytes:,} bytes")
 
     def remove(self) -> None:
         """Delete the files, complete or not, and the index."""
         for path in (*self.files, self.path.with_name(f"{self.path.name}.index.json")):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def undone_on_error(undo: Callable[[], None], path: Path, takes: str) -> Iterator[None]:
+    """Call `undo` if this context ends with an error. An OSError becomes a SoupError that says what `path` takes."""
+    try:
+        yield
+    except BaseException as error:
+        undo()
+        if isinstance(error, OSError):
+            raise SoupError(
+                f"{path} could not be written ({error.strerror or error}); {takes}. Free some space and rerun the same "
+                "command."
+            ) from error
+        raise
 
 
 def plan_files(shapes: Shapes, dtypes: Dtypes, path: Path, shard_size: int | None, tied: Mapping[str, str]) -> ShardFiles:

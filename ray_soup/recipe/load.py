@@ -31,6 +31,13 @@ _SINCE_0_2: dict[str, Any] = {
     "out_format": "safetensors",
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
+_OFF_BY_DEFAULT = (
+    ("adapter", "merge"),
+    ("learn", "gradient_checkpointing"),
+    ("learn", "smoothness"),
+    ("actors", "by_layer"),
+)
+"""Keys within sections that a dump leaves out unless they are set, for the same reason."""
 _is_text = takes_text_only(Recipe)
 
 
@@ -74,14 +81,9 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML text; loading the text gives an equal recipe."""
     values = recipe.model_dump(mode="json")
     values = {key: value for key, value in values.items() if key not in _SINCE_0_2 or value != _SINCE_0_2[key]}
-    if "adapter" in values and not recipe.adapter.merge:
-        del values["adapter"]["merge"]
-    if not recipe.learn.gradient_checkpointing:
-        del values["learn"]["gradient_checkpointing"]  # as version 0.1, which did not have it
-    if not recipe.actors.by_layer:
-        del values["actors"]["by_layer"]
-    if not recipe.learn.smoothness:
-        del values["learn"]["smoothness"]  # nor this one
+    for section, key in _OFF_BY_DEFAULT:
+        if section in values and not values[section][key]:
+            del values[section][key]
     if isinstance(recipe.preprocess, Preprocessing):
         values["preprocess"] = recipe.preprocess.values()
     if recipe.search.metric == "auto" and recipe.select_by in UNSAID:

@@ -11,7 +11,7 @@ from ray_soup.actors.on_ray import BakingPool
 from ray_soup.actors.pool import ActorPool
 from ray_soup.actors.ray_session import connect, has_cluster
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.io.progress import ProgressCallback
+from ray_soup.io.progress import CountCallback, ProgressCallback
 from ray_soup.mixing.bake import bake, check_copies, plan_baking, read_bytes
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe
@@ -45,7 +45,7 @@ def bake_whole(
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
     path: Path,
-    progress: ProgressCallback,
+    progress: CountCallback,
     shard_size: int | None,
     pool: tuple[ActorPool, tuple[int, ...]] | None,
 ) -> Path:
@@ -56,22 +56,18 @@ def bake_whole(
         coefficients: the coefficients of the soup.
         ingredients: the ingredients that they refer to.
         path: the file to write.
-        progress: called with "mixing" and bytes.
+        progress: called with the bytes read so far and in total.
         shard_size: maximum bytes of tensors per file; None: one file.
         pool: actors that see the folder of `path`, and the numbers of the ingredients among those that they have; None: this
             process writes the model.
     """
     files = plan_baking(coefficients, ingredients, path, recipe.out_dtype, shard_size)
     if pool is None or pool[0].nodes < 2 or len(files.files) < 2:
-
-        def count(done: int, total: int) -> None:
-            progress("mixing", done, total)
-
-        return bake(coefficients, ingredients, path, None, count, recipe.out_dtype, shard_size)
+        return bake(coefficients, ingredients, path, None, progress, recipe.out_dtype, shard_size)
     check_copies(ingredients)
     total = read_bytes(coefficients, ingredients, files)
     actors, subset = pool
     model = ModelFiles(subset, coefficients, str(path), recipe.out_dtype, shard_size)
     with files.removed_on_error():
-        actors.bake(model, files, lambda done: progress("mixing", min(done, total), total))
+        actors.bake(model, files, lambda done: progress(min(done, total), total))
         return files.write_index()

@@ -125,7 +125,7 @@ def bake_any(
         settings = (recipe.out_dtype, shard_size)
         return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
     if group is None:
-        return bake_whole(recipe, coefficients, list(ingredients), path, progress, shard_size, pool), []
+        return bake_whole(recipe, coefficients, list(ingredients), path, count, shard_size, pool), []
     if recipe.adapter.merge:
         return _bake_merged(recipe, coefficients, ingredients, group, path, count, shard_size)
     form = Form(recipe.out_dtype, recipe.adapter.rank)
