@@ -146,13 +146,19 @@ def stacked(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([inputs["input_ids"], torch.ones_like(inputs["input_ids"])], dim=1)
 
 
+def made_for(name: str, folder: Path) -> tuple[str, list[AdapterIngredient]]:
+    """Make base and adapters of a kind, as `made` does; the base of a new head is a pretrained model without one."""
+    spec, adapters = made(KINDS[name], folder)
+    if name == "a new head":
+        file = folder / "base" / "model.safetensors"
+        save_file({n: t for n, t in load_file(file).items() if "classifier" not in n}, file)
+    return spec, adapters
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_peft_loads_the_soup_that_the_base_with_all_changes_is(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
-    spec, adapters = made(kind, tmp_path)
-    if name == "a new head":  # the base is a pretrained model without one
-        tensors = load_file(tmp_path / "base" / "model.safetensors")
-        save_file({n: t for n, t in tensors.items() if "classifier" not in n}, tmp_path / "base" / "model.safetensors")
+    spec, adapters = made_for(name, tmp_path)
     ingredients, layout, _ = lift(spec, adapters)
     group = group_of(ingredients)
     coefficients = random_coefficients(layout, tuple(i.name for i in ingredients))

@@ -24,7 +24,16 @@ from ray_soup.task.adapters import lift
 from ray_soup.task.merged_models import check_merged, merged_soup
 from ray_soup.task.models import build
 from ray_soup.task.peft_models import with_adapters
-from tests.unit.mixing.test_adapter_bake import KINDS, TEXT, Kind, expected_logits, made, random_coefficients, stacked
+from tests.unit.mixing.test_adapter_bake import (
+    KINDS,
+    TEXT,
+    Kind,
+    expected_logits,
+    made,
+    made_for,
+    random_coefficients,
+    stacked,
+)
 from tests.unit.task.language_models import llama
 
 peft = pytest.importorskip("peft")
@@ -56,10 +65,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("name", KINDS)
 def test_transformers_loads_what_peft_merges(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
-    spec, adapters = made(kind, tmp_path)
-    if name == "a new head":  # the base is a pretrained model without one
-        tensors = load_file(tmp_path / "base" / "model.safetensors")
-        save_file({n: t for n, t in tensors.items() if "classifier" not in n}, tmp_path / "base" / "model.safetensors")
+    spec, adapters = made_for(name, tmp_path)
     ingredients, layout, _ = lift(spec, adapters)
     group = group_of(ingredients)
     coefficients = random_coefficients(layout, tuple(i.name for i in ingredients))
