@@ -185,6 +185,8 @@ def test_a_file_of_another_run_is_refused_by_name(
     paths = [str(zoo / "zoo" / f"model_{k}.safetensors") for k in range(3, 6)]
     run(make_recipe({"method": "uniform", "model": tiny.SPEC, "ingredients": paths}), tmp_path / "other")
     for name in FILES:
+        if (tmp_path / "other" / name).read_bytes() == (whole / name).read_bytes():
+            continue  # two runs that took equally long write the same results.jsonl
         shutil.copyfile(tmp_path / "other" / name, out / name)
         if name == "run.json":
             with pytest.raises(SoupError, match="was changed: its SHA-256 is"):
