@@ -12,6 +12,7 @@ Shapes: K ingredients, N parameters, T parameter tensors, B blocks, P pieces.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,14 +105,21 @@ class DirectionStore:
         whole = [t for t, block in enumerate(parts.block) if block >= 0 and t not in parts.cuts]
         squares[:, parts.block[whole]] = self.squares[:, whole]
         pieces = self.pieces(parts, 0, self.layout.numel)
-        add_squares(self.rows, self.scales, pieces[np.isin(pieces[:, 2], parts.block[whole], invert=True)], squares)
+        first = np.searchsorted(pieces[:, 0], self.layout.offsets)
         for t in parts.cuts:
+            add_squares(self.rows, self.scales, pieces[first[t] : first[t + 1]], squares)
+            self.release()
             offset = self.layout.offsets[t]
             for start, stop, block in parts.groups(t, int(self.layout.sizes[t])):
                 center = self.center[offset + start : offset + stop].astype(np.float64)
                 if (squares[:, block] <= ROUNDING**2 * (center @ center)).all():
                     squares[:, block] = 0
         return squares
+
+    def release(self) -> None:
+        """Release the memory pages of directions read so far; they stay in the system's page cache."""
+        if isinstance(self.rows, np.memmap):
+            self.rows._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy offers no other way
 
     def pieces(self, partition: Partition, low: int, high: int) -> NDArray[np.int64]:
         """List the pieces of parameters low to high that have directions, each within one block and one chunk.

@@ -305,7 +305,7 @@ KEYS: list[tuple[str, Any, str]] = [
     (
         "blocks",
         {"tensor": 0},
-        "found {tensor: 0}. Expected the number of groups that the rows of a tensor form, 1 to 65,536",
+        "found {'tensor': 0}. Expected the number of groups that the rows of a tensor form, 1 to 65,536",
     ),
     ("blocks", {"tensor": True}, "Expected the number of groups"),
     ("blocks", {"tensor": 65_537}, "as in {tensor: 4}"),
