@@ -140,7 +140,6 @@ class Coefficients:
     """Tensors of the last layer, which `factor` is multiplied into; empty if the model has no such layer."""
     statistics: Statistics = field(default_factory=dict)
     """Re-estimated running statistics, by buffer name; without the data, they cannot be computed from the ingredients."""
-
     cuts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The elements at which the groups of rows of a tensor begin, after the first; their blocks follow one another."""
 
