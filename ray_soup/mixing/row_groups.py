@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _heads_of(modules: Mapping[str, torch.nn.Module], path: str) -> tuple[int, i
     """
     while True:
         module = modules[path]
-        for owner in (module, getattr(module, "config", None)):
+        for owner in (module, _config_of(module)):
             heads, size, width = (_number(owner, names) for names in (_HEADS, _SIZES, _WIDTHS))
             if not size and heads and width % heads == 0:
                 size = width // heads
@@ -131,7 +132,17 @@ def _heads_of(modules: Mapping[str, torch.nn.Module], path: str) -> tuple[int, i
         path = path.rpartition(".")[0]
 
 
+def _config_of(module: torch.nn.Module) -> Any:
+    with suppress(Exception):
+        return getattr(module, "config", None)
+    return None
+
+
 def _number(owner: Any, names: Sequence[str]) -> int:
     """Return the first of these attributes that is a positive integer, otherwise 0."""
-    found = (getattr(owner, name, None) for name in names)
-    return next((value for value in found if type(value) is int and value > 0), 0)
+    for name in names:
+        with suppress(Exception):  # a property of a model may do anything
+            value = getattr(owner, name, None)
+            if type(value) is int and value > 0:
+                return value
+    return 0

@@ -181,6 +181,7 @@ class Heads(nn.Module):
         ("query", (24, 24), {}, 24),
         ("out_proj", (24, 24), {"num_heads": 6, "head_dim": 4}, 1),
         ("Wqkv", (72, 24), {"num_heads": True}, 24),
+        ("Wqkv", (72, 24), {"num_heads": 7, "head_dim": 5}, 24),
     ],
 )
 def test_rows_of_a_head_stay_together(name: str, shape: tuple[int, int], told: dict[str, int], unit: int) -> None:
@@ -188,6 +189,17 @@ def test_rows_of_a_head_stay_together(name: str, shape: tuple[int, int], told: d
     assert layout.together.get(f"attn.{name}.weight", 1) == unit
     cuts = next(row_cuts(layout.names, layout.shapes, layout.together, 1000))
     assert cuts == tuple(range(unit, shape[0], unit))
+
+
+def test_a_model_whose_attributes_raise_has_a_layout() -> None:
+    class Odd(nn.Linear):
+        @property
+        def num_heads(self) -> int:
+            raise RuntimeError("not built yet")
+
+        config = num_heads
+
+    assert layout_of(nn.ModuleDict({"query": Odd(4, 6)})).together == {"query.weight": 6}
 
 
 @pytest.mark.slow
