@@ -31,6 +31,7 @@ from ray_soup.actors.messages import Mesh, StoreInfo  # noqa: E402
 from ray_soup.errors import SoupError  # noqa: E402
 from ray_soup.io import storage  # noqa: E402
 from ray_soup.io.progress import no_progress  # noqa: E402
+from ray_soup.mixing.blocks import Blocks  # noqa: E402
 from ray_soup.recipe import Recipe, make_recipe  # noqa: E402
 from ray_soup.soups.run import run  # noqa: E402
 from ray_soup.soups.session import open_inputs  # noqa: E402
@@ -183,7 +184,7 @@ class InProcess(InProcessPool):
         super().__init__(recipe, self.inputs.ingredients, Mesh(size, 1), 1)
         self.setup_info = self.setup(no_progress)
 
-    def open_all(self, blocks: str | int) -> StoreInfo:
+    def open_all(self, blocks: Blocks) -> StoreInfo:
         """Open the directions of all ingredients."""
         return self.open_store(self.inputs.everything, blocks, no_progress)
 

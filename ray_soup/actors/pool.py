@@ -15,6 +15,7 @@ import numpy as np
 from ray_soup.actors.messages import Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo
 from ray_soup.actors.recovery import RecoveringMesh
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.blocks import Blocks
 from ray_soup.mixing.running_statistics import Statistics, averaged
 from ray_soup.mixing.shard_files import ShardFiles
 from ray_soup.task.data import Split
@@ -66,7 +67,7 @@ class ActorPool(StepPool, Protocol):
         """Start all actors and wait until they are set up. They must see the files `seen`."""
         ...
 
-    def open_store(self, subset: tuple[int, ...], blocks: str | int, progress: ProgressCallback) -> StoreInfo:
+    def open_store(self, subset: tuple[int, ...], blocks: Blocks, progress: ProgressCallback) -> StoreInfo:
         """Open the directions of the ingredients `subset` around their mean, for blocks of this kind."""
         ...
 
@@ -152,7 +153,7 @@ class MeshPool(RecoveringMesh):
         self._seen = seen
         return self._start_all(progress)
 
-    def open_store(self, subset: tuple[int, ...], blocks: str | int, progress: ProgressCallback) -> StoreInfo:
+    def open_store(self, subset: tuple[int, ...], blocks: Blocks, progress: ProgressCallback) -> StoreInfo:
         """Open the directions of the ingredients `subset` around their mean, for blocks of this kind."""
         self._opened, self._begun, self._used = None, None, {}
         call = (subset, blocks)

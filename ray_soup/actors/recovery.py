@@ -17,6 +17,7 @@ import numpy as np
 from ray_soup.actors.messages import Mesh, SetupInfo
 from ray_soup.errors import SoupError
 from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.mixing.blocks import Blocks
 from ray_soup.mixing.running_statistics import Statistics
 
 ATTEMPTS = 5  # at one call, before a run that keeps losing its actors gives up
@@ -52,7 +53,7 @@ class RecoveringMesh(ABC):
         self.mesh = mesh
         self.handles: list[Any] = [None] * mesh.size
         self._seen: tuple[str, ...] = ()
-        self._opened: tuple[tuple[int, ...], str | int] | None = None
+        self._opened: tuple[tuple[int, ...], Blocks] | None = None
         self._begun: tuple[np.ndarray, np.ndarray, str] | None = None
         self._used: Statistics = {}
         self._lost: set[int] = set()  # replicas that must be re-created before the next call

@@ -30,7 +30,7 @@ from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import files_of
 from ray_soup.io.progress import labelled
 from ray_soup.mixing import stores
-from ray_soup.mixing.blocks import partition
+from ray_soup.mixing.blocks import Blocks, partition
 from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
@@ -106,7 +106,7 @@ class Shard:
 
     # Directions
 
-    def open_store(self, subset: tuple[int, ...], blocks: str | int) -> Stream[StoreInfo]:
+    def open_store(self, subset: tuple[int, ...], blocks: Blocks) -> Stream[StoreInfo]:
         """Open the direction store of the ingredients `subset` for blocks of this kind; build the store if it is missing.
 
         Raises IngredientError if an ingredient cannot be used.

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_soup.errors import IngredientError
+from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.cache import cached, content_key, lookup
 from ray_soup.io.disk import write_at
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import Ingredient, check_unchanged
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient, group_of
-from ray_soup.mixing.blocks import Layout
+from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.store_format import CENTER_FILE, StoreRecord
 
@@ -62,6 +62,20 @@ class AdapterStore(DirectionStore):
         """Bytes of the values and differences, divided by the number of adapters, rounded up."""
         held = sum(int(self.layout.sizes[t]) for t in self.columns) + len(self.differences)
         return -(-4 * held // self.count)
+
+    def blocks(self, partition: Partition) -> tuple[Partition, NDArray[np.float64]]:
+        """Remove the invariant blocks, as for whole models. Raises RecipeError if a tensor is cut into groups of rows."""
+        check_not_cut(partition)
+        return super().blocks(partition)
+
+
+def check_not_cut(partition: Partition) -> None:
+    """Check that no tensor of adapters is cut into groups of rows. Raises RecipeError."""
+    if partition.cuts:
+        raise RecipeError(
+            "blocks: the rows of tensors have groups, but the ingredients are LoRA adapters, whose factors are mixed whole. "
+            "Set blocks: tensor."
+        )
 
 
 @dataclass(frozen=True)

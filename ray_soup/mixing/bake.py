@@ -72,6 +72,20 @@ def mix_range(
     return soup
 
 
+def soup_range(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], name: str, start: int, stop: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Compute elements start to stop of a parameter tensor of the soup: dtype [stop - start].
+
+    Every group of rows is mixed by its own coefficients. Raises IngredientError as `mix_range` does.
+    """
+    parts = [
+        mix_range(ingredients, name, factors, first, end, dtype)
+        for first, end, factors in coefficients.parts(name, start, stop)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def soup_buffer(coefficients: Coefficients, used: Sequence[Ingredient], name: str) -> torch.Tensor:
     """Return the soup's buffer `name`, flattened to one dimension.
 
@@ -195,7 +209,7 @@ def _write_parameters(
     def work(task: tuple[str, int, int]) -> int:
         name, start, stop = task
         dtype = files.dtypes[name]
-        writer.write(name, start, mix_range(ingredients, name, coefficients.of(name), start, stop, dtype))
+        writer.write(name, start, soup_range(coefficients, ingredients, name, start, stop, dtype))
         return sum((stop - start) * i.tensors[name].dtype.itemsize for i in ingredients)
 
     with ThreadPoolExecutor(threads or reading_threads(8 * RANGE * len(ingredients))) as pool:

@@ -1,16 +1,18 @@
 """Layout of the parameter vector, and its partition into blocks.
 
 The parameter vector holds all float parameters of a model, flattened in the model's own order, tied parameters once. A block
-is a contiguous run of parameter tensors that share one coefficient per ingredient.
+is a contiguous run of parameter tensors, or a group of neighbouring rows of one tensor, that share one coefficient per
+ingredient.
 
 Shapes: N parameters, T parameter tensors, B blocks, K ingredients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,8 +20,12 @@ from numpy.typing import NDArray
 
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.file_names import FileNames, file_names
+from ray_soup.mixing.row_groups import groups_of, row_cuts, rows_together
 from ray_soup.mixing.running_statistics import buffers_of, tracking_layers
 from ray_soup.mixing.spectral import SpectralNorm, spectral_norms
+
+Blocks = str | int | Mapping[Literal["tensor"], int]
+"""What shares a coefficient, as in a recipe: tensor, layer, model, a minimum size, or {tensor: R} for R groups of rows."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Layout:
     """The class of the module that owns each buffer, by the buffer's name."""
     in_files: FileNames = field(default_factory=FileNames)
     """Names that occur in checkpoints only."""
+    together: dict[str, int] = field(default_factory=dict)
+    """How many neighbouring rows of a parameter tensor stay in one block, by name, where it is not 1."""
 
     @property
     def known_names(self) -> dict[str, str]:
@@ -119,7 +127,7 @@ def layout_of(model: torch.nn.Module) -> Layout:
     }
     return Layout(
         tuple(names), tuple(shapes), buffers, {**names_in_files, **tied}, tuple(tracking_layers(model)),
-        spectral_norms(model), owners, file_names(model),
+        spectral_norms(model), owners, file_names(model), rows_together(model),
     )  # fmt: skip
 
 
@@ -149,26 +157,34 @@ class Partition:
     names: tuple[str, ...]
     """Name of each of the B blocks."""
     block: NDArray[np.int64]
-    """Block of each parameter tensor, int64 [T]; -1 for a tensor without coefficients."""
+    """Block of each parameter tensor, int64 [T]; -1 for a tensor without coefficients. Of a tensor that is cut into groups
+    of rows, the block of the first group; those of the others follow."""
+    cuts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The elements at which the other groups of such a tensor begin, by the number of the tensor."""
 
     @property
     def count(self) -> int:
         """B, the number of blocks."""
         return len(self.names)
 
+    def groups(self, tensor: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, stop, block) of each group of a tensor of `size` elements; a whole tensor is one group."""
+        return groups_of(int(self.block[tensor]), self.cuts.get(tensor, ()), size)
+
     def sum_tensors(self, per_tensor: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum over the tensors of each block: float64 [K, T] to float64 [K, B]."""
+        """Sum over the tensors of each block, none of which is cut: float64 [K, T] to float64 [K, B]."""
         starts = np.flatnonzero(np.diff(self.block, prepend=-1))
         return np.add.reduceat(per_tensor, starts, axis=1)
 
 
-def partition(layout: Layout, blocks: str | int) -> Partition:
+def partition(layout: Layout, blocks: Blocks) -> Partition:
     """Cut a layout into blocks.
 
     Args:
         layout: the layout of the model.
         blocks: `tensor`, `layer` or `model`; or a minimum block size in parameters: consecutive tensors are grouped until
-            they reach this size, and a smaller remainder at the end joins the block before it.
+            they reach this size, and a smaller remainder at the end joins the block before it; or {tensor: R}, each
+            tensor in R groups of rows, as row_groups says.
 
     Raises RecipeError if `blocks` is none of these.
     """
@@ -176,6 +192,8 @@ def partition(layout: Layout, blocks: str | int) -> Partition:
         return Partition(("model",), np.zeros(len(layout.names), dtype=np.int64))
     if blocks == "tensor":
         return Partition(layout.names, np.arange(len(layout.names)))
+    if isinstance(blocks, Mapping) and blocks.keys() == {"tensor"} and blocks["tensor"] > 0:
+        return _in_rows(layout, blocks["tensor"])
     if blocks == "layer":
         starts, labels = _layers(layout)
     elif isinstance(blocks, int) and blocks > 0:
@@ -183,12 +201,28 @@ def partition(layout: Layout, blocks: str | int) -> Partition:
         labels = [f"{layout.names[i]}..." for i in starts]
     else:
         raise RecipeError(
-            f"blocks: found {blocks!r}; expected tensor, layer, model, or a minimum block size of 1 or more. "
-            "Fix `blocks:` in the recipe."
+            f"blocks: found {blocks!r}; expected tensor, layer, model, a minimum block size of 1 or more, or "
+            "{tensor: R} for R groups of rows. Fix `blocks:` in the recipe."
         )
     block = np.zeros(len(layout.names), dtype=np.int64)
     block[starts[1:]] = 1
     return Partition(tuple(labels), np.cumsum(block))
+
+
+def _in_rows(layout: Layout, groups: int) -> Partition:
+    """Cut each tensor into groups of rows, and name them by their rows, as in `head.weight[0:96]`."""
+    names: list[str] = []
+    first: list[int] = []
+    cuts: dict[int, tuple[int, ...]] = {}
+    for t, rows in enumerate(row_cuts(layout.names, layout.shapes, layout.together, groups)):
+        name, shape = layout.names[t], layout.shapes[t]
+        first.append(len(names))
+        if not rows or not layout.sizes[t]:
+            names.append(name)
+            continue
+        cuts[t] = tuple(row * (int(layout.sizes[t]) // shape[0]) for row in rows)
+        names += [f"{name}[{start}:{stop}]" for start, stop in zip((0, *rows), (*rows, shape[0]), strict=True)]
+    return Partition(tuple(names), np.array(first, dtype=np.int64), cuts)
 
 
 def _layers(layout: Layout) -> tuple[list[int], list[str]]:

@@ -11,9 +11,10 @@ Shapes: K ingredients, m ingredients of the model batch, B blocks.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -27,12 +28,15 @@ from safetensors.torch import save
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import json_value, write_bytes
+from ray_soup.mixing.row_groups import groups_of
 from ray_soup.mixing.running_statistics import Statistics
 
 SUM_TOLERANCE = 1e-12
 """How far the sum of a column of coefficients may be from 1."""
 MEAN = -1  # block of a tensor that is the plain mean of all ingredients
 FORMAT = "ray_soup.coefficients/1"
+ROWS_FORMAT = "ray_soup.coefficients/2"
+"""The format of a file with groups of rows, which readers of the first format refuse."""
 STATISTICS = "statistics/"
 
 
@@ -125,7 +129,7 @@ class Coefficients:
     blocks: tuple[str, ...]
     """Names of the B blocks."""
     block_of: dict[str, int]
-    """Block of each parameter tensor, or MEAN."""
+    """Block of each parameter tensor, or MEAN; of a tensor in `cuts`, the block of its first group of rows."""
     buffers: str = "average"
     """How buffers are mixed: the `policy` of mixing.buffers."""
     tied: dict[str, str] | None = None
@@ -136,10 +140,42 @@ class Coefficients:
     """Tensors of the last layer, which `factor` is multiplied into; empty if the model has no such layer."""
     statistics: Statistics = field(default_factory=dict)
     """Re-estimated running statistics, by buffer name; without the data, they cannot be computed from the ingredients."""
+    cuts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The elements at which the groups of rows of a tensor begin, after the first; their blocks follow one another."""
 
     def of(self, tensor: str) -> NDArray[np.float64]:
-        """Return the coefficients of a parameter tensor, float64 [K], times the factor if the tensor is in `factored`."""
-        block, count = self.block_of[tensor], len(self.values)
+        """Return the coefficients of a parameter tensor, float64 [K], times the factor if the tensor is in `factored`.
+
+        Raises ValueError if groups of its rows have coefficients of their own.
+        """
+        if tensor in self.cuts:
+            raise ValueError(f"{tensor} has coefficients for each of {len(self.cuts[tensor]) + 1} groups of rows")
+        return self._column(tensor, self.block_of[tensor])
+
+    def parts(self, tensor: str, start: int, stop: int) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
+        """Yield (first, end, coefficients float64 [K]) of the runs of elements start to stop that share coefficients."""
+        if tensor not in self.cuts:
+            yield start, stop, self.of(tensor)
+            return
+        for low, high, block in groups_of(self.block_of[tensor], self.cuts[tensor], max(stop, self.cuts[tensor][-1])):
+            first, end = max(low, start), min(high, stop)
+            if first < end:
+                yield first, end, self._column(tensor, block)
+
+    def at(self, tensor: str, elements: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the coefficients of some elements of a parameter tensor, float64 [K, n], or [K, 1] if all have the same."""
+        if tensor not in self.cuts:
+            return self.of(tensor)[:, None]
+        columns = [self._column(tensor, block) for block in self.blocks_of(tensor)]
+        return np.stack(columns, axis=1)[:, np.searchsorted(self.cuts[tensor], elements, side="right")]
+
+    def blocks_of(self, tensor: str) -> range:
+        """Return the blocks of a parameter tensor: one, or those of its groups of rows; none if it is a plain mean."""
+        block = self.block_of[tensor]
+        return range(0) if block == MEAN else range(block, block + 1 + len(self.cuts.get(tensor, ())))
+
+    def _column(self, tensor: str, block: int) -> NDArray[np.float64]:
+        count = len(self.values)
         values = np.full(count, 1 / count) if block == MEAN else self.values[:, block]
         return values * self.factor if tensor in self.factored else values
 
@@ -161,13 +197,14 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     """
     c = coefficients
     metadata = {
-        "format": FORMAT,
+        "format": ROWS_FORMAT if c.cuts else FORMAT,
         "ingredients": json.dumps(c.ingredients),
         "blocks": json.dumps(c.blocks),
         "block_of": json.dumps(c.block_of),
         "buffers": c.buffers,
         "tied": json.dumps(c.tied or {}),
         "factor": json.dumps({"value": c.factor, "tensors": c.factored}),
+        **({"cuts": json.dumps(c.cuts)} if c.cuts else {}),
     }
     arrays = {"coefficients": c.values, **{f"{STATISTICS}{name}": values for name, values in c.statistics.items()}}
     tensors = {name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}
@@ -207,6 +244,7 @@ class _Metadata(BaseModel):
     buffers: Literal["average", "first"]
     tied: dict[str, str]
     factor: _Factor = _Factor()
+    cuts: dict[str, Annotated[tuple[int, ...], Field(min_length=1)]] = {}
 
 
 def load_coefficients(path: Path) -> Coefficients:
@@ -220,7 +258,7 @@ def load_coefficients(path: Path) -> Coefficients:
             raise ValueError("there is no such file")
         with safe_open(path, "pt") as file:
             found: dict[str, str] = file.metadata() or {}
-            if found.get("format") != FORMAT:
+            if found.get("format") not in (FORMAT, ROWS_FORMAT):
                 raise RecipeError(
                     f"{path} has the format {found.get('format')!r}; expected {FORMAT!r}. Use a coefficients file "
                     "that ray_soup wrote."
@@ -228,6 +266,8 @@ def load_coefficients(path: Path) -> Coefficients:
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
         known = {key: value if key == "buffers" else json_value(value) for key, value in found.items() if key != "format"}
         metadata = _Metadata.model_validate(known)
+        if bool(metadata.cuts) != (found["format"] == ROWS_FORMAT):
+            raise ValueError(f"groups of rows belong to the format {ROWS_FORMAT}")
         values = arrays.pop("coefficients", None)
         fault = "no tensor 'coefficients'" if values is None else _fault(values, metadata, arrays)
         if values is None or fault is not None:
@@ -241,7 +281,7 @@ def load_coefficients(path: Path) -> Coefficients:
         statistics = {name.removeprefix(STATISTICS): array for name, array in arrays.items()}
         return Coefficients(
             values, metadata.ingredients, metadata.blocks, metadata.block_of, metadata.buffers, metadata.tied,
-            metadata.factor.value, metadata.factor.tensors, statistics,
+            metadata.factor.value, metadata.factor.tensors, statistics, metadata.cuts,
         )  # fmt: skip
     raise RecipeError(f"{path} cannot be read as coefficients ({reason}). Use a coefficients file that ray_soup wrote.")
 
@@ -262,6 +302,12 @@ def _fault(values: NDArray[Any], metadata: _Metadata, others: dict[str, NDArray[
     wrong = next((tensor for tensor, block in block_of.items() if not MEAN <= block < len(blocks)), None)
     if wrong is not None:
         return f"the tensor {wrong} is in block {block_of[wrong]} of {len(blocks)}"
+    for tensor, cuts in metadata.cuts.items():
+        first = block_of.get(tensor, MEAN)
+        if first == MEAN or first + len(cuts) >= len(blocks):
+            return f"the tensor {tensor} is cut into {len(cuts) + 1} groups of rows, which are no blocks"
+        if any(low >= high for low, high in itertools.pairwise((0, *cuts))):
+            return f"the groups of rows of the tensor {tensor} begin at the elements {list(cuts)}"
     wrong = next((tensor for tensor in metadata.factor.tensors if tensor not in block_of), None)
     if wrong is not None:
         return f"the factor is for a tensor {wrong}, which is in no block"
@@ -281,6 +327,12 @@ def check_covers(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...
     """
     block_of, statistics = coefficients.block_of, coefficients.statistics
     fault = next((f"a tensor {name}, which the model does not have" for name in block_of if name not in shapes), None)
+    for name, cuts in coefficients.cuts.items():
+        shape = shapes.get(name, (1,))
+        if cuts[-1] >= math.prod(shape) or any(cut % math.prod(shape[1:]) for cut in cuts):
+            fault = (
+                fault or f"groups of rows of {name} that begin at the elements {list(cuts)}, and not within {list(shape)}"
+            )
     for name, values in statistics.items():
         if name not in shapes or name in block_of or values.size != math.prod(shapes[name]):
             fault = fault or f"running statistics {name} {list(values.shape)}, which do not fit the model"

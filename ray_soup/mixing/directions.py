@@ -12,6 +12,7 @@ Shapes: K ingredients, N parameters, T parameter tensors, B blocks, P pieces.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.build_store import build_store
 from ray_soup.mixing.store_format import CENTER_FILE, CHUNK, DTYPES, FORMAT, ROWS_FILE, StoreRecord, first_chunks
+
+ROUNDING = 8 * float(np.finfo(np.float64).eps)
+"""Relative difference up to which a group of rows counts as equal in all ingredients, as for a tensor of one dtype."""
 
 __all__ = ["CHUNK", "DTYPES", "DirectionStore", "has_store", "open_store"]
 
@@ -74,14 +78,48 @@ class DirectionStore:
         """Remove the invariant blocks from a partition.
 
         Returns:
-            The partition without them (their tensors get block -1), and the norms of the directions, float64 [K, B].
+            The partition without them (their tensors get block -1), and the norms of the directions, float64 [K, B]. The
+            norm of a group of rows that is invariant, in a tensor that is not, is 0.
         """
-        kept = np.unique(partition.block[self.variant])
+        chosen = [b for t in np.flatnonzero(self.variant) for _, _, b in partition.groups(int(t), int(self.layout.sizes[t]))]
+        kept = np.unique(np.array(chosen, dtype=np.int64))
         number = np.full(partition.count, -1, dtype=np.int64)
         number[kept] = np.arange(len(kept))
         names = tuple(partition.names[b] for b in kept)
+        cuts = {t: found for t, found in partition.cuts.items() if self.variant[t]}
+        parts = Partition(names, number[partition.block], cuts)
+        if partition.cuts:
+            return parts, np.sqrt(self._squares_of_groups(parts))
         squares = partition.sum_tensors(np.where(self.variant, self.squares, 0.0))[:, kept]
-        return Partition(names, number[partition.block]), np.sqrt(squares)
+        return parts, np.sqrt(squares)
+
+    def _squares_of_groups(self, parts: Partition) -> NDArray[np.float64]:
+        """Return the squared norms of the directions, float64 [K, B], where each block is a tensor or a group of its rows.
+
+        Those of groups are summed from the compressed directions, in one pass. They are 0 where no ingredient differs from
+        the center by more than the rounding of a mean in float64: such a group keeps the mean.
+        """
+        from ray_soup.mixing.kernels import add_squares
+
+        squares = np.zeros((len(self.scales), parts.count))
+        whole = [t for t, block in enumerate(parts.block) if block >= 0 and t not in parts.cuts]
+        squares[:, parts.block[whole]] = self.squares[:, whole]
+        pieces = self.pieces(parts, 0, self.layout.numel)
+        first = np.searchsorted(pieces[:, 0], self.layout.offsets)
+        for t in parts.cuts:
+            add_squares(self.rows, self.scales, pieces[first[t] : first[t + 1]], squares)
+            self.release()
+            offset = self.layout.offsets[t]
+            for start, stop, block in parts.groups(t, int(self.layout.sizes[t])):
+                center = self.center[offset + start : offset + stop].astype(np.float64)
+                if (squares[:, block] <= ROUNDING**2 * (center @ center)).all():
+                    squares[:, block] = 0
+        return squares
+
+    def release(self) -> None:
+        """Release the memory pages of directions read so far; they stay in the system's page cache."""
+        if isinstance(self.rows, np.memmap):
+            self.rows._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy offers no other way
 
     def pieces(self, partition: Partition, low: int, high: int) -> NDArray[np.int64]:
         """List the pieces of parameters low to high that have directions, each within one block and one chunk.
@@ -100,10 +138,12 @@ class DirectionStore:
         ):
             if not self.variant[t] or partition.block[t] < 0:
                 continue
-            for c in range((stop - start + CHUNK - 1) // CHUNK):
-                s, e = max(start + c * CHUNK, low), min(start + (c + 1) * CHUNK, stop, high)
-                if s < e:
-                    pieces.append((s, e, partition.block[t], first + c))
+            for begin, end, block in partition.groups(t, int(stop - start)):
+                for c in range(begin // CHUNK, (end + CHUNK - 1) // CHUNK):
+                    s = max(start + max(c * CHUNK, begin), low)
+                    e = min(start + min((c + 1) * CHUNK, end), high)
+                    if s < e:
+                        pieces.append((s, e, block, first + c))
         return np.array(pieces, dtype=np.int64).reshape(-1, 4)
 
 

@@ -28,7 +28,7 @@ from ray_soup.io.distributed_files import STORAGES
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX
 from ray_soup.io.ingredient import Ingredient, check_unchanged
 from ray_soup.io.progress import CountCallback, no_count
-from ray_soup.mixing.bake import RANGE, check_copies, mix_range, soup_buffer, written_dtype
+from ray_soup.mixing.bake import RANGE, check_copies, soup_buffer, soup_range, written_dtype
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.shard_files import Dtypes, Shapes, in_shards, undone_on_error
 
@@ -138,12 +138,11 @@ class _Mixer:
         if name not in self._coefficients.block_of:
             yield soup_buffer(self._coefficients, self._used, name).to(dtype)
             return
-        factors = self._coefficients.of(name)
         itemsize = sum(i.tensors[name].dtype.itemsize for i in self._ingredients)
         waiting: deque[Future[torch.Tensor]] = deque()
         for start in range(0, size, RANGE):
             stop = min(start + RANGE, size)
-            waiting.append(self._pool.submit(mix_range, self._ingredients, name, factors, start, stop, dtype))
+            waiting.append(self._pool.submit(soup_range, self._coefficients, self._ingredients, name, start, stop, dtype))
             if len(waiting) > self._ahead or stop == size:
                 for _ in range(len(waiting) if stop == size else 1):
                     part = waiting.popleft().result()

@@ -14,7 +14,6 @@ Shapes: N parameters, n = high - low parameters of the slice, K ingredients, m i
 from __future__ import annotations
 
 import itertools
-import mmap
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -111,13 +110,9 @@ class Hyperplane:
         self._resident = self._scales = torch.empty(0)
 
     def release(self) -> None:
-        """Release the GPU memory of the model batch and the store's memory pages read so far.
-
-        The pages stay in the system's page cache.
-        """
+        """Release the GPU memory of the model batch and the store's memory pages read so far."""
         self.free()
-        if isinstance(self.store.rows, np.memmap):
-            self.store.rows._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] # numpy offers no other way
+        self.store.release()
 
     def combine(self, out: torch.Tensor, base: torch.Tensor, x: NDArray[np.float32]) -> None:
         """Compute out = base + sum_j x[j] d_j for the slice.

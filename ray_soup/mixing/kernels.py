@@ -317,6 +317,26 @@ def combine(
 
 
 @jit
+def add_squares(
+    rows: NDArray[Any], scales: NDArray[np.float32], pieces: NDArray[np.int64], out: NDArray[np.float64]
+) -> None:
+    """Compute out[k, block] += sum_i (scales[k, chunk] * rows[k, i])^2, over the pieces.
+
+    Arguments are as for `combine`; `out`, float64 [K, B], is incremented by the sums.
+    """
+    for p in range(pieces.shape[0]):
+        start, stop, block, chunk = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+        for k in range(rows.shape[0]):
+            row = rows[k, start:stop]
+            total = 0.0
+            for i in range(row.size):
+                value = np.float64(_as_float32(row[i]))
+                total += value * value
+            scale = np.float64(scales[k, chunk])
+            out[k, block] += total * scale * scale
+
+
+@jit
 def _dots(
     gradient: NDArray[np.float32],
     rows: NDArray[Any],

@@ -145,7 +145,9 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[str]:
         some = "one or more " if any(getattr(m, "min_length", 0) for m in _flat(metadata)) else ""
         yield f"a list of {some}{_described(get_args(annotation)[0]).replace('text', 'texts')}"
     elif origin is dict:
-        yield "names with one text each"
+        key, value = get_args(annotation)
+        named = get_origin(key) is Literal
+        yield f"{{{get_args(key)[0]}: {_described(value)}}}" if named else "names with one text each"
     else:
         names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
         bounds = _bounds(metadata) if annotation in (int, float) else ""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from ray_soup.recipe.blocks import Blocks
 from ray_soup.recipe.distributions import fault_of, points
 from ray_soup.recipe.explain import Fault, FaultsError, below, faults_of, is_section, unknown_key
 from ray_soup.recipe.fields import (
@@ -227,9 +228,10 @@ class Recipe(Section):
     base_model: Annotated[str, Field(max_length=200), AfterValidator(line)] | None = None
     """Name on the Hugging Face Hub of the model that the ingredients were fine-tuned from, for the model card."""
     data: Data = Data()
-    blocks: Literal["tensor", "layer", "model"] | Annotated[int, Field(ge=1, le=10**15)] = "model"
+    blocks: Blocks = "model"
     """Which parameters share a coefficient: those of a tensor, of a layer, of the model, or of consecutive tensors until
-    a block has at least this many parameters. Default: tensor for the methods with a "+", model for the others."""
+    a block has at least this many parameters; or {tensor: R}: each of R groups of neighbouring rows of a tensor has its own.
+    Default: tensor for the methods with a "+", model for the others."""
     buffers: Literal["auto", "recalibrate", "average", "first"] = "auto"
     """Buffers of the soup. average: the mean of floating-point buffers over the ingredients in use; integers are those of
     the first ingredient. first: the buffers of the first ingredient. recalibrate: average, but the running statistics of

@@ -29,7 +29,7 @@ from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import is_adapter_folder
-from ray_soup.mixing.bake import mix_range, soup_buffer
+from ray_soup.mixing.bake import soup_buffer, soup_range
 from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coefficients
 from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
@@ -240,7 +240,7 @@ def _compare_tensors(
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
-            again = mix_range(ingredients, name, coefficients.of(name), 0, info.numel, info.dtype)
+            again = soup_range(coefficients, ingredients, name, 0, info.numel, info.dtype)
         else:
             again = soup_buffer(coefficients, used, name).to(info.dtype)
         if not torch.equal(again.view(torch.uint8), model.read(name).view(torch.uint8)):

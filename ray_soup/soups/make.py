@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.mixing.bake import mix_range, written_dtype
+from ray_soup.mixing.bake import soup_range, written_dtype
 from ray_soup.mixing.blocks import Layout, Partition, partition
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
@@ -154,8 +154,10 @@ def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **o
     """Attach the names of ingredients, blocks and tensors to the coefficients `values`, float64 [K, B]."""
     layout = session.inputs.layout
     block_of = dict(zip(layout.names, blocks.block.tolist(), strict=True))
+    cuts = {layout.names[tensor]: elements for tensor, elements in blocks.cuts.items()}
     names = tuple(session.inputs.names[k] for k in session.subset)
-    made = Coefficients(values, names, blocks.names, block_of, buffer_policy(session.recipe), layout.tied, **options)
+    policy = buffer_policy(session.recipe)
+    made = Coefficients(values, names, blocks.names, block_of, policy, layout.tied, cuts=cuts, **options)
     return with_computed_buffers(made, [session.inputs.ingredients[k] for k in session.subset], layout, session.recipe)
 
 
@@ -202,7 +204,7 @@ def with_computed_buffers(
     for norm in layout.spectral:
         name = layout.tied.get(norm.weight, norm.weight)
         dtype = written_dtype(ingredients, name, recipe.out_dtype)
-        weight = mix_range(ingredients, name, coefficients.of(name), 0, math.prod(shapes[name]), dtype)
+        weight = soup_range(coefficients, ingredients, name, 0, math.prod(shapes[name]), dtype)
         vectors = singular_vectors(weight.view(shapes[name]), norm.dim)
         found |= {key: vector.astype(np.float32) for key, vector in zip((norm.u, norm.v), vectors, strict=True)}
     return replace(coefficients, statistics=coefficients.statistics | found)

@@ -56,7 +56,7 @@ def compare_sample(coefficients: Coefficients, ingredients: Sequence[Ingredient]
     if any(storage.is_remote(file) for ingredient in (*ingredients, model) for file in ingredient.files):
         return None
     names = sample_of(coefficients, model)
-    sums = {name: _Sum(coefficients.of(name)) for name in names}
+    sums = {name: _Sum(coefficients.at(name, picked(model.tensors[name].numel))) for name in names}
     for k, ingredient in enumerate(ingredients):
         read = Library(ingredient)
         for name in names:
@@ -73,7 +73,10 @@ def compare_sample(coefficients: Coefficients, ingredients: Sequence[Ingredient]
 
 
 class _Sum:
-    """The sum of one tensor's elements over the ingredients, with a bound on its rounding error."""
+    """The sum of one tensor's elements over the ingredients, with a bound on its rounding error.
+
+    `factors` are the coefficients, float64 [K, n], or [K, 1] if all elements have the same.
+    """
 
     def __init__(self, factors: NDArray[np.float64]) -> None:
         self._factors = factors

@@ -27,7 +27,8 @@ from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import files_of, group_of
 from ray_soup.io.progress import ProgressCallback, labelled, no_progress
-from ray_soup.mixing.blocks import Layout
+from ray_soup.mixing.adapter_store import check_not_cut
+from ray_soup.mixing.blocks import Blocks, Layout, partition
 from ray_soup.mixing.buffers import check_buffers, differing_layers
 from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
 from ray_soup.recipe.plain import shown
@@ -154,6 +155,7 @@ def _adapter_inputs(
 ) -> Inputs:
     """Lift adapters to ingredients of one model."""
     ingredients, layout, more = lift(recipe.model, adapters, recipe.ignore)
+    check_not_cut(partition(layout, recipe.blocks))
     check_floats(ingredients, layout.names)
     group = group_of(ingredients)
     if group is not None and recipe.adapter.merge:
@@ -230,7 +232,7 @@ class Session:
 
     # Ingredients
 
-    def open_store(self, subset: tuple[int, ...], blocks: str | int) -> StoreInfo:
+    def open_store(self, subset: tuple[int, ...], blocks: Blocks) -> StoreInfo:
         """Have the actors open the directions of `subset`. Raises IngredientError if all ingredients are equal."""
         info = self.pool.open_store(subset, blocks, self.progress)
         if info.partition.count == 0:

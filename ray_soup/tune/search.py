@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,7 @@ def _optuna(recipe: Recipe, configs: list[Config]) -> tuple[dict[str, Any], Any]
         raise RecipeError("search.algorithm: optuna is not installed. Run pip install 'ray_soup[optuna]'.") from error
     space = recipe.search.space or default_space(max(c.get("learn.model_batch", 2) for c in configs))
     drawn = {key: _with_own(value, configs[0][key]) for key, value in space.items()}
+    warnings.filterwarnings("ignore", "Choices for a categorical distribution")  # {tensor: 4} is kept in memory only
     return {key: distribution(f"search.{key}", value) for key, value in drawn.items()}, algorithm
 
 

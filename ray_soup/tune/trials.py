@@ -33,7 +33,9 @@ def distribution(key: str, value: Any) -> Any:
     domains: dict[str, Callable[..., Any]] = {
         "loguniform": tune.loguniform, "uniform": tune.uniform, "randint": tune.randint,
     }  # fmt: skip
-    fault = fault_of(value, lambda one: "a value" if isinstance(one, (dict, list)) else None, (*domains, "choice"))
+    fault = fault_of(
+        value, lambda one: "a value" if isinstance(one, list) or is_distribution(one) else None, (*domains, "choice")
+    )
     if fault:
         raise RecipeError(f"{key}: found {shown(value)}. {fault}")
     if not is_distribution(value):

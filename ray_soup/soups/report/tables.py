@@ -122,6 +122,8 @@ def _cell(row: Row, key: str, form: str) -> str:
         text = "-"
     elif isinstance(value, str):
         text = value
+    elif isinstance(value, dict):  # blocks: {tensor: 4}
+        text = f"{{{', '.join(f'{name}: {one}' for name, one in value.items())}}}"
     else:
         text = form.format(value if scale == 1 else value * scale)
     mark = OPTIMISTIC if value is not None and is_optimistic(row, key) else ""

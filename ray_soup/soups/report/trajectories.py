@@ -25,8 +25,8 @@ MOST_LAYERS = 64
 def by_layer(coefficients: Coefficients) -> np.ndarray:
     """Return the mean coefficient over the blocks of each layer, float64 [K, layers]; no layers if there is one block."""
     blocks: dict[str, set[int]] = {}
-    for tensor, block in coefficients.block_of.items():
-        if block >= 0:
+    for tensor in coefficients.block_of:
+        for block in coefficients.blocks_of(tensor):
             blocks.setdefault(layer_of(tensor), set()).add(block)
     if coefficients.values.shape[1] < 2:
         return np.zeros((len(coefficients.values), 0))

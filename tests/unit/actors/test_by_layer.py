@@ -15,6 +15,7 @@ from torch import nn
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import no_progress
+from ray_soup.mixing.blocks import Blocks
 from ray_soup.recipe import dump_recipe, make_recipe
 from ray_soup.task.data import Split
 from tests.conftest import ROOT, InProcess
@@ -95,9 +96,9 @@ def coordinates(blocks: int) -> np.ndarray:
     return (0.1 * np.random.default_rng(0).standard_normal((COUNT, blocks))).astype(np.float32)
 
 
-@pytest.mark.parametrize("blocks", ["tensor", "layer", "model", 300])
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model", 300, {"tensor": 5}])
 @pytest.mark.parametrize("chosen", [EVERYTHING, (1, 4), (3,)])
-def test_loss_and_gradient_are_those_of_the_whole_model(deep: Path, blocks: str | int, chosen: tuple[int, ...]) -> None:
+def test_loss_and_gradient_are_those_of_the_whole_model(deep: Path, blocks: Blocks, chosen: tuple[int, ...]) -> None:
     found = []
     for by_layer in (False, True):
         pool = pool_of(deep, by_layer)

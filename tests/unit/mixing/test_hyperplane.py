@@ -63,7 +63,11 @@ def test_gpu_kernels_are_the_formulas(zoo: Path, dtype: str) -> None:
     store = make_store(str(zoo / "zoo"), layout, dtype)
     random = np.random.default_rng(0)
     base, gradient = (torch.from_numpy(random.standard_normal(layout.numel).astype(np.float32)) for _ in range(2))
-    for blocks, chosen, low, high in (("tensor", [5, 2, 6], 0, layout.numel), ("layer", [3], 1001, 4001)):
+    for blocks, chosen, low, high in (
+        ("tensor", [5, 2, 6], 0, layout.numel),
+        ("layer", [3], 1001, 4001),
+        ({"tensor": 3}, [4, 1], 5, 3001),
+    ):
         parts, _ = store.blocks(partition(layout, blocks))
         x = random.standard_normal((len(chosen), parts.count)).astype(np.float32)
         plane = Hyperplane(store, parts, low, high, CPU)

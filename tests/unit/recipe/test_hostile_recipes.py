@@ -302,6 +302,17 @@ KEYS: list[tuple[str, Any, str]] = [
     ("blocks", True, "found true. Expected tensor or layer"),
     ("blocks", BIG, "Expected tensor or layer"),
     ("blocks", None, "found null. Expected tensor"),
+    (
+        "blocks",
+        {"tensor": 0},
+        "found {'tensor': 0}. Expected the number of groups that the rows of a tensor form, 1 to 65,536",
+    ),
+    ("blocks", {"tensor": True}, "Expected the number of groups"),
+    ("blocks", {"tensor": 65_537}, "as in {tensor: 4}"),
+    ("blocks", {"layer": 2}, "Expected the number of groups"),
+    ("blocks", {"tensor": 2, "layer": 2}, "Expected the number of groups"),
+    ("blocks", {}, "Expected the number of groups"),
+    ("blocks", "rows", "1,000,000,000,000,000 or {tensor: an integer}."),
     ("data.select", 0, "found 0. Expected a share between 0 and 1, or a file."),
     ("data.select", 1, "Expected a share between 0 and 1"),
     ("data.select", float("nan"), "Expected a share between 0 and 1"),
@@ -394,6 +405,7 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_key_value_and_what_is_e
         ("learn.epochs", 5.0, 5),
         ("learn.micro_batch", 64.0, 64),
         ("blocks", 1e6, 1_000_000),
+        ("blocks", {"tensor": 4.0}, {"tensor": 4}),
         ("learn.lr", 1, 1.0),
         ("learn.lr", np.float32(0.5), 0.5),
         ("learn.lr", np.float64(0.5), 0.5),
@@ -599,7 +611,11 @@ RECIPES = some(
     ignore=st.lists(names, max_size=2),
     baseline=st.sampled_from(["best_single", "none"]),
     base_model=optional(names),
-    blocks=st.one_of(st.sampled_from(["tensor", "layer", "model"]), st.integers(1, 10**15)),
+    blocks=st.one_of(
+        st.sampled_from(["tensor", "layer", "model"]),
+        st.integers(1, 10**15),
+        st.fixed_dictionaries({"tensor": st.integers(1, 65_536)}),
+    ),
     shard_size=optional(st.integers(1, 2**52)),
     metric=st.sampled_from([None, "a.b:c"]),
     data=some(
@@ -661,7 +677,7 @@ WHOLE = dump_recipe(
         {
             **MINIMAL,
             "data": {"fit": "/f.npz", "test": {"a": "/a.npz", "b": "m:f"}},
-            "search": {"learn.lr": {"loguniform": [0.01, 0.1]}, "blocks": {"choice": ["layer", 1000]}},
+            "search": {"learn.lr": {"loguniform": [0.01, 0.1]}, "blocks": {"choice": ["layer", 1000, {"tensor": 4}]}},
         }
     )
 ).encode()

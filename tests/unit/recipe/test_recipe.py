@@ -100,6 +100,22 @@ def test_methods_have_their_own_blocks_and_the_recipe_overrides_them() -> None:
     assert make_recipe({**MINIMAL, "method": "mehl+", "blocks": "layer"}).blocks == "layer"
 
 
+def test_groups_of_rows_are_a_mapping_that_every_way_to_a_recipe_keeps(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**MINIMAL, "blocks": {"tensor": 4}}))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.blocks == {"tensor": 4}
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe == for_method(recipe, "mehl+")
+    for override in ("blocks={tensor: 2}", "blocks.tensor=2"):
+        assert load_recipe(tmp_path / "r.yaml", [override]).blocks == {"tensor": 2}
+    assert load_recipe(tmp_path / "r.yaml", ["blocks=layer"]).blocks == "layer"
+    assert load_recipe(tmp_path / "r.yaml", method="learned").blocks == "model"
+    assert with_changes(recipe, {"blocks": "tensor"}).blocks == "tensor"
+    assert with_changes(make_recipe(MINIMAL), {"blocks": {"tensor": 9}}).blocks == {"tensor": 9}
+    search = {"blocks": {"choice": ["tensor", {"tensor": 4}]}}
+    assert make_recipe({**MINIMAL, "search": search}).search.space == search
+
+
 def test_paths_are_relative_to_the_recipe_file_and_those_of_overrides_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

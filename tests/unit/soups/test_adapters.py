@@ -11,13 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_soup.errors import IngredientError, SoupError
+from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io.hashing import sha256_file
+from ray_soup.io.progress import drain
+from ray_soup.mixing.blocks import partition
+from ray_soup.mixing.stores import open_store
 from ray_soup.mixing.truncate import distance, truncated
 from ray_soup.recipe import dump_recipe, make_recipe
 from ray_soup.soups.finished import bake_copy, verify
 from ray_soup.soups.records import finished_record, write_run_record
 from ray_soup.soups.run import run
+from ray_soup.soups.session import open_inputs
 from tests.adapters import values, write_adapters, write_texts
 from tests.unit.task.language_models import llama
 
@@ -47,6 +51,16 @@ def test_a_soup_is_verified_and_rebuilt(uniform: Path, tmp_path: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (uniform / name).read_bytes()
     verify(tmp_path / "again")
+
+
+def test_rows_of_adapters_are_not_cut(made: Path) -> None:
+    """Refused at the start; a trial of a search, whose blocks are chosen later, is refused by the store."""
+    with pytest.raises(RecipeError, match=r"blocks: .* the ingredients are LoRA adapters.* Set blocks: tensor"):
+        open_inputs(make_recipe({**values(made), "blocks": {"tensor": 2}}))
+    inputs = open_inputs(make_recipe({**values(made), "blocks": {"tensor": 1}}))
+    store = drain(open_store(inputs.ingredients, inputs.layout, "float32"))
+    with pytest.raises(RecipeError, match="Set blocks: tensor"):
+        store.blocks(partition(inputs.layout, {"tensor": 2}))
 
 
 def rewritten(soup: Path, tmp_path: Path, name: str) -> Path:

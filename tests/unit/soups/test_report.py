@@ -30,6 +30,13 @@ def test_a_table_has_the_columns_that_rows_have_and_shows_the_spread() -> None:
     assert table(rows, columns) == (["model", "test %"], [["a", "95.56 ±0.10"], ["b", "-"]])
 
 
+def test_a_value_with_names_is_written_as_in_a_recipe() -> None:
+    assert table([{"blocks": {"tensor": 4}}, {"blocks": "layer"}], [("blocks", "blocks", "{:.4g}")])[1] == [
+        ["{tensor: 4}"],
+        ["layer"],
+    ]
+
+
 def test_the_legend_explains_seeds_only_if_there_are_several() -> None:
     record = {"examples": {"fit": 1200, "test": 2000}, "seeds": [1]}
     assert "Examples: fit 1,200, test 2,000." in legend(record)

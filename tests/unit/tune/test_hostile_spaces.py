@@ -197,6 +197,7 @@ GOOD: list[tuple[str, Any]] = [
     ("learn.optimizer", {"choice": ["sgd", "adamw"]}), ("blocks", {"choice": ["layer", 1000]}),
     ("method", {"choice": ["mehl", "learned+"]}), ("learn.cosine_lr", {"choice": [True, False]}),
     ("learn.lr", {"grid": [0.1, 1e300]}), ("learn.epochs", {"randint": [3, 4]}), ("actors.cpus", {"choice": [1, "auto"]}),
+    ("blocks", {"choice": ["tensor", {"tensor": 2}, {"tensor": 4}]}), ("blocks", {"grid": [{"tensor": 2}, 9]}),
 ]  # fmt: skip
 
 
@@ -206,6 +207,8 @@ def test_every_value_of_a_space_that_was_accepted_makes_a_recipe(key: str, value
     configs = make_configs(recipe, 8)
     assert all(with_changes(recipe, config).info.learns for config in configs)
     assert len(configs) == (3 if isinstance(value, dict) and "grid" in value else 30)
+    choices = value.get("choice") if isinstance(value, dict) else None
+    assert choices is None or all(config[key] in choices for config in configs[1:])
 
 
 numbers = st.one_of(st.integers(-3, 40), st.floats(allow_nan=True, width=32), st.booleans(), st.text(max_size=2), st.none())
