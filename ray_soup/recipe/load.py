@@ -18,7 +18,16 @@ from ray_soup.recipe.preprocessing import Preprocessing
 from ray_soup.recipe.schema import UNSAID, Recipe
 from ray_soup.recipe.yaml_reader import MOST_DEPTH, NULLS, check_characters, parse_yaml, read_text, resolve
 
-_FOR_EVERY_KIND = ("epochs", "micro_batch", "gradient_checkpointing", "seed", "patience", "label_smoothing")
+_FOR_EVERY_KIND = (
+    "epochs",
+    "micro_batch",
+    "gradient_checkpointing",
+    "seed",
+    "patience",
+    "label_smoothing",
+    "average",
+    "refit",
+)
 _SINCE_0_2: dict[str, Any] = {
     "ignore": [],
     "preprocess": None,
@@ -35,6 +44,9 @@ _OFF_BY_DEFAULT = (
     ("adapter", "merge"),
     ("learn", "gradient_checkpointing"),
     ("learn", "smoothness"),
+    ("learn", "average"),
+    ("learn", "refit"),
+    ("learn", "whiten"),
     ("actors", "by_layer"),
 )
 """Keys within sections that a dump leaves out unless they are set, for the same reason."""

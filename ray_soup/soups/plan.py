@@ -22,7 +22,6 @@ from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.mixing.stores import has_store
 from ray_soup.recipe import Recipe
-from ray_soup.soups.learn import model_batches
 from ray_soup.soups.report.measures import measures_in, measures_of, recorded
 from ray_soup.soups.session import (
     CALIBRATION,
@@ -31,6 +30,7 @@ from ray_soup.soups.session import (
     open_inputs,
     planned_model_batch,
 )
+from ray_soup.soups.turns import model_batches
 from ray_soup.task.data import cut_splits
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import test_sets

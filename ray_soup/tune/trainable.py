@@ -149,7 +149,7 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
         calibration = session.calibration(CALIBRATION_WHILE_CHOOSING)
         state = learn(
             recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration,
-            contents=session.learned_from(store),
+            contents=session.learned_from(store), refits=False,
         )  # fmt: skip
         report(1, 1, state)
     finally:
