@@ -40,6 +40,7 @@ class Learner:
         info, options = self.pool.setup_info, self.recipe.learn
         self.splits: dict[str, Split] = cut_splits(self.recipe.data, info.sizes, info.fit_digests, options.seed)
         self.count = len(self.pool.inputs.ingredients)
+        self.beginning: Any = None
 
     def learn(self, file: Path, after_step: StateCallback = ignore_state, **options: Any) -> LearnState:
         """Learn from the state in `file`, if there is one."""

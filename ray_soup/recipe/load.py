@@ -38,6 +38,7 @@ _SINCE_0_2: dict[str, Any] = {
     "adapter": {"rank": None, "merge": False},
     "schedule": {"window": "auto", "decay": "auto"},
     "out_format": "safetensors",
+    "start": None,
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _OFF_BY_DEFAULT = (
@@ -212,16 +213,17 @@ def with_changes(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
 def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
     """Return the recipe for another method.
 
-    Settings that suit one method carry over only where they make sense: `blocks` only if the method stays the same, and
-    learning rate, schedule and batch size unless exactly one of the two methods is a softmax method. Otherwise the defaults
-    of the new method apply. `learn` contains keys of the section `learn` that override everything else. Raises RecipeError.
+    Settings that suit one method carry over only where they make sense: `blocks` and `start` only if the method stays the
+    same, and learning rate, schedule and batch size unless exactly one of the two methods is a softmax method. Otherwise the
+    defaults of the new method apply. `learn` contains keys of the section `learn` that override everything else. Raises
+    RecipeError.
     """
-    values = recipe.model_dump(exclude={"method", "learn", "blocks"})
+    values = recipe.model_dump(exclude={"method", "learn", "blocks", "start"})
     kept = recipe.learn.model_dump()
     if (method_info(method).kind == "softmax") != (recipe.info.kind == "softmax"):
         kept = {key: kept[key] for key in _FOR_EVERY_KIND}
     if method == recipe.method:
-        values["blocks"] = recipe.blocks
+        values |= {"blocks": recipe.blocks, "start": recipe.start}
     return make_recipe({**values, "method": method, "learn": {**kept, **learn}}, f"The recipe for {method}")
 
 

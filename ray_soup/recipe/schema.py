@@ -199,6 +199,10 @@ class Recipe(Section):
     greedy: Greedy = Greedy()
     schedule: Schedule = Schedule()
     learn: Learn = Learn()
+    start: PathText | None = None
+    """For mehl and mehl+: folder or URI of a finished soup of this model whose coefficients learning begins from, as after
+    ingredients were added or removed. If the uniform soup is better on select, learning begins there. null: the uniform
+    soup."""
     objective: ObjectiveName | Function = "auto"
     """What the model is trained for: classification, token_classification, segmentation, masked_lm, causal_lm,
     multi_label, regression, or `package.module:Class`, a subclass of ray_soup.Objective. auto: what the config of a model
@@ -311,6 +315,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_start(self) -> Recipe:
+        if self.start is not None and self.info.kind != "hyperplane":
+            message = f"found {shown(self.start)} with method: {self.method}. Expected mehl or mehl+, or no `start`."
+            raise FaultsError([Fault("start", message)])
+        return self
+
+    @model_validator(mode="after")
     def _check_space(self) -> Recipe:
         space = self.search.space
         if len(space) > 100:
@@ -356,7 +367,7 @@ class Recipe(Section):
 
 FIXED_IN_SEARCH = (
     "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
-    "evaluate", "baseline", "schedule", "finetune", "search",
+    "evaluate", "baseline", "schedule", "finetune", "search", "start",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

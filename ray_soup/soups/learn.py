@@ -32,6 +32,7 @@ from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
 from ray_soup.soups.curve import best_epochs, figures_on_select, stale_epochs
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization
+from ray_soup.soups.start import choose_start
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
 from ray_soup.soups.step import count_step, gradient_of
 from ray_soup.soups.trajectory import roughness
@@ -56,6 +57,7 @@ def learn(
     contents: Sequence[str] = (),
     order: Sequence[int] = (),
     refits: bool = True,
+    start: np.ndarray | None = None,
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -72,6 +74,7 @@ def learn(
         contents: digests of the ingredients and of the examples, without which a state is not resumed from.
         order: the positions of the ingredients, ordered by step; needed with learn.smoothness.
         refits: False leaves out what learn.refit adds.
+        start: float64 [K, B], coordinates to begin from, unless the uniform soup is better; None: the uniform soup.
 
     Returns:
         The last state; its `y` and `factor` are the soup, and after a refit `before` and `before_factor` the one before it.
@@ -79,11 +82,15 @@ def learn(
     task = task_of(recipe, contents)
     run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
     run.order, run.refits = order, refits and recipe.learn.refit
-    if run.state.before is None:
+    state = run.state
+    if start is not None and not state.curve:
+        state.start = torch.from_numpy(start)
+        choose_start(state, pool, norms, run.turns[0], run.select, run.calibration, recipe.select_by)
+    if state.before is None:
         _learn(run, after_step, after_epoch)
     if run.refits:
         _refit(run, after_step)
-    return run.state
+    return state
 
 
 def _learn(run: _Learning, after_step: StateCallback, after_epoch: StateCallback) -> None:
@@ -326,7 +333,8 @@ class _Learning:
         """Go back to the start, and keep the soup that was learned."""
         state = self.state
         state.before, state.before_factor = state.y.clone(), state.factor.item()
-        state.y, state.turn, state.best_factor = torch.zeros_like(state.y), 0, 1.0
+        state.y = torch.zeros_like(state.y) if state.start is None else state.start.clone()
+        state.turn, state.best_factor = 0, 1.0
         state.factor.fill_(state.best_factor)
         self.save(None)
 

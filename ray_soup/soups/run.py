@@ -59,7 +59,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
     recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
-        soup = output.begin(begun(recipe, inputs.ingredients))
+        soup = output.begin(begun(recipe, inputs.ingredients, **inputs.started))
         if soup is None:
             with output.recording_failures():
                 if state is not None:

@@ -53,6 +53,10 @@ class LearnState:
     """With learn.average, the sum of `moving` after each step of this epoch so far."""
     total_factor: float = 0.0
     """With learn.average, the same sum of the factor."""
+    start: torch.Tensor | None = None
+    """With `start`, the coordinates float64 [K, B] that learning begins from: zeros if the uniform soup was better."""
+    began: dict[str, float] | None = None
+    """With `start`, whether it is `used` (1 or 0), and figures on select of it, and as `uniform_...` of the uniform soup."""
     gram: torch.Tensor | None = None
     """With learn.whiten, the inner products of the directions in each block, float64 [B, K, K]: other actors sum them in
     another order."""
@@ -203,6 +207,8 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
         yield "statistics are no tensors"
     if not isinstance(found["optimizer"], (dict, type(None))):
         yield "optimizer is no state"
+    if not isinstance(found["began"], (dict, type(None))):
+        yield "began is no figures"
     for name, kind in (("step_ms", float), ("overhead_ms", float), ("curve", dict)):
         if not isinstance(found[name], list) or not all(isinstance(one, kind) for one in found[name]):
             yield f"{name} is no list of {kind.__name__}"
@@ -211,6 +217,8 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
 _COUNTS = ("turn", "epoch", "step", "steps", "image_passes", "wire_bytes")
 _NUMBERS = ("best_factor", "best_cost", "fit_count", "fit_loss", "seconds", "total_factor", "before_factor")
 _OF_A_TURN = ("moving", "best", "total")
-_OF_A_SOUP = ("before",)
-_OPTIONAL: dict[str, Any] = {"total": None, "total_factor": 0.0, "before": None, "before_factor": 1.0, "gram": None}
+_OF_A_SOUP = ("before", "start")
+_OPTIONAL: dict[str, Any] = {
+    **dict.fromkeys(("total", "before", "start", "began", "gram")), "total_factor": 0.0, "before_factor": 1.0,
+}  # fmt: skip
 """Fields with the values at which they are left out, so that a state without them is what earlier versions wrote."""
