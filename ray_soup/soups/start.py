@@ -214,7 +214,7 @@ def beginning(
         )
     gone = len(start.sha256) - stay
     note = f"{start.out}, which has {stay} of these {len(names)} ingredients"
-    note += f"; what its {gone} others had of it was divided evenly among those {stay}" if gone else ""
+    note += f"; what others had of it was divided evenly among those {stay}" if gone else ""
     return Beginning(coordinates(start, matched, layout, parts, norms), note, stay)
 
 
@@ -263,6 +263,6 @@ def began_note(method: str, beginning: Beginning, state: LearnState) -> str:
         return f"{method}: learning began from the soup {beginning.note}."
     ours, theirs = state.began["uniform_select_nll"], state.began["select_nll"]
     return (
-        f"{method}: on select, the uniform soup (loss {ours:.4f}) is better than the soup {beginning.note} ({theirs:.4f}), "
-        "so learning began from the uniform soup."
+        f"{method}: learning began from the uniform soup, which is better on select (loss {ours:.4f}) than the start "
+        f"({theirs:.4f}): the soup {beginning.note}."
     )

@@ -166,7 +166,7 @@ def test_the_uniform_soup_is_the_start_if_it_is_better(zoo: Path, tmp_path: Path
     assert state.began["uniform_select_nll"] == plain.curve[0]["select_nll"] < state.began["select_nll"]
     assert torch.equal(state.y, plain.y)
     assert state.curve == plain.curve
-    assert "so learning began from the uniform soup" in began_note("mehl+", learner.beginning, state)
+    assert "learning began from the uniform soup, which is better" in began_note("mehl+", learner.beginning, state)
 
 
 @pytest.mark.parametrize(
