@@ -12,8 +12,9 @@ from ray_soup.recipe.fields import Auto, Epochs, Examples, Section, Seed
 class Learn(Section):
     """Settings for learning the coefficients."""
 
-    lr: float = Field(default=0.01, gt=0)
-    """Learning rate of the unit-scaled coordinates."""
+    lr: Annotated[float, Field(gt=0)] | Auto = 0.01
+    """Learning rate of the unit-scaled coordinates. auto, for mehl and mehl+ with adamw: a rate that fits how far the
+    ingredients differ in each block, and the number of coefficients that are learned at a time."""
     wd: float = Field(default=0.0, ge=0, le=1e6)
     """Weight decay. It pulls the soup toward the uniform soup."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -306,12 +306,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_whitening(self) -> Recipe:
+    def _check_learning(self) -> Recipe:
         if self.learn.whiten and self.info.kind == "softmax":
             message = (
                 f"found true with method: {self.method}, which has no directions to whiten. Remove this key, or use mehl+."
             )
             raise FaultsError([Fault("learn.whiten", message)])
+        if self.learn.lr == "auto" and (self.info.kind == "softmax" or self.learn.optimizer != "adamw"):
+            what = f"method: {self.method}" if self.info.kind == "softmax" else f"learn.optimizer: {self.learn.optimizer}"
+            message = f"found auto with {what}. Expected a number, as in 0.05, or mehl+ with adamw."
+            raise FaultsError([Fault("learn.lr", message)])
         return self
 
     @model_validator(mode="after")

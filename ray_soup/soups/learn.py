@@ -28,8 +28,8 @@ from ray_soup.actors.messages import Partial
 from ray_soup.actors.pool import StepPool
 from ray_soup.errors import Stopped
 from ray_soup.io.signals import uninterrupted
-from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
+from ray_soup.soups.coordinates import Moving, largest_rate, moving_coordinates
 from ray_soup.soups.curve import best_epochs, figures_on_select, stale_epochs
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization
 from ray_soup.soups.start import choose_start
@@ -37,7 +37,6 @@ from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_s
 from ray_soup.soups.step import count_step, gradient_of
 from ray_soup.soups.trajectory import roughness
 from ray_soup.soups.turns import joint_batches, model_batches
-from ray_soup.soups.whitening import Whitened, whitened
 from ray_soup.task.choices import cost
 from ray_soup.task.data import Split, batch_positions
 
@@ -145,7 +144,7 @@ class _Learning:
     state: LearnState
     started: float
     saved: float
-    of: Affine | Softmax | Whitened
+    of: Moving
     """The parametrization of the model batch that moves now."""
     order: Sequence[int] = ()
     """The positions of the ingredients, ordered by step."""
@@ -187,6 +186,11 @@ class _Learning:
         return self.steps_per_epoch * self.recipe.learn.epochs
 
     @property
+    def largest_rate(self) -> float:
+        """The learning rate of this turn before its schedule."""
+        return largest_rate(self.recipe.learn, self.of.norms.size)
+
+    @property
     def total_steps(self) -> int:
         """Steps over all turns, at most; those of a refit are known once it has begun."""
         most = len(self.turns) * self.steps_per_turn
@@ -214,31 +218,24 @@ class _Learning:
     def _in_y(self, moving: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.of.to_y(moving.numpy()))
 
-    def _parametrization(self, chosen: np.ndarray) -> Affine | Softmax | Whitened:
-        """Return the parametrization of the model batch `chosen`, int64 [m], for a turn that begins at `state.y`."""
-        state, norms = self.state, self.norms[chosen]
-        if state.gram is None:
-            return parametrization(self.recipe.info.kind == "softmax", norms)
-        gram = state.gram.numpy()[:, chosen][:, :, chosen]
-        return whitened(norms, gram, state.y[chosen].numpy(), len(chosen) == len(self.norms))
-
     def begin_turn(self, turn: int) -> tuple[np.ndarray, torch.optim.Optimizer]:
         """Begin a turn from the point in the state; return its model batch and its optimizer."""
         state, chosen = self.state, self.turns[turn]
         state.turn = turn  # a refit skips turns
         softmax = self.recipe.info.kind == "softmax"
-        self.of = self._parametrization(chosen)
+        gram, y = None if state.gram is None else state.gram.numpy(), state.y.numpy()
+        self.of = moving_coordinates(self.recipe.learn, softmax, self.norms, gram, chosen, y)
         everything = parametrization(softmax, self.norms)
-        self.pool.begin(chosen, everything.x(state.y.numpy()).astype(np.float32), state.precision)
+        self.pool.begin(chosen, everything.x(y).astype(np.float32), state.precision)
         if state.moving is None:
-            state.moving = torch.from_numpy(self.of.from_y(state.y[chosen].numpy())).clone()
+            state.moving = torch.from_numpy(self.of.from_y(y[chosen])).clone()
             state.best = state.y[chosen].clone()
         if state.statistics is None:
             self.recalibrate()
         else:
             self.pool.use({name: tensor.numpy() for name, tensor in state.statistics.items()})
         learned = [state.factor] if self.of.learns_factor else []
-        optimizer = make_optimizer(self.recipe.learn, state.moving, *learned)
+        optimizer = make_optimizer(self.recipe.learn, self.largest_rate, state.moving, *learned)
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
         if turn == 0 and not state.curve:
@@ -271,7 +268,7 @@ class _Learning:
         assert state.moving is not None
         weight = sum(p.weight for p in partials) or 1.0  # a batch may have nothing to score
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step, self.steps_per_turn)
+            group["lr"] = learning_rate(options, self.largest_rate, step, self.steps_per_turn)
         rough = self.by_roughness() if options.smoothness else None
         state.moving.grad = torch.from_numpy(gradient_of(partials, weight, self.of, options.clip, state, rough))
         state.factor.grad = torch.tensor(sum(p.by_factor for p in partials) / weight, dtype=torch.float64)

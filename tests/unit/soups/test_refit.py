@@ -45,7 +45,7 @@ def test_a_refit_equals_autograd_on_fit_and_select_together(zoo: Path, tmp_path:
     for turn, chosen in enumerate(model_batches(8, 5, options.seed, 1)):
         steps = 8 * epochs[turn]
         order = [positions for n in range(4) for positions in batch_positions(597, 61, 1, 5, turn, n)]
-        rates = [learning_rate(options, step, 32) for step in range(steps)]
+        rates = [learning_rate(options, options.lr, step, 32) for step in range(steps)]
         iterates = by_autograd(learner, y, chosen, [rows[positions] for positions in order[:steps]], rates)
         if iterates:
             y[chosen] = torch.stack(iterates[-8:]).mean(0) if average else iterates[-1]

@@ -141,7 +141,7 @@ def test_learning_on_whitened_coordinates_equals_autograd(zoo: Path, tmp_path: P
     matrices = whitened(norms, gram, np.zeros_like(norms), True).matrices
     rows = learner.splits["fit"].rows
     batches = [rows[positions] for epoch in range(2) for positions in batch_positions(448, 61, 1, 2, 0, epoch)]
-    rates = [learning_rate(learner.recipe.learn, step, 16) for step in range(16)]
+    rates = [learning_rate(learner.recipe.learn, learner.recipe.learn.lr, step, 16) for step in range(16)]
     zero = torch.zeros(norms.shape, dtype=torch.float64)
     found = by_autograd(learner, zero, np.arange(8), batches, rates, torch.from_numpy(matrices))
     ours = np.einsum("bij,jb->ib", matrices, seen[-1])
