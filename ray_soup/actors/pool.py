@@ -29,6 +29,10 @@ class StepPool(Protocol):
         """Choose float32 or bfloat16 for learning, on the first actor's hardware, once."""
         ...
 
+    def gram_of_blocks(self) -> np.ndarray:
+        """Return the inner products of the open directions in each block, float64 [B, K, K]."""
+        ...
+
     def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
         """Begin a model batch: the ingredients `chosen`, int64 [m], move; the others stay at x, float32 [K, B]."""
         ...
@@ -216,6 +220,13 @@ class MeshPool(RecoveringMesh):
         """Return the inner products of the open directions, float64 [K, K]."""
         shards, replicas = self.mesh.shards, self.mesh.replicas
         total: np.ndarray = sum(self._ask("gram", lambda actor, rank: actor.gram.remote((rank // shards, replicas))))
+        return total
+
+    def gram_of_blocks(self) -> np.ndarray:
+        """Return the inner products of the open directions in each block, float64 [B, K, K]."""
+        shards, replicas = self.mesh.shards, self.mesh.replicas
+        parts = self._ask("gram_of_blocks", lambda actor, rank: actor.gram_of_blocks.remote((rank // shards, replicas)))
+        total: np.ndarray = sum(parts)
         return total
 
     def evaluate_file(self, path: str, splits: list[Split], progress: ProgressCallback = no_progress) -> list[Outcome]:

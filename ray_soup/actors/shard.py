@@ -143,6 +143,10 @@ class Shard:
         """
         return stores.gram(self.plane, part)
 
+    def gram_of_blocks(self, part: tuple[int, int]) -> np.ndarray:
+        """Sum the inner products of the directions in each block over a part of the store, float64 [B, K, K]."""
+        return stores.gram_of_blocks(self.plane, part)
+
     # Learning
 
     def choose_precision(self) -> str:

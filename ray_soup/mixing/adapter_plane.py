@@ -79,7 +79,7 @@ class AdapterPlane:
     def __init__(self, store: AdapterStore, partition: Partition, low: int, high: int, device: torch.device) -> None:
         """Prepare a slice of the store; `choose` must follow. `partition` has no invariant blocks: from `store.blocks`."""
         self.store, self.low, self.high, self.device = store, low, high, device
-        self.blocks = partition.count
+        self.blocks, self._block = partition.count, partition.block
         self.chosen: NDArray[np.int64] = np.zeros(0, np.int64)
         self._tensors: list[int] = []
         self._factors: list[_Factor] = []
@@ -173,6 +173,13 @@ class AdapterPlane:
         """Sum the inner products of the directions over every `part[1]`-th tensor that begins in the slice: [K, K]."""
         chosen = self._tensors[part[0] :: part[1]]
         total: NDArray[np.float64] = self.store.gram[chosen].sum(axis=0)
+        return total
+
+    def gram_of_blocks(self, part: tuple[int, int]) -> NDArray[np.float64]:
+        """Sum the inner products in each block over the same tensors: [B, K, K]."""
+        total = np.zeros((self.blocks, *self.store.gram.shape[1:]))
+        for t in self._tensors[part[0] :: part[1]]:
+            total[self._block[t]] += self.store.gram[t]
         return total
 
 

@@ -62,6 +62,12 @@ class Parametrization(Protocol):
     def learns_factor(self) -> bool:
         """Whether a factor on the logits is learned too."""
 
+    def from_y(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute what the optimizer moves from the unit-scaled coordinates y: float64 [m, B] each."""
+
+    def to_y(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute the unit-scaled coordinates from what the optimizer moves: float64 [m, B] each."""
+
     def x(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute the factors x of the directions from y: float64 [m, B] each."""
 
@@ -72,8 +78,20 @@ class Parametrization(Protocol):
         """Compute the coefficients of the ingredients from y: float64 [m, B] each."""
 
 
+class _Plain:
+    """What the optimizer moves are the coordinates themselves."""
+
+    def from_y(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return y."""
+        return y
+
+    def to_y(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return y."""
+        return y
+
+
 @dataclass(frozen=True)
-class Affine:
+class Affine(_Plain):
     """The parametrization of MEHL soups: coordinates in units of the directions' norms."""
 
     norms: NDArray[np.float64]
@@ -94,7 +112,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(_Plain):
     """The parametrization of learned soups (Wortsman et al. 2022): x = c = softmax(y) over all ingredients."""
 
     norms: NDArray[np.float64]

@@ -57,3 +57,17 @@ def gram(plane: Plane, part: tuple[int, int]) -> NDArray[np.float64]:
         rows = decompressed(plane.store, start, stop, chunk)
         total += (rows @ rows.T).double().numpy()
     return total
+
+
+def gram_of_blocks(plane: Plane, part: tuple[int, int]) -> NDArray[np.float64]:
+    """Sum the inner products of the directions in each block over a part of a slice, float64 [B, K, K].
+
+    Arguments as for `gram`.
+    """
+    if isinstance(plane, AdapterPlane):
+        return plane.gram_of_blocks(part)
+    total = np.zeros((plane.blocks, *(len(plane.store.rows),) * 2))
+    for start, stop, block, chunk in plane.pieces[part[0] :: part[1]]:
+        rows = decompressed(plane.store, start, stop, chunk)
+        total[block] += (rows @ rows.T).double().numpy()
+    return total

@@ -2,6 +2,7 @@
 
 from ray_soup.recipe.distributions import DISTRIBUTIONS as DISTRIBUTIONS
 from ray_soup.recipe.fields import Section as Section
+from ray_soup.recipe.learning import Learn as Learn
 from ray_soup.recipe.load import as_recipe as as_recipe
 from ray_soup.recipe.load import dump_recipe as dump_recipe
 from ray_soup.recipe.load import for_method as for_method
@@ -27,7 +28,6 @@ from ray_soup.recipe.schema import ActorsSection as ActorsSection
 from ray_soup.recipe.schema import Data as Data
 from ray_soup.recipe.schema import Directions as Directions
 from ray_soup.recipe.schema import Greedy as Greedy
-from ray_soup.recipe.schema import Learn as Learn
 from ray_soup.recipe.schema import Recipe as Recipe
 from ray_soup.recipe.schema import Schedule as Schedule
 from ray_soup.recipe.tuning import Finetune as Finetune

@@ -18,7 +18,16 @@ from ray_soup.recipe.preprocessing import Preprocessing
 from ray_soup.recipe.schema import UNSAID, Recipe
 from ray_soup.recipe.yaml_reader import MOST_DEPTH, NULLS, check_characters, parse_yaml, read_text, resolve
 
-_FOR_EVERY_KIND = ("epochs", "micro_batch", "gradient_checkpointing", "seed", "patience", "label_smoothing")
+_FOR_EVERY_KIND = (
+    "epochs",
+    "micro_batch",
+    "gradient_checkpointing",
+    "seed",
+    "patience",
+    "label_smoothing",
+    "average",
+    "refit",
+)
 _SINCE_0_2: dict[str, Any] = {
     "ignore": [],
     "preprocess": None,
@@ -29,12 +38,16 @@ _SINCE_0_2: dict[str, Any] = {
     "adapter": {"rank": None, "merge": False},
     "schedule": {"window": "auto", "decay": "auto"},
     "out_format": "safetensors",
+    "start": None,
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _OFF_BY_DEFAULT = (
     ("adapter", "merge"),
     ("learn", "gradient_checkpointing"),
     ("learn", "smoothness"),
+    ("learn", "average"),
+    ("learn", "refit"),
+    ("learn", "whiten"),
     ("actors", "by_layer"),
 )
 """Keys within sections that a dump leaves out unless they are set, for the same reason."""
@@ -200,16 +213,17 @@ def with_changes(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
 def for_method(recipe: Recipe, method: str, **learn: Any) -> Recipe:
     """Return the recipe for another method.
 
-    Settings that suit one method carry over only where they make sense: `blocks` only if the method stays the same, and
-    learning rate, schedule and batch size unless exactly one of the two methods is a softmax method. Otherwise the defaults
-    of the new method apply. `learn` contains keys of the section `learn` that override everything else. Raises RecipeError.
+    Settings that suit one method carry over only where they make sense: `blocks` and `start` only if the method stays the
+    same, and learning rate, schedule and batch size unless exactly one of the two methods is a softmax method. Otherwise the
+    defaults of the new method apply. `learn` contains keys of the section `learn` that override everything else. Raises
+    RecipeError.
     """
-    values = recipe.model_dump(exclude={"method", "learn", "blocks"})
+    values = recipe.model_dump(exclude={"method", "learn", "blocks", "start"})
     kept = recipe.learn.model_dump()
     if (method_info(method).kind == "softmax") != (recipe.info.kind == "softmax"):
         kept = {key: kept[key] for key in _FOR_EVERY_KIND}
     if method == recipe.method:
-        values["blocks"] = recipe.blocks
+        values |= {"blocks": recipe.blocks, "start": recipe.start}
     return make_recipe({**values, "method": method, "learn": {**kept, **learn}}, f"The recipe for {method}")
 
 

@@ -56,6 +56,8 @@ def absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         values["ingredients"] = [_absolute(s, folder, f"ingredients[{n}]") for n, s in enumerate(spec)]
     elif isinstance(spec, str):
         values["ingredients"] = _absolute(spec, folder, "ingredients")
+    if isinstance(values.get("start"), str):
+        values["start"] = _absolute(values["start"], folder, "start")
     if isinstance(values.get("model"), str):
         values["model"] = _absolute_model(values["model"], folder)
     for section, keys in _PATH_KEYS.items():

@@ -16,17 +16,15 @@ from ray_soup.recipe.fields import (
     MOST_TRIALS,
     ActorCount,
     Auto,
-    Epochs,
-    Examples,
     Function,
     Line,
     PathText,
     Section,
-    Seed,
     line,
     refusal,
     share,
 )
+from ray_soup.recipe.learning import Learn
 from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
 from ray_soup.recipe.plain import shown
 from ray_soup.recipe.preprocessing import Preprocessing
@@ -84,45 +82,6 @@ class Data(Section):
         if not is_share and not isinstance(value, str):
             raise ValueError("Expected a share between 0 and 1, or a file.")
         return value
-
-
-class Learn(Section):
-    """Settings for learning the coefficients."""
-
-    lr: float = Field(default=0.01, gt=0)
-    """Learning rate of the unit-scaled coordinates."""
-    wd: float = Field(default=0.0, ge=0, le=1e6)
-    """Weight decay. It pulls the soup toward the uniform soup."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer of the coordinates."""
-    cosine_lr: bool = True
-    """Warm up linearly, then decay to zero along a cosine, over the steps of one model batch. false: a constant rate."""
-    warmup: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the steps that warm up."""
-    clip: Annotated[float, Field(gt=0)] | None = None
-    """Maximum norm of the gradient with respect to the coordinates; null: no clipping."""
-    batch_size: Examples = 128
-    """Examples per step, summed over all actors."""
-    micro_batch: Examples | Auto = "auto"
-    """Examples per forward pass of one actor."""
-    gradient_checkpointing: bool = False
-    """Save memory: the layers of the model compute their activations again in the backward pass, which takes about a third
-    more time. Gradients do not change."""
-    epochs: Epochs = 5
-    """Passes over fit for each model batch."""
-    patience: Epochs | None = None
-    """End a model batch after this many epochs without a lower loss on select; null: never end early."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Label smoothing of the cross-entropy on fit (Szegedy et al. 2016). The loss on select is not smoothed."""
-    model_batch: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
-    """Number of ingredients whose coordinates move at a time; auto: as many as fit into memory."""
-    models_epochs: int = Field(default=1, ge=1, le=10_000)
-    """Passes over all ingredients, one model batch after another."""
-    smoothness: float = Field(default=0.0, ge=0, le=1e6)
-    """For steps of one run: penalty on the mean square of the change of a coefficient from step to step, in units of 1/K,
-    added to the loss on fit."""
-    seed: Seed = 1
-    """Seed of the split into fit and select, of the order of batches and of the order of ingredients."""
 
 
 class ActorsSection(Section):
@@ -242,6 +201,10 @@ class Recipe(Section):
     greedy: Greedy = Greedy()
     schedule: Schedule = Schedule()
     learn: Learn = Learn()
+    start: PathText | None = None
+    """For mehl and mehl+: folder or URI of a finished soup of this model whose coefficients learning begins from, as after
+    ingredients were added or removed. If the uniform soup is better on select, learning begins there. null: the uniform
+    soup."""
     objective: ObjectiveName | Function = "auto"
     """What the model is trained for: classification, token_classification, segmentation, masked_lm, causal_lm,
     multi_label, regression, or `package.module:Class`, a subclass of ray_soup.Objective. auto: what the config of a model
@@ -345,6 +308,26 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_learning(self) -> Recipe:
+        if self.learn.whiten and self.info.kind == "softmax":
+            message = (
+                f"found true with method: {self.method}, which has no directions to whiten. Remove this key, or use mehl+."
+            )
+            raise FaultsError([Fault("learn.whiten", message)])
+        if self.learn.lr == "auto" and (self.info.kind == "softmax" or self.learn.optimizer != "adamw"):
+            what = f"method: {self.method}" if self.info.kind == "softmax" else f"learn.optimizer: {self.learn.optimizer}"
+            message = f"found auto with {what}. Expected a number, as in 0.05, or mehl+ with adamw."
+            raise FaultsError([Fault("learn.lr", message)])
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Recipe:
+        if self.start is not None and self.info.kind != "hyperplane":
+            message = f"found {shown(self.start)} with method: {self.method}. Expected mehl or mehl+, or no `start`."
+            raise FaultsError([Fault("start", message)])
+        return self
+
+    @model_validator(mode="after")
     def _check_space(self) -> Recipe:
         space = self.search.space
         if len(space) > 100:
@@ -390,7 +373,7 @@ class Recipe(Section):
 
 FIXED_IN_SEARCH = (
     "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
-    "evaluate", "baseline", "schedule", "finetune", "search",
+    "evaluate", "baseline", "schedule", "finetune", "search", "start",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

@@ -77,7 +77,7 @@ def compare(
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
         chosen = [options.seeds, list(options.drop_top), list(options.by_count)]
-        soup = output.begin(begun(recipe, inputs.ingredients, compare=chosen))
+        soup = output.begin(begun(recipe, inputs.ingredients, compare=chosen, **inputs.started))
         if soup is None:
             with output.recording_failures():
                 soup = _compare(recipe, inputs, output, options, progress)

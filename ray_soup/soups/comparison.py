@@ -18,7 +18,7 @@ from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.records import ResultRow
 from ray_soup.soups.report.measures import Measures
 from ray_soup.soups.report.statistics import paired_test
-from ray_soup.soups.report.tables import COSTS, ENSEMBLE, EVALUATE, MEAN_SINGLE
+from ray_soup.soups.report.tables import COSTS, ENSEMBLE, EVALUATE, MEAN_SINGLE, refitted
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, test_sets
 
@@ -107,7 +107,7 @@ class SoupResult:
     def row(self, splits: dict[str, Split]) -> ResultRow:
         """Return keys and values for results.jsonl."""
         costs = {key: self.figures[key] for key in COSTS if key in self.figures}
-        own = {key: value for key, value in self.figures.items() if key.startswith(EVALUATE)}
+        own = {key: value for key, value in self.figures.items() if key.startswith(EVALUATE)} | refitted(self.figures)
         return {**figures_of({name: self.on(name, splits) for name in reported(splits)}), **own, **costs}
 
 

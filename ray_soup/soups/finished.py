@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
 from ray_soup.soups.proof import compare_sample
-from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results
+from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results, read_run_record
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
 from ray_soup.task.adapters import lift_one
@@ -79,7 +79,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     if function is not None:
         check_functions(recipe)
     examined = examine(recipe, [opened])
-    layout, notes = examined.layout, [*notes, *examined.notes]
+    layout, notes = examined.layout, [*notes, *examined.notes, *_about_refit(Path(path))]
     ingredients: list[Ingredient] = []
     if isinstance(opened, AdapterIngredient):
         ingredients, _ = lift_one(recipe.model, opened, recipe.ignore)
@@ -122,6 +122,17 @@ def _open_to_evaluate(recipe: Recipe, model: str, path: str) -> tuple[Recipe, In
     index = [f"{MODEL}.index.json"] if whole and opened.files[0].endswith(SAFETENSORS_SUFFIX) else []
     check_files(Path(path), record, [*map(os.path.basename, opened.files), *index])
     return with_own_config(recipe, path, record, opened), opened
+
+
+def _about_refit(out: Path) -> list[str]:
+    """Return a note if the soup in a folder has learned on select, too."""
+    record: Mapping[str, Any] = (read_run_record(out) if out.is_dir() else None) or {}
+    if not record.get("refit", {}).get("steps"):
+        return []
+    return [
+        f"{out} was refitted on fit and select together (learn.refit): its figures on select, and the temperature that is "
+        "fitted there, are not those of held-out data."
+    ]
 
 
 def _is_whole_folder(path: str, key: str) -> bool:

@@ -6,6 +6,9 @@ all ingredients in one model batch.
 
 The running statistics of BatchNorm layers go stale as coordinates move: they are re-estimated at the start of each turn and
 after each epoch, before select is evaluated, and stay fixed during an epoch's steps.
+
+With learn.refit the turns are taken once more, on fit and select together and without choices, each with the steps that
+had led to its best point.
 """
 
 from __future__ import annotations
@@ -23,28 +26,21 @@ import torch
 
 from ray_soup.actors.messages import Partial
 from ray_soup.actors.pool import StepPool
-from ray_soup.errors import SoupError, Stopped
+from ray_soup.errors import Stopped
 from ray_soup.io.signals import uninterrupted
-from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Recipe
-from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization, without_noise
+from ray_soup.soups.coordinates import Moving, largest_rate, moving_coordinates
+from ray_soup.soups.curve import best_epochs, figures_on_select, stale_epochs
+from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization
+from ray_soup.soups.start import choose_start
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
+from ray_soup.soups.step import count_step, gradient_of
 from ray_soup.soups.trajectory import roughness
-from ray_soup.task.choices import cost, cost_in
+from ray_soup.soups.turns import joint_batches, model_batches
+from ray_soup.task.choices import cost
 from ray_soup.task.data import Split, batch_positions
-from ray_soup.task.outcomes import Score
 
 SAVE_EVERY_S = 60.0
-TIMED_STEPS = 1000  # steps whose duration is kept
-
-
-def model_batches(ingredients: int, size: int, seed: int, models_epochs: int) -> list[np.ndarray]:
-    """Return the ingredients of each turn, sorted int64 [m]: shuffled in every models_epoch and cut into model batches."""
-    turns = []
-    for models_epoch in range(models_epochs):
-        order = np.random.default_rng([seed, 1, models_epoch]).permutation(ingredients)
-        turns += [np.sort(order[first : first + size]) for first in range(0, ingredients, size)]
-    return turns
 
 
 def learn(
@@ -59,6 +55,8 @@ def learn(
     calibration: list[Split] | None = None,
     contents: Sequence[str] = (),
     order: Sequence[int] = (),
+    refits: bool = True,
+    start: np.ndarray | None = None,
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -74,35 +72,60 @@ def learn(
         calibration: batches of fit that running statistics are re-estimated on; empty: the statistics are averaged.
         contents: digests of the ingredients and of the examples, without which a state is not resumed from.
         order: the positions of the ingredients, ordered by step; needed with learn.smoothness.
+        refits: False leaves out what learn.refit adds.
+        start: float64 [K, B], coordinates to begin from, unless the uniform soup is better; None: the uniform soup.
 
     Returns:
-        The last state; its `y` and `factor` are the soup.
+        The last state; its `y` and `factor` are the soup, and after a refit `before` and `before_factor` the one before it.
     """
     task = task_of(recipe, contents)
     run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
-    run.order = order
-    state, options = run.state, recipe.learn
+    run.order, run.refits = order, refits and recipe.learn.refit
+    state = run.state
+    if start is not None and not state.curve:
+        state.start = torch.from_numpy(start)
+        choose_start(state, pool, norms, run.turns[0], run.select, run.calibration, recipe.select_by)
+    if state.before is None:
+        _learn(run, after_step, after_epoch)
+    if run.refits:
+        _refit(run, after_step)
+    return state
+
+
+def _learn(run: _Learning, after_step: StateCallback, after_epoch: StateCallback) -> None:
+    """Take all turns on fit, and leave each at its best point on select."""
+    state, options = run.state, run.recipe.learn
     for turn in range(state.turn, len(run.turns)):
         chosen, optimizer = run.begin_turn(turn)
         for epoch in range(state.epoch, options.epochs):
-            if options.patience is not None and stale_epochs(state, recipe.select_by) >= options.patience:
+            if options.patience is not None and stale_epochs(state, run.recipe.select_by) >= options.patience:
                 break
-            batches = batch_positions(len(run.fit), options.batch_size, options.seed, 2, turn, epoch)
-            for step in range(state.step, run.steps_per_epoch):
-                begun = time.perf_counter()
-                x, batch = run.x(), Split(run.fit.source, run.fit.rows[batches[step]])
-                with run.saving_after(KeyboardInterrupt, optimizer):
-                    partials = pool.step(x, state.factor.item(), batch)
-                with run.saving_after(Stopped, optimizer), uninterrupted():
-                    run.move(optimizer, partials, epoch * run.steps_per_epoch + step)
-                    state.step = step + 1
-                    _count(state, partials, len(batch), x, time.perf_counter() - begun)
-                after_step(state.steps, run.total_steps, state)
-                run.save_if_due(optimizer)
+            positions = batch_positions(len(run.fit), options.batch_size, options.seed, 2, turn, epoch)
+            batches = [[Split(run.fit.source, run.fit.rows[batch])] for batch in positions]
+            run.take_steps(optimizer, epoch, batches, after_step)
             run.end_epoch(optimizer, epoch)
             after_epoch(state.steps, run.total_steps, state)
         run.end_turn(chosen)
-    return state
+
+
+def _refit(run: _Learning, after_step: StateCallback) -> None:
+    """Take the turns again from the start on fit and select together, each with the steps that led to its best point."""
+    if run.state.before is None:
+        run.begin_refit()
+    per_pass = -(-(len(run.fit) + len(run.select)) // run.recipe.learn.batch_size)
+    for turn in range(run.state.turn, len(run.turns)):
+        epochs = run.best_epochs(turn)
+        if not epochs:
+            continue
+        chosen, optimizer = run.begin_turn(turn)
+        for epoch in range(run.state.epoch, epochs):
+            first = epoch * run.steps_per_epoch
+            steps = range(first, first + run.steps_per_epoch)
+            passes = {n: run.joint_batches(turn, n) for n in {step // per_pass for step in steps}}
+            batches = [passes[step // per_pass][step % per_pass] for step in steps]
+            run.take_steps(optimizer, epoch, batches, after_step)
+            run.end_epoch_of_refit(optimizer, epoch, epochs)
+        run.end_turn(chosen)
 
 
 @dataclass
@@ -121,10 +144,12 @@ class _Learning:
     state: LearnState
     started: float
     saved: float
-    of: Affine | Softmax
+    of: Moving
     """The parametrization of the model batch that moves now."""
     order: Sequence[int] = ()
     """The positions of the ingredients, ordered by step."""
+    refits: bool = False
+    """Whether a refit follows, or has begun."""
 
     @classmethod
     def start(
@@ -152,7 +177,8 @@ class _Learning:
         )  # fmt: skip
         if not state.precision:
             state.precision = pool.choose_precision()
-            save_state(state, state_file)  # a measurement, which could turn out differently the next time
+            state.gram = torch.from_numpy(pool.gram_of_blocks()) if options.whiten else None
+            save_state(state, state_file)  # measurements, which could turn out differently the next time
         return run
 
     @property
@@ -160,29 +186,56 @@ class _Learning:
         return self.steps_per_epoch * self.recipe.learn.epochs
 
     @property
+    def largest_rate(self) -> float:
+        """The learning rate of this turn before its schedule."""
+        return largest_rate(self.recipe.learn, self.of.norms.size)
+
+    @property
     def total_steps(self) -> int:
-        return len(self.turns) * self.steps_per_turn
+        """Steps over all turns, at most; those of a refit are known once it has begun."""
+        most = len(self.turns) * self.steps_per_turn
+        if self.state.before is None:
+            return (1 + self.refits) * most
+        again = sum(map(self.best_epochs, range(len(self.turns)))) * self.steps_per_epoch
+        return int(self.state.curve[-1]["steps"]) + again
+
+    def best_epochs(self, turn: int) -> int:
+        """Return the epochs of a turn that led to its best point on select."""
+        return best_epochs(self.state.curve, turn, self.recipe.select_by)
+
+    def joint_batches(self, turn: int, number: int) -> list[list[Split]]:
+        """Return the batches of pass `number` over fit and select in the refit of a turn."""
+        return joint_batches(self.fit, self.select, self.recipe.learn.batch_size, self.recipe.learn.seed, 5, turn, number)
 
     def x(self) -> np.ndarray:
         """Return the coordinates that are sent to the actors, float32 [m, B]."""
         assert self.state.moving is not None
-        return self.of.x(self.state.moving.numpy()).astype(np.float32)
+        return self._sent(self.state.moving)
+
+    def _sent(self, moving: torch.Tensor) -> np.ndarray:
+        return self.of.x(moving.numpy()).astype(np.float32)
+
+    def _in_y(self, moving: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.of.to_y(moving.numpy()))
 
     def begin_turn(self, turn: int) -> tuple[np.ndarray, torch.optim.Optimizer]:
         """Begin a turn from the point in the state; return its model batch and its optimizer."""
         state, chosen = self.state, self.turns[turn]
+        state.turn = turn  # a refit skips turns
         softmax = self.recipe.info.kind == "softmax"
-        self.of = parametrization(softmax, self.norms[chosen])
+        gram, y = None if state.gram is None else state.gram.numpy(), state.y.numpy()
+        self.of = moving_coordinates(self.recipe.learn, softmax, self.norms, gram, chosen, y)
         everything = parametrization(softmax, self.norms)
-        self.pool.begin(chosen, everything.x(state.y.numpy()).astype(np.float32), state.precision)
+        self.pool.begin(chosen, everything.x(y).astype(np.float32), state.precision)
         if state.moving is None:
-            state.moving, state.best = state.y[chosen].clone(), state.y[chosen].clone()
+            state.moving = torch.from_numpy(self.of.from_y(y[chosen])).clone()
+            state.best = state.y[chosen].clone()
         if state.statistics is None:
             self.recalibrate()
         else:
             self.pool.use({name: tensor.numpy() for name, tensor in state.statistics.items()})
         learned = [state.factor] if self.of.learns_factor else []
-        optimizer = make_optimizer(self.recipe.learn, state.moving, *learned)
+        optimizer = make_optimizer(self.recipe.learn, self.largest_rate, state.moving, *learned)
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
         if turn == 0 and not state.curve:
@@ -191,17 +244,46 @@ class _Learning:
             state.curve.append({"turn": 0, "epoch": -1, **figures_on_select(start), "steps": 0})
         return chosen, optimizer
 
+    def take_steps(
+        self, optimizer: torch.optim.Optimizer, epoch: int, batches: Sequence[Sequence[Split]], after_step: StateCallback
+    ) -> None:
+        """Take the steps of an epoch that are left; each batch consists of one part per source of data."""
+        state = self.state
+        for step in range(state.step, self.steps_per_epoch):
+            begun = time.perf_counter()
+            x, batch = self.x(), batches[step]
+            with self.saving_after(KeyboardInterrupt, optimizer):
+                answers = [self.pool.step(x, state.factor.item(), part) for part in batch]
+            with self.saving_after(Stopped, optimizer), uninterrupted():
+                partials = [partial for answer in answers for partial in answer]
+                self.move(optimizer, partials, epoch * self.steps_per_epoch + step)
+                state.step = step + 1
+                count_step(state, answers, sum(map(len, batch)), x, time.perf_counter() - begun)
+            after_step(state.steps, self.total_steps, state)
+            self.save_if_due(optimizer)
+
     def move(self, optimizer: torch.optim.Optimizer, partials: list[Partial], step: int) -> None:
         """Take one optimizer step of the moving coordinates on the partial gradients of a batch."""
         state, options = self.state, self.recipe.learn
         assert state.moving is not None
         weight = sum(p.weight for p in partials) or 1.0  # a batch may have nothing to score
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step, self.steps_per_turn)
+            group["lr"] = learning_rate(options, self.largest_rate, step, self.steps_per_turn)
         rough = self.by_roughness() if options.smoothness else None
-        state.moving.grad = torch.from_numpy(_gradient(partials, weight, self.of, options.clip, state, rough))
+        state.moving.grad = torch.from_numpy(gradient_of(partials, weight, self.of, options.clip, state, rough))
         state.factor.grad = torch.tensor(sum(p.by_factor for p in partials) / weight, dtype=torch.float64)
         optimizer.step()
+        if options.average:
+            state.total = state.moving.clone() if state.total is None else state.total + state.moving
+            state.total_factor += state.factor.item()
+
+    def point(self) -> tuple[torch.Tensor, float]:
+        """Return the coordinates float64 [m, B], and the factor, that this epoch has led to: its last, or their mean."""
+        state = self.state
+        assert state.moving is not None
+        if state.total is None:
+            return state.moving.clone(), state.factor.item()
+        return state.total / state.step, state.total_factor / state.step
 
     def by_roughness(self) -> np.ndarray:
         """Return the gradient of the penalty `learn.smoothness` with respect to x, float64 [m, B].
@@ -212,7 +294,7 @@ class _Learning:
         state, chosen = self.state, self.turns[self.state.turn]
         assert state.moving is not None
         y = state.y.numpy().copy()
-        y[chosen] = state.moving.numpy()
+        y[chosen] = self.of.to_y(state.moving.numpy())
         everything = parametrization(self.recipe.info.kind == "softmax", self.norms)
         _, by_c = roughness(everything.coefficients(y), self.order)
         found: np.ndarray = self.recipe.learn.smoothness * (by_c - by_c.mean(axis=0))[chosen]
@@ -221,12 +303,12 @@ class _Learning:
     def end_epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         """Evaluate on select, remember the best point, and save."""
         state = self.state
-        assert state.moving is not None
-        self.recalibrate()
-        score = self.pool.evaluate(self.x(), state.factor.item(), self.select)
+        (point, factor), averaged = self.point(), state.total is not None
+        self.recalibrate(point)
+        score = self.pool.evaluate(self._sent(point), factor, self.select)
         found = cost(score, self.recipe.select_by)
         if found < state.best_cost:
-            state.best_cost, state.best, state.best_factor = found, state.moving.clone(), state.factor.item()
+            state.best_cost, state.best, state.best_factor = found, self._in_y(point), factor
         state.curve.append(
             {
                 "turn": state.turn, "epoch": epoch, "fit_nll": state.fit_loss / max(state.fit_count, 1e-300),
@@ -234,8 +316,30 @@ class _Learning:
                 "lr": optimizer.param_groups[0]["lr"],
             }
         )  # fmt: skip
-        state.epoch, state.step, state.fit_loss, state.fit_count = epoch + 1, 0, 0.0, 0.0
+        self._begin_epoch(optimizer, epoch + 1, averaged and epoch + 1 < self.recipe.learn.epochs)
+
+    def _begin_epoch(self, optimizer: torch.optim.Optimizer, epoch: int, recalibrates: bool) -> None:
+        state = self.state
+        state.epoch, state.step, state.fit_loss, state.fit_count = epoch, 0, 0.0, 0.0
+        state.total, state.total_factor = None, 0.0
+        if recalibrates:  # the statistics in use are those of another point
+            self.recalibrate()
         self.save(optimizer)
+
+    def begin_refit(self) -> None:
+        """Go back to the start, and keep the soup that was learned."""
+        state = self.state
+        state.before, state.before_factor = state.y.clone(), state.factor.item()
+        state.y = torch.zeros_like(state.y) if state.start is None else state.start.clone()
+        state.turn, state.best_factor = 0, 1.0
+        state.factor.fill_(state.best_factor)
+        self.save(None)
+
+    def end_epoch_of_refit(self, optimizer: torch.optim.Optimizer, epoch: int, epochs: int) -> None:
+        """Keep the point that one of the `epochs` of a turn has led to, and save: nothing is chosen."""
+        point, self.state.best_factor = self.point()
+        self.state.best = self._in_y(point)
+        self._begin_epoch(optimizer, epoch + 1, epoch + 1 < epochs)
 
     def end_turn(self, chosen: np.ndarray) -> None:
         """Put the model batch at its best point."""
@@ -246,10 +350,10 @@ class _Learning:
         state.turn, state.epoch, state.moving, state.best, state.statistics = state.turn + 1, 0, None, None, None
         self.save(None)
 
-    def recalibrate(self) -> None:
-        """Re-estimate running statistics at the moving coordinates, if this run does so at all."""
+    def recalibrate(self, point: torch.Tensor | None = None) -> None:
+        """Re-estimate running statistics at the moving coordinates, or at `point`, if this run does so at all."""
         if self.calibration:
-            found = self.pool.recalibrate(self.x(), self.calibration)
+            found = self.pool.recalibrate(self.x() if point is None else self._sent(point), self.calibration)
             self.state.statistics = {name: torch.from_numpy(values) for name, values in found.items()}
             self.state.image_passes += sum(map(len, self.calibration))
 
@@ -272,60 +376,9 @@ class _Learning:
         save_state(self.state, self.state_file)
 
 
-def figures_on_select(score: Score) -> dict[str, float]:
-    """Return the figures of a score on select, for the curve."""
-    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def stale_epochs(state: LearnState, select_by: str) -> int:
-    """Return the epochs of this turn since the last improvement on select."""
-    best = min(range(len(state.curve)), key=lambda n: cost_in(state.curve[n], select_by), default=0)
-    return sum(line["turn"] == state.turn and line["epoch"] >= 0 for line in state.curve[best + 1 :])
-
-
-def _gradient(
-    partials: list[Partial],
-    weight: float,
-    of: Affine | Softmax,
-    clip: float | None,
-    state: LearnState,
-    rough: np.ndarray | None = None,
-) -> np.ndarray:
-    """Compute dL/dy, float64 [m, B]: sum the partial gradients by rank, divide by the weight, apply the chain rule.
-
-    `rough` is the gradient of a penalty with respect to x, float64 [m, B].
-    """
-    total = np.zeros_like(of.norms)
-    for partial in partials:
-        total += partial.gradient
-    assert state.moving is not None
-    if not np.isfinite(total).all():
-        if state.steps == 0:
-            raise SoupError(
-                "The loss is not finite at the first step. Look for NaN in the inputs of data.fit or in `loss:`."
-            )
-        raise SoupError(f"The loss is not finite at step {state.steps}. Lower learn.lr, or set precision: float32.")
-    by_x = total / weight if rough is None else total / weight + rough
-    gradient = without_noise(of.gradient(state.moving.numpy(), by_x))
-    size = float(np.linalg.norm(gradient))
-    return gradient * (clip / size) if clip is not None and size > clip else gradient
-
-
-def _count(state: LearnState, partials: list[Partial], examples: int, x: np.ndarray, seconds: float) -> None:
-    state.fit_loss += sum(p.loss for p in partials)
-    state.fit_count += sum(p.weight for p in partials)
-    state.steps += 1
-    state.image_passes += examples
-    state.wire_bytes = x.nbytes + 4 * examples // len(partials) + partials[0].gradient.nbytes
-    if len(state.step_ms) < TIMED_STEPS:
-        state.step_ms.append(1000 * seconds)
-        state.overhead_ms.append(1000 * (seconds - max(p.seconds for p in partials)))
-
-
 def summary(state: LearnState) -> dict[str, Any]:
     """Return the figures of a run that go into run.json."""
-    return {
+    found = {
         "precision": state.precision,
         "steps": state.steps,
         "image_passes": state.image_passes,
@@ -334,3 +387,9 @@ def summary(state: LearnState) -> dict[str, Any]:
         "wire_bytes_per_step": state.wire_bytes,
         "curve": state.curve,
     }
+    return found if state.before is None else {**found, "refit": {"steps": refit_steps(state)}}
+
+
+def refit_steps(state: LearnState) -> int:
+    """Return the steps of the refit so far."""
+    return state.steps - int(state.curve[-1]["steps"])

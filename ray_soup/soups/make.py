@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.bake import soup_range, written_dtype
@@ -21,13 +22,14 @@ from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import SCHEDULES, Recipe
 from ray_soup.soups.greedy import GreedySearch, greedy
-from ray_soup.soups.learn import learn, summary
+from ray_soup.soups.learn import learn, refit_steps, summary
 from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.schedule import choose
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs, Session
+from ray_soup.soups.start import began_note
 from ray_soup.soups.state import LearnState
 from ray_soup.soups.trajectory import fixed_weights, order_of
-from ray_soup.task.choices import ranking
+from ray_soup.task.choices import cost_in, ranking
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Mixture:
     """Keys for run.json: steps, image_passes, curve and others."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence or more each."""
+    before: Coefficients | None = None
+    """The coefficients before a refit on fit and select: figures on select are theirs."""
 
 
 def make(session: Session) -> Mixture:
@@ -104,30 +108,48 @@ def learned(session: Session) -> Mixture:
     """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
     recipe, softmax = session.recipe, session.recipe.info.kind == "softmax"
     store = session.open_store(session.subset, recipe.blocks)
+    begins = session.beginning(store)
 
     def after_step(step: int, steps: int, state: LearnState) -> None:
-        session.progress(f"learning {recipe.method}", step, steps)
+        what = "learning" if state.before is None else "refitting"
+        session.progress(f"{what} {recipe.method}", step, steps)
 
     state = learn(
         recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
         session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
-        _order(session) if recipe.learn.smoothness else (),
+        _order(session) if recipe.learn.smoothness else (), start=None if begins is None else begins.y,
     )  # fmt: skip
-    notes, options = [], {}
+    notes: list[str] = []
     asked, count = recipe.learn.model_batch, len(session.subset)
     if not softmax and asked != "auto" and asked > count:
         notes.append(f"learn.model_batch is {asked:,}, and there are {count} ingredients: all of them moved at a time.")
-    if not state.y.any():
+    if begins is not None:
+        notes.append(began_note(recipe.method, begins, state))
+    if not (state.y if state.before is None else state.before).any():
         notes.append(f"{recipe.method}: no point was better on select than the uniform soup, so this is the uniform soup.")
-    if softmax:
-        options = {"factor": state.factor.item(), "factored": store.output}
-        if not store.output and state.factor.item() != 1:  # it stays 1 where outputs are no logits
-            notes.append(
-                f"{recipe.method}: no layer of the model scales its logits, so the learned factor {state.factor.item():.4f} "
-                "on the logits is stored with the coefficients, and the model's NLL is reported without it."
-            )
-    values = parametrization(softmax, store.norms).coefficients(state.y.numpy())
-    return Mixture(coefficients_of(session, values, store.partition, **options), summary(state), notes)
+    elif state.start is not None and state.curve[0] is min(state.curve, key=lambda line: cost_in(line, recipe.select_by)):
+        notes.append(f"{recipe.method}: no point was better on select than this start, so the soup is that of the start.")
+    if softmax and not store.output and state.factor.item() != 1:  # it stays 1 where outputs are no logits
+        notes.append(
+            f"{recipe.method}: no layer of the model scales its logits, so the learned factor {state.factor.item():.4f} "
+            "on the logits is stored with the coefficients, and the model's NLL is reported without it."
+        )
+    of = parametrization(softmax, store.norms)
+
+    def soup(y: torch.Tensor, factor: float) -> Coefficients:
+        scaled = {"factor": factor, "factored": store.output} if softmax else {}
+        return coefficients_of(session, of.coefficients(y.numpy()), store.partition, **scaled)
+
+    made = Mixture(soup(state.y, state.factor.item()), summary(state), notes)
+    if begins is not None and session.inputs.start is not None:
+        made.figures["start"] = session.inputs.start.record(begins, state)
+    if state.before is not None and refit_steps(state):
+        made.before = soup(state.before, state.before_factor)
+        made.notes.append(
+            f"{recipe.method}: {refit_steps(state):,} steps of the refit learned on fit and select together. Figures on "
+            "select are those of the soup before the refit; all others are those of the soup after it."
+        )
+    return made
 
 
 MAKERS: dict[str, Callable[[Session], Mixture]] = {

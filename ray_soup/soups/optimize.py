@@ -12,21 +12,24 @@ from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Learn
 
 
-def learning_rate(learn: Learn, step: int, steps: int) -> float:
-    """Return the learning rate of step 0 <= step < steps: a linear warm-up, then a cosine to zero; or a constant."""
+def learning_rate(learn: Learn, largest: float, step: int, steps: int) -> float:
+    """Return the learning rate of step 0 <= step < steps: a linear warm-up to the largest, then a cosine to zero; or it."""
     if not learn.cosine_lr:
-        return learn.lr
+        return largest
     warmup = round(learn.warmup * steps)
     if step < warmup:
-        return learn.lr * (step + 1) / warmup
-    return learn.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return largest * (step + 1) / warmup
+    return largest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def make_optimizer(learn: Learn, *parameters: torch.Tensor) -> torch.optim.Optimizer:
-    """Make the optimizer of the coordinates y float64 [m, B], and of the factor on the logits if it is learned."""
+def make_optimizer(learn: Learn, largest: float, *parameters: torch.Tensor) -> torch.optim.Optimizer:
+    """Make the optimizer of the coordinates, float64 [m, B], and of the factor on the logits if it is learned.
+
+    `largest` is the largest learning rate of its steps.
+    """
     if learn.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=learn.lr, weight_decay=learn.wd, momentum=0.9)
-    return torch.optim.AdamW(parameters, lr=learn.lr, weight_decay=learn.wd)
+        return torch.optim.SGD(parameters, lr=largest, weight_decay=learn.wd, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=largest, weight_decay=learn.wd)
 
 
 def without_noise(gradient: NDArray[np.float64], precision: float = 1e-6) -> NDArray[np.float64]:

@@ -22,7 +22,6 @@ from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.mixing.stores import has_store
 from ray_soup.recipe import Recipe
-from ray_soup.soups.learn import model_batches
 from ray_soup.soups.report.measures import measures_in, measures_of, recorded
 from ray_soup.soups.session import (
     CALIBRATION,
@@ -31,6 +30,7 @@ from ray_soup.soups.session import (
     open_inputs,
     planned_model_batch,
 )
+from ray_soup.soups.turns import model_batches
 from ray_soup.task.data import cut_splits
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import test_sets
@@ -134,8 +134,8 @@ def _figures(
         "store_bytes_per_node": int(numel * (4 + stored)),
         "store_is_there": seconds["store"] == 0.0,
         "bytes_read": sum(i.nbytes for i in inputs.ingredients),
-        "steps": turns * options.epochs * per_epoch,
-        "image_passes": turns * options.epochs * sizes["fit"],
+        "steps": turns * options.epochs * per_epoch * (1 + options.refit),  # a refit takes at most as many
+        "image_passes": turns * options.epochs * sizes["fit"] * (1 + options.refit),
         "baseline_image_passes": _baseline_passes(recipe, count, sizes),
         "step_s": full,
         "step_parts_s": {"combine": combine, "passes": full - combine - project - CALL_S * mesh.size, "project": project},
@@ -155,6 +155,7 @@ def _seconds(
     last = fit - (per_epoch - 1) * options.batch_size
     epoch_s = (per_epoch - 1) * costs.step_s(options.batch_size) + costs.step_s(last) + costs.evaluation_s(select)
     learning = turns * options.epochs * epoch_s + costs.evaluation_s(select)
+    learning += options.refit * turns * options.epochs * (epoch_s - costs.evaluation_s(select))
     recalibrates = bool(inputs.recalibrated(recipe))
     if recalibrates:  # at the start of every turn and after every epoch
         learning += turns * (options.epochs + 1) * costs.evaluation_s(min(fit, CALIBRATION_WHILE_CHOOSING))

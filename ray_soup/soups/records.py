@@ -117,13 +117,14 @@ class RunRecord(TypedDict, total=False):
 
 
 class BegunRecord(TypedDict, total=False):
-    """state/begun.json: the recipe, ingredients and options that the folder was started with."""
+    """state/begun.json: the recipe, ingredients and options that the folder was started with; `start` is a digest."""
 
     version: int
     recipe: str
     ingredients: list[list[list[str | int] | str]]
     compare: list[Any]
     kind: str
+    start: str
 
 
 class ResolvedRecord(TypedDict, total=False):

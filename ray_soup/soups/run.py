@@ -29,6 +29,7 @@ from ray_soup.soups.own_evaluation import (
 from ray_soup.soups.records import ResultRow, RunRecord
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
+from ray_soup.soups.report.tables import refitted
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
 from ray_soup.soups.trajectory import recorded_weights
@@ -58,7 +59,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
     recipe = resolved_recipe(recipe)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
-        soup = output.begin(begun(recipe, inputs.ingredients))
+        soup = output.begin(begun(recipe, inputs.ingredients, **inputs.started))
         if soup is None:
             with output.recording_failures():
                 if state is not None:
@@ -195,7 +196,7 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     costs = {"steps": figures.get("steps"), "image_passes": figures.get("image_passes"), "peak_memory_bytes": peak}
     models = {BEST_SINGLE: baseline.outcomes} if baseline else {}
     shown = {name: found[judged(found)[0]] for name, found in {**models, recipe.method: outcomes}.items() if found}
-    row = figures_of(outcomes) | costs
+    row = figures_of(outcomes) | refitted(figures) | costs
     return _Made(mixture, row, baseline, record, list(session.facts.sha256), shown, similarity)
 
 

@@ -35,6 +35,7 @@ from ray_soup.recipe.plain import shown
 from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, recall
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.records import read_resolved, write_resolved
+from ray_soup.soups.start import Beginning, Start, beginning, matches, open_start
 from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.soups.trajectory import check_trajectory, steps_of
 from ray_soup.task import identity
@@ -64,6 +65,8 @@ class Inputs:
     """How examples are preprocessed, for run.json."""
     frozen: int = 0
     """Parameters of the base, if the ingredients are adapters."""
+    start: Start | None = None
+    """The finished soup that learning begins from."""
 
     @property
     def held(self) -> tuple[int, int]:
@@ -74,6 +77,11 @@ class Inputs:
         if not self.frozen:
             return self.layout.numel, len(self.ingredients)
         return self.frozen // 4 + self.layout.numel * 5 // 4, 0
+
+    @property
+    def started(self) -> dict[str, str]:
+        """What a folder that is started records beside the recipe and the ingredients."""
+        return {} if self.start is None else {"start": self.start.digest}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,7 +155,7 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     check_floats(ingredients, layout.names)
     if needs_fit or not recipe.info.is_reference:
         notes += check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
-    return Inputs(tuple(ingredients), layout, tuple(notes), examined.preprocessing)
+    return Inputs(tuple(ingredients), layout, tuple(notes), examined.preprocessing, start=open_start(recipe, layout))
 
 
 def _adapter_inputs(
@@ -161,7 +169,8 @@ def _adapter_inputs(
     if group is not None and recipe.adapter.merge:
         check_merged(recipe.model, group)
     frozen = 0 if group is None else sum(info.numel for info in group.base.tensors.values())
-    return Inputs(tuple(ingredients), layout, (*notes, *more), preprocessing, frozen)
+    start = open_start(recipe, layout)
+    return Inputs(tuple(ingredients), layout, (*notes, *more), preprocessing, frozen, start)
 
 
 @dataclass
@@ -242,11 +251,24 @@ class Session:
         return info
 
     def learned_from(self, store: StoreInfo) -> list[str]:
-        """Return the digests of the ingredients in `store`, their base, and the examples of fit and select."""
+        """Return the digests of the ingredients in `store`, their base, the examples of fit and select, and the start."""
         sources = sorted({self.splits[name].source for name in ("fit", "select")})
         group = group_of(self.inputs.ingredients)
         base = [] if group is None else [group.base_sha256]
-        return [*store.sha256, *base, *(self.setup.contents[source] for source in sources)]
+        started = self.inputs.started.values() if self.recipe.start else ()
+        return [*store.sha256, *base, *(self.setup.contents[source] for source in sources), *started]
+
+    def beginning(self, store: StoreInfo) -> Beginning | None:
+        """Return where learning with the directions in `store` begins; None: at the uniform soup.
+
+        Part of the ingredients may have none of the soup's; all of them must have one. Raises RecipeError.
+        """
+        start, names = self.inputs.start, [self.inputs.names[k] for k in self.subset]
+        if start is None or self.recipe.start is None:
+            return None
+        if len(names) < len(self.inputs.names) and set(matches(start, names, store.sha256)) == {None}:
+            return None
+        return beginning(start, names, store.sha256, self.inputs.layout, store.partition, store.norms)
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of each ingredient; the files are hashed unless an earlier read did so."""

@@ -19,7 +19,8 @@ from ray_soup.io.disk import write_bytes
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import check_version, damaged
 
-VERSION = 3  # 2: best_nll for best_cost; 1: without `version`, written by ray_soup 0.1
+VERSION = 4  # 3: without the fields of _OPTIONAL, and written if none is set; 2: best_nll for best_cost
+PLAIN_VERSION = 3  # 1: without `version`, written by ray_soup 0.1
 
 
 @dataclass
@@ -37,17 +38,32 @@ class LearnState:
     step: int = 0
     """Number of steps finished in this epoch."""
     moving: torch.Tensor | None = None
-    """Coordinates float64 [m, B] of the current model batch."""
+    """Coordinates float64 [m, B] of the current model batch; with learn.whiten the whitened ones."""
     optimizer: dict[str, Any] | None = None
     """The optimizer's state dict."""
     factor: torch.Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
     """Factor on the logits, float64 []: one over the temperature."""
     best: torch.Tensor | None = None
-    """The best `moving` of this turn on select."""
+    """The best coordinates of this turn on select, float64 [m, B], in the units of `y`."""
     best_factor: float = 1.0
     """The factor at `best`."""
     best_cost: float = float("inf")
     """NLL on select at `best`, or minus the figure that select_by names."""
+    total: torch.Tensor | None = None
+    """With learn.average, the sum of `moving` after each step of this epoch so far."""
+    total_factor: float = 0.0
+    """With learn.average, the same sum of the factor."""
+    start: torch.Tensor | None = None
+    """With `start`, the coordinates float64 [K, B] that learning begins from: zeros if the uniform soup was better."""
+    began: dict[str, float] | None = None
+    """With `start`, whether it is `used` (1 or 0), and figures on select of it, and as `uniform_...` of the uniform soup."""
+    gram: torch.Tensor | None = None
+    """With learn.whiten, the inner products of the directions in each block, float64 [B, K, K]: other actors sum them in
+    another order."""
+    before: torch.Tensor | None = None
+    """In and after a refit, the coordinates float64 [K, B] that were learned before it; `turn` counts its turns."""
+    before_factor: float = 1.0
+    """The factor at `before`."""
     statistics: dict[str, torch.Tensor] | None = None
     """Running statistics that the actors use: those at the coordinates that the turn or the epoch began with."""
     fit_loss: float = 0.0
@@ -94,8 +110,12 @@ def task_of(recipe: Recipe, contents: Sequence[str] = ()) -> str:
 
 def save_state(state: LearnState, path: Path) -> None:
     """Write the state atomically. Raises SoupError if it cannot be written."""
-    buffer = io.BytesIO()
-    torch.save({"version": VERSION, **{f: getattr(state, f) for f in state.__dataclass_fields__}}, buffer)
+    buffer, fields = io.BytesIO(), {f: getattr(state, f) for f in state.__dataclass_fields__}
+    for name, default in _OPTIONAL.items():
+        if not isinstance(fields[name], torch.Tensor) and fields[name] == default:
+            del fields[name]
+    version = VERSION if set(fields) & set(_OPTIONAL) else PLAIN_VERSION
+    torch.save({"version": version, **fields}, buffer)
     write_bytes(path, buffer.getvalue())
 
 
@@ -124,6 +144,7 @@ def load_state(file: Path | IO[bytes], task: str = "", shape: tuple[int, ...] | 
     version = found.pop("version", None)
     if version in (None, 1, 2) and isinstance(found.get("fit_count"), int):  # the earlier names and types
         found |= {"fit_count": float(found["fit_count"]), "best_cost": found.pop("best_nll", None)}
+    found = {**_OPTIONAL, **found}
     fault = next(_faults(found, shape), None)
     if fault is not None:
         raise damaged(name, fault, remedy)
@@ -155,9 +176,9 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
     wrong = wrong or next((f for f in _NUMBERS if type(found[f]) is not float or math.isnan(found[f])), None)
     if wrong is not None:
         yield f"{wrong} is {found[wrong]!r}"
-    for name, dimensions in (("y", 2), ("moving", 2), ("best", 2), ("factor", 0)):
+    for name, dimensions in (("y", 2), ("factor", 0), ("gram", 3), *((name, 2) for name in (*_OF_A_TURN, *_OF_A_SOUP))):
         tensor = found[name]
-        if tensor is None and name in ("moving", "best"):
+        if tensor is None and name not in ("y", "factor"):
             continue
         whole = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and tensor.dim() == dimensions
         if not whole or not torch.isfinite(tensor).all():
@@ -166,9 +187,15 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
     y, moving, best = found["y"], found["moving"], found["best"]
     if shape is not None and tuple(y.shape) != tuple(shape):
         yield f"y is {list(y.shape)}; expected {list(shape)} for these ingredients and blocks"
-    for tensor in (moving, best):
+    gram, (count, blocks) = found["gram"], y.shape
+    if gram is not None and tuple(gram.shape) != (blocks, count, count):
+        yield "gram does not fit y"
+    wrong = next((name for name in _OF_A_SOUP if found[name] is not None and found[name].shape != y.shape), None)
+    if wrong is not None:
+        yield f"{wrong} does not fit y"
+    for tensor in (found[name] for name in _OF_A_TURN):
         if tensor is not None and (moving is None or tensor.shape != moving.shape or tensor.shape[1] != y.shape[1]):
-            yield "moving and best do not fit y"
+            yield f"{' and '.join(name for name in _OF_A_TURN if found[name] is not None)} do not fit y"
     if shape is not None and moving is not None and best is None:
         yield "best is missing"
     if not isinstance(found["precision"], str) or not isinstance(found.get("task", ""), str):
@@ -180,10 +207,18 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
         yield "statistics are no tensors"
     if not isinstance(found["optimizer"], (dict, type(None))):
         yield "optimizer is no state"
+    if not isinstance(found["began"], (dict, type(None))):
+        yield "began is no figures"
     for name, kind in (("step_ms", float), ("overhead_ms", float), ("curve", dict)):
         if not isinstance(found[name], list) or not all(isinstance(one, kind) for one in found[name]):
             yield f"{name} is no list of {kind.__name__}"
 
 
 _COUNTS = ("turn", "epoch", "step", "steps", "image_passes", "wire_bytes")
-_NUMBERS = ("best_factor", "best_cost", "fit_count", "fit_loss", "seconds")
+_NUMBERS = ("best_factor", "best_cost", "fit_count", "fit_loss", "seconds", "total_factor", "before_factor")
+_OF_A_TURN = ("moving", "best", "total")
+_OF_A_SOUP = ("before", "start")
+_OPTIONAL: dict[str, Any] = {
+    **dict.fromkeys(("total", "before", "start", "began", "gram")), "total_factor": 0.0, "before_factor": 1.0,
+}  # fmt: skip
+"""Fields with the values at which they are left out, so that a state without them is what earlier versions wrote."""

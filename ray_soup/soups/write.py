@@ -51,7 +51,9 @@ def bake_and_evaluate(
 ) -> dict[str, Outcome]:
     """Write the soup's model to `path`, re-estimate its running statistics, and evaluate that file.
 
-    A soup of one ingredient keeps that ingredient's running statistics. Adds the statistics to `mixture.coefficients`.
+    A soup of one ingredient keeps that ingredient's running statistics. Adds the statistics to `mixture.coefficients`. If
+    the soup was refitted on select, the outcome there is that of the soup before the refit, which is written and evaluated
+    first.
 
     Args:
         session: the actors, and the subset of ingredients that the coefficients refer to.
@@ -62,6 +64,11 @@ def bake_and_evaluate(
         calibration: batches to estimate running statistics on; empty: the statistics are averaged.
         shard_size: largest model file in bytes; None: one file.
     """
+    held_out: dict[str, Outcome] = {}
+    if mixture.before is not None:
+        first = {name: split for name, split in splits.items() if name == "select"}
+        held_out = bake_and_evaluate(session, output, Mixture(mixture.before), path, first, calibration, shard_size)
+        splits = {name: split for name, split in splits.items() if name not in first}
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
     actors = (pool, session.subset) if output.mirror is None else None
@@ -80,7 +87,7 @@ def bake_and_evaluate(
             f"{sum(map(len, calibration)):,} examples of fit."
         )
     outcomes = pool.evaluate_file(output.visible_to_actors(file), list(splits.values()), progress)
-    return dict(zip(splits, outcomes, strict=True))
+    return held_out | dict(zip(splits, outcomes, strict=True))
 
 
 def bake_model(

@@ -124,7 +124,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     for config in configs:
         check_trajectory(with_changes(recipe, config), inputs.ingredients)
     with open_output(out, progress, recipe.ingredients) as output:
-        soup = output.begin(begun(recipe, inputs.ingredients, kind="search"))
+        soup = output.begin(begun(recipe, inputs.ingredients, kind="search", **inputs.started))
         if soup is None:
             with output.recording_failures(), connect():
                 soup = _search(recipe, inputs, configs, output, progress)

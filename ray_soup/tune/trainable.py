@@ -146,10 +146,10 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
             }
             tune.report(metrics, checkpoint=keep())
 
-        calibration = session.calibration(CALIBRATION_WHILE_CHOOSING)
+        calibration, begins = session.calibration(CALIBRATION_WHILE_CHOOSING), session.beginning(store)
         state = learn(
             recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration,
-            contents=session.learned_from(store),
+            contents=session.learned_from(store), refits=False, start=None if begins is None else begins.y,
         )  # fmt: skip
         report(1, 1, state)
     finally:

@@ -151,6 +151,7 @@ def answers(pool: MeshPool, paths: list[str]) -> dict[str, Any]:
     pool.use({})
     found["evaluate with averaged buffers"] = pool.evaluate(x[CHOSEN], 1.5, TEST)
     found["gram"] = pool.gram()
+    found["gram_of_blocks"] = pool.gram_of_blocks()
     found["statistics_of_file"] = pool.statistics_of_file(paths[1], BATCHES)
     found["evaluate_file"] = pool.evaluate_file(paths[0], [FIT, TEST])
     found["evaluate_files"] = list(pool.evaluate_files(paths[:3], [FIT, TEST]))

@@ -227,8 +227,11 @@ def by_count(rows: Sequence[Row], key: str, axis_label: str, percent: bool) -> s
 
 
 def search_plane(trials: Sequence[Row], key: str = "select_nll") -> str:
-    """Draw the trials of a search by learning rate and model batch; size and color show the figure `key`."""
-    shown = [t for t in trials if t.get(key) is not None]
+    """Draw the trials of a search by learning rate and model batch; size and color show the figure `key`.
+
+    Trials whose learning rate is not a number are left out.
+    """
+    shown = [t for t in trials if t.get(key) is not None and t["learn.lr"] != "auto"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

@@ -11,7 +11,14 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_bytes
 from ray_soup.recipe import BASELINES, PEFT_MERGES
 from ray_soup.soups.report.measures import Measures, measures_in
-from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, markdown_paragraph, markdown_text
+from ray_soup.soups.report.text import (
+    BEFORE_REFIT,
+    BEFORE_REFIT_NOTE,
+    OPTIMISTIC,
+    OPTIMISTIC_NOTE,
+    markdown_paragraph,
+    markdown_text,
+)
 from ray_soup.task.outcomes import judged, test_sets
 
 Row = Mapping[str, Any]
@@ -32,6 +39,9 @@ COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_u
 
 EVALUATE = "evaluate_"
 """Begins the keys of figures that the recipe's function `evaluate` computed; their names follow."""
+
+REFIT = "refit_steps"
+"""Key of a row whose soup was refitted on fit and select: its figures on select are those before the refit."""
 
 TRIALS_LEGEND = (
     "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
@@ -127,12 +137,28 @@ def _cell(row: Row, key: str, form: str) -> str:
     else:
         text = form.format(value if scale == 1 else value * scale)
     mark = OPTIMISTIC if value is not None and is_optimistic(row, key) else ""
+    mark += BEFORE_REFIT if value is not None and is_before_refit(row, key) else ""
     return f"{text}{mark} ±{form.format(spread * scale)}" if spread else f"{text}{mark}"
 
 
 def is_optimistic(row: Row, key: str) -> bool:
     """Return whether a figure is on data that the row's model may have been learned, stopped or chosen on."""
     return key.startswith(("fit_", "select_")) and row.get("model_name") not in UNBIASED
+
+
+def is_before_refit(row: Row, key: str) -> bool:
+    """Return whether a figure is that of the soup before a refit on fit and select."""
+    return key.startswith("select_") and REFIT in row
+
+
+def refitted(figures: Mapping[str, Any]) -> dict[str, int]:
+    """Return what a row says about the refit of its soup; nothing if there was none.
+
+    Args:
+        figures: the keys of run.json about the soup.
+    """
+    steps = figures.get("refit", {}).get("steps", 0)
+    return {REFIT: steps} if steps else {}
 
 
 def _display_scale(key: str) -> float:
@@ -331,8 +357,9 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
         about.append(f"{', '.join(own)}: computed by {record['evaluate']['function']} from the model's folder.")
     if any(row.get("model_name") in PEFT_MERGES for row in rows):
         about.append("peft: PEFT's own merges with equal weights (TIES: density 0.2, weights 1, as it averages itself).")
+    refit = f"{BEFORE_REFIT_NOTE} " if any(REFIT in row for row in rows) else ""
     text = (
-        f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} "
+        f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} {refit}"
         f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "
         "passes needed to make the soup; for best_single and greedy they include evaluating the ingredients. Seconds: time "
         f"beyond the steps that all methods share. A suffix -mN: N ingredients per model batch. {MEAN_SINGLE}: mean of the "

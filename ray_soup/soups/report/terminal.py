@@ -36,7 +36,7 @@ from ray_soup.soups.report.tables import (
     titled,
     trials_table,
 )
-from ray_soup.soups.report.text import OPTIMISTIC, OPTIMISTIC_NOTE, preprocessing_text
+from ray_soup.soups.report.text import MARKS, preprocessing_text
 from ray_soup.task.outcomes import judged
 
 if TYPE_CHECKING:
@@ -231,9 +231,10 @@ def print_evaluation(row: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _explain_marks(cells: Sequence[Sequence[str]]) -> None:
-    """Print what the mark on optimistic figures means, if it is in a table."""
-    if any(OPTIMISTIC in cell for line in cells for cell in line):
-        echo(OPTIMISTIC_NOTE)
+    """Print what the marks on figures mean that are in a table."""
+    for mark, note in MARKS.items():
+        if any(mark in cell for line in cells for cell in line):
+            echo(note)
 
 
 def _rows_of(soup: Soup) -> list[Mapping[str, Any]]:

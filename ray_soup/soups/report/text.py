@@ -15,6 +15,11 @@ from ray_soup.io.redact import printable, redact
 OPTIMISTIC = "†"
 """Marks figures on data that the model was learned, stopped or chosen on."""
 OPTIMISTIC_NOTE = f"{OPTIMISTIC} optimistic: the model was learned, stopped or chosen on this data."
+BEFORE_REFIT = "‡"
+"""Marks figures of a soup before its refit."""
+BEFORE_REFIT_NOTE = f"{BEFORE_REFIT} before the refit, which learned on this data, too."
+MARKS = {OPTIMISTIC: OPTIMISTIC_NOTE, BEFORE_REFIT: BEFORE_REFIT_NOTE}
+"""What each mark means."""
 SOURCES = {
     "files": "as the files of the ingredients say",
     "recipe": "as the recipe says",

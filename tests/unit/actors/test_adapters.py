@@ -176,6 +176,10 @@ def test_norms_and_cosines_are_those_of_the_changes_of_weights(
         assert np.allclose(info.norms[:, block], np.linalg.norm(centered[name], axis=1), rtol=1e-5)
     gram = sum(found @ found.T for found in centered.values())
     assert np.allclose(pool.gram(), gram, rtol=1e-5, atol=1e-5 * np.abs(gram).max())
+    of_blocks = pool.gram_of_blocks()
+    for name, block in _blocks_of_weights(pool, info.partition).items():
+        expected = centered[name] @ centered[name].T
+        assert np.allclose(of_blocks[block], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_memory_is_that_of_the_base_and_of_all_adapters_once(pool: InProcess) -> None:

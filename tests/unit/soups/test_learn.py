@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.learn import learn, model_batches, summary
+from ray_soup.soups.learn import learn, summary
 from ray_soup.soups.optimize import parametrization
-from ray_soup.soups.state import VERSION, LearnState, load_state, save_state
+from ray_soup.soups.state import PLAIN_VERSION, VERSION, LearnState, load_state, save_state
+from ray_soup.soups.turns import model_batches
 from ray_soup.task.data import batch_positions, cut_splits
 from tests import tiny
 from tests.conftest import InProcess, values
@@ -56,7 +57,7 @@ def test_a_state_of_version_1_is_read_and_a_newer_one_is_refused(tmp_path: Path)
     state = LearnState(torch.randn(3, 2).double(), precision="bfloat16", steps=7)
     save_state(state, tmp_path / "s.pt")
     fields = torch.load(tmp_path / "s.pt", weights_only=True)
-    assert fields.pop("version") == VERSION
+    assert fields.pop("version") == PLAIN_VERSION
     torch.save(fields, tmp_path / "first.pt")
     loaded = load_state(tmp_path / "first.pt")
     assert torch.equal(loaded.y, state.y)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.curve import stale_epochs
 from ray_soup.soups.evaluations import figures_of
-from ray_soup.soups.learn import learn, stale_epochs
+from ray_soup.soups.learn import learn
 from ray_soup.soups.state import LearnState, load_state, save_state
 from ray_soup.task.data import Split, cut_splits
 from ray_soup.task.outcomes import join_outcomes, load_outcomes, save_outcomes

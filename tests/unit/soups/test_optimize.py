@@ -10,12 +10,12 @@ from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrizati
 
 def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     learn = Learn(lr=0.1, warmup=0.2)
-    rates = [learning_rate(learn, step, 50) for step in range(50)]
+    rates = [learning_rate(learn, 0.1, step, 50) for step in range(50)]
     np.testing.assert_allclose(rates[:10], 0.1 * np.arange(1, 11) / 10)
     assert max(rates) == rates[10] == 0.1
     assert (np.diff(rates[10:]) < 0).all()
     assert rates[-1] < 0.001
-    assert {learning_rate(Learn(lr=0.1, cosine_lr=False), step, 50) for step in range(50)} == {0.1}
+    assert {learning_rate(Learn(cosine_lr=False), 0.1, step, 50) for step in range(50)} == {0.1}
 
 
 def test_blocks_whose_gradient_is_noise_do_not_move() -> None:
@@ -25,7 +25,7 @@ def test_blocks_whose_gradient_is_noise_do_not_move() -> None:
     np.testing.assert_array_equal(kept[:, [0, 2]], gradient[:, [0, 2]])
     for optimizer in ("adamw", "sgd"):
         y = torch.zeros(2, 3, dtype=torch.float64)
-        stepper = make_optimizer(Learn(optimizer=optimizer), y)
+        stepper = make_optimizer(Learn(optimizer=optimizer), 0.01, y)
         y.grad = torch.from_numpy(kept)
         stepper.step()
         assert (y[:, 1] == 0).all()

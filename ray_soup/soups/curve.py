@@ -1,0 +1,28 @@
+"""The learning curve: figures on select at the end of every epoch, and what is read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ray_soup.soups.state import LearnState
+from ray_soup.task.choices import cost_in
+from ray_soup.task.outcomes import Score
+
+
+def figures_on_select(score: Score) -> dict[str, float]:
+    """Return the figures of a score on select, for the curve."""
+    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def stale_epochs(state: LearnState, select_by: str) -> int:
+    """Return the epochs of this turn since the last improvement on select."""
+    best = min(range(len(state.curve)), key=lambda n: cost_in(state.curve[n], select_by), default=0)
+    return sum(line["turn"] == state.turn and line["epoch"] >= 0 for line in state.curve[best + 1 :])
+
+
+def best_epochs(curve: Sequence[Mapping[str, float]], turn: int, select_by: str) -> int:
+    """Return how many epochs of a turn led to its best point; 0 if the turn ended where it had begun."""
+    so_far = [line for line in curve if line["turn"] <= turn]
+    best = min(so_far, key=lambda line: cost_in(line, select_by))
+    return int(best["epoch"]) + 1 if best["turn"] == turn else 0

@@ -1,0 +1,268 @@
+"""Learning that begins from a finished soup: the recipe key `start`.
+
+Coefficients belong to ingredients, and each block's column sums to 1, so that a soup stays the same soup whatever other
+ingredients there are: the center may change. With S, the ingredients of the soup that are still there,
+
+    c[k] = c_old[k] + (1 - sum_{j in S} c_old[j]) / |S|    for k in S,        c[k] = 0    for new ingredients:
+
+what ingredients that are gone had of the soup is divided evenly among the old ones that stay.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_soup.actors.pool import StepPool
+from ray_soup.errors import RecipeError
+from ray_soup.io import storage
+from ray_soup.io.disk import write_bytes
+from ray_soup.io.hashing import sha256_file
+from ray_soup.io.redact import redact
+from ray_soup.mixing.blocks import Layout, Partition, partition
+from ray_soup.mixing.coefficients import MEAN, Coefficients, load_coefficients, to_x
+from ray_soup.recipe import Recipe
+from ray_soup.soups.curve import figures_on_select
+from ray_soup.soups.records import check_files, finished_record
+from ray_soup.soups.state import LearnState
+from ray_soup.task.choices import cost
+from ray_soup.task.data import Split
+
+FILE = "coefficients.safetensors"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The finished soup that learning begins from."""
+
+    out: str
+    """Its folder or URI."""
+    coefficients: Coefficients
+    """Its coefficients."""
+    sha256: tuple[str, ...]
+    """Digests of its ingredients."""
+    digest: str
+    """The digest of its coefficients file."""
+
+    def record(self, begins: Beginning, state: LearnState) -> dict[str, Any]:
+        """Return what run.json says about the start of a run with the last state `state`."""
+        began = state.began or {}
+        about = {"out": redact(self.out), "sha256": self.digest, "ingredients": begins.ingredients}
+        return {**about, **began, "used": bool(began.get("used"))}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where learning with certain ingredients begins."""
+
+    y: NDArray[np.float64]
+    """Unit-scaled coordinates float64 [K, B]."""
+    note: str
+    """The soup and which of the ingredients it has, for a note."""
+    ingredients: int
+    """Number of ingredients that the soup has."""
+
+
+def open_start(recipe: Recipe, layout: Layout) -> Start | None:
+    """Read the coefficients of the soup that the recipe's `start` names; None if it names none.
+
+    Raises RecipeError if it is not a finished soup, or one of another model.
+    """
+    if recipe.start is None:
+        return None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(recipe.start)
+        if storage.is_remote(recipe.start):
+            folder = Path(temporary)
+            for name in ("run.json", FILE):
+                if storage.exists(found := storage.join(recipe.start, name)):
+                    write_bytes(folder / name, storage.read_bytes(found))
+        try:
+            record = finished_record(folder)
+            check_files(folder, record, [FILE])
+            coefficients = load_coefficients(folder / FILE)
+        except RecipeError as error:
+            raise RecipeError(f"start: {str(error).replace(str(folder), recipe.start)}") from error
+        digest = sha256_file(str(folder / FILE))
+    listed = {one["name"]: one["sha256"] for one in record["ingredients"]}
+    unknown = next((name for name in coefficients.ingredients if name not in listed), None)
+    if unknown is not None:
+        raise RecipeError(
+            f"start: run.json of {recipe.start} does not list the ingredient {unknown} of its coefficients. Restore both "
+            "files from the same run."
+        )
+    _check_model(recipe.start, coefficients, layout)
+    start = Start(recipe.start, coefficients, tuple(listed[name] for name in coefficients.ingredients), digest)
+    _sources(start, layout, partition(layout, recipe.blocks))
+    return start
+
+
+def _check_model(out: str, coefficients: Coefficients, layout: Layout) -> None:
+    """Check that a soup's coefficients are for the tensors of a model. Raises RecipeError."""
+    ours, theirs = set(layout.names), set(coefficients.block_of)
+    odd = next((name for name in (*layout.names, *coefficients.block_of) if (name in ours) != (name in theirs)), None)
+    if odd is not None:
+        which = ("this model has", "the soup") if odd in ours else ("the soup has", "this model")
+        raise RecipeError(
+            f"start: {out} is a soup of another model: {which[0]} the tensor {odd}, and {which[1]} does not. Name a soup of "
+            "the model in `model:`, or remove the key."
+        )
+
+
+def matches(start: Start, names: Sequence[str], sha256: Sequence[str]) -> list[int | None]:
+    """Return for each ingredient its position among those of the soup; None for a new one.
+
+    Files are the same if their SHA-256 is, and the name decides between equal files; an ingredient that was saved in another
+    format, whose SHA-256 is new, is the one of its name.
+    """
+    old = list(zip(start.coefficients.ingredients, start.sha256, strict=True))
+    new = list(zip(names, sha256, strict=True))
+    found: list[int | None] = [None] * len(new)
+    left = dict(enumerate(old))
+    for compared in (slice(2), slice(1, 2), slice(1)):  # both, the digest, the name
+        for k, one in enumerate(new):
+            equal = (j for j, other in left.items() if one[compared] == other[compared])
+            position = next(equal, None) if found[k] is None else None
+            if position is not None:
+                found[k] = position
+                del left[position]
+    return found
+
+
+def coordinates(
+    start: Start,
+    matched: Sequence[int | None],
+    layout: Layout,
+    parts: Partition,
+    norms: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Return the unit-scaled coordinates of the soup, float64 [K, B].
+
+    Args:
+        start: the soup.
+        matched: the position of each of the K ingredients among those of the soup, as from `matches`; not all are None.
+        layout: the layout of the model.
+        parts: its B blocks.
+        norms: float64 [K, B], norms of the directions.
+
+    Raises RecipeError if tensors of one block have different coefficients in the soup.
+    """
+    kept = {k: position for k, position in enumerate(matched) if position is not None}
+    stay, old = list(kept), start.coefficients.values[list(kept.values())]
+    values = np.zeros((len(matched), parts.count))
+    for block, source in enumerate(_sources(start, layout, parts)):
+        column = np.full(len(stay), 1 / len(start.sha256)) if source == MEAN else old[:, source]
+        values[stay, block] = column + (1 - column.sum()) / len(stay)
+    found: NDArray[np.float64] = (values - 1 / len(values)) * norms
+    return found
+
+
+def _sources(start: Start, layout: Layout, parts: Partition) -> list[int]:
+    """Return the soup's block for each block, or MEAN. Raises RecipeError if it has several for one."""
+    values, block_of = start.coefficients.values, start.coefficients.block_of
+    found = [MEAN] * parts.count
+    first: dict[int, str] = {}
+    for name, block in zip(layout.names, parts.block.tolist(), strict=True):
+        source = block_of[name]
+        if block < 0 or source == MEAN:
+            continue
+        other = first.setdefault(block, name)
+        if found[block] == MEAN:
+            found[block] = source
+        elif not np.array_equal(values[:, found[block]], values[:, source]):
+            raise RecipeError(
+                f"start: in {start.out}, the tensors {other} and {name} have different coefficients, but these `blocks:` "
+                "have one for both. Use finer blocks, as in blocks=tensor, or remove the key."
+            )
+    return found
+
+
+def beginning(
+    start: Start,
+    names: Sequence[str],
+    sha256: Sequence[str],
+    layout: Layout,
+    parts: Partition,
+    norms: NDArray[np.float64],
+) -> Beginning:
+    """Return where learning with these ingredients begins.
+
+    Args:
+        start: the soup.
+        names: names of the K ingredients.
+        sha256: their digests.
+        layout: the layout of the model.
+        parts: its B blocks.
+        norms: float64 [K, B], norms of the directions.
+
+    Raises RecipeError if the soup has none of these ingredients, or if tensors of one block have different coefficients in
+    it.
+    """
+    matched = matches(start, names, sha256)
+    stay = sum(position is not None for position in matched)
+    if not stay:
+        raise RecipeError(
+            f"start: the soup {start.out} has none of these {len(names)} ingredients, such as {names[0]}; it was made of "
+            f"others, such as {start.coefficients.ingredients[0]}. Remove the key, or name a soup of these ingredients."
+        )
+    gone = len(start.sha256) - stay
+    note = f"{start.out}, which has {stay} of these {len(names)} ingredients"
+    note += f"; what others had of it was divided evenly among those {stay}" if gone else ""
+    return Beginning(coordinates(start, matched, layout, parts, norms), note, stay)
+
+
+def choose_start(
+    state: LearnState,
+    pool: StepPool,
+    norms: NDArray[np.float64],
+    chosen: NDArray[np.int64],
+    select: Split,
+    calibration: Sequence[Split],
+    select_by: str,
+) -> None:
+    """Let learning begin at `state.start`, or at the uniform soup if that is better on select.
+
+    Args:
+        state: the state, before the first turn.
+        pool: actors that hold the directions.
+        norms: float64 [K, B], norms of the directions.
+        chosen: int64 [m], the first model batch.
+        select: the split that decides.
+        calibration: batches that running statistics are re-estimated on.
+        select_by: the recipe key.
+    """
+    assert state.start is not None
+    uniform = torch.zeros_like(state.start)
+    scores = []
+    for y in (state.start, uniform):
+        x = to_x(y.numpy(), norms).astype(np.float32)
+        pool.begin(chosen, x, state.precision)
+        if calibration:
+            pool.recalibrate(x[chosen], list(calibration))
+            state.image_passes += sum(map(len, calibration))
+        scores.append(pool.evaluate(x[chosen], 1.0, select))
+    theirs, even = map(figures_on_select, scores)
+    better = cost(scores[1], select_by) < cost(scores[0], select_by)
+    state.began = {"used": float(not better), **theirs, **{f"uniform_{name}": value for name, value in even.items()}}
+    if better:
+        state.start = uniform
+    state.y = state.start.clone()
+
+
+def began_note(method: str, beginning: Beginning, state: LearnState) -> str:
+    """Return the note for the user on where learning began."""
+    assert state.began is not None
+    if state.began["used"]:
+        return f"{method}: learning began from the soup {beginning.note}."
+    ours, theirs = state.began["uniform_select_nll"], state.began["select_nll"]
+    return (
+        f"{method}: learning began from the uniform soup, which is better on select (loss {ours:.4f}) than the start "
+        f"({theirs:.4f}): the soup {beginning.note}."
+    )
