@@ -28,6 +28,7 @@ from ray_soup.io.hashing import sha256_file
 from ray_soup.io.redact import redact
 from ray_soup.mixing.blocks import Layout, Partition, partition
 from ray_soup.mixing.coefficients import MEAN, Coefficients, load_coefficients, to_x
+from ray_soup.mixing.row_groups import groups_of
 from ray_soup.recipe import Recipe
 from ray_soup.soups.curve import figures_on_select
 from ray_soup.soups.records import check_files, finished_record
@@ -166,22 +167,30 @@ def coordinates(
 
 def _sources(start: Start, layout: Layout, parts: Partition) -> list[int]:
     """Return the soup's block for each block, or MEAN. Raises RecipeError if it has several for one."""
-    values, block_of = start.coefficients.values, start.coefficients.block_of
+    values, block_of, cuts = start.coefficients.values, start.coefficients.block_of, start.coefficients.cuts
     found = [MEAN] * parts.count
     first: dict[int, str] = {}
-    for name, block in zip(layout.names, parts.block.tolist(), strict=True):
-        source = block_of[name]
-        if block < 0 or source == MEAN:
+    for tensor, name in enumerate(layout.names):
+        if parts.block[tensor] < 0 or block_of[name] == MEAN:
             continue
-        other = first.setdefault(block, name)
-        if found[block] == MEAN:
-            found[block] = source
-        elif not np.array_equal(values[:, found[block]], values[:, source]):
-            raise RecipeError(
-                f"start: in {start.out}, the tensors {other} and {name} have different coefficients, but these `blocks:` "
-                "have one for both. Use finer blocks, as in blocks=tensor, or remove the key."
-            )
+        size = int(layout.sizes[tensor])
+        old = list(groups_of(block_of[name], cuts.get(name, ()), size))
+        for low, high, block in parts.groups(tensor, size):
+            for source in [source for begin, end, source in old if begin < high and low < end]:
+                other = first.setdefault(block, name)
+                if found[block] == MEAN:
+                    found[block] = source
+                elif not np.array_equal(values[:, found[block]], values[:, source]):
+                    raise _coarser(start.out, other, name)
     return found
+
+
+def _coarser(out: str, one: str, other: str) -> RecipeError:
+    which = f"rows of the tensor {one}" if one == other else f"the tensors {one} and {other}"
+    return RecipeError(
+        f"start: in {out}, {which} have different coefficients, but these `blocks:` have one for both. Use finer blocks, as "
+        "in blocks=tensor, or those of that soup, or remove the key."
+    )
 
 
 def beginning(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.hashing import sha256_file
-from ray_soup.mixing.blocks import Layout, partition
+from ray_soup.mixing.blocks import Blocks, Layout, partition
 from ray_soup.mixing.coefficients import MEAN, Affine, Coefficients, save_coefficients
 from ray_soup.recipe import dump_recipe, for_method, make_recipe
 from ray_soup.soups.records import write_run_record
@@ -36,7 +36,7 @@ def soup_of(columns: Any, names: str = "abc", blocks: dict[str, int] | None = No
     return Start("OUT", made, tuple(name.upper() for name in names), "0")
 
 
-def coefficients_in(start: Start, names: str, blocks: str = "tensor") -> np.ndarray:
+def coefficients_in(start: Start, names: str, blocks: Blocks = "tensor") -> np.ndarray:
     """The coefficients [K, B] of the start with ingredients of these names."""
     parts = partition(LAYOUT, blocks)
     norms = np.random.default_rng(0).uniform(1, 2, (len(names), parts.count))
@@ -70,6 +70,21 @@ def test_coarser_blocks_of_the_soup_become_finer_and_finer_ones_are_refused() ->
     invariant = soup_of([[0.5, 0], [1, 0], [-0.5, 1]], blocks={"1.weight": 0, "1.bias": MEAN, "2.weight": 1})
     np.testing.assert_allclose(coefficients_in(invariant, "abc", "layer"), [[0.5, 0], [1, 0], [-0.5, 1]], atol=1e-15)
     np.testing.assert_allclose(coefficients_in(invariant, "abc")[:, 1], 1 / 3)
+
+
+def test_groups_of_rows_become_finer_and_coarser_ones_are_refused() -> None:
+    parts = partition(LAYOUT, {"tensor": 2})  # two groups of each weight, and of the bias
+    assert parts.count == 6
+    columns = np.random.default_rng(1).dirichlet(np.ones(3), 6).T
+    block_of = dict(zip(LAYOUT.names, parts.block.tolist(), strict=True))
+    cuts = {LAYOUT.names[tensor]: elements for tensor, elements in parts.cuts.items()}
+    cut = Start("OUT", Coefficients(columns, tuple("abc"), parts.names, block_of, cuts=cuts), ("A", "B", "C"), "0")
+    np.testing.assert_allclose(coefficients_in(cut, "abc", {"tensor": 2}), columns, atol=1e-15)
+    finer = columns[:, [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]]
+    np.testing.assert_allclose(coefficients_in(cut, "abc", {"tensor": 4}), finer, atol=1e-15)
+    np.testing.assert_allclose(coefficients_in(soup_of(OLD), "abc", {"tensor": 2}), np.repeat(OLD, 2, axis=1), atol=1e-15)
+    with pytest.raises(RecipeError, match=r"rows of the tensor 1\.weight have different coefficients"):
+        coefficients_in(cut, "abc")
 
 
 def test_ingredients_are_matched_by_content_and_then_by_name() -> None:
