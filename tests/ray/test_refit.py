@@ -1,4 +1,4 @@
-"""A comparison of soups that are refitted, averaged and whitened; meshes; adapters."""
+"""Runs on Ray with learn.refit, learn.average, learn.whiten and start."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ray_soup.actors.messages import Mesh
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.compare import compare
 from ray_soup.soups.finished import bake_copy, verify
+from ray_soup.soups.records import read_results
+from ray_soup.soups.run import run
 from tests.conftest import values
 from tests.ray.test_learn import learned
 
@@ -46,10 +48,24 @@ def test_a_comparison_marks_and_chooses_by_figures_before_the_refit(zoo: Path, t
 
 
 @pytest.mark.slow
+def test_a_run_begins_where_a_finished_soup_ended(zoo: Path, soup: Path, tmp_path: Path) -> None:
+    """Up to the compression of the directions: figures of the finished soup are those of its file."""
+    before = read_results(soup)[0]
+    found = run(make_recipe(values(zoo, start=str(soup), learn__epochs=1)), tmp_path / "out")
+    about = found.record["start"]
+    assert (about["out"], about["ingredients"]) == (str(soup), 8)
+    assert about["select_nll"] == pytest.approx(before["select_nll"], rel=1e-2)
+    assert found.record["curve"][0]["select_nll"] == min(about["select_nll"], about["uniform_select_nll"])
+    assert about["used"] == (about["select_nll"] <= about["uniform_select_nll"])
+    assert any("learning began from" in note for note in found.notes)
+    assert len(verify(found.out)) == 5
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_meshes_agree(zoo: Path, tmp_path: Path) -> None:
     found = {}
-    for mesh in (Mesh(1, 1), Mesh(2, 2)):
+    for mesh in (Mesh(1, 1), Mesh(1, 2)):
         file = tmp_path / f"{mesh.shards}.pt"
         found[mesh.shards], state = learned(zoo, file, mesh, learn__epochs=2, learn__model_batch=8, **KEYS)
         assert state.before is not None

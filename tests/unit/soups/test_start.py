@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from ray_soup.io.hashing import sha256_file
 from ray_soup.mixing.blocks import Blocks, Layout, partition
 from ray_soup.mixing.coefficients import MEAN, Affine, Coefficients, save_coefficients
 from ray_soup.recipe import dump_recipe, for_method, make_recipe
+from ray_soup.soups.identity import check_same
+from ray_soup.soups.output import begun as begun_record
 from ray_soup.soups.records import write_run_record
+from ray_soup.soups.session import open_inputs
 from ray_soup.soups.start import Start, began_note, beginning, matches, open_start
 from ray_soup.soups.state import load_state
 from tests import tiny
@@ -207,6 +211,20 @@ def test_what_is_no_finished_soup_is_refused(
     change(tmp_path / "old")
     with pytest.raises(RecipeError, match=message):
         open_start(recipe, tiny_layout())
+
+
+def test_another_start_is_another_run(zoo: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(values(zoo, start=str(tmp_path / "old")))
+    records = []
+    for count in (2, 3):
+        write_out(tmp_path / "old", zoo, random_soup(count))
+        inputs = open_inputs(recipe)
+        records.append(begun_record(recipe, inputs.ingredients, **inputs.started))
+        shutil.rmtree(tmp_path / "old")
+    check_same(tmp_path, records[0], records[0])
+    with pytest.raises(RecipeError, match=r"was started with start [0-9a-f]{64}, but this command has [0-9a-f]{64}"):
+        check_same(tmp_path, records[0], records[1])
+    assert open_inputs(make_recipe(values(zoo))).started == {}
 
 
 def test_a_soup_of_another_model_and_coarser_blocks_are_refused_before_a_run(zoo: Path, tmp_path: Path) -> None:
