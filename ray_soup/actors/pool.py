@@ -12,7 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ray_soup.actors.messages import Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo
+from ray_soup.actors.messages import (
+    Mesh,
+    ModelFiles,
+    Partial,
+    SetupInfo,
+    StepTimings,
+    StoreInfo,
+    TrainingJob,
+    TrainingResult,
+)
 from ray_soup.actors.recovery import RecoveringMesh
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.running_statistics import Statistics, averaged
@@ -105,6 +114,10 @@ class ActorPool(StepPool, Protocol):
 
     def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
         """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
+        ...
+
+    def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
+        """Train all weights from a written soup on, on the first actor; not with several shards, nor by layer."""
         ...
 
     def forget(self) -> None:
@@ -281,6 +294,11 @@ class MeshPool(RecoveringMesh):
             return actor.try_mixture.remote(weights, mine, calibration)
 
         return sum(self._ask("try_mixture", call), Score())
+
+    def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
+        """Train all weights from a written soup on, on the first actor; not with several shards, nor by layer."""
+        found: TrainingResult = self._ask("train", lambda actor, rank: actor.train.remote(job), [0], progress)[0]
+        return found
 
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""

@@ -22,8 +22,20 @@ from ray_soup.actors.baker import bake, check_paths
 from ray_soup.actors.candidates import CandidateMixer
 from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, score
 from ray_soup.actors.group import ShardGroup
-from ray_soup.actors.messages import Heartbeat, Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo, Stream
+from ray_soup.actors.messages import (
+    Heartbeat,
+    Mesh,
+    ModelFiles,
+    Partial,
+    SetupInfo,
+    StepTimings,
+    StoreInfo,
+    Stream,
+    TrainingJob,
+    TrainingResult,
+)
 from ray_soup.actors.replica import load_replica, tensor_of
+from ray_soup.actors.training import train
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
@@ -280,6 +292,16 @@ class Shard:
         """
         self.candidates.mix_weighted(weights, calibration)
         return sum((score(self.replica, split) for split in splits), Score())
+
+    def train(self, job: TrainingJob) -> Stream[TrainingResult]:
+        """Train all weights from a written soup on, as `train` in ray_soup.actors.training does."""
+        result = yield from train(self.replica, job)
+        self.replica.restore_buffers()
+        if self._opened:
+            self.replica.hold_gradients(self.store.variant)
+        else:
+            self.replica.drop_gradients()
+        yield result
 
     def forget(self) -> None:
         """Free what was kept between calls for an ensemble or a greedy search."""

@@ -29,6 +29,7 @@ _SINCE_0_2: dict[str, Any] = {
     "adapter": {"rank": None, "merge": False},
     "schedule": {"window": "auto", "decay": "auto"},
     "out_format": "safetensors",
+    "polish": None,
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _OFF_BY_DEFAULT = (

@@ -30,9 +30,8 @@ from ray_soup.recipe import Recipe
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization, without_noise
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
 from ray_soup.soups.trajectory import roughness
-from ray_soup.task.choices import cost, cost_in
+from ray_soup.task.choices import cost, cost_in, figures_on_select
 from ray_soup.task.data import Split, batch_positions
-from ray_soup.task.outcomes import Score
 
 SAVE_EVERY_S = 60.0
 TIMED_STEPS = 1000  # steps whose duration is kept
@@ -270,12 +269,6 @@ class _Learning:
         self.state.optimizer = None if optimizer is None else optimizer.state_dict()
         self.state.seconds, self.saved = time.monotonic() - self.started, time.monotonic()
         save_state(self.state, self.state_file)
-
-
-def figures_on_select(score: Score) -> dict[str, float]:
-    """Return the figures of a score on select, for the curve."""
-    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def stale_epochs(state: LearnState, select_by: str) -> int:

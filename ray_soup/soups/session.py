@@ -127,6 +127,7 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     examined = examine(recipe, found)
     layout, notes = examined.layout, [*of_runs, *examined.notes]
     adapters = adapters_among(found)
+    check_polish(recipe, [adapter.path for adapter in adapters])
     if adapters and recipe.out_format != "safetensors":
         raise RecipeError(
             f"out_format is {recipe.out_format}, but the ingredients are LoRA adapters, such as {adapters[0].path}; PEFT "
@@ -147,6 +148,25 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     if needs_fit or not recipe.info.is_reference:
         notes += check_buffers(ingredients, layout.other_buffers, layout.owners, recipe.buffers)
     return Inputs(tuple(ingredients), layout, tuple(notes), examined.preprocessing)
+
+
+def check_polish(recipe: Recipe, adapters: Sequence[str]) -> None:
+    """Check that all weights of a soup can be trained, if the recipe says so. Raises RecipeError."""
+    if recipe.polish is None:
+        return
+    why = None
+    if recipe.data.fit is None:
+        why = "the recipe has no data.fit, the held-out data to train on. Add it"
+    elif adapters:
+        why = f"the ingredients are LoRA adapters, such as {adapters[0]}. Remove polish"
+    elif recipe.actors.by_layer:
+        why = "actors.by_layer is true. Remove one of the two"
+    elif recipe.actors.shards not in ("auto", 1):
+        why = f"actors.shards is {recipe.actors.shards}; expected 1 or auto. Change it, or remove polish"
+    elif recipe.out_format != "safetensors":
+        why = f"out_format is {recipe.out_format}; expected safetensors. Change it, or remove polish"
+    if why is not None:
+        raise RecipeError(f"polish trains all weights of a whole model held by each actor, but {why}.")
 
 
 def _adapter_inputs(
