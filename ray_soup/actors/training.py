@@ -5,7 +5,7 @@ as in learning. What is evaluated after an epoch is the model as a file would ho
 rounded to the dtypes of the soup.
 
 The state is saved after each epoch and at least every minute. An actor that replaces a lost one, and a run that is resumed,
-go on from it and end with the same bits.
+continue from it; the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def _load(file: Path, job: TrainingJob, steps: int, parameters: int) -> Training
 
 
 def _fault(state: TrainingState, job: TrainingJob, steps: int, parameters: int) -> str | None:
-    """Return what is wrong with a state of a job of so many steps; None if nothing is."""
+    """Return what is wrong with a state of a job of `steps` steps; None if nothing is."""
     if state.task != job.task:
         return "it belongs to another recipe, or to ingredients or examples that have changed since"
     theta, best = state.theta, Path(f"{job.stem}.best{state.best_epoch}.safetensors")

@@ -57,7 +57,7 @@ def open_difference(file: Path, shapes: Shapes) -> Ingredient:
     odd = next((name for name in {**expected, **have} if expected.get(name) != have.get(name)), None)
     if odd is not None:
         raise RecipeError(
-            f"{file} is for another model: its tensor {odd} is {_shown(have.get(odd))}; expected "
+            f"{file} is for another model: its tensor {odd} is {_shown(have.get(odd))}; expected: "
             f"{_shown(expected.get(odd))}. Restore the file of the same run."
         )
     return found

@@ -174,7 +174,7 @@ def is_section(kind: Any) -> bool:
 
 
 def _or_null(kind: Any) -> Any:
-    """Return the group of keys in a type that is one or null; any other type as it is."""
+    """Return the group of keys in a type that is one or null; any other type unchanged."""
     inner = [one for one in get_args(kind) if one is not type(None)]
     return inner[0] if len(inner) == 1 and is_section(inner[0]) else kind
 

@@ -170,7 +170,7 @@ class Polish(Section):
     """Training of all weights on fit, from the finished soup on."""
 
     epochs: Epochs = 5
-    """Passes over fit. The best epoch on select is kept; if none is better than the soup, the soup stays as it is."""
+    """Passes over fit. The best epoch on select is kept; if none is better than the soup, the soup is left unchanged."""
     lr: float | list[float] = 3e-4
     """Learning rate of AdamW, which warms up over a tenth of the steps and decays to zero along a cosine; or several, of
     which the best on select is kept."""

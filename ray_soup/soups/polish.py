@@ -73,7 +73,7 @@ class Trained:
 
 
 def polish(
-    session: Session, output: Output, mixture: Mixture, staging: Path, before: Outcomes
+    session: Session, output: Output, mixture: Mixture, staging: Path, before: Outcomes, shard_size: int | None = None
 ) -> tuple[Outcomes, dict[str, Any]]:
     """Train the soup in `staging` as the recipe's section `polish` says, and write the model and its difference there.
 
@@ -82,8 +82,8 @@ def polish(
     recipe = session.recipe
     assert recipe.polish is not None
     stem = output.state("polish")
-    path, size = staging / MODEL, recipe.shard_size
-    made = train_weights(session, output, mixture, path, before, recipe.polish, stem, "polishing", size)
+    path = staging / MODEL
+    made = train_weights(session, output, mixture, path, before, recipe.polish, stem, "polishing", shard_size)
     mixture.coefficients = made.coefficients
     if made.difference is not None:
         copy(made.difference, staging / DIFFERENCE)
@@ -255,8 +255,7 @@ def notes_on(name: str, made: Trained, before: Outcomes, measures: Measures) -> 
         *notes,
         f"{name}: after mixing, all weights were trained on fit ({figures['best_epoch']} of {figures['epochs']} epochs, "
         f"learning rate {figures['lr']:g}). Select, after training against before: {change}. The model is no longer an "
-        f"average of the ingredients: {DIFFERENCE} was added to it, which is {figures['relative_norm']:.2%} of the norm of "
-        "its weights.",
+        f"average of the ingredients: what training added is {figures['relative_norm']:.2%} of the norm of its weights.",
     ]
 
 

@@ -115,6 +115,7 @@ class RunRecord(TypedDict, total=False):
     base: dict[str, str]
     trajectory: dict[str, Any]
     polish: dict[str, Any]
+    trained: dict[str, Any]
 
 
 class BegunRecord(TypedDict, total=False):

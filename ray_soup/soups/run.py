@@ -177,7 +177,7 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     clock.lap("mixing and evaluation")
     polished: dict[str, Any] = {}
     if recipe.polish is not None:
-        outcomes, polished = polish(session, output, mixture, staging, outcomes)
+        outcomes, polished = polish(session, output, mixture, staging, outcomes, recipe.shard_size)
         clock.lap("polish")
     baseline = compare_with_best_single(session, outcomes)
     clock.lap("best single ingredient")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.compare import compare
 from ray_soup.soups.finished import bake_copy, verify
 from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
@@ -78,10 +79,10 @@ def test_figures_are_those_of_the_file_and_select_is_better_than_before(plain: S
     assert record["steps"] == 2 * 3 * 5
     assert row["steps"] == plain.rows[0]["steps"] + record["steps"]
     assert row["image_passes"] == plain.rows[0]["image_passes"] + record["image_passes"]
-    note = next(note for note in polished.notes if "no longer an average" in note)
+    assert any("no longer an average of the ingredients" in note for note in polished.notes)
     card, report = ((polished.out / name).read_text() for name in ("README.md", "report.html"))
     assert "no longer an average of its ingredients" in card
-    assert "difference.safetensors" in note
+    assert "`difference.safetensors` holds what was added" in card
     assert "no longer an average" in report
 
 
@@ -129,6 +130,49 @@ def test_a_greedy_soup_in_16_bits_and_several_files(zoo: Path, tmp_path: Path) -
     copy = bake_copy(soup.out, tmp_path / "copy")
     for name in set(index.values()):
         assert (copy.out / name).read_bytes() == (soup.out / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def compared(conv_zoo: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Soup:
+    """A comparison that was interrupted while it trained all weights from the uniform soup."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+
+    def interrupting(what: str, done: int, total: int) -> None:
+        if (what, done) == ("training trained, lr 0.0003", 3):
+            raise KeyboardInterrupt
+
+    recipe = recipe_of(conv_zoo)
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, out, progress=interrupting)
+    return compare(recipe, out)
+
+
+def test_the_polished_row_is_the_model_that_learn_makes(compared: Soup, polished: Soup) -> None:
+    row = next(row for row in compared.rows if row["model_name"] == "mehl+ polished")
+    for key in ("select_nll", "test_nll", "test_accuracy", "steps", "image_passes"):
+        assert row[key] == polished.rows[0][key], key
+    assert (compared.record["chosen"], compared.record["method"]) == ("mehl+ polished", "mehl+")
+    for name in ("model.safetensors", "difference.safetensors"):
+        assert (compared.out / name).read_bytes() == (polished.out / name).read_bytes()
+    assert compared.record["polish"] == polished.record["polish"]
+    assert "difference.safetensors" in verify(compared.out)[3]
+
+
+def test_the_reference_is_the_uniform_soup_trained_with_the_best_learning_rate(
+    compared: Soup, conv_zoo: Path, tmp_path: Path
+) -> None:
+    polish = {"epochs": 2, "lr": [1e-4, 3e-4, 1e-3], "batch_size": 61}
+    alone = run(recipe_of(conv_zoo, method="uniform", polish=polish), tmp_path / "out")
+    trained, table = compared.record["trained"], [row["model_name"] for row in compared.record["table"]]
+    assert trained == alone.record["polish"]
+    assert table[-2:] == ["mehl+ polished", "trained"]
+    row = next(row for row in compared.rows if row["model_name"] == "trained")
+    for key in ("select_nll", "test_nll", "image_passes"):
+        assert row[key] == alone.rows[0][key], key
+    tests = {(t["model_name"], t["against"]) for t in compared.record["tests"]}
+    assert {(name, against) for name in table[-2:] for against in ("best_single", "greedy")} <= tests
+    html = (compared.out / "report.html").read_text()
+    assert "trained is a reference and no soup" in html
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unkilled_one(
     for at in kills:
         with pytest.raises(Killed):
             pool.train(job_in("cut"), killing(at))
-        pool.handles[0].kill()  # its memory is lost, and another actor goes on
+        pool.handles[0].kill()  # its memory is lost, and another actor continues
         pool.setup(no_progress)
     cut = pool.train(job_in("cut"), no_progress)
     assert_same(cut, whole)
