@@ -117,7 +117,10 @@ class ActorPool(StepPool, Protocol):
         ...
 
     def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
-        """Train all weights from a written soup on, on the first actor; not with several shards, nor by layer."""
+        """Train all weights from a written soup on, on all actors together, or without Ray on the first one.
+
+        Not with several shards, nor by layer.
+        """
         ...
 
     def forget(self) -> None:
@@ -296,8 +299,11 @@ class MeshPool(RecoveringMesh):
         return sum(self._ask("try_mixture", call), Score())
 
     def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
-        """Train all weights from a written soup on, on the first actor; not with several shards, nor by layer."""
-        found: TrainingResult = self._ask("train", lambda actor, rank: actor.train.remote(job), [0], progress)[0]
+        """Train all weights from a written soup on, on all actors together, or without Ray on the first one.
+
+        Not with several shards, nor by layer.
+        """
+        found: TrainingResult = self._ask_together("train", lambda actor, place: actor.train.remote(job, place), progress)
         return found
 
     def forget(self) -> None:

@@ -293,9 +293,27 @@ class Shard:
         self.candidates.mix_weighted(weights, calibration)
         return sum((score(self.replica, split) for split in splits), Score())
 
-    def train(self, job: TrainingJob) -> Stream[TrainingResult]:
-        """Train all weights from a written soup on, as `train` in ray_soup.actors.training does."""
-        result = yield from train(self.replica, job)
+    def open_training(self, host: str) -> int:
+        """Open the rendezvous of all actors that train together on the first one, at its node `host`; return the port."""
+        self._peers = ShardGroup(0, self.mesh.size, self.replica.layout.numel, self.device)
+        return self._peers.open(host)
+
+    def train(self, job: TrainingJob, place: tuple[str, int] | None = None) -> Stream[TrainingResult]:
+        """Train all weights from a written soup on, as `train` in ray_soup.actors.training does.
+
+        Args:
+            job: what to train.
+            place: where the rendezvous of all actors is, host and port; None: this actor trains alone.
+        """
+        world = 1 if place is None else self.mesh.size
+        group = ShardGroup(self.rank, world, self.replica.layout.numel, self.device)
+        if place is not None:
+            group = self._peers if self.rank == 0 else group
+            group.join(*place)
+        try:
+            result = yield from train(self.replica, job, group)
+        finally:
+            group.leave()
         self.replica.restore_buffers()
         if self._opened:
             self.replica.hold_gradients(self.store.variant)

@@ -23,6 +23,7 @@ import torch
 
 from ray_soup.actors import precision as precisions
 from ray_soup.actors.evaluation import score
+from ray_soup.actors.group import ShardGroup
 from ray_soup.actors.messages import Heartbeat, TrainingJob, TrainingResult
 from ray_soup.actors.replica import Replica, tensor_of
 from ray_soup.errors import RecipeError, SoupError
@@ -81,12 +82,14 @@ class TrainingState:
     """The optimizer's state dict."""
 
 
-def train(replica: Replica, job: TrainingJob) -> Generator[Heartbeat, None, TrainingResult]:
+def train(replica: Replica, job: TrainingJob, group: ShardGroup) -> Generator[Heartbeat, None, TrainingResult]:
     """Train the replica's model, which is in an arbitrary state afterwards; resume from the job's state if there is one.
+
+    Each member of the group takes its part of every batch; gradients are summed, and the first member writes the files.
 
     Raises RecipeError if that state is damaged, SoupError if the loss is not finite at the first step.
     """
-    run = _Training(replica, job)
+    run = _Training(replica, job, group)
     if run.is_finished():
         return run.result()
     replica.hold_gradients(np.ones(len(replica.layout.names), dtype=bool))
@@ -110,8 +113,8 @@ def train(replica: Replica, job: TrainingJob) -> Generator[Heartbeat, None, Trai
 class _Training:
     """A run of `train`: its job, its state, and the parts of the loop."""
 
-    def __init__(self, replica: Replica, job: TrainingJob) -> None:
-        self.replica, self.job = replica, job
+    def __init__(self, replica: Replica, job: TrainingJob, group: ShardGroup) -> None:
+        self.replica, self.job, self.group = replica, job, group
         self.steps_per_epoch = -(-len(job.fit) // job.batch_size)
         self.steps = job.epochs * self.steps_per_epoch
         self.file = Path(f"{job.stem}.pt")
@@ -162,7 +165,10 @@ class _Training:
         if number == 0:
             state.loss = state.weight = 0.0
         rows = batch_positions(len(job.fit), job.batch_size, job.seed, ORDER, epoch)[number]
-        loss, weight = self._gradient(Split(job.fit.source, job.fit.rows[rows]))
+        loss, weight, failed = self._gradient(self._part(Split(job.fit.source, job.fit.rows[rows])))
+        if failed:
+            state.stopped = "memory"
+            return
         size = torch.linalg.vector_norm(replica.gradient).item()
         if not math.isfinite(loss + size):
             if state.step == 0:
@@ -184,26 +190,42 @@ class _Training:
         state.loss += loss
         state.weight += weight
 
-    def _gradient(self, batch: Split) -> tuple[float, float]:
-        """Compute the gradient of the mean loss on a batch; return the sums of losses and weights."""
+    def _part(self, split: Split) -> Split:
+        """Return this member's part of a split."""
+        return split.parts(self.group.shards)[self.group.shard]
+
+    def _gradient(self, part: Split) -> tuple[float, float, float]:
+        """Compute the gradient of the mean loss on a batch, of which this member has a part.
+
+        Returns the sums of losses and weights, and how many members lacked memory.
+        """
         replica, objective = self.replica, self.replica.objective
         replica.gradient.zero_()
         loss_sum, weight = torch.zeros(2, dtype=torch.float64, device=replica.device)
-        for inputs, targets in replica.micro_batches(batch):
-            with self.autocast:
-                outputs = replica.model(inputs)
-            scaled = objective.scaled(outputs.float(), 1.0)
-            loss = replica.loss(scaled, targets, replica.recipe.learn.label_smoothing)
-            torch.autograd.backward(loss)
-            loss_sum += loss.detach()
-            weight += objective.weights(targets).sum()
-        replica.gradient.div_(weight.item() or 1.0)  # a batch may have nothing to score
-        return loss_sum.item(), weight.item()
+        failed = 0.0
+        try:
+            for inputs, targets in replica.micro_batches(part):
+                with self.autocast:
+                    outputs = replica.model(inputs)
+                scaled = objective.scaled(outputs.float(), 1.0)
+                loss = replica.loss(scaled, targets, replica.recipe.learn.label_smoothing)
+                torch.autograd.backward(loss)
+                loss_sum += loss.detach()
+                weight += objective.weights(targets).sum()
+        except torch.OutOfMemoryError:  # of a GPU; the other members wait for this one
+            failed = 1.0
+        sums = torch.tensor([loss_sum.item(), weight.item(), failed], dtype=torch.float64)
+        self.group.sum(sums)
+        self.group.sum(replica.gradient)
+        total, count, lacking = sums.tolist()
+        replica.gradient.div_(count or 1.0)  # a batch may have nothing to score
+        return total, count, lacking
 
     def end_epoch(self) -> Generator[Heartbeat, None, None]:
         """Evaluate on select what a file would hold, remember the best epoch, and save."""
         replica, state = self.replica, self.state
         epoch = state.step // self.steps_per_epoch - 1
+        self.group.share(replica.theta)  # other hardware may round in another way
         replica.gradient.copy_(replica.theta)  # the gradient is not needed between two steps
         finite = self._round()
         yield from self._recalibrate()
@@ -219,11 +241,12 @@ class _Training:
         replica.update_computed_buffers()
         if value < state.best_cost:
             state.best_cost, state.best_epoch = value, epoch
-            write_difference(self.best_file(), self.shapes, self._difference)
-            state.best_sha256 = sha256_file(str(self.best_file()))
+            if self.group.shard == 0:
+                write_difference(self.best_file(), self.shapes, self._difference)
+                state.best_sha256 = sha256_file(str(self.best_file()))
         self.save()
         for file in self.file.parent.glob(f"{self.file.stem}.best*.safetensors"):
-            if file != self.best_file():
+            if file != self.best_file() and self.group.shard == 0:
                 file.unlink(missing_ok=True)
 
     def _difference(self, name: str) -> torch.Tensor:
@@ -250,28 +273,31 @@ class _Training:
     def _recalibrate(self) -> Generator[Heartbeat, None, None]:
         """Re-estimate the running statistics, if this job does so at all."""
         if self.job.calibration:
-            sums = yield from self.replica.sum_statistics(self.job.calibration)
-            found = {name: tensor_of(values) for name, values in averaged([sums]).items()}
+            mine = self.job.calibration[self.group.shard :: self.group.shards]
+            sums = yield from self.replica.sum_statistics(mine)
+            found = {name: tensor_of(values) for name, values in averaged(self.group.collect(sums)).items()}
             self.state.statistics = {name: v for name, v in found.items() if name in self.replica.layout.buffers}
             self.replica.copy_buffers(self.state.statistics)
             self.state.image_passes += sum(map(len, self.job.calibration))
 
     def _evaluate(self) -> Generator[Heartbeat, None, Score]:
         """Score the model on select, in float32."""
-        total = Score()
-        for piece in self.replica.pieces(self.job.select):
+        total, part = Score(), self._part(self.job.select)
+        for piece in self.replica.pieces(part):
             total += score(self.replica, piece)
-            yield "evaluating", total.count, len(self.job.select)
-        return total
+            yield "evaluating", total.count, len(part)
+        return sum(self.group.collect(total), Score())
 
     def save(self) -> None:
         """Write the state atomically; at the end without what only further steps would need."""
+        self.saved = time.monotonic()
+        if self.group.shard > 0:
+            return
         values = {name: getattr(self.state, name) for name in TrainingState.__dataclass_fields__} | {"version": VERSION}
         if not self.is_finished():
             values |= {"theta": self.replica.theta, "optimizer": self.optimizer.state_dict()}
         with replacing(self.file) as stream:
             torch.save(values, stream)
-        self.saved = time.monotonic()
 
     def result(self) -> TrainingResult:
         """Return the result of the job."""
