@@ -295,8 +295,8 @@ class Shard:
 
     def open_training(self, host: str) -> int:
         """Open the rendezvous of all actors that train together on the first one, at its node `host`; return the port."""
-        self._peers = ShardGroup(0, self.mesh.size, self.replica.layout.numel, self.device)
-        return self._peers.open(host)
+        self.peers = ShardGroup(0, self.mesh.size, self.replica.layout.numel, self.device)
+        return self.peers.open(host)
 
     def train(self, job: TrainingJob, place: tuple[str, int] | None = None) -> Stream[TrainingResult]:
         """Train all weights from a written soup on, as `train` in ray_soup.actors.training does.
@@ -308,7 +308,7 @@ class Shard:
         world = 1 if place is None else self.mesh.size
         group = ShardGroup(self.rank, world, self.replica.layout.numel, self.device)
         if place is not None:
-            group = self._peers if self.rank == 0 else group
+            group = self.peers if self.rank == 0 else group
             group.join(*place)
         try:
             result = yield from train(self.replica, job, group)
