@@ -54,7 +54,8 @@ NO_FILES = (
     "self.group",
     "self.peers",
     "distribution",
-)  # they open no text file, or always in UTF-8
+)
+"""They open no text file, or always in UTF-8."""
 
 
 def modules() -> list[Path]:
