@@ -167,7 +167,11 @@ def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, 
 
 
 def memory_of_each(mesh: Mesh) -> float:
-    """Return the bytes of memory that the cluster has for each actor of a mesh."""
+    """Return the bytes of memory that the cluster has for each actor of a mesh; infinite without a cluster."""
+    import ray
+
+    if not ray.is_initialized():
+        return float("inf")
     return _cluster_resources().get("memory", float("inf")) / mesh.size
 
 
