@@ -55,6 +55,7 @@ def compare(
     seeds: int = 1,
     drop_top: Sequence[int] = (),
     by_count: Sequence[int] = (),
+    trained: bool = True,
     progress: ProgressCallback = no_progress,
     **changes: Any,
 ) -> Soup:
@@ -68,10 +69,11 @@ def compare(
         seeds: number of seeds; each redraws the split into fit and select and the order of batches.
         drop_top: repeat without the N best ingredients, for each of these N.
         by_count: repeat with only N ingredients, for each of these N.
+        trained: also train all weights on the same data, as a reference.
         progress: called with what is being done, the units done so far, and the units in total.
         **changes: recipe keys to override.
     """
-    options = CompareOptions(seeds, tuple(drop_top), tuple(by_count))
+    options = CompareOptions(seeds, tuple(drop_top), tuple(by_count), trained)
     return run_compare(with_changes(as_recipe(recipe), changes), out, options, progress)
 
 

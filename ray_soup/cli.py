@@ -190,6 +190,7 @@ def _integers(context: click.Context, option: click.Parameter, value: str) -> tu
 @click.option("--seeds", default=1, show_default=True, help="Repeat with N seeds; show means and standard deviations.")
 @click.option("--drop-top", default="", callback=_integers, metavar="N,...", help="Repeat without the N best ingredients.")
 @click.option("--by-count", default="", callback=_integers, metavar="N,...", help="Repeat with only N ingredients.")
+@click.option("--trained/--no-trained", default=True, help="Also train all weights on the same data, as a reference.")
 @require_improvement_option
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--into", type=click.Path(), help="Write the tables into a file, between two lines <!-- ray-soup compare -->.")
@@ -201,6 +202,7 @@ def compare(
     seeds: int,
     drop_top: tuple[int, ...],
     by_count: tuple[int, ...],
+    trained: bool,
     require_improvement: bool,
     markdown: bool,
     into: str | None,
@@ -209,9 +211,10 @@ def compare(
     """Make every soup and compare them in one table.
 
     The table lists the best single ingredient, the ensemble, and the soups uniform, greedy, learned(+) and mehl(+); mehl(+)
-    is also made with model batches. If all ingredients are steps of one run, schedules and the last step are added.
-    OUT/report.html contains the tables and figures. The soup that is best on select, by NLL
-    unless select_by names another figure, is written to OUT. Test data is used for reporting only.
+    is also made with model batches. If all ingredients are steps of one run, schedules and the last step are added. The row
+    `trained` is no soup: all weights, trained on the same data from the uniform soup. OUT/report.html has the tables and
+    figures. The soup that is best on select, by NLL unless select_by names another figure, is written to OUT. Test data is
+    used for reporting only.
     """
 
     def task(progress: ProgressBar) -> Any:
@@ -219,7 +222,7 @@ def compare(
         from ray_soup.soups.comparison import CompareOptions
 
         loaded = _comparable(load_recipe(recipe, overrides), require_improvement)
-        return run_compare(loaded, out, CompareOptions(seeds, drop_top, by_count), progress)
+        return run_compare(loaded, out, CompareOptions(seeds, drop_top, by_count, trained), progress)
 
     soup = run_task(task)
     if soup.was_complete:

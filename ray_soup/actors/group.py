@@ -1,5 +1,7 @@
 """The shards of one replica: their slices of the parameter vector, and the collectives among them.
 
+Replicas that train one model together form a group of the same kind.
+
 Each shard owns one slice for every direction. Before a forward pass the shards gather the whole vector; after the backward
 pass they reduce-scatter the gradient, so that each gets its slice of the sum.
 """
@@ -11,11 +13,13 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 DEADLINE = timedelta(minutes=10)  # of one collective
 
@@ -92,6 +96,33 @@ class ShardGroup:
         with _group_errors():
             dist.reduce_scatter_tensor(mine, vector)
         return mine[: self.high - self.low]
+
+    # Replicas that train together
+
+    def sum(self, values: torch.Tensor) -> None:
+        """Replace values by their sum over the group, in place. Raises GroupLost."""
+        if self.shards > 1:
+            with _group_errors():
+                dist.all_reduce(values)
+
+    def share(self, values: torch.Tensor) -> None:
+        """Replace values by those of the first member, in place. Raises GroupLost."""
+        if self.shards > 1:
+            with _group_errors():
+                dist.broadcast(values, 0)
+
+    def collect(self, value: T) -> list[T]:
+        """Return the values of all members, in their order. Raises GroupLost."""
+        found: list[Any] = [value] * self.shards
+        if self.shards > 1:
+            with _group_errors():
+                dist.all_gather_object(found, value)
+        return found
+
+    def leave(self) -> None:
+        """End the group."""
+        if self.shards > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _store_at(host: str, port: int, shards: int, **options: bool) -> Any:

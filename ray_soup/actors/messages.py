@@ -10,6 +10,7 @@ import numpy as np
 
 from ray_soup.mixing.blocks import Partition
 from ray_soup.mixing.coefficients import Coefficients
+from ray_soup.task.data import Split
 
 T = TypeVar("T")
 
@@ -106,6 +107,60 @@ class ModelFiles:
     """Number of the first file to write."""
     stop: int = 0
     """End of the files to write (excluded)."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All weights of a model, to be trained on fit from a written soup."""
+
+    what: str
+    """What is being done, for progress."""
+    start: str
+    """The soup's file, or index, on a disk that all actors share."""
+    stem: str
+    """Path without a suffix, on the same disk, of the files that the actors keep until the job is done."""
+    task: str
+    """Identifies everything that the result depends on: a state of another task is not resumed from."""
+    lr: float
+    """Largest learning rate."""
+    wd: float
+    """Weight decay."""
+    epochs: int
+    """Passes over fit."""
+    batch_size: int
+    """Examples per step, summed over all actors."""
+    seed: int
+    """Seed of the order of the examples."""
+    precision: str
+    """float32 or bfloat16, for forward and backward passes."""
+    fit: Split
+    """The examples to train on."""
+    select: Split
+    """The examples to stop on."""
+    calibration: tuple[Split, ...] = ()
+    """Batches of fit that running statistics are re-estimated on; empty: those of the soup are kept."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What became of a TrainingJob."""
+
+    curve: list[dict[str, float]]
+    """One entry for the start (epoch -1) and for each epoch: epoch, fit_nll, select_nll, select_accuracy, steps, lr."""
+    epoch: int
+    """The best epoch on select, from 0; -1: none is better than the start."""
+    cost: float
+    """NLL on select after that epoch, or minus the figure that select_by names."""
+    difference: str
+    """The file of differences of that epoch; empty for the start."""
+    precision: str
+    """The precision that was used."""
+    steps: int
+    """Number of steps."""
+    image_passes: int
+    """Number of examples in forward and backward passes and in re-estimations of running statistics."""
+    stopped: str = ""
+    """Why the training ended early: `diverged` or `memory`; empty if it did not."""
 
 
 @dataclass(frozen=True)

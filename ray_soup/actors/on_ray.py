@@ -47,6 +47,13 @@ class RemoteShard(Shard):
         identity.in_run(run)
         super().__init__(recipe, ingredients, mesh, rank, threads)
 
+    def serve_training(self) -> tuple[str, int]:
+        """Open the rendezvous of all actors that train together on this one, and return its host and port."""
+        import ray
+
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return host, self.open_training(host)
+
     def serve_group(self) -> tuple[str, int]:
         """Open the rendezvous of the replica's group on this shard, and return its host and port."""
         import ray
@@ -96,6 +103,12 @@ class RayPool(MeshPool):
             self.handles[rank] = remote.options(**options).remote(
                 self._recipe, self._ingredients, self.mesh, rank, threads, folder=folder, run=identity.RUN
             )
+
+    def _meeting_place(self) -> tuple[str, int] | None:
+        if self.mesh.size == 1:
+            return None
+        place: tuple[str, int] = self._ask_once([0], "opening a group", lambda actor, rank: actor.serve_training.remote())[0]
+        return place
 
     def _kill(self, rank: int) -> None:
         import ray

@@ -15,6 +15,8 @@ from ray_soup.recipe import Recipe
 SETTLE_S = 5.0  # until the CPUs and GPUs of actors that have just ended count as free
 PROCESS_BYTES = 1_200_000_000  # of an actor's process, without the model's parameters
 
+MOMENTS_BYTES = 8  # of the optimizer that trains all weights, per parameter
+
 
 class NoRoom(SoupError):
     """What a run has submitted to Ray has not started, because other programs hold the resources."""
@@ -137,7 +139,7 @@ def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str,
     cpus = wanted.cpus if wanted.cpus != "auto" else 1 if cores < 4 or wanted.gpus else 2
     most = max(1, int(min(cores // cpus if cpus else cores, gpus / wanted.gpus if wanted.gpus else float("inf"))))
     shards = wanted.shards
-    if wanted.by_layer:
+    if wanted.by_layer or recipe.polish is not None:
         shards = 1
     elif shards == "auto":
         fixed = 2 if wanted.replicas == "auto" else wanted.replicas
@@ -156,15 +158,20 @@ def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, 
 
     By layer, it holds about an eighth of the parameters, and a layer, with their gradients; `plan` measures this. Otherwise
     every shard holds all parameters and the whole gradient; center, base and the directions of a model batch are split
-    among the shards.
+    among the shards. To train all weights, it also holds two moments of each.
     """
     if recipe.actors.by_layer:
         return fixed + parameters
-    return fixed + parameters * 8 + parameters * (8 + ITEMSIZE[recipe.directions.dtype] * model_batch) / shards
+    whole = 8 if recipe.polish is None else 8 + MOMENTS_BYTES
+    return fixed + parameters * whole + parameters * (8 + ITEMSIZE[recipe.directions.dtype] * model_batch) / shards
 
 
 def memory_of_each(mesh: Mesh) -> float:
-    """Return the bytes of memory that the cluster has for each actor of a mesh."""
+    """Return the bytes of memory that the cluster has for each actor of a mesh; infinite without a cluster."""
+    import ray
+
+    if not ray.is_initialized():
+        return float("inf")
     return _cluster_resources().get("memory", float("inf")) / mesh.size
 
 

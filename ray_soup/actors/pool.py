@@ -12,7 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ray_soup.actors.messages import Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo
+from ray_soup.actors.messages import (
+    Mesh,
+    ModelFiles,
+    Partial,
+    SetupInfo,
+    StepTimings,
+    StoreInfo,
+    TrainingJob,
+    TrainingResult,
+)
 from ray_soup.actors.recovery import RecoveringMesh
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Blocks
@@ -110,6 +119,13 @@ class ActorPool(StepPool, Protocol):
 
     def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
         """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
+        ...
+
+    def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
+        """Train all weights from a written soup on, on all actors together, or without Ray on the first one.
+
+        Not with several shards, nor by layer.
+        """
         ...
 
     def forget(self) -> None:
@@ -293,6 +309,14 @@ class MeshPool(RecoveringMesh):
             return actor.try_mixture.remote(weights, mine, calibration)
 
         return sum(self._ask("try_mixture", call), Score())
+
+    def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
+        """Train all weights from a written soup on, on all actors together, or without Ray on the first one.
+
+        Not with several shards, nor by layer.
+        """
+        found: TrainingResult = self._ask_together("train", lambda actor, place: actor.train.remote(job, place), progress)
+        return found
 
     def forget(self) -> None:
         """Free what the actors kept for an ensemble or a greedy search."""

@@ -119,6 +119,34 @@ class RecoveringMesh(ABC):
             missing = [rank for rank in wanted if rank // self.mesh.shards in lost]
         raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
 
+    def _meeting_place(self) -> tuple[str, int] | None:
+        """Open a rendezvous for all actors; None if they cannot work at the same time. Raises LostAgain."""
+        return None
+
+    def _ask_together(
+        self, what: str, call: Callable[[Any, tuple[str, int] | None], Any], progress: ProgressCallback
+    ) -> Any:
+        """Call all actors, which work in one group, and return the answer of the first one.
+
+        If one is lost, all of them are re-created and called again. Without a rendezvous, only the first one is called.
+        Raises SoupError as `_ask` does. `call` maps (handle, rendezvous) to a pending call, a stream.
+        """
+        reason, everything = "", set(range(self.mesh.replicas))
+        for _ in range(ATTEMPTS):
+            answers: dict[int, Any] = {}
+            try:
+                self._restore()
+                place = self._meeting_place()
+            except LostAgain as error:
+                self._lost, reason = set(everything), str(error)
+                continue
+            ranks = range(1 if place is None else self.mesh.size)
+            loss = self._collect({rank: call(self.handles[rank], place) for rank in ranks}, answers, progress)
+            if loss is None:
+                return answers[0]
+            self._lost, reason = set(everything), f"lost {self._described(loss.ranks)}: {loss.reason}"
+        raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
+
     def _ask_once(self, ranks: list[int], when: str, call: Call, progress: ProgressCallback | None = None) -> list[Any]:
         """Call actors without a retry. Raises LostAgain if one dies, SoupError if one does not answer."""
         answers: dict[int, Any] = {}

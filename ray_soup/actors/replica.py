@@ -114,6 +114,12 @@ class Replica:
             parameters[name].requires_grad_(bool(moves))
         flatten(self.model, self.theta, self.gradient, self.layout)
 
+    def drop_gradients(self) -> None:
+        """Free the vector of `hold_gradients`."""
+        self.gradient = torch.empty(0)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     def set_parameters(self, vector: np.ndarray) -> None:
         """Copy a parameter vector, float32 [N], into the model."""
         if self.layers is not None:

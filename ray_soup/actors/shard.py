@@ -22,8 +22,20 @@ from ray_soup.actors.baker import bake, check_paths
 from ray_soup.actors.candidates import CandidateMixer
 from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, score
 from ray_soup.actors.group import ShardGroup
-from ray_soup.actors.messages import Heartbeat, Mesh, ModelFiles, Partial, SetupInfo, StepTimings, StoreInfo, Stream
+from ray_soup.actors.messages import (
+    Heartbeat,
+    Mesh,
+    ModelFiles,
+    Partial,
+    SetupInfo,
+    StepTimings,
+    StoreInfo,
+    Stream,
+    TrainingJob,
+    TrainingResult,
+)
 from ray_soup.actors.replica import load_replica, tensor_of
+from ray_soup.actors.training import train
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
@@ -284,6 +296,34 @@ class Shard:
         """
         self.candidates.mix_weighted(weights, calibration)
         return sum((score(self.replica, split) for split in splits), Score())
+
+    def open_training(self, host: str) -> int:
+        """Open the rendezvous of all actors that train together on the first one, at its node `host`; return the port."""
+        self.peers = ShardGroup(0, self.mesh.size, self.replica.layout.numel, self.device)
+        return self.peers.open(host)
+
+    def train(self, job: TrainingJob, place: tuple[str, int] | None = None) -> Stream[TrainingResult]:
+        """Train all weights from a written soup on, as `train` in ray_soup.actors.training does.
+
+        Args:
+            job: what to train.
+            place: where the rendezvous of all actors is, host and port; None: this actor trains alone.
+        """
+        world = 1 if place is None else self.mesh.size
+        group = ShardGroup(self.rank, world, self.replica.layout.numel, self.device)
+        if place is not None:
+            group = self.peers if self.rank == 0 else group
+            group.join(*place)
+        try:
+            result = yield from train(self.replica, job, group)
+        finally:
+            group.leave()
+        self.replica.restore_buffers()
+        if self._opened:
+            self.replica.hold_gradients(self.store.variant)
+        else:
+            self.replica.drop_gradients()
+        yield result
 
     def forget(self) -> None:
         """Free what was kept between calls for an ensemble or a greedy search."""

@@ -31,5 +31,6 @@ from ray_soup.recipe.schema import Greedy as Greedy
 from ray_soup.recipe.schema import Recipe as Recipe
 from ray_soup.recipe.schema import Schedule as Schedule
 from ray_soup.recipe.tuning import Finetune as Finetune
+from ray_soup.recipe.tuning import Polish as Polish
 from ray_soup.recipe.tuning import Search as Search
 from ray_soup.recipe.tuning import Trunk as Trunk

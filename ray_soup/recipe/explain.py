@@ -65,7 +65,7 @@ def _field_at(loc: Iterable[Any], root: type[BaseModel]) -> tuple[list[str], Fie
         if is_section(section):
             where.append(str(part))
             info = section.model_fields.get(part)
-            section = info.annotation if info is not None else None
+            section = _or_null(info.annotation) if info is not None else None
         else:
             rest.append(part)
     if info is not None and get_origin(info.annotation) in (Union, types.UnionType):
@@ -101,7 +101,7 @@ def unknown_key(root: type[BaseModel], where: list[str]) -> str:
     """Describe a key that does not exist: the most similar one, or those that exist there."""
     parent: Any = root
     for part in where[:-1]:
-        parent = below(parent, part)
+        parent = _or_null(below(parent, part))
     if not is_section(parent):
         return f"unknown key; {'.'.join(where[:-1])[:MOST_KEY]} has no keys below it."
     first, dot, last = where[-1][:100].partition(".")
@@ -173,6 +173,12 @@ def _flat(metadata: list[Any]) -> list[Any]:
 def is_section(kind: Any) -> bool:
     """Return whether a type is a group of keys."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _or_null(kind: Any) -> Any:
+    """Return the group of keys in a type that is one or null; any other type unchanged."""
+    inner = [one for one in get_args(kind) if one is not type(None)]
+    return inner[0] if len(inner) == 1 and is_section(inner[0]) else kind
 
 
 def section_in(kind: Any) -> Any:

@@ -39,6 +39,7 @@ _SINCE_0_2: dict[str, Any] = {
     "schedule": {"window": "auto", "decay": "auto"},
     "out_format": "safetensors",
     "start": None,
+    "polish": None,
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _OFF_BY_DEFAULT = (

@@ -28,7 +28,7 @@ from ray_soup.recipe.learning import Learn
 from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
 from ray_soup.recipe.plain import shown
 from ray_soup.recipe.preprocessing import Preprocessing
-from ray_soup.recipe.tuning import Finetune, Search
+from ray_soup.recipe.tuning import Finetune, Polish, Search
 
 ObjectiveName = Literal[
     "auto", "classification", "token_classification", "segmentation", "masked_lm", "causal_lm", "multi_label", "regression"
@@ -205,6 +205,8 @@ class Recipe(Section):
     """For mehl and mehl+: folder or URI of a finished soup of this model whose coefficients learning begins from, as after
     ingredients were added or removed. If the uniform soup is better on select, learning begins there. null: the uniform
     soup."""
+    polish: Polish | None = None
+    """Training of all weights after the soup is made: the result is no longer an average of the ingredients. null: off."""
     objective: ObjectiveName | Function = "auto"
     """What the model is trained for: classification, token_classification, segmentation, masked_lm, causal_lm,
     multi_label, regression, or `package.module:Class`, a subclass of ray_soup.Objective. auto: what the config of a model
@@ -373,7 +375,7 @@ class Recipe(Section):
 
 FIXED_IN_SEARCH = (
     "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
-    "evaluate", "baseline", "schedule", "finetune", "search", "start",
+    "evaluate", "baseline", "schedule", "finetune", "search", "start", "polish",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

@@ -1,4 +1,4 @@
-"""The sections `finetune` and `search`: hyperparameters, their distributions, and the options of Ray Tune."""
+"""The sections `finetune`, `search` and `polish`: hyperparameters, their distributions, and the options of Ray Tune."""
 
 from __future__ import annotations
 
@@ -164,3 +164,30 @@ class Search(Section):
         if faults:
             raise FaultsError(faults)
         return self
+
+
+class Polish(Section):
+    """Training of all weights on fit, from the finished soup on."""
+
+    epochs: Epochs = 5
+    """Passes over fit. The best epoch on select is kept; if none is better than the soup, the soup is left unchanged."""
+    lr: float | list[float] = 3e-4
+    """Learning rate of AdamW, which warms up over a tenth of the steps and decays to zero along a cosine; or several, of
+    which the best on select is kept."""
+    wd: float = Field(default=0.0, ge=0, le=1e6)
+    """Weight decay."""
+    batch_size: Examples = 128
+    """Examples per step, summed over all actors."""
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _check_lr(cls, value: Any) -> Any:
+        rates = value if isinstance(value, list) and 0 < len(value) <= 100 else [value]
+        if not all(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1e6 for r in rates):
+            raise ValueError("Expected a number above 0 and up to 1,000,000, or a list of 1 to 100 of them.")
+        return value
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try, without duplicates."""
+        return tuple(dict.fromkeys(self.lr)) if isinstance(self.lr, list) else (self.lr,)

@@ -21,6 +21,7 @@ from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
 from ray_soup.soups.baseline import improvement, significance
 from ray_soup.soups.comparison import (
     NOT_LEARNED,
+    POLISHED,
     REFERENCES,
     SEEDLESS,
     CompareOptions,
@@ -34,17 +35,22 @@ from ray_soup.soups.comparison import (
     methods_on,
     table_entries,
     verdict,
+    what_training_gains,
 )
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
+from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.make import make
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
+from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.records import RunRecord, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
+from ray_soup.soups.report.tables import TRAINED
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.trained import difference_of, file_name_of, folder_of_trained, trained_rows
 from ray_soup.soups.write import (
     bake_and_evaluate,
     bake_model,
@@ -73,11 +79,11 @@ def compare(
     Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
     """
     recipe = resolved_recipe(recipe)
+    check_place_of_training(recipe, out)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
-        chosen = [options.seeds, list(options.drop_top), list(options.by_count)]
-        soup = output.begin(begun(recipe, inputs.ingredients, compare=chosen, **inputs.started))
+        soup = output.begin(begun(recipe, inputs.ingredients, compare=options.recorded, **inputs.started))
         if soup is None:
             with output.recording_failures():
                 soup = _compare(recipe, inputs, output, options, progress)
@@ -94,27 +100,29 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         made = _make_all(session, output, shared, options)
         foreign = foreign_results(session, output, output.state("soups"))
         made.foreign = foreign.results
+        trained = trained_rows(session, output, made, options.trained)
+        made.trained = trained.results
         clock.lap("soups")
         sha256, mesh, about_data = session.facts.sha256, mesh_record(session), session.setup.notes
         preprocessing = session.preprocessing
-    own, first = made.own, made.first
-    label = min(
-        (name for name in own if name not in REFERENCES),
-        key=lambda name: cost(own[name].on("select", first), recipe.select_by),
-    )
-    for name, result in own.items():
+    candidates, first = made.candidates, made.first
+    label = min(candidates, key=lambda name: cost(candidates[name].on("select", first), recipe.select_by))
+    for name, result in made.own.items():
         if result.coefficients is not None:
             save_coefficients(result.coefficients, staging / f"{file_name(name)}.{COEFFICIENTS}")
-    coefficients = own[label].coefficients
+    coefficients = candidates[label].coefficients
     assert coefficients is not None
     bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    if label == POLISHED:
+        kept = output.state("soups", file_name_of(label, made.seeds[0]))
+        rebuild(difference_of(candidates[label], kept, inputs), staging)
     write_library_files(staging, recipe.model)
     clock.lap("mixing")
     _evaluate_rows(recipe, inputs, output, staging, made, progress)
     if recipe.evaluate is not None:
         clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
-    record["notes"] += [*foreign.notes, *about_data]
+    record["notes"] += [*foreign.notes, *trained.notes, *about_data]
     record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
@@ -138,24 +146,34 @@ def _evaluate_rows(
         in_folder = partial(folder_of_soup, staging, recipe, result.coefficients, inputs.ingredients, progress)
         found.append((entry.label, figures_of_soup(recipe, output, entry.file, result.coefficients, in_folder)))
         result.figures |= found[-1][1]
+    for label, by_seed in made.trained.items():
+        for seed, result in by_seed.items():
+            assert result.coefficients is not None
+            progress(f"evaluate {label}", 0, 1)
+            name = file_name_of(label, seed)
+            in_folder = partial(folder_of_trained, staging, recipe, result, output.state("soups", name), inputs, progress)
+            found.append((label, figures_of_soup(recipe, output, name, result.coefficients, in_folder)))
+            result.figures |= found[-1][1]
     check_same_names(recipe.evaluate, found)
 
 
 def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256: list[str]) -> RunRecord:
     """Return run.json without the mesh and the times."""
     first, own, table = made.first, made.own, made.table()
-    ours, single = own[label].on("select", first), own[BEST_SINGLE].on("select", first)
+    ours, single = made.candidates[label].on("select", first), own[BEST_SINGLE].on("select", first)
+    trained = made.own_trained
     change, measures = improvement(ours, single), measures_of(recipe)
     notes = [
+        *(what_training_gains(label, ours, trained[TRAINED].on("select", first), measures) if TRAINED in trained else ()),
         verdict(label, ours, single, change, measures),
         *significance(change, measures),
         *diagnosis(made.ensemble.on("select", first), single, measures),
-        *dict.fromkeys(note for result in own.values() for note in result.notes),
+        *dict.fromkeys(note for result in [*own.values(), *trained.values()] for note in result.notes),
         *remarks(recipe, inputs, sha256),
         *stale_statistics(recipe, inputs),
     ]
     return {
-        "method": label.partition("-m")[0],
+        "method": label.partition("-m")[0].removesuffix(" polished"),
         **recorded(measures),  # type: ignore[typeddict-item]
         **recorded_function(recipe),
         "chosen": label,
@@ -170,6 +188,8 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         "eliminations": made.series("dropped", "dropped", made.dropped),
         "counts": made.series("counted", "count", made.counted),
         **made.schedules(),
+        **({"polish": trained[label].figures["polish"]} if label == POLISHED else {}),
+        **({"trained": trained[TRAINED].figures["polish"]} if TRAINED in trained else {}),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in table if "peak_memory_bytes" in row),
         "versions": versions(),
         "ingredients": listed(inputs.ingredients, sha256),
@@ -186,8 +206,9 @@ def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record
         record["table"],
         record,
         {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in NOT_LEARNED},
-        {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures},
-        {name: own[name].on(judged(first)[0], first) for name in (BEST_SINGLE, label)},
+        {name: result.figures["curve"] for name, result in own.items() if "curve" in result.figures}
+        | {name: result.figures["polish"]["curve"] for name, result in made.own_trained.items()},
+        {n: r.on(judged(first)[0], first) for n, r in (own | made.candidates).items() if n in (BEST_SINGLE, label)},
         made.similarity,
         inputs.steps,
         {n: r.coefficients for n, r in own.items() if r.coefficients is not None and n not in REFERENCES},

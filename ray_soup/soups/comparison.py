@@ -12,18 +12,21 @@ import numpy as np
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.schedules import are_even
-from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS
+from ray_soup.recipe import BASELINES, BEST_SINGLE, DEFAULT_METHOD, METHODS
 from ray_soup.soups.baseline import compared
 from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.records import ResultRow
 from ray_soup.soups.report.measures import Measures
 from ray_soup.soups.report.statistics import paired_test
-from ray_soup.soups.report.tables import COSTS, ENSEMBLE, EVALUATE, MEAN_SINGLE, refitted
+from ray_soup.soups.report.tables import COSTS, ENSEMBLE, EVALUATE, MEAN_SINGLE, TRAINED, refitted
+from ray_soup.task.choices import cost
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, test_sets
 
 SEEDLESS = tuple(name for name, info in METHODS.items() if not info.uses_seed)
 NOT_LEARNED = tuple(name for name, info in METHODS.items() if not info.learns)
+POLISHED = f"{DEFAULT_METHOD} polished"
+"""Name of the row of the soup all of whose weights are trained as the recipe says."""
 REFERENCES = tuple(name for name, info in METHODS.items() if info.is_reference)
 
 
@@ -49,6 +52,13 @@ class CompareOptions:
     """Repeat without the N best ingredients."""
     by_count: tuple[int, ...] = ()
     """Repeat with only N ingredients, the first of a shuffled list."""
+    trained: bool = True
+    """Whether there is a row for training all weights on the same data."""
+
+    @property
+    def recorded(self) -> list[Any]:
+        """The options in begun.json."""
+        return [self.seeds, list(self.drop_top), list(self.by_count), *([] if self.trained else ["no-trained"])]
 
     def check(self, ingredients: int) -> None:
         """Check that the options suit this number of ingredients. Raises RecipeError."""
@@ -153,6 +163,8 @@ class Comparison(SharedResults):
     """The methods of the table."""
     foreign: dict[str, SoupResult] = field(default_factory=dict)
     """Results of soups that another library made, by the name of the row."""
+    trained: dict[str, dict[int, SoupResult]] = field(default_factory=dict)
+    """Results of models all of whose weights were trained, by the name of the row and the seed."""
 
     @property
     def first(self) -> dict[str, Split]:
@@ -169,6 +181,17 @@ class Comparison(SharedResults):
         """The results of the table's soups by label, of the first seed."""
         return {entry.label: self.results[entry] for entry in self.entries}
 
+    @property
+    def own_trained(self) -> dict[str, SoupResult]:
+        """The results of the models all of whose weights were trained, of the first seed."""
+        return {name: by_seed[self.seeds[0]] for name, by_seed in self.trained.items()}
+
+    @property
+    def candidates(self) -> dict[str, SoupResult]:
+        """The results that one is chosen from, by label, of the first seed."""
+        found = {name: result for name, result in self.own.items() if name not in REFERENCES}
+        return found | {name: result for name, result in self.own_trained.items() if name == POLISHED}
+
     def schedules(self) -> dict[str, Any]:
         """Return the key of run.json about the windows and decays that were chosen, by method; none without schedules."""
         found = {name: result.figures["schedule"] for name, result in self.own.items() if "schedule" in result.figures}
@@ -180,6 +203,8 @@ class Comparison(SharedResults):
         for entry in self.entries:
             made = [self.results.get(replace(entry, seed=seed), self.results[entry]) for seed in self.seeds]
             rows.append(_mean(entry.label, [r.row(self.splits[s]) for r, s in zip(made, self.seeds, strict=True)]))
+        for name, by_seed in self.trained.items():
+            rows.append(_mean(name, [by_seed[seed].row(self.splits[seed]) for seed in self.seeds]))
         for name, result in self.foreign.items():
             rows.append(_mean(name, [result.row(self.splits[seed]) for seed in self.seeds]))
         rows.insert(2, _mean(ENSEMBLE, [self.ensemble.row(self.splits[seed]) for seed in self.seeds]))
@@ -193,12 +218,16 @@ class Comparison(SharedResults):
             if len(entry.subset) == len(self.individual):
                 settings = {"seed": entry.seed, "model_batch": entry.model_batch}
                 rows.append({"model_name": entry.method, **settings, **result.row(self.splits[entry.seed])})
+        for name, by_seed in self.trained.items():
+            for seed, result in by_seed.items():
+                settings = {"seed": seed, "model_batch": len(self.individual)}
+                rows.append({"model_name": name, **settings, **result.row(self.splits[seed])})
         rows += [{"model_name": name, **result.row(self.first)} for name, result in self.foreign.items()]
         return rows
 
     def tests(self) -> list[dict[str, Any]]:
         """Return paired tests of each soup against the baselines, on each test set."""
-        soups = {**self.own, **self.foreign}
+        soups = {**self.own, **self.own_trained, **self.foreign}
         found = {s: {name: r.on(s, self.first) for name, r in soups.items()} for s in test_sets(self.first)}
         return [
             {"split": split, "model_name": name, "against": other, **paired_test(of[name], of[other])}
@@ -240,6 +269,19 @@ def verdict(label: str, ours: Outcome, single: Outcome, change: dict[str, float]
             f"({figures})."
         )
     return f"No soup beats the best single ingredient on select; the closest is {label} ({figures}). Use that ingredient."
+
+
+def what_training_gains(label: str, ours: Outcome, trained: Outcome, measures: Measures = Measures()) -> Iterable[str]:
+    """Yield a sentence if training all weights beats the chosen soup `label` on select, with what that costs."""
+    if cost(trained, measures.select_by) < cost(ours, measures.select_by):
+        figure = measures.select_by if measures.select_by in ("accuracy", "metric") else "nll"
+        price = "a model that is no longer an average of the ingredients"
+        if label == POLISHED:
+            price = "as much: neither model is an average of the ingredients"
+        yield (
+            f"Training all weights from the uniform soup on the same data ({TRAINED}) beats the chosen soup, {label}, on "
+            f"select ({compared(trained, ours, measures, figure)}), and costs {price}."
+        )
 
 
 def diagnosis(ensemble: Outcome, single: Outcome, measures: Measures = Measures()) -> Iterable[str]:

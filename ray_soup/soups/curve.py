@@ -1,4 +1,4 @@
-"""The learning curve: figures on select at the end of every epoch, and what is read from them."""
+"""What is read from the learning curve, the figures on select at the end of every epoch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from ray_soup.soups.state import LearnState
 from ray_soup.task.choices import cost_in
-from ray_soup.task.outcomes import Score
-
-
-def figures_on_select(score: Score) -> dict[str, float]:
-    """Return the figures of a score on select, for the curve."""
-    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def stale_epochs(state: LearnState, select_by: str) -> int:

@@ -37,7 +37,8 @@ from ray_soup.soups.baking import bakers
 from ray_soup.soups.evaluations import figures_of
 from ray_soup.soups.finished_adapters import about_digest, compare_products, compare_tensors, lifted_ingredients
 from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
-from ray_soup.soups.output import COEFFICIENTS, MODEL, TABLE, Soup, begun, open_output
+from ray_soup.soups.finished_polished import difference_in, of_model, rebuild
+from ray_soup.soups.output import COEFFICIENTS, DIFFERENCE, MODEL, TABLE, Soup, begun, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
 from ray_soup.soups.proof import compare_sample
@@ -160,6 +161,7 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
                 sha256 = hash_ingredients(ingredients, progress) if pool is None else pool.hash(progress)
                 _check_digests(source, record, ingredients, sha256)
                 bake_model(staging, recipe, coefficients, ingredients, progress, pool)
+            rebuild(_difference(source, record, coefficients), staging)
             beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else model_of(recipe)
             write_library_files(staging, beside)
             write_descriptions(staging, recipe, coefficients, rows, record, beside)
@@ -197,8 +199,11 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
             more = [f"products of a larger rank than {recipe.adapter.rank} are truncated as near as that rank allows"]
         more += [about_digest(record)]
     else:
-        total = _compare_tensors(out, coefficients, ingredients, progress)
-        sampled = compare_sample(coefficients, ingredients, _open_model(out, coefficients))
+        difference = _difference(out, record, coefficients)
+        total = _compare_tensors(out, coefficients, ingredients, progress, difference)
+        sampled = compare_sample(coefficients, ingredients, _open_model(out, coefficients), difference)
+        if difference is not None:
+            equal = f"are bit-identical to those computed from coefficients, ingredients and {DIFFERENCE}"
     what = "products B A" if of_adapters else "tensors"
     proof = f"{sampled} sampled {what} equal those computed from the ingredients as their own libraries load them"
     if sampled is None:
@@ -226,7 +231,8 @@ def _check_listed(out: Path, record: RunRecord) -> None:
     """Check that run.json lists every file of a finished soup, and no other model is in the folder. Raises RecipeError."""
     listed = record["files"]
     index = f"{MODEL}.index.json"
-    expected = [*DESCRIPTIONS, index if index in listed or (out / index).exists() else MODEL]
+    differs = [DIFFERENCE] if record.get("polish", {}).get("best_epoch") else []
+    expected = [*DESCRIPTIONS, *differs, index if index in listed or (out / index).exists() else MODEL]
     if is_adapter_folder(out) or ADAPTER_CONFIG in listed:
         expected[-1:] = [ADAPTER_CONFIG, ADAPTER_FILES[0]]
     if METADATA in listed or (out / METADATA).exists():
@@ -243,7 +249,11 @@ def _check_listed(out: Path, record: RunRecord) -> None:
 
 
 def _compare_tensors(
-    out: Path, coefficients: Coefficients, ingredients: list[Ingredient], progress: ProgressCallback
+    out: Path,
+    coefficients: Coefficients,
+    ingredients: list[Ingredient],
+    progress: ProgressCallback,
+    difference: Ingredient | None,
 ) -> int:
     """Recompute every tensor and compare it with the model's; return the number of tensors. Raises SoupError."""
     used = [ingredients[k] for k in coefficients.used()]
@@ -251,7 +261,8 @@ def _compare_tensors(
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
-            again = soup_range(coefficients, ingredients, name, 0, info.numel, info.dtype)
+            soup = soup_range(coefficients, ingredients, name, 0, info.numel, info.dtype)
+            again = of_model(soup, name, difference)
         else:
             again = soup_buffer(coefficients, used, name).to(info.dtype)
         if not torch.equal(again.view(torch.uint8), model.read(name).view(torch.uint8)):
@@ -287,6 +298,14 @@ def _open_finished(out: Path) -> tuple[Recipe, RunRecord, Coefficients, list[Ing
     check_covers(coefficients, shapes, out / COEFFICIENTS)
     _check_buffers(recipe, coefficients, shapes, out)
     return recipe, record, coefficients, check_together(ingredients, shapes, coefficients.tied, recipe.ignore, strict=False)
+
+
+def _difference(out: Path, record: RunRecord, coefficients: Coefficients) -> Ingredient | None:
+    """Open the differences of a finished soup, as `difference_in` does."""
+    if "polish" not in record:
+        return None
+    shapes = {name: tuple(info.shape) for name, info in _open_model(out, coefficients).tensors.items()}
+    return difference_in(out, record, coefficients, shapes)
 
 
 def _open_model(out: Path, coefficients: Coefficients) -> Ingredient:

@@ -30,6 +30,7 @@ from ray_soup.soups.baseline import compare_with_best_single, warn_if_worse
 from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.make import make
 from ray_soup.soups.output import MODEL, open_output
+from ray_soup.soups.polish import polish
 from ray_soup.soups.session import CALIBRATION, Session, open_inputs, requested_model_batch
 from ray_soup.soups.write import bake_and_evaluate
 
@@ -158,6 +159,8 @@ def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
         mixture.notes += inputs.notes
         calibration = session.calibration(CALIBRATION)
         outcomes = bake_and_evaluate(session, output, mixture, folder / MODEL, reported(session.splits), calibration)
+        if recipe.polish is not None:
+            outcomes, mixture.figures["polish"] = polish(session, output, mixture, folder, outcomes)
         baseline = compare_with_best_single(session, outcomes)
     tensors = _read(folder / MODEL, inputs.layout)
     if baseline:

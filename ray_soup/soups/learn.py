@@ -30,14 +30,14 @@ from ray_soup.errors import Stopped
 from ray_soup.io.signals import uninterrupted
 from ray_soup.recipe import Recipe
 from ray_soup.soups.coordinates import Moving, largest_rate, moving_coordinates
-from ray_soup.soups.curve import best_epochs, figures_on_select, stale_epochs
+from ray_soup.soups.curve import best_epochs, stale_epochs
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization
 from ray_soup.soups.start import choose_start
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
 from ray_soup.soups.step import count_step, gradient_of
 from ray_soup.soups.trajectory import roughness
 from ray_soup.soups.turns import joint_batches, model_batches
-from ray_soup.task.choices import cost
+from ray_soup.task.choices import cost, figures_on_select
 from ray_soup.task.data import Split, batch_positions
 
 SAVE_EVERY_S = 60.0

@@ -58,6 +58,8 @@ from ray_soup.soups.records import (
 MODEL_FILES = {"safetensors": "model.safetensors", "dcp": METADATA}
 """The file that a soup is loaded from, by the recipe's `out_format`."""
 MODEL, COEFFICIENTS, TABLE = "model.safetensors", "coefficients.safetensors", "coefficients.parquet"
+DIFFERENCE = "difference.safetensors"
+"""The difference between the soup and the model, if all weights were trained."""
 BOARD = "tensorboard"
 KEPT_STATE = ("begun.json", "resolved.json", *HELD)  # of a finished run; the rest of state/ is removed
 STARTED = ("begun.json", "resolved.json")  # what a run writes into state/ before it has learned anything

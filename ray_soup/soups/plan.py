@@ -166,6 +166,10 @@ def _seconds(
     evaluated = select + sum(sizes[name] for name in test_sets(sizes)) + (min(fit, CALIBRATION) if recalibrates else 0)
     final = costs.evaluation_s(evaluated) + read * max(0.1 * timings.hash_s, timings.read_s)
     seconds = {"start": START_S, "store": store, "learning": learning, "mixing and evaluation": final}
+    if recipe.polish is not None:
+        parts, polish = costs.mesh.size * timings.images, recipe.polish
+        epoch_s = timings.step_s * -(-fit // parts) + timings.forward_s * -(-select // parts)
+        seconds["polish"] = len(polish.rates) * polish.epochs * epoch_s
     passes = _baseline_passes(recipe, len(inputs.ingredients), sizes)
     return seconds | ({"best single ingredient": costs.evaluation_s(passes) + read * timings.read_s} if passes else {})
 

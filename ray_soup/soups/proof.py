@@ -40,13 +40,16 @@ def sample_of(coefficients: Coefficients, model: Ingredient) -> list[str]:
     return [names[n] for n in dict.fromkeys(int(p) for p in picks) if model.tensors[names[n]].numel]
 
 
-def compare_sample(coefficients: Coefficients, ingredients: Sequence[Ingredient], model: Ingredient) -> int | None:
+def compare_sample(
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], model: Ingredient, difference: Ingredient | None = None
+) -> int | None:
     """Compare a sample of the model's tensors with their sums, read by the files' own libraries.
 
     Args:
         coefficients: the soup's coefficients.
         ingredients: the K ingredients, bound to the model.
         model: the soup's model.
+        difference: what training all weights added to the soup; None: nothing.
 
     Returns:
         The number of tensors compared; None if an ingredient is in remote storage, which its library cannot read.
@@ -61,9 +64,9 @@ def compare_sample(coefficients: Coefficients, ingredients: Sequence[Ingredient]
         read = Library(ingredient)
         for name in names:
             sums[name].add(k, read.elements(name))
-    read = Library(model)
+    read, added = Library(model), None if difference is None else Library(difference)
     for name in names:
-        expected = sums[name].check(read.elements(name))
+        expected = sums[name].check(read.elements(name), None if added is None else added.elements(name))
         if expected is not None:
             raise SoupError(
                 f"{model.files[model.tensors[name].file]}: the tensor {name} has {expected[0]!r} where the ingredients, as "
@@ -90,17 +93,20 @@ class _Sum:
         part = self._factors[k] * values.to(torch.float64).numpy()
         self._total, self._size = self._total + part, self._size + np.abs(part)
 
-    def check(self, found: torch.Tensor) -> tuple[float, float] | None:
-        """Compare with the model's elements; return the first that differs and what it should be, or None."""
+    def check(self, found: torch.Tensor, added: torch.Tensor | None = None) -> tuple[float, float] | None:
+        """Compare with the model's elements; return the first that differs and what it should be, or None.
+
+        What training `added` to the written soup, float32, is added in float32 and rounded once.
+        """
         wide = torch.float64 if found.dtype == torch.float64 else self._wide
         slack = (2 * len(self._factors) + 2) * 2.0**-53 * self._size
-        low, high = (
-            torch.from_numpy(self._total + sign * slack).to(wide).to(found.dtype).to(torch.float64) for sign in (-1, 1)
-        )
+        soups = [torch.from_numpy(self._total + sign * slack).to(wide).to(found.dtype) for sign in (-1, 1)]
+        low, high = ((soup if added is None else (soup.float() + added).to(found.dtype)).to(torch.float64) for soup in soups)
         have = found.to(torch.float64)
         wrong = ~((low <= have) & (have <= high))
         at = int(wrong.nonzero()[0]) if wrong.any() else None
-        return None if at is None else (have[at].item(), float(self._total[at]))
+        more = 0.0 if added is None or at is None else added[at].item()
+        return None if at is None else (have[at].item(), float(self._total[at]) + more)
 
 
 def picked(numel: int) -> NDArray[np.int64]:

@@ -114,6 +114,8 @@ class RunRecord(TypedDict, total=False):
     search: dict[str, Any]
     base: dict[str, str]
     trajectory: dict[str, Any]
+    polish: dict[str, Any]
+    trained: dict[str, Any]
 
 
 class BegunRecord(TypedDict, total=False):

@@ -26,6 +26,8 @@ from ray_soup.soups.own_evaluation import (
     folder_of_soup,
     recorded_function,
 )
+from ray_soup.soups.polish import polish, together
+from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.records import ResultRow, RunRecord
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
@@ -57,6 +59,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
     Raises SoupError.
     """
     recipe = resolved_recipe(recipe)
+    check_place_of_training(recipe, out)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, **inputs.started))
@@ -174,6 +177,10 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
         session.calibration(CALIBRATION), recipe.shard_size,
     )  # fmt: skip
     clock.lap("mixing and evaluation")
+    polished: dict[str, Any] = {}
+    if recipe.polish is not None:
+        outcomes, polished = polish(session, output, mixture, staging, outcomes, recipe.shard_size)
+        clock.lap("polish")
     baseline = compare_with_best_single(session, outcomes)
     clock.lap("best single ingredient")
     if baseline:
@@ -192,8 +199,9 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
         "peak_memory_bytes": peak,
         **figures,
         **(baseline.record if baseline else {}),
+        **({"polish": polished} if polished else {}),
     }
-    costs = {"steps": figures.get("steps"), "image_passes": figures.get("image_passes"), "peak_memory_bytes": peak}
+    costs = {key: together(figures, polished, key) for key in ("steps", "image_passes")} | {"peak_memory_bytes": peak}
     models = {BEST_SINGLE: baseline.outcomes} if baseline else {}
     shown = {name: found[judged(found)[0]] for name, found in {**models, recipe.method: outcomes}.items() if found}
     row = figures_of(outcomes) | refitted(figures) | costs

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from ray_soup.errors import SoupError
 from ray_soup.mixing.schedules import DECAYS, windows
 from ray_soup.recipe import Recipe
-from ray_soup.soups.curve import figures_on_select
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session
 from ray_soup.soups.trajectory import fixed_weights, is_chosen, is_shaped, steps_of, weights
-from ray_soup.task.choices import cost
+from ray_soup.task.choices import cost, figures_on_select
 
 
 @dataclass

@@ -34,6 +34,7 @@ from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
 from ray_soup.recipe.plain import shown
 from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, recall
 from ray_soup.soups.output import Output, versions
+from ray_soup.soups.polish_checks import check_polish
 from ray_soup.soups.records import read_resolved, write_resolved
 from ray_soup.soups.start import Beginning, Start, beginning, matches, open_start
 from ray_soup.soups.state import StateCallback, ignore_state
@@ -136,6 +137,7 @@ def open_inputs(recipe: Recipe, needs_fit: bool = False) -> Inputs:
     examined = examine(recipe, found)
     layout, notes = examined.layout, [*of_runs, *examined.notes]
     adapters = adapters_among(found)
+    check_polish(recipe, [adapter.path for adapter in adapters])
     if adapters and recipe.out_format != "safetensors":
         raise RecipeError(
             f"out_format is {recipe.out_format}, but the ingredients are LoRA adapters, such as {adapters[0].path}; PEFT "

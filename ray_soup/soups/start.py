@@ -30,10 +30,9 @@ from ray_soup.mixing.blocks import Layout, Partition, partition
 from ray_soup.mixing.coefficients import MEAN, Coefficients, load_coefficients, to_x
 from ray_soup.mixing.row_groups import groups_of
 from ray_soup.recipe import Recipe
-from ray_soup.soups.curve import figures_on_select
 from ray_soup.soups.records import check_files, finished_record
 from ray_soup.soups.state import LearnState
-from ray_soup.task.choices import cost
+from ray_soup.task.choices import cost, figures_on_select
 from ray_soup.task.data import Split
 
 FILE = "coefficients.safetensors"

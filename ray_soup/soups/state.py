@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from ray_soup.errors import SoupError
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.state_archive import check_archive
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import check_version, damaged
 
@@ -152,18 +152,6 @@ def load_state(file: Path | IO[bytes], task: str = "", shape: tuple[int, ...] | 
     if task and state.task and state.task != task:
         raise damaged(name, "it belongs to another recipe, or to ingredients or examples that have changed since", remedy)
     return state
-
-
-def check_archive(file: Path | IO[bytes]) -> None:
-    """Check the checksums in a torch file, which `torch.load` ignores. Raises ValueError, or zipfile.BadZipFile."""
-    with zipfile.ZipFile(file) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("it is compressed")
-        wrong = archive.testzip()
-    if wrong is not None:
-        raise ValueError(f"the checksum of {wrong} does not match")
-    if not isinstance(file, Path):
-        file.seek(0)
 
 
 def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator[str]:

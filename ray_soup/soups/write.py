@@ -23,6 +23,7 @@ from ray_soup.mixing.adapter_merge import bake_merged
 from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
 from ray_soup.mixing.distributed_bake import bake_distributed
+from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.recipe import Recipe
 from ray_soup.soups.baking import bake_whole
 from ray_soup.soups.make import Mixture
@@ -75,8 +76,7 @@ def bake_and_evaluate(
     file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, actors)
     mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
-        found = pool.statistics_of_file(output.visible_to_actors(file), calibration, progress)
-        found = {name: values for name, values in found.items() if name in inputs.layout.buffers}
+        found = statistics_of(session, output, file, calibration)
         mixture.coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
         if is_metadata(str(file)):  # whose archives have checksums
             bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
@@ -88,6 +88,12 @@ def bake_and_evaluate(
         )
     outcomes = pool.evaluate_file(output.visible_to_actors(file), list(splits.values()), progress)
     return held_out | dict(zip(splits, outcomes, strict=True))
+
+
+def statistics_of(session: Session, output: Output, file: Path, calibration: list[Split]) -> Statistics:
+    """Re-estimate the running statistics of the model that is loaded from `file`, on batches of fit."""
+    found = session.pool.statistics_of_file(output.visible_to_actors(file), calibration, session.progress)
+    return {name: values for name, values in found.items() if name in session.inputs.layout.buffers}
 
 
 def bake_model(

@@ -24,6 +24,12 @@ def cost_in(line: Mapping[str, Any], select_by: str) -> float:
     return float(line["select_nll"]) if value is None else -float(value)
 
 
+def figures_on_select(score: Score) -> dict[str, float]:
+    """Return the figures of a score on select, for the curve."""
+    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def gains(outcome: Outcome, select_by: str) -> tuple[np.ndarray, np.ndarray | float]:
     """Return what each example adds to the figure that ranks ingredients, and the most that it could add.
 

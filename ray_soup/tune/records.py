@@ -13,8 +13,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.disk import write_json
+from ray_soup.io.state_archive import check_archive
 from ray_soup.soups.records import Digest, FileName, check_version, damaged, read_record
-from ray_soup.soups.state import check_archive
 
 TRAINING_VERSION = 2
 """Version of a training run's state and of its record. Version 1, written by ray_soup 0.1, has no version key."""

@@ -23,6 +23,7 @@ from ray_soup.io.disk import write_bytes, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
+from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
 from ray_soup.soups.trajectory import check_trajectory
@@ -118,6 +119,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     subclasses for errors in the recipe and the ingredients.
     """
     recipe = resolved_recipe(recipe)
+    check_place_of_training(recipe, out)
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from ray_soup.actors.precision import autocast, choose_precision, micro_batch_size
 from ray_soup.actors.replica import check_examples
+from ray_soup.actors.training import cosine_with_warmup
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.disk import replacing, write_bytes
 from ray_soup.recipe import Recipe
@@ -110,9 +111,8 @@ class TrainingSetup:
         return self.epochs * -(-len(self.labels) // self.batch_size)
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up over a tenth of the steps, then cosine decay to zero."""
-        factor = min((step + 1) / max(1, self.steps // 10), 0.5 * (1 + math.cos(math.pi * step / self.steps)))
-        return self.hyper["lr"] * factor
+        """Return the learning rate of a step."""
+        return self.hyper["lr"] * cosine_with_warmup(step, self.steps)
 
 
 def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, worker: Worker = Worker()) -> Epochs:

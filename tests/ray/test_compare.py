@@ -41,8 +41,8 @@ def compared(zoo: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None)
 
 def test_every_soup_and_reference_is_in_the_table(compared: Soup) -> None:
     table = {row["model_name"]: row for row in compared.record["table"]}
-    assert list(table) == ["mean single", "best_single", "ensemble", *LABELS[1:]]
-    for name in LABELS:
+    assert list(table) == ["mean single", "best_single", "ensemble", *LABELS[1:], "trained"]
+    for name in [*LABELS, "trained"]:
         row = table[name]
         for key in ("select_accuracy", "select_nll", "test_accuracy", "test_nll", "test_nll_scaled", "seconds"):
             assert np.isfinite(row[key]), (name, key)
@@ -52,11 +52,12 @@ def test_every_soup_and_reference_is_in_the_table(compared: Soup) -> None:
     assert 1 <= table["greedy"]["ingredients_used"] <= 8
     assert (table["mehl"]["steps"], table["mehl-m3"]["steps"], table["learned"]["steps"]) == (6, 18, 4)
     assert table["mehl"]["image_passes"] == 2 * 448
+    assert table["trained"]["image_passes"] == 3 * table["mehl"]["image_passes"]  # three learning rates
     # the seed redraws select, so figures on select vary; on test only those of learned soups do
     for name in ("best_single", "uniform", "greedy", "ensemble"):
         assert "test_nll_sd" not in table[name]
         assert table[name]["select_nll_sd"] > 0
-    for name in LABELS[3:]:
+    for name in [*LABELS[3:], "trained"]:
         assert table[name]["test_nll_sd"] > 0
 
 
@@ -66,7 +67,7 @@ def test_results_have_a_line_for_every_model(compared: Soup) -> None:
     names = [row["model_name"] for row in rows]
     assert names[:9] == [f"model_{k}" for k in range(8)] + ["ensemble"]
     seeds = [(r["model_name"], r["model_batch"], r["seed"]) for r in rows if "seed" in r]
-    assert len(seeds) == len(set(seeds)) == 3 + 2 * 6
+    assert len(seeds) == len(set(seeds)) == 3 + 2 * 6 + 2
     individual = [row["test_accuracy"] for row in rows[:8]]
     assert compared.record["table"][0]["test_accuracy"] == pytest.approx(np.mean(individual))
 
@@ -103,7 +104,7 @@ def test_a_soup_of_fewer_ingredients_is_the_soup_of_a_recipe_that_names_only_the
 def test_the_chosen_soup_is_the_best_on_select_and_passes_verification(compared: Soup) -> None:
     own = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row["model_batch"] == 8}
     own |= {f"{r['model_name']}-m3": r for r in compared.rows if r.get("seed") == 1 and r["model_batch"] == 3}
-    best = min((name for name in own if name != "best_single"), key=lambda name: own[name]["select_nll"])
+    best = min((name for name in own if name not in ("best_single", "trained")), key=lambda name: own[name]["select_nll"])
     assert compared.record["chosen"] == best
     assert compared.record["improvement"]["select_nll"] == own[best]["select_nll"] - own["best_single"]["select_nll"]
     assert len(verify(compared.out)) == 5
@@ -121,7 +122,7 @@ def arguments_of(soup: Soup) -> list[str]:
 def test_paired_tests_are_against_best_single_and_greedy(compared: Soup) -> None:
     tests = compared.record["tests"]
     pairs = {(t["model_name"], t["against"]) for t in tests}
-    assert pairs == {(a, b) for b in ("best_single", "greedy") for a in LABELS if a not in ("best_single", b)}
+    assert pairs == {(a, b) for b in ("best_single", "greedy") for a in [*LABELS, "trained"] if a not in ("best_single", b)}
     table = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row["model_batch"] == 8}
     for t in tests:
         if t["model_name"] in table:
@@ -155,7 +156,7 @@ def test_each_of_several_test_sets_has_the_figures_of_a_run_with_it_alone(zoo: P
                        tmp_path / "compared", CompareOptions(drop_top=(0,)))  # fmt: skip
     rows = {row["model_name"]: row for row in compared.record["table"]}
     assert rows["uniform"]["test_near_accuracy"] == both.rows[0]["test_near_accuracy"]
-    assert [t["split"] for t in compared.record["tests"]] == ["test_near"] * 15 + ["test_far"] * 15
+    assert [t["split"] for t in compared.record["tests"]] == ["test_near"] * 17 + ["test_far"] * 17
     text = comparison_markdown(compared.record)
     assert text.count("On near:") == text.count("On far:") == 3
     assert "Accuracy by method on far" in (compared.out / "report.html").read_text()

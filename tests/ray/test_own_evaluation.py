@@ -78,12 +78,12 @@ def test_every_row_of_a_comparison_has_the_figures_of_its_own_model(
         compare(recipe, tmp_path / "out", CompareOptions(seeds=2))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["exit"] == 130
     soup = compare(recipe, tmp_path / "out", CompareOptions(seeds=2))
-    assert called(calls) == 11 + 1  # 3 methods without a seed, 4 with 2 seeds; the fourth call twice
+    assert called(calls) == 13 + 1  # 3 methods without a seed, 4 and `trained` with 2 seeds; the fourth call twice
     assert {Path(line).name for line in calls.read_text().splitlines()} == {"evaluated"}
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["state", "tensorboard"]
 
     soups = [row for row in soup.rows if "seed" in row]
-    assert len(soups) == 11
+    assert len(soups) == 13
     for row in soups:
         assert row["evaluate_accuracy"] == pytest.approx(row["test_accuracy"], abs=1e-7), row
         assert row["evaluate_own loss"] == pytest.approx(row["test_nll"], rel=1e-5), row

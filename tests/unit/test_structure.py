@@ -47,7 +47,15 @@ TORCH_FREE = [
     "ray_soup.cli",
 ]
 LINES_IN_FILE, LINES_IN_FUNCTION = 400, 60
-NO_FILES = ("os", "archive", "Image", "self.group", "distribution")  # they open no text file, or always in UTF-8
+NO_FILES = (
+    "os",
+    "archive",
+    "Image",
+    "self.group",
+    "self.peers",
+    "distribution",
+)
+"""They open no text file, or always in UTF-8."""
 
 
 def modules() -> list[Path]:

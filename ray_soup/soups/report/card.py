@@ -23,6 +23,11 @@ from ray_soup.soups.report.text import (
 HUB_LIBRARIES = ("open_clip", "timm", "transformers", "peft")
 """Model libraries that the Hub knows under the same names as recipes; all others are `pytorch`."""
 
+POLISHED = (
+    " Then all weights were trained on held-out data: the model is no longer an average of its ingredients, and "
+    "`difference.safetensors` holds what was added to each tensor."
+)
+
 
 def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:
     """Return the model card of a soup as Markdown.
@@ -40,6 +45,7 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     summed = "each tensor is a weighted sum of the same tensor in"
     adapter = "base" in record and not recipe.adapter.merge
+    is_trained = bool(record.get("polish", {}).get("best_epoch"))
     if recipe.adapter.merge:
         summed = "this base model, changed in each module by a weighted sum of the products B A of"
     elif adapter:
@@ -49,7 +55,7 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
 
 Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model
 {markdown_code(recipe.model)}: {summed} {used} fine-tuned {"LoRA adapters" if "base" in record else "checkpoints"}, with
-weights that sum to 1.{factor} To load it from its folder:
+weights that sum to 1.{factor}{POLISHED if is_trained else ""} To load it from its folder:
 
 {markdown_block(load, "python")}
 
@@ -66,7 +72,7 @@ weights that sum to 1.{factor} To load it from its folder:
 {_shares(coefficients)}
 
 `coefficients.safetensors` holds the coefficients of all blocks ({len(coefficients.blocks)}). `ray-soup bake` rebuilds this
-model from them and the ingredients.
+model from them{", this difference" if is_trained else ""} and the ingredients.
 
 ## Intended use and limits
 

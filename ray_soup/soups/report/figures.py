@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, METHODS
 from ray_soup.soups.report.statistics import accuracy_interval
-from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, Row
+from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, TRAINED, Row
 from ray_soup.soups.report.text import label, one_line, shortened
 from ray_soup.task.choices import cost_in
 from ray_soup.task.outcomes import Outcome, calibration_error, reliability
@@ -89,7 +89,7 @@ def plain_ticks(axis: Axis) -> None:
 
 def is_reference(name: str) -> bool:
     """Return whether a row of a table is a reference and not a soup: single ingredients and the ensemble."""
-    return name in (MEAN_SINGLE, ENSEMBLE) or (name in METHODS and METHODS[name].is_reference)
+    return name in (MEAN_SINGLE, ENSEMBLE, TRAINED) or (name in METHODS and METHODS[name].is_reference)
 
 
 def by_method(

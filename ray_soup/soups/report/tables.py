@@ -32,6 +32,8 @@ MEAN_SINGLE = "mean single"
 """Name of the row with the mean of the ingredients' own figures; not a model."""
 ENSEMBLE = "ensemble"
 """Name of the row of the ensemble of all ingredients; not a soup."""
+TRAINED = "trained"
+"""Name of the row of the uniform soup all of whose weights were trained on fit; not a soup."""
 
 MODEL = ("model_name", "model", "{}")
 COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")
@@ -358,6 +360,8 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
     if any(row.get("model_name") in PEFT_MERGES for row in rows):
         about.append("peft: PEFT's own merges with equal weights (TIES: density 0.2, weights 1, as it averages itself).")
     refit = f"{BEFORE_REFIT_NOTE} " if any(REFIT in row for row in rows) else ""
+    if any(row.get("model_name") == TRAINED for row in rows):
+        about.append(f"{TRAINED}: all weights, trained on fit from the uniform soup; no average of the ingredients.")
     text = (
         f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} {refit}"
         f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "
