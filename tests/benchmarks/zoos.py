@@ -54,7 +54,7 @@ ZOOS: dict[str, Callable[[Path, int], zoos_images.Recipe]] = {
     "mnist-8": zoos_images.mnist_transformers,
     "mnist-72": zoos_images.mnist_perceptrons,
     "efficientnet-6": zoos_images.efficientnet,
-    "texts-16": zoos_texts.classifier,
+    "texts-12": zoos_texts.classifier,
     "language-10": zoos_texts.language,
     "adapters-8": zoos_texts.adapters,
     "shift-12": zoos_images.shifted,

@@ -55,12 +55,12 @@ def by_package() -> Data:
 
 
 def classifier(folder: Path, seed: int) -> Recipe:
-    """Sixteen classifiers of source text, 5,000 chunks held out."""
+    """Twelve classifiers of source text, 5,000 chunks held out."""
     from tests.benchmarks.zoos_models import texts
 
     chunks, labels = cut(folder, by_package(), {"train": 9000, "heldout": 5000, "test": 3000}, seed)["train"]
     trunk = trunk_of(texts, (chunks, labels), seed, 3e-3, 6)
-    sweep(folder, trunk, (chunks[:3000], labels[:3000]), seed, 16, (1e-3, 5e-3), (1, 2, 3))
+    sweep(folder, trunk, (chunks[:3000], labels[:3000]), seed, 12, (3e-3, 1e-2), (2, 3))
     return recipe(folder, "tests.benchmarks.zoos_models:texts")
 
 
