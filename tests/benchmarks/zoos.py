@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks zoos                          # all zoos, one seed
     python -m tests.benchmarks zoos --seeds 3 --write        # three seeds; write docs/zoos.md
-    python -m tests.benchmarks zoos --only digits-6,shift --out FOLDER
-    python -m tests.benchmarks zoos --variants average,refit # only these variants of mehl+
+    python -m tests.benchmarks zoos --only digits-6,shift-12 --out FOLDER
+    python -m tests.benchmarks zoos --variants average+refit # only these variants of mehl+
 
 For every zoo and seed, this makes the rows of `ray-soup compare` and, for each entry of VARIANTS, a soup by mehl+ with other
 keys of the recipe. Zoos, and finished results in results.jsonl, are kept in FOLDER, so that the same command resumes after
-an interruption. Results are reused as long as neither the code of ray_soup nor that of the zoos changes; with --any-version,
+an interruption. Results are reused as long as neither the code of ray_soup nor that of the zoo changes; with --any-version,
 those of other versions of ray_soup are, too.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from typing import Any
 from tests.benchmarks import zoos_images, zoos_texts
 from tests.benchmarks.zoos_tables import (
     ACCURACY,
+    PASSES,
     PLAIN,
     SCALED,
     Results,
@@ -42,12 +44,6 @@ from tests.benchmarks.zoos_tables import (
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs" / "zoos.md"
-MADE_BY = tuple(
-    ROOT / "tests" / path
-    for path in ("tiny.py", *(f"benchmarks/{name}.py" for name in ("zoos_images", "zoos_texts", "zoos_models", "batchnorm")))
-)
-"""The files that say what the zoos are."""
-
 ZOOS: dict[str, Callable[[Path, int], zoos_images.Recipe]] = {
     "digits-6": zoos_images.digits_small,
     "digits-24": zoos_images.digits_large,
@@ -61,6 +57,23 @@ ZOOS: dict[str, Callable[[Path, int], zoos_images.Recipe]] = {
     "broken-11": zoos_images.broken,
 }
 """Every zoo by its name, which ends with the number of ingredients. A function writes the files and returns the recipe."""
+
+
+def digest_of(files: Iterable[Path], *texts: str) -> str:
+    """Hash the contents of files, and texts."""
+    found = hashlib.sha256()
+    for part in (*(file.read_bytes() for file in files), *(text.encode() for text in texts)):
+        found.update(hashlib.sha256(part).digest())
+    return found.hexdigest()[:16]
+
+
+OF_IMAGES = ("tiny.py", *(f"benchmarks/{name}.py" for name in ("batchnorm", "zoos_images", "zoos_models")))
+"""The files that say what the zoos of images are."""
+MADE_BY = {
+    module.__name__: digest_of(ROOT / "tests" / path for path in files)
+    for module, files in ((zoos_images, OF_IMAGES), (zoos_texts, (*OF_IMAGES, "benchmarks/zoos_texts.py")))
+}
+"""A digest of the code that makes a zoo, as it was imported, by the module of the zoo's function."""
 
 OFF: dict[str, Any] = {"learn.average": False, "learn.refit": False, "learn.whiten": False, "blocks": "tensor"}
 """What mehl+ was before there were variants; a key that this version does not know is off anyway."""
@@ -85,6 +98,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Keys of the recipe that differ from OFF, by the name of the variant; its row is called `mehl+ NAME`."""
 COMPARE = "compare"
 """Name under which the rows of `compare` are kept."""
+
+Key = tuple[str, int, str, str]
+"""Zoo, seed, name of the variant, and a digest of the zoo's code, its recipe and the variant's keys."""
+Rows = dict[str, dict[str, float]]
+"""Figures by row."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +152,18 @@ def chosen(names: Iterable[str], known: Iterable[str], parser: argparse.Argument
 
 @dataclass
 class Kept:
-    """Finished results, one a line in a file: those that this version of the code made, or all."""
+    """Finished results, one per line of a file: those that this version of the code made, or all."""
 
     file: Path
     any_version: bool = False
     code: str = ""
-    found: dict[tuple[str, int, str, str], dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Figures by row; by zoo, seed, name and digest of the zoo's files and the variant's keys."""
-    versions: dict[tuple[str, int, str, str], str] = field(default_factory=dict)
+    found: dict[Key, Rows] = field(default_factory=dict)
+    versions: dict[Key, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.code = digest_of(sorted((ROOT / "ray_soup").rglob("*.py")))
+        import ray_soup
+
+        self.code = digest_of(sorted(Path(ray_soup.__file__).parent.rglob("*.py")))
         for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
             try:
                 kept = json.loads(line)
@@ -154,7 +173,7 @@ class Kept:
             except (ValueError, KeyError, TypeError):
                 continue  # the end of a line that was being written when the machine went down
 
-    def add(self, key: tuple[str, int, str, str], rows: dict[str, dict[str, float]], seconds: float) -> None:
+    def add(self, key: Key, rows: Rows, seconds: float) -> None:
         """Keep the rows of a finished run."""
         self.found[key], self.versions[key] = rows, self.code
         zoo, seed, name, digest = key
@@ -167,12 +186,9 @@ class Kept:
             os.fsync(file.fileno())
 
 
-def digest_of(files: Iterable[Path], *texts: str) -> str:
-    """Hash the contents of files, and texts."""
-    found = hashlib.sha256()
-    for part in (*(file.read_bytes() for file in files), *(text.encode() for text in texts)):
-        found.update(hashlib.sha256(part).digest())
-    return found.hexdigest()[:16]
+def made_by(zoo: str) -> str:
+    """Return the digest of the code that makes a zoo."""
+    return MADE_BY.get(ZOOS[zoo].__module__, "")
 
 
 def zoo_in(options: Options, name: str, seed: int) -> zoos_images.Recipe:
@@ -180,7 +196,7 @@ def zoo_in(options: Options, name: str, seed: int) -> zoos_images.Recipe:
     import torch
 
     folder = options.out / "zoos" / f"{name}-seed{seed}"
-    file, digest = folder / "made.json", digest_of(MADE_BY)
+    file, digest = folder / "made.json", made_by(name)
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
         if made["digest"] == digest and made["folder"] == str(folder):
@@ -219,19 +235,31 @@ def known_keys(changes: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in changes.items() if known(key)}
 
 
-def unknown_to_this_version(variant: str) -> list[str]:
-    """Return the keys of a variant that a recipe of this version does not have."""
-    return sorted(VARIANTS[variant].keys() - known_keys(VARIANTS[variant]).keys())
+def fault_of(variant: str) -> str | None:
+    """Say why this version of ray_soup cannot make a variant, if it cannot."""
+    from ray_soup.errors import RecipeError
+    from ray_soup.recipe import make_recipe, with_changes
+
+    changes = VARIANTS[variant]
+    unknown = [key for key in changes if key not in known_keys(changes)]
+    if unknown:
+        return f"this version of ray_soup has no key {', '.join(unknown)}"
+    try:
+        with_changes(make_recipe({"method": "mehl+", "model": "tests.tiny:build"}), changes)
+    except RecipeError as error:
+        return f"this version of ray_soup refuses it. {' '.join(str(error).split())}"
+    return None
 
 
-def rows_of(name: str, soup: Any, seed: int) -> dict[str, dict[str, float]]:
+def rows_of(name: str, soup: Any, seed: int) -> Rows:
     """Return the figures on test by row, for `compare` the whole table and otherwise one row."""
     if name == COMPARE:
         return {common_name(row["model_name"]): figures_in(row) for row in soup.record["table"]}
     row = next(row for row in soup.rows if row["model_name"] != "best_single")
     figures = figures_in({**soup.record, **row})
-    figures |= {"fit": soup.record["examples"]["fit"]}
-    figures |= {f"curve_{n}": line["select_nll"] for n, line in enumerate(soup.record.get("curve", []))}
+    figures |= {
+        f"curve_{n}": line["select_nll"] for n, line in enumerate(soup.record.get("curve", [])) if "select_nll" in line
+    }
     return {f"mehl+ {name}": figures}
 
 
@@ -247,7 +275,7 @@ def figures_in(row: dict[str, Any]) -> dict[str, float]:
     return {key: float(row[name]) for key, name in keys.items() if row.get(name) is not None}
 
 
-def run_all(options: Options) -> Iterator[tuple[str, int, dict[str, dict[str, float]]]]:
+def run_all(options: Options) -> Iterator[tuple[str, int, Rows]]:
     """Yield the rows of every zoo, seed and variant; make those that are not kept from an earlier call."""
     from ray_soup.actors.ray_session import connect
 
@@ -255,9 +283,9 @@ def run_all(options: Options) -> Iterator[tuple[str, int, dict[str, dict[str, fl
     kept = Kept(options.out / "results.jsonl", options.any_version)
     variants = []
     for variant in options.variants:
-        unknown = unknown_to_this_version(variant)
-        if unknown:
-            print(f"mehl+ {variant}: skipped, this version of ray_soup has no key {', '.join(unknown)}", flush=True)
+        fault = fault_of(variant)
+        if fault:
+            print(f"mehl+ {variant}: skipped, {fault}", flush=True)
         else:
             variants.append(variant)
     with connect():
@@ -270,17 +298,15 @@ def run_all(options: Options) -> Iterator[tuple[str, int, dict[str, dict[str, fl
                         yield zoo, seed, rows
 
 
-def one_run(
-    options: Options, kept: Kept, zoo: str, seed: int, name: str, recipe: zoos_images.Recipe
-) -> dict[str, dict[str, float]] | None:
+def one_run(options: Options, kept: Kept, zoo: str, seed: int, name: str, recipe: zoos_images.Recipe) -> Rows | None:
     """Return the rows of `compare` or of a variant on a zoo; None if this version refuses the variant there."""
     import ray_soup
     from ray_soup.errors import RecipeError
 
-    changes = {"learn.seed": seed}
-    if name != COMPARE:
-        changes |= {**known_keys(OFF), **VARIANTS[name]}
-    key = (zoo, seed, name, digest_of(MADE_BY, json.dumps(recipe, sort_keys=True), json.dumps(changes, sort_keys=True)))
+    changes = {} if name == COMPARE else {**OFF, **VARIANTS[name]}
+    text = json.dumps([recipe, changes], sort_keys=True)
+    key = (zoo, seed, name, digest_of((), made_by(zoo), text))
+    changes = {**known_keys(changes), "learn.seed": seed}
     if key not in kept.found:
         out = options.out / "runs" / f"{zoo}-seed{seed}-{digest_of((), kept.code, *map(str, key))}"
         begun = time.monotonic()
@@ -303,19 +329,24 @@ def one_run(
     return kept.found[key]
 
 
-def gathered(found: Iterable[tuple[str, int, dict[str, dict[str, float]]]]) -> Results:
-    """Sort rows by zoo and seed, and say after how many images a variant had the best NLL of plain on select."""
-    results: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+def gathered(found: Iterable[tuple[str, int, Rows]]) -> Results:
+    """Sort rows by zoo and seed, and add PASSES to those of the variants."""
+    results: dict[str, dict[int, Rows]] = {}
     for zoo, seed, rows in found:
         results.setdefault(zoo, {}).setdefault(seed, {}).update({row: dict(figures) for row, figures in rows.items()})
     for seeds in results.values():
         for rows in seeds.values():
-            goal = min(curve_in(rows.get(PLAIN, {})), default=None)
-            for figures in rows.values():
-                passes = next((n for n, nll in enumerate(curve_in(figures)) if goal is not None and nll <= goal), None)
-                if passes is not None:
-                    figures["images_to_plain"] = passes * figures["fit"]
+            goal = min(curve_in(rows.get(PLAIN, {})), default=-math.inf)
+            needed = {row: passes_to(goal, curve) for row, figures in rows.items() if (curve := curve_in(figures))}
+            if needed.get(PLAIN):  # not if its best point is the start
+                for row, passes in needed.items():
+                    rows[row][PASSES] = passes / needed[PLAIN]
     return results
+
+
+def passes_to(goal: float, curve: Iterable[float]) -> float:
+    """Return the passes over fit until the NLL on select is at most `goal`; inf if it never is."""
+    return next((float(passes) for passes, nll in enumerate(curve) if nll <= goal), math.inf)
 
 
 def curve_in(figures: dict[str, float]) -> list[float]:
@@ -323,8 +354,9 @@ def curve_in(figures: dict[str, float]) -> list[float]:
     return [value for key, value in figures.items() if key.startswith("curve_")]
 
 
-def markdown(results: Results, seeds: int) -> str:
+def markdown(results: Results, seeds: int, any_version: bool = False) -> str:
     """Return docs/zoos.md."""
+    mixed = " Some results may be those of earlier versions of ray_soup." if any_version else ""
     rows = {zoo: ZOOS[zoo].__doc__ or "" for zoo in results}
     zoos = "\n".join(f"- `{zoo}`: {text.splitlines()[0]}" for zoo, text in rows.items())
     worse = [f"`{row}` on {', '.join(zoos)}" for row, zoos in worse_than_plain(results).items() if row.startswith("mehl+ ")]
@@ -338,10 +370,10 @@ def markdown(results: Results, seeds: int) -> str:
 
 Every zoo is made of real data, with {seeds} seed{"s" if seeds > 1 else ""}; each seed draws its own splits, trunk and
 ingredients. All figures are those of the written models on test. A difference is paired: of the same zoo and seed. In
-brackets: its standard error. {several}
-A negative difference in NLL is an improvement. `NLL scaled`: after temperature scaling fitted on select. `images to plain`:
-images of fit that were learned from until the NLL on select was as low as the best of `{PLAIN}`. `in quarters`: with a model
-batch of a quarter of the ingredients.
+brackets: its standard error. {several}{mixed}
+A negative difference in NLL is an improvement. `NLL scaled`: after temperature scaling fitted on select. `passes to plain`:
+the passes over fit until the NLL on select was as low as the best of `{PLAIN}`, divided by those that it needed itself
+(median). `in quarters`: with a model batch of a quarter of the ingredients.
 
 `{PLAIN}` is mehl+ with one block per tensor and every key below off. The variants:
 
@@ -378,7 +410,7 @@ def main() -> dict[str, float]:
     except KeyboardInterrupt:
         sys.stderr.write(f"Interrupted. Finished results are in {options.out}; rerun the same command to resume.\n")
         sys.exit(130)
-    text = markdown(results, len(options.seeds))
+    text = markdown(results, len(options.seeds), options.any_version)
     print(text)
     if options.write:
         DOCS.write_text(text, encoding="utf-8")

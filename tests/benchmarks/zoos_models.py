@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.benchmarks.batchnorm import Digits
 from tests.tiny import Tiny
 
 LENGTH = 128
@@ -23,6 +24,16 @@ class Perceptron(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(F.gelu(self.hidden(images.flatten(1).to(self.hidden.weight.dtype) / 255)))
+
+
+class Lite0(Digits):
+    """EfficientNet-Lite0 for the same images, without reading its ImageNet weights."""
+
+    def __init__(self) -> None:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        nn.Module.__init__(self)
+        self.net = EfficientNet.from_name("efficientnet-lite0", num_classes=10)
 
 
 class Attention(nn.Module):
@@ -76,6 +87,10 @@ def perceptron() -> nn.Module:
 
 def wide_digits() -> nn.Module:
     return Tiny(48)
+
+
+def lite0() -> nn.Module:
+    return Lite0()
 
 
 def texts() -> nn.Module:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 PLAIN = "mehl+ plain"
 """Name of the row of mehl+ with every variant off: what the variants are compared with."""
 REFERENCES = (PLAIN, "best_single", "greedy", "uniform", "ensemble", "trained")
 """Rows that every row is compared with."""
-COSTS = (("steps", "steps"), ("images", "images"), ("images_to_plain", "images to plain"))
-"""Keys of what it costs to make a soup, and their headings."""
+COSTS = ("steps", "images")
+"""Keys of what it costs to make a soup."""
+PASSES = "passes"
+"""Key of the passes over fit until the NLL on select was as low as the best of plain, divided by those of plain, or inf."""
+TIE = 5e-5
+"""Differences in NLL that the tables show as 0."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ ACCURACY = Measure("accuracy", "accuracy %", "{:.2f}", 100.0)
 MEASURES = (NLL, SCALED, ACCURACY)
 
 Figures = Mapping[str, float]
-"""Figures of one model on one zoo with one seed: nll, scaled, accuracy, steps, images, images_to_plain, as far as known."""
+"""Figures of one model on one zoo with one seed: nll, scaled, accuracy, steps, images, passes, as far as known."""
 Results = Mapping[str, Mapping[int, Mapping[str, Figures]]]
 """Figures by zoo, seed and row."""
 
@@ -76,7 +80,7 @@ def error_of(values: Sequence[float]) -> float:
 def better_and_worse(results: Results, row: str) -> str:
     """Count the zoos on which a row has a lower NLL than plain, and those on which it has a higher one."""
     found = over_zoos(results, lambda zoo: differences_on(results, zoo, row, PLAIN, NLL.key))
-    return f"{sum(value < 0 for value in found)}/{sum(value > 0 for value in found)}" if found else ""
+    return f"{sum(value < -TIE for value in found)}/{sum(value > TIE for value in found)}" if found else ""
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -105,11 +109,13 @@ def main_table(results: Results) -> str:
         cells += [m.form.format(m.scale * mean(values)) if values else "" for m, values in by_measure]
         cells += differences(results, row, NLL)
         cells += [better_and_worse(results, row)] if several else []
-        for key, _ in COSTS:
+        for key in COSTS:
             values = figures_of(results, row, key)
             cells.append(f"{mean(values):,.0f}" if values else "")
+        passes = [median(values) for zoo in results if (values := values_on(results, zoo, row, PASSES))]
+        cells.append(("never" if math.isinf(median(passes)) else f"{median(passes):.2f}") if passes else "")
         lines.append(cells)
-    return table([*headings, *(heading for _, heading in COSTS)], lines)
+    return table([*headings, *COSTS, "passes to plain"], lines)
 
 
 def figures_of(results: Results, row: str, key: str) -> list[float]:
@@ -146,6 +152,6 @@ def worse_than_plain(results: Results) -> dict[str, list[str]]:
     for row in rows_in(results):
         for zoo in results:
             values = differences_on(results, zoo, row, PLAIN, NLL.key)
-            if values and mean(values) > error_of(values):
+            if values and mean(values) > max(TIE, error_of(values)):
                 found.setdefault(row, []).append(zoo)
     return found

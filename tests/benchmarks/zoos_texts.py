@@ -148,12 +148,12 @@ def adapters(folder: Path, seed: int) -> Recipe:
     rows = documentation(seed)
     random = np.random.default_rng([seed, 2])
     for k in range(8):
-        rank, rate = int(random.choice([2, 4, 8])), float(np.exp(random.uniform(np.log(3e-3), np.log(2e-2))))
+        rank, rate = int(random.choice([4, 8])), float(np.exp(random.uniform(np.log(1e-2), np.log(4e-2))))
         torch.manual_seed(1000 * seed + k)
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
-            learn_language(model, rows[2600:], 1000 * seed + k, rate, 80)
+            learn_language(model, rows[2600:5600], 1000 * seed + k, rate, 200, 16)
             model.save_pretrained(folder / "runs" / f"{k:02}")
     return language_recipe(folder, f"{folder}/base", f"{folder}/runs/*/", rows, 600, 2000)

@@ -39,6 +39,10 @@ FOUND: dict[str, dict[int, dict[str, dict[str, float]]]] = {
     "adapters": {1: {"greedy": {"nll": 3.0}, PLAIN: {"nll": 2.0}}},
 }
 
+VARIED: dict[str, dict[str, Any]] = {
+    "plain": {}, "newer": {"learn.magic": True}, "wrong": {"blocks": -1}, "odd": {"learn.smoothness": 0.1},
+}  # fmt: skip
+
 
 def cells(table: str) -> dict[str, dict[str, str]]:
     """The cells of a Markdown table by row and heading."""
@@ -81,19 +85,25 @@ def test_a_table_of_one_zoo_has_errors_over_its_seeds() -> None:
 
 
 def test_a_row_is_worse_where_it_loses_more_than_the_error_over_seeds() -> None:
-    assert worse_than_plain(FOUND) == {
+    same = {**FOUND, "equal": {1: {PLAIN: {"nll": 0.5}, "mehl+ refit": {"nll": 0.50004}}}}
+    assert cells(main_table(same))["mehl+ refit"]["better/worse"] == "1/1"
+    assert worse_than_plain(same) == {
         "greedy": ["images", "language", "adapters"], "mehl+ refit": ["language"],
     }  # fmt: skip
 
 
 def test_passes_are_counted_up_to_the_best_nll_of_plain_on_select() -> None:
     def row(*curve: float) -> dict[str, float]:
-        return {"nll": 1.0, "fit": 100, **{f"curve_{n}": value for n, value in enumerate(curve)}}
+        return {"nll": 1.0, **{f"curve_{n}": value for n, value in enumerate(curve)}}
 
-    rows = {PLAIN: row(0.9, 0.7, 0.6, 0.65), "mehl+ a": row(0.9, 0.6, 0.5, 0.5), "mehl+ b": row(0.9, 0.8, 0.7, 0.61)}
-    results = zoos.gathered([("z", 1, {PLAIN: rows[PLAIN]}), ("z", 1, {k: v for k, v in rows.items() if k != PLAIN})])
-    passes = {name: figures.get("images_to_plain") for name, figures in results["z"][1].items()}
-    assert passes == {PLAIN: 200, "mehl+ a": 100, "mehl+ b": None}
+    plain, rest = {PLAIN: row(0.9, 0.7, 0.6, 0.65)}, {"mehl+ a": row(0.9, 0.6, 0.5), "mehl+ b": row(0.9, 0.8, 0.61)}
+    at_start = {PLAIN: row(0.5, 0.6), "mehl+ a": row(0.5, 0.4)}
+    results = zoos.gathered([("y", 1, plain), ("y", 1, {**rest, "greedy": {"nll": 1.0}}), ("z", 1, at_start)])
+    found = {name: figures.get("passes") for name, figures in results["y"][1].items()}
+    assert found == {PLAIN: 1.0, "mehl+ a": 0.5, "mehl+ b": math.inf, "greedy": None}
+    assert all("passes" not in figures for figures in results["z"][1].values())  # nothing to save
+    shown = cells(main_table(results))
+    assert [shown[name]["passes to plain"] for name in found] == ["1.00", "0.50", "never", ""]
 
 
 def test_results_are_kept_for_the_same_code_and_survive_a_torn_line(tmp_path: Path) -> None:
@@ -170,12 +180,13 @@ def test_a_tiny_zoo_from_end_to_end(
 
     monkeypatch.setattr(zoos, "ZOOS", {"tiny-4": make})
     monkeypatch.setattr(zoos, "DOCS", tmp_path / "zoos.md")
-    monkeypatch.setattr(zoos, "VARIANTS", {"plain": {}, "newer": {"learn.magic": True}, "odd": {"blocks": -1}})
+    monkeypatch.setattr(zoos, "VARIANTS", VARIED)
     monkeypatch.setattr(sys, "argv", ["zoos", "--out", str(tmp_path / "out"), "--write"])
     found = zoos.main()
     said = capsys.readouterr().out
     assert "mehl+ newer: skipped, this version of ray_soup has no key learn.magic" in said
-    assert "mehl+ odd: refused. " in said
+    assert "mehl+ wrong: skipped, this version of ray_soup refuses it. " in said
+    assert "tiny-4, seed 1, mehl+ odd: refused. " in said
     assert found["uniform, mean test NLL"] == pytest.approx(uniform_nll(zoo), rel=1e-5)
     assert found[f"{PLAIN}, mean test NLL"] == found["mehl+, mean test NLL"]  # the same soup, made twice
     rows = cells(main_table(zoos.gathered(zoos.run_all(zoos.options_in(["--out", str(tmp_path / "out")])))))
