@@ -363,8 +363,10 @@ def markdown(results: Results, seeds: int, any_version: bool = False) -> str:
     keys = {f"mehl+ {name}": changes for name, changes in VARIANTS.items() if changes}
     shown = {row for seeds_of in results.values() for by_row in seeds_of.values() for row in by_row}
     variants = "\n".join(f"- `{row}`: `{json.dumps(changes)}`" for row, changes in keys.items() if row in shown)
-    several = "The mean over zoos is that of the means over seeds; errors are those over zoos." if len(results) > 1 else ""
-    text = f"""# Soups of {len(results)} zoos
+    several = (
+        "Means are over zoos, of means over seeds, and errors over zoos." if len(results) > 1 else "Errors are over seeds."
+    )
+    text = f"""# Soups of {len(results)} zoo{"s" if len(results) > 1 else ""}
 
 {zoos}
 

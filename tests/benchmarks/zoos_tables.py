@@ -101,7 +101,7 @@ def main_table(results: Results) -> str:
     """
     several = len(results) > 1
     headings = ["model", *(["zoos"] if several else []), *(measure.heading for measure in MEASURES)]
-    headings += [f"minus {name}" for name in REFERENCES] + (["better/worse"] if several else [])
+    headings += [f"NLL minus {name}" for name in REFERENCES] + (["better/worse"] if several else [])
     lines = []
     for row in rows_in(results):
         by_measure = [(m, figures_of(results, row, m.key)) for m in MEASURES]

@@ -65,10 +65,10 @@ def test_figures_are_means_over_zoos_of_means_over_seeds() -> None:
 def test_differences_are_paired_and_have_the_error_of_the_mean_over_zoos() -> None:
     found = cells(main_table(FOUND))
     by_zoo = np.array([np.mean([-0.02, 0.0]), 0.05])  # seed 2 of the language has no refit, and the adapters have none
-    assert found["mehl+ refit"][f"minus {PLAIN}"] == f"{by_zoo.mean():+.4f} ({by_zoo.std(ddof=1) / math.sqrt(2):.4f})"
+    assert found["mehl+ refit"][f"NLL minus {PLAIN}"] == f"{by_zoo.mean():+.4f} ({by_zoo.std(ddof=1) / math.sqrt(2):.4f})"
     assert found["mehl+ refit"]["better/worse"] == "1/1"
-    assert found[PLAIN][f"minus {PLAIN}"] == ""
-    assert "minus trained" not in found[PLAIN]  # no zoo has this row
+    assert found[PLAIN][f"NLL minus {PLAIN}"] == ""
+    assert "NLL minus trained" not in found[PLAIN]  # no zoo has this row
     scaled = cells(differences_table(FOUND, SCALED))
     assert scaled["mehl+ refit"][f"minus {PLAIN}"] == "-0.0100"  # one zoo: no error
     points = cells(differences_table(FOUND, ACCURACY))
@@ -77,10 +77,10 @@ def test_differences_are_paired_and_have_the_error_of_the_mean_over_zoos() -> No
 
 def test_a_table_of_one_zoo_has_errors_over_its_seeds() -> None:
     found = cells(main_table({"images": FOUND["images"]}))
-    assert found["mehl+ refit"][f"minus {PLAIN}"] == "-0.0100 (0.0100)"
+    assert found["mehl+ refit"][f"NLL minus {PLAIN}"] == "-0.0100 (0.0100)"
     assert "zoos" not in found[PLAIN]
     language = cells(main_table({"language": FOUND["language"]}))
-    assert list(language[PLAIN]) == ["model", NLL.heading, f"minus {PLAIN}", "minus greedy"]
+    assert list(language[PLAIN]) == ["model", NLL.heading, f"NLL minus {PLAIN}", "NLL minus greedy"]
     assert differences_table({"language": FOUND["language"]}, ACCURACY) == ""
 
 
