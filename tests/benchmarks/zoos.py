@@ -406,6 +406,7 @@ def summary(results: Results) -> Iterator[tuple[str, str, float]]:
 
 def main() -> dict[str, float]:
     """Run what the options after the benchmark's name ask for; print the tables, and write them with --write."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of every tiny model that is written or loaded
     options = options_in(sys.argv[sys.argv.index("zoos") + 1 :])
     try:
         results = gathered(run_all(options))
