@@ -58,6 +58,9 @@ ZOOS: dict[str, Callable[[Path, int], zoos_images.Recipe]] = {
 }
 """Every zoo by its name, which ends with the number of ingredients. A function writes the files and returns the recipe."""
 
+APART = ("broken-11",)
+"""Zoos that means over zoos leave out: a diverged ingredient makes differences a hundred times as large as elsewhere."""
+
 
 def digest_of(files: Iterable[Path], *texts: str) -> str:
     """Hash the contents of files, and texts."""
@@ -357,6 +360,8 @@ def curve_in(figures: dict[str, float]) -> list[float]:
 def markdown(results: Results, seeds: int, any_version: bool = False) -> str:
     """Return docs/zoos.md."""
     mixed = " Some results may be those of earlier versions of ray_soup." if any_version else ""
+    over = {zoo: found for zoo, found in results.items() if zoo not in APART} or results
+    apart = "".join(f" Without `{zoo}`, which has a table of its own below." for zoo in results if zoo not in over)
     rows = {zoo: ZOOS[zoo].__doc__ or "" for zoo in results}
     zoos = "\n".join(f"- `{zoo}`: {text.splitlines()[0]}" for zoo, text in rows.items())
     worse = [f"`{row}` on {', '.join(zoos)}" for row, zoos in worse_than_plain(results).items() if row.startswith("mehl+ ")]
@@ -364,7 +369,7 @@ def markdown(results: Results, seeds: int, any_version: bool = False) -> str:
     shown = {row for seeds_of in results.values() for by_row in seeds_of.values() for row in by_row}
     variants = "\n".join(f"- `{row}`: `{json.dumps(changes)}`" for row, changes in keys.items() if row in shown)
     several = (
-        "Means are over zoos, of means over seeds, and errors over zoos." if len(results) > 1 else "Errors are over seeds."
+        "Means are over zoos, of means over seeds, and errors over zoos." if len(over) > 1 else "Errors are over seeds."
     )
     text = f"""# Soups of {len(results)} zoo{"s" if len(results) > 1 else ""}
 
@@ -383,13 +388,15 @@ the passes over fit until the NLL on select was as low as the best of `{PLAIN}`,
 
 ## All zoos
 
-{main_table(results)}
+Of {len(over)} zoo{"s" if len(over) > 1 else ""}.{apart}
+
+{main_table(over)}
 
 Of the variants, an NLL above that of `{PLAIN}` by more than the standard error over the seeds: {"; ".join(worse) or "none"}.
 
-{differences_table(results, SCALED)}
+{differences_table(over, SCALED)}
 
-{differences_table(results, ACCURACY)}
+{differences_table(over, ACCURACY)}
 """
     for zoo, by_seed in results.items() if len(results) > 1 else ():
         text += f"\n## {zoo}\n\n{main_table({zoo: by_seed})}\n"
