@@ -16,8 +16,10 @@ from ray_soup.recipe.methods import DEFAULT_METHOD as DEFAULT_METHOD
 from ray_soup.recipe.methods import LEARNED as LEARNED
 from ray_soup.recipe.methods import METHODS as METHODS
 from ray_soup.recipe.methods import PEFT_MERGES as PEFT_MERGES
+from ray_soup.recipe.methods import POLISHED as POLISHED
 from ray_soup.recipe.methods import RESERVED_NAMES as RESERVED_NAMES
 from ray_soup.recipe.methods import SCHEDULES as SCHEDULES
+from ray_soup.recipe.methods import TRAINED as TRAINED
 from ray_soup.recipe.methods import MethodInfo as MethodInfo
 from ray_soup.recipe.methods import method_info as method_info
 from ray_soup.recipe.paths import absolute as absolute

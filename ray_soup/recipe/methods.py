@@ -143,7 +143,13 @@ BEST_SINGLE = "best_single"
 DEFAULT_METHOD = "mehl+"
 PEFT_MERGES = ("peft:linear", "peft:cat", "peft:svd", "peft:ties")
 """Names of the rows in which a comparison of adapters shows PEFT's own merges."""
-RESERVED_NAMES = frozenset({*(name for name, method in METHODS.items() if not method.needs_steps), *PEFT_MERGES, "ensemble"})
+TRAINED = "trained"
+"""Name of the row in which a comparison shows all weights, trained on the same data from the uniform soup."""
+POLISHED = f"{DEFAULT_METHOD} polished"
+"""Name of the row of the soup all of whose weights are trained as the recipe says."""
+RESERVED_NAMES = frozenset(
+    {*(name for name, method in METHODS.items() if not method.needs_steps), *PEFT_MERGES, "ensemble", TRAINED, POLISHED}
+)
 """Names in results.jsonl that an ingredient must not have; steps of a run are called otherwise."""
 
 

@@ -17,11 +17,10 @@ from ray_soup.io.disk import read_array, write_array, write_bytes
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
-from ray_soup.recipe import BEST_SINGLE, Recipe, for_method
+from ray_soup.recipe import BEST_SINGLE, POLISHED, TRAINED, Recipe, for_method
 from ray_soup.soups.baseline import improvement, significance
 from ray_soup.soups.comparison import (
     NOT_LEARNED,
-    POLISHED,
     REFERENCES,
     SEEDLESS,
     CompareOptions,
@@ -47,7 +46,6 @@ from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.records import RunRecord, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
-from ray_soup.soups.report.tables import TRAINED
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
 from ray_soup.soups.trained import difference_of, file_name_of, folder_of_trained, trained_rows

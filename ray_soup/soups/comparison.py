@@ -12,21 +12,19 @@ import numpy as np
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.schedules import are_even
-from ray_soup.recipe import BASELINES, BEST_SINGLE, DEFAULT_METHOD, METHODS
+from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS, POLISHED, TRAINED
 from ray_soup.soups.baseline import compared
 from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.records import ResultRow
 from ray_soup.soups.report.measures import Measures
 from ray_soup.soups.report.statistics import paired_test
-from ray_soup.soups.report.tables import COSTS, ENSEMBLE, EVALUATE, MEAN_SINGLE, TRAINED, refitted
+from ray_soup.soups.report.tables import COSTS, ENSEMBLE, EVALUATE, MEAN_SINGLE, refitted
 from ray_soup.task.choices import cost
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome, test_sets
 
 SEEDLESS = tuple(name for name, info in METHODS.items() if not info.uses_seed)
 NOT_LEARNED = tuple(name for name, info in METHODS.items() if not info.learns)
-POLISHED = f"{DEFAULT_METHOD} polished"
-"""Name of the row of the soup all of whose weights are trained as the recipe says."""
 REFERENCES = tuple(name for name, info in METHODS.items() if info.is_reference)
 
 

@@ -17,8 +17,8 @@ from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.mixing.difference import open_difference
-from ray_soup.recipe import DEFAULT_METHOD, Polish, Recipe, for_method
-from ray_soup.soups.comparison import POLISHED, Comparison, SoupEntry, SoupResult
+from ray_soup.recipe import DEFAULT_METHOD, POLISHED, TRAINED, Polish, Recipe, for_method
+from ray_soup.soups.comparison import Comparison, SoupEntry, SoupResult
 from ray_soup.soups.evaluations import reported
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.make import Mixture
@@ -27,7 +27,6 @@ from ray_soup.soups.own_evaluation import folder_of_soup
 from ray_soup.soups.polish import NoMemoryError, Trained, bake_soup, copy, notes_on, together, train_weights
 from ray_soup.soups.records import damaged, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of
-from ray_soup.soups.report.tables import TRAINED
 from ray_soup.soups.session import Inputs, Session
 from ray_soup.task.outcomes import load_outcomes, save_outcomes
 

@@ -80,24 +80,28 @@ MADE_BY = {
 
 OFF: dict[str, Any] = {"learn.average": False, "learn.refit": False, "learn.whiten": False, "blocks": "tensor"}
 """What mehl+ was before there were variants; a key that this version does not know is off anyway."""
+RATE: dict[str, Any] = {"learn.lr": "auto", "learn.cosine_lr": False, "learn.average": True}
+ROWS: dict[str, Any] = {"blocks": {"tensor": 4}}
+WHITEN: dict[str, Any] = {"learn.whiten": True}
+REFIT: dict[str, Any] = {"learn.refit": True}
+POLISH: dict[str, Any] = {"polish": {"epochs": 5, "lr": 3e-4}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "average": {"learn.average": True},
-    "refit": {"learn.refit": True},
-    "refit, average": {"learn.refit": True, "learn.average": True},
-    "whiten": {"learn.whiten": True},
-    "rows": {"blocks": {"tensor": 4}},
-    "rows, refit, average": {"blocks": {"tensor": 4}, "learn.refit": True, "learn.average": True},
-    "whiten, refit, average": {"learn.whiten": True, "learn.refit": True, "learn.average": True},
-    "rows, whiten, refit, average": {
-        "blocks": {"tensor": 4}, "learn.whiten": True, "learn.refit": True, "learn.average": True,
-    },
-    "polish": {"polish": {"epochs": 5, "lr": 3e-4}},
-    "rows, whiten, refit, average, polish": {
-        "blocks": {"tensor": 4}, "learn.whiten": True, "learn.refit": True, "learn.average": True,
-        "polish": {"epochs": 5, "lr": 3e-4},
-    },
-}  # fmt: skip
+    "whiten": WHITEN,
+    "rows": ROWS,
+    "refit": REFIT,
+    "rate": RATE,
+    "rate, 2 epochs": RATE | {"learn.epochs": 2},
+    "rate, rows": RATE | ROWS,
+    "rate, whiten": RATE | WHITEN,
+    "rate, whiten, 2 epochs": RATE | WHITEN | {"learn.epochs": 2},
+    "rate, rows, whiten": RATE | ROWS | WHITEN,
+    "rate, whiten, refit": RATE | WHITEN | REFIT,
+    "rate, rows, whiten, refit": RATE | ROWS | WHITEN | REFIT,
+    "polish": POLISH,
+    "rate, whiten, polish": RATE | WHITEN | POLISH,
+}
 """Keys of the recipe that differ from OFF, by the name of the variant; its row is called `mehl+ NAME`."""
 COMPARE = "compare"
 """Name under which the rows of `compare` are kept."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.compare import compare
+from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.finished import verify
 from ray_soup.soups.output import Soup
 from ray_soup.task.data import Split
@@ -82,7 +83,7 @@ def compared(folder: Path, model: str, ingredients: str, data: dict[str, Any], *
         "learn": {"batch_size": 16, "epochs": 1, "model_batch": COUNT}, "actors": {"replicas": 1, "shards": 1, "cpus": 1},
         **more,
     })  # fmt: skip
-    soup = compare(recipe, folder / "out")
+    soup = compare(recipe, folder / "out", CompareOptions(trained=False))
     verify(folder / "out")
     return recipe, soup
 

@@ -10,6 +10,7 @@ import pytest
 from ray_soup.actors.messages import Mesh
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.compare import compare
+from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.finished import bake_copy, verify
 from ray_soup.soups.records import read_results
 from ray_soup.soups.run import run
@@ -25,7 +26,7 @@ def test_a_comparison_marks_and_chooses_by_figures_before_the_refit(zoo: Path, t
     recipe = make_recipe(
         values(zoo, learn={"batch_size": 150, "epochs": 2, "model_batch": 8, "refit": True, "average": True, "whiten": True})
     )
-    soup = compare(recipe, tmp_path / "out")
+    soup = compare(recipe, tmp_path / "out", CompareOptions(trained=False))
     rows = {row["model_name"]: row for row in soup.record["table"]}
     refitted = {name for name, row in rows.items() if row.get("refit_steps")}
     assert {"mehl", "mehl+"} <= refitted <= {"mehl", "mehl+", "learned", "learned+"}

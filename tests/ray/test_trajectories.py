@@ -38,7 +38,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Recipe:
 
 @pytest.fixture(scope="module")
 def compared(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Soup:
-    return compare(recipe, tmp_path_factory.mktemp("compared") / "out", CompareOptions(drop_top=(1,)))
+    return compare(recipe, tmp_path_factory.mktemp("compared") / "out", CompareOptions(drop_top=(1,), trained=False))
 
 
 def test_a_comparison_of_one_run_has_rows_and_paired_tests_for_schedules_and_the_last_step(compared: Soup) -> None:

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import BEST_SINGLE, METHODS
+from ray_soup.recipe import BEST_SINGLE, METHODS, TRAINED
 from ray_soup.soups.report.statistics import accuracy_interval
-from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, TRAINED, Row
+from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, Row
 from ray_soup.soups.report.text import label, one_line, shortened
 from ray_soup.task.choices import cost_in
 from ray_soup.task.outcomes import Outcome, calibration_error, reliability

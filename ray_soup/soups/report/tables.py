@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_bytes
-from ray_soup.recipe import BASELINES, PEFT_MERGES
+from ray_soup.recipe import BASELINES, PEFT_MERGES, TRAINED
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import (
     BEFORE_REFIT,
@@ -32,8 +32,6 @@ MEAN_SINGLE = "mean single"
 """Name of the row with the mean of the ingredients' own figures; not a model."""
 ENSEMBLE = "ensemble"
 """Name of the row of the ensemble of all ingredients; not a soup."""
-TRAINED = "trained"
-"""Name of the row of the uniform soup all of whose weights were trained on fit; not a soup."""
 
 MODEL = ("model_name", "model", "{}")
 COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_used")

@@ -244,13 +244,13 @@ def test_what_cannot_be_a_path_is_refused(given: str) -> None:
 
 BIG = 10**30
 KEYS: list[tuple[str, Any, str]] = [
-    ("learn.lr", -1, "found -1. Expected a number above 0."),
-    ("learn.lr", 0, "Expected a number above 0."),
-    ("learn.lr", float("nan"), "found nan. Expected a number above 0."),
-    ("learn.lr", float("inf"), "found inf. Expected a number above 0."),
-    ("learn.lr", True, "found true. Expected a number above 0."),
-    ("learn.lr", "0.1", "found '0.1'. Expected a number above 0. Remove the quotes."),
-    ("learn.lr", "nan", "found 'nan'. Expected a number above 0."),
+    ("learn.lr", -1, "found -1. Expected a number above 0 or auto."),
+    ("learn.lr", 0, "Expected a number above 0 or auto."),
+    ("learn.lr", float("nan"), "found nan. Expected a number above 0 or auto."),
+    ("learn.lr", float("inf"), "found inf. Expected a number above 0 or auto."),
+    ("learn.lr", True, "found true. Expected a number above 0 or auto."),
+    ("learn.lr", "0.1", "found '0.1'. Expected a number above 0 or auto. Remove the quotes."),
+    ("learn.lr", "nan", "found 'nan'. Expected a number above 0 or auto."),
     ("learn.lr", [0.1], "found [0.1]. Expected a number"),
     ("learn.lr", {"uniform": [0, 1]}, "found {'uniform': [0, 1]}. Expected a number"),
     ("learn.lr", 10**400, "found 1000"),
@@ -511,7 +511,7 @@ def test_a_conversion_to_another_method_is_checked() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("learn.lr=-1", "The override learn.lr=-1 is not valid:\n  learn.lr: found -1. Expected a number above 0."),
+        ("learn.lr=-1", "The override learn.lr=-1 is not valid:\n  learn.lr: found -1. Expected a number above 0 or auto."),
         ("learn.lrr=1", "The override learn.lrr=1 is not valid:\n  learn.lrr: unknown key; did you mean 'learn.lr'?"),
         ("learn=5", "The override learn=5 is not valid:\n  learn: found 5. Expected keys below it"),
         ("learn={lr: -1}", "The override learn={lr: -1} is not valid:\n  learn.lr: found -1."),

@@ -47,7 +47,7 @@ def test_a_dumped_recipe_has_the_keys_of_version_0_1_in_the_same_order() -> None
     [
         ({"ingredient": "x"}, "did you mean 'ingredients'?"),
         ({"learn": {"learnrate": 1, "epoch": 2}}, "did you mean 'learn.epochs'?"),
-        ({"learn": {"lr": -1}}, "learn.lr: found -1. Expected a number above 0."),
+        ({"learn": {"lr": -1}}, "learn.lr: found -1. Expected a number above 0 or auto."),
         ({"learn": {"model_batch": "all"}}, "learn.model_batch: found 'all'"),
         ({"data": {"select": 1.5}}, "data.select: found 1.5. Expected a share between 0 and 1, or a file."),
         (
