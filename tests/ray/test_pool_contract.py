@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,17 @@ def coordinates(count: int, blocks: int) -> np.ndarray:
 
 
 def lose(pool: MeshPool, rank: int) -> None:
-    """Kill an actor behind the pool's back."""
+    """Kill an actor behind the pool's back, and wait until it no longer answers."""
     if isinstance(pool, InProcessPool):
         pool.handles[rank].kill()
-    else:
-        import ray
+        return
+    import ray
+    from ray.exceptions import RayActorError
 
-        ray.kill(pool.handles[rank])
+    ray.kill(pool.handles[rank])
+    with suppress(RayActorError):
+        while True:
+            ray.get(pool.handles[rank].reset_peak.remote())
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
