@@ -95,6 +95,7 @@ def test_an_actor_that_is_lost_writes_its_files_again(soup: Soup, local: InProce
     assert killed
 
 
+@pytest.mark.slow
 def test_actors_of_ray_write_and_hash(soup: Soup, bakers: BakingPool, tmp_path: Path) -> None:
     import ray
 
@@ -106,6 +107,7 @@ def test_actors_of_ray_write_and_hash(soup: Soup, bakers: BakingPool, tmp_path: 
     soup.write(bakers, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_see_the_output_folder_stops_the_start(soup: Soup, bakers: BakingPool, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"elsewhere does not exist on the node .* a shared disk"):
         bakers.setup(no_progress, (str(tmp_path / "elsewhere"),))

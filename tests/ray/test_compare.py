@@ -83,6 +83,7 @@ def test_a_soup_of_the_table_is_the_soup_that_learn_makes(compared: Soup, zoo: P
             assert row[key] == pytest.approx(alone.rows[0][key], rel=1e-6), key  # compare evaluates in other batches
 
 
+@pytest.mark.slow
 def test_a_soup_of_fewer_ingredients_is_the_soup_of_a_recipe_that_names_only_these(
     compared: Soup, zoo: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
         compare(recipe, tmp_path / "cut", CompareOptions(seeds=2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_no_improvement_has_its_exit_code_if_an_improvement_is_required(zoo: Path, tmp_path: Path) -> None:
     """One good ingredient among untrained ones: no mean of them is any good, and a small step does not change that."""

@@ -29,7 +29,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("cluster", "one_thread")
-@pytest.mark.parametrize("method", ["mehl+", "learned", "greedy"])
+@pytest.mark.parametrize(
+    "method", ["mehl+", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "greedy"))]
+)
 def test_the_soup_in_memory_is_bit_identical_to_the_soup_of_the_files(
     conv_zoo: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

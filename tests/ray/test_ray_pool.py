@@ -57,6 +57,7 @@ def test_auto_fills_the_cluster_with_as_few_shards_as_fit_into_memory(
     assert (mesh.replicas, mesh.shards, cpus) == expected
 
 
+@pytest.mark.slow
 def test_a_file_that_a_node_does_not_see_is_named_with_the_node(zoo: Path, tmp_path: Path) -> None:
     shutil.copytree(zoo / "zoo", tmp_path / "zoo")
     recipe = make_recipe(values(zoo, ingredients=str(tmp_path / "zoo")))
@@ -73,6 +74,7 @@ def test_a_file_that_a_node_does_not_see_is_named_with_the_node(zoo: Path, tmp_p
         pool.close()
 
 
+@pytest.mark.slow
 def test_a_shard_that_dies_while_it_starts_is_re_created(zoo: Path) -> None:
     import ray
 
