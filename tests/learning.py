@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from ray_soup.actors.messages import StoreInfo
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.learn import learn
-from ray_soup.soups.optimize import without_noise
+from ray_soup.soups.optimize import learning_rate, without_noise
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state
-from ray_soup.task.data import Split, calibration_batches, cut_splits
+from ray_soup.task.data import Split, batch_positions, calibration_batches, cut_splits
 from tests import tiny
 from tests.conftest import InProcess, values
 
@@ -116,3 +116,17 @@ def by_autograd(
         with torch.no_grad():
             found.append((moving if whiten is None else torch.einsum("bij,jb->ib", whiten, moving)).clone())
     return found
+
+
+def assert_learns_as_autograd(learner: Learner, file: Path, matrices: np.ndarray, rate: float) -> None:
+    """Check 16 steps of two epochs against autograd, with y = matrices z in each block, matrices float64 [B, m, m]."""
+    seen: list[np.ndarray] = []
+    learner.learn(file, lambda step, steps, state: seen.append(state.moving.numpy().copy()))
+    rows = learner.splits["fit"].rows
+    batches = [rows[positions] for epoch in range(2) for positions in batch_positions(448, 61, 1, 2, 0, epoch)]
+    rates = [learning_rate(learner.recipe.learn, rate, step, 16) for step in range(16)]
+    zero = torch.zeros(learner.store.norms.shape, dtype=torch.float64)
+    found = by_autograd(learner, zero, np.arange(8), batches, rates, torch.from_numpy(matrices))
+    ours = np.einsum("bij,jb->ib", matrices, seen[-1])
+    np.testing.assert_allclose(ours, found[-1].numpy(), rtol=1e-3, atol=1e-4)
+    assert np.abs(ours).max() > 0.1

@@ -226,12 +226,17 @@ def by_count(rows: Sequence[Row], key: str, axis_label: str, percent: bool) -> s
     return drawn(3.0, draw)
 
 
+def on_plane(trials: Sequence[Row], key: str) -> list[Row]:
+    """Return the trials that `search_plane` draws: those with the figure `key`, and a number for a learning rate."""
+    return [t for t in trials if t.get(key) is not None and t.get("learn.lr") != "auto"]
+
+
 def search_plane(trials: Sequence[Row], key: str = "select_nll") -> str:
     """Draw the trials of a search by learning rate and model batch; size and color show the figure `key`.
 
-    Trials whose learning rate is not a number are left out.
+    At least one of them must be `on_plane`.
     """
-    shown = [t for t in trials if t.get(key) is not None and t["learn.lr"] != "auto"]
+    shown = on_plane(trials, key)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

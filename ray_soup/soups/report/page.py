@@ -228,8 +228,8 @@ def _plots_of_learning(report: Report) -> Iterator[Plot]:
     from ray_soup.soups.report import figures
 
     search, measures = report.record.get("search", {}), report.measures
-    drawn_trials = [t for t in search.get("trials", ()) if t.get("learn.lr") != "auto"]
-    if {"learn.lr", "learn.model_batch"} <= set(search.get("keys", ())) and drawn_trials:
+    varied = {"learn.lr", "learn.model_batch"} <= set(search.get("keys", ()))
+    if varied and figures.on_plane(search["trials"], search["metric"]):
         better = f"{'lower' if search['metric'] == 'select_nll' else 'higher'} {searched_for(search, measures)}"
         text = f"Larger and darker points have a {better} on select; the ring marks the best of them."
         yield Plot("Learning rate and model batch", text, figures.search_plane(search["trials"], search["metric"]))

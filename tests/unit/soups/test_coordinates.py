@@ -14,12 +14,10 @@ from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Affine
 from ray_soup.recipe import Learn, dump_recipe, for_method, make_recipe
 from ray_soup.soups.coordinates import LENGTH, Relative, largest_rate, moving_coordinates
-from ray_soup.soups.optimize import learning_rate
 from ray_soup.soups.report import figures
 from ray_soup.soups.whitening import whitened
-from ray_soup.task.data import batch_positions
 from tests.conftest import values
-from tests.learning import Learner, by_autograd, same, stopping
+from tests.learning import Learner, assert_learns_as_autograd, same, stopping
 
 
 def test_coordinates_and_back_is_the_identity_and_the_gradient_equals_autograd() -> None:
@@ -49,21 +47,12 @@ def test_the_first_step_moves_a_block_in_proportion_to_how_far_the_ingredients_d
 @pytest.mark.parametrize("whiten", [False, True])
 def test_learning_at_a_fitting_rate_equals_autograd(zoo: Path, tmp_path: Path, whiten: bool) -> None:
     learner = Learner(zoo, method="mehl", blocks="layer", learn__whiten=whiten, learn__lr="auto", learn__wd=0.1)
-    seen: list[np.ndarray] = []
-    learner.learn(tmp_path / "s.pt", lambda step, steps, state: seen.append(state.moving.numpy().copy()))
     norms = learner.store.norms
     matrices = np.broadcast_to(np.eye(8), (norms.shape[1], 8, 8))
     if whiten:
         matrices = whitened(norms, learner.pool.gram_of_blocks(), np.zeros_like(norms), True).matrices
     matrices = matrices * norms.mean(axis=0)[:, None, None]
-    rows = learner.splits["fit"].rows
-    batches = [rows[positions] for epoch in range(2) for positions in batch_positions(448, 61, 1, 2, 0, epoch)]
-    rates = [learning_rate(learner.recipe.learn, LENGTH / np.sqrt(norms.size), step, 16) for step in range(16)]
-    zero = torch.zeros(norms.shape, dtype=torch.float64)
-    found = by_autograd(learner, zero, np.arange(8), batches, rates, torch.from_numpy(matrices))
-    ours = np.einsum("bij,jb->ib", matrices, seen[-1])
-    np.testing.assert_allclose(ours, found[-1].numpy(), rtol=1e-3, atol=1e-4)
-    assert np.abs(ours).max() > 0.1
+    assert_learns_as_autograd(learner, tmp_path / "s.pt", matrices, LENGTH / np.sqrt(norms.size))
 
 
 @pytest.mark.slow
@@ -100,3 +89,4 @@ def test_a_trial_at_a_fitting_rate_is_not_drawn_on_the_plane_of_rates() -> None:
     first = {"learn.lr": "auto", "learn.model_batch": 8, "select_nll": 0.1}
     second = {"learn.lr": 0.1, "learn.model_batch": 4, "select_nll": 0.2}
     assert "0.2000" in figures.search_plane([first, second])
+    assert figures.on_plane([first, {**second, "select_nll": None}], "select_nll") == []
