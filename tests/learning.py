@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -15,6 +16,8 @@ from ray_soup.actors.messages import StoreInfo
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.learn import learn
 from ray_soup.soups.optimize import learning_rate, without_noise
+from ray_soup.soups.output import Soup
+from ray_soup.soups.run import run
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state
 from ray_soup.task.data import Split, batch_positions, calibration_batches, cut_splits
 from tests import tiny
@@ -61,6 +64,19 @@ def stopping(at: int) -> Callable[[int, int, LearnState], None]:
             raise KeyboardInterrupt
 
     return after_step
+
+
+def whole_and_stopped(recipe: Recipe, folder: Path) -> tuple[Soup, Soup]:
+    """Make a soup twice below a folder: at once, and interrupted near the end of learning and resumed."""
+    whole = run(recipe, folder / "whole")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("learning") and done == total - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, folder / "stopped", progress=stop)
+    return whole, run(recipe, folder / "stopped")
 
 
 def same(found: LearnState, expected: LearnState) -> None:

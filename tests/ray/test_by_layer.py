@@ -13,6 +13,7 @@ from ray_soup.recipe import load_recipe, make_recipe
 from ray_soup.soups.finished import evaluate, verify
 from ray_soup.soups.run import run
 from tests.conftest import values
+from tests.learning import whole_and_stopped
 from tests.unit.actors.test_by_layer import deep  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
@@ -42,15 +43,7 @@ def test_a_soup_learned_by_layer_is_the_same_up_to_rounding(deep: Path, tmp_path
 
 def test_a_run_by_layer_goes_on_with_the_same_bits(deep: Path, tmp_path: Path) -> None:  # noqa: F811
     recipe = make_recipe(recipe_of(deep, True))
-    whole = run(recipe, tmp_path / "whole")
-
-    def stop(what: str, done: int, total: int) -> None:
-        if what.startswith("learning") and done == total - 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", progress=stop)
-    again = run(recipe, tmp_path / "stopped")
+    whole, again = whole_and_stopped(recipe, tmp_path)
     files = [load_file(soup.out / "coefficients.safetensors") for soup in (whole, again)]
     assert files[0].keys() == files[1].keys()
     assert all((files[0][name] == files[1][name]).all() for name in files[0])

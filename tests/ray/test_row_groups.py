@@ -14,8 +14,8 @@ from ray_soup.actors.messages import Mesh
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import load_recipe, make_recipe
 from ray_soup.soups.finished import bake_copy, evaluate, verify
-from ray_soup.soups.run import run
 from tests.conftest import values
+from tests.learning import whole_and_stopped
 from tests.ray.test_learn import learned
 from tests.tiny import Tiny
 
@@ -25,15 +25,7 @@ ROWS = {"tensor": 3}
 
 def test_a_soup_of_rows_resumes_with_the_same_bits_and_proves_its_file(zoo: Path, tmp_path: Path) -> None:
     recipe = make_recipe(values(zoo, blocks=ROWS, learn__lr=0.05, learn__model_batch=5, baseline="none"))
-    whole = run(recipe, tmp_path / "whole")
-
-    def stop(what: str, done: int, total: int) -> None:
-        if what.startswith("learning") and done == total - 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", progress=stop)
-    again = run(recipe, tmp_path / "stopped")
+    whole, again = whole_and_stopped(recipe, tmp_path)
     assert again.record["curve"] == whole.record["curve"]
     for name in ("coefficients.safetensors", "model.safetensors"):
         one, other = (load_file(soup.out / name) for soup in (whole, again))
