@@ -105,7 +105,7 @@ class RayPool(MeshPool):
             )
 
     def _meeting_place(self) -> tuple[str, int] | None:
-        if self.mesh.size == 1:
+        if self.mesh.size == 1 or self.mesh.shards > 1:  # a process can be in one group only
             return None
         place: tuple[str, int] = self._ask_once([0], "opening a group", lambda actor, rank: actor.serve_training.remote())[0]
         return place

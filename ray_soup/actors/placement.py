@@ -139,7 +139,7 @@ def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str,
     cpus = wanted.cpus if wanted.cpus != "auto" else 1 if cores < 4 or wanted.gpus else 2
     most = max(1, int(min(cores // cpus if cpus else cores, gpus / wanted.gpus if wanted.gpus else float("inf"))))
     shards = wanted.shards
-    if wanted.by_layer or recipe.polish is not None:
+    if wanted.by_layer:
         shards = 1
     elif shards == "auto":
         fixed = 2 if wanted.replicas == "auto" else wanted.replicas

@@ -122,9 +122,9 @@ class ActorPool(StepPool, Protocol):
         ...
 
     def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
-        """Train all weights from a written soup on, on all actors together, or without Ray on the first one.
+        """Train all weights from a written soup on, not by layer.
 
-        Not with several shards, nor by layer.
+        All actors do this together; without Ray the first one; if replicas have several shards, those of the first replica.
         """
         ...
 
@@ -311,9 +311,9 @@ class MeshPool(RecoveringMesh):
         return sum(self._ask("try_mixture", call), Score())
 
     def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
-        """Train all weights from a written soup on, on all actors together, or without Ray on the first one.
+        """Train all weights from a written soup on, not by layer.
 
-        Not with several shards, nor by layer.
+        All actors do this together; without Ray the first one; if replicas have several shards, those of the first replica.
         """
         found: TrainingResult = self._ask_together("train", lambda actor, place: actor.train.remote(job, place), progress)
         return found

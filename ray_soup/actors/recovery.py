@@ -120,7 +120,7 @@ class RecoveringMesh(ABC):
         raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
 
     def _meeting_place(self) -> tuple[str, int] | None:
-        """Open a rendezvous for all actors; None if they cannot work at the same time. Raises LostAgain."""
+        """Open a rendezvous for all actors; None if they cannot form a group. Raises LostAgain."""
         return None
 
     def _ask_together(
@@ -128,7 +128,8 @@ class RecoveringMesh(ABC):
     ) -> Any:
         """Call all actors, which work in one group, and return the answer of the first one.
 
-        If one is lost, all of them are re-created and called again. Without a rendezvous, only the first one is called.
+        If one is lost, all of them are re-created and called again. Without a rendezvous, the shards of the first replica are
+        called, which form a group anyway.
         Raises SoupError as `_ask` does. `call` maps (handle, rendezvous) to a pending call, a stream.
         """
         reason, everything = "", set(range(self.mesh.replicas))
@@ -140,7 +141,7 @@ class RecoveringMesh(ABC):
             except LostAgain as error:
                 self._lost, reason = set(everything), str(error)
                 continue
-            ranks = range(1 if place is None else self.mesh.size)
+            ranks = range(self.mesh.shards if place is None else self.mesh.size)
             loss = self._collect({rank: call(self.handles[rank], place) for rank in ranks}, answers, progress)
             if loss is None:
                 return answers[0]

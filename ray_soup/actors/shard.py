@@ -307,17 +307,18 @@ class Shard:
 
         Args:
             job: what to train.
-            place: where the rendezvous of all actors is, host and port; None: this actor trains alone.
+            place: where the rendezvous of all actors is, host and port; None: the shards of this replica train, which may be
+                this actor alone.
         """
-        world = 1 if place is None else self.mesh.size
-        group = ShardGroup(self.rank, world, self.replica.layout.numel, self.device)
+        group = self.group
         if place is not None:
-            group = self.peers if self.rank == 0 else group
+            group = self.peers if self.rank == 0 else ShardGroup(self.rank, self.mesh.size, self.replica.layout.numel, self.device)
             group.join(*place)
         try:
             result = yield from train(self.replica, job, group)
         finally:
-            group.leave()
+            if place is not None:
+                group.leave()
         self.replica.restore_buffers()
         if self._opened:
             self.replica.hold_gradients(self.store.variant)

@@ -105,7 +105,6 @@ def train(replica: Replica, job: TrainingJob, group: ShardGroup) -> Generator[He
     except torch.OutOfMemoryError:  # of a GPU
         run.state.stopped = "memory"
     finally:
-        replica.theta.grad = None
         run.soup.close()
     return run.result()
 
@@ -131,10 +130,20 @@ class _Training:
         return self.state.step == self.steps or bool(self.state.stopped)
 
     @cached_property
+    def theta(self) -> torch.Tensor:
+        """The parameter vector, float32 [N], without the padding of shards."""
+        return self.replica.theta[: self.replica.layout.numel]
+
+    @cached_property
+    def gradient(self) -> torch.Tensor:
+        """Its gradient, float32 [N]."""
+        return self.replica.gradient[: self.replica.layout.numel]
+
+    @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW on the whole parameter vector; weight decay is up to `take_step`."""
-        self.replica.theta.grad = self.replica.gradient
-        made = torch.optim.AdamW([self.replica.theta], lr=self.job.lr, weight_decay=0.0, fused=True)
+        self.theta.grad = self.gradient
+        made = torch.optim.AdamW([self.theta], lr=self.job.lr, weight_decay=0.0, fused=True)
         if self.state.optimizer is not None:
             made.load_state_dict(self.state.optimizer)
             self.state.optimizer = None
@@ -149,7 +158,7 @@ class _Training:
         replica, state = self.replica, self.state
         models.copy_tensors(self.soup, replica.model, replica.layout.state_shapes)
         if state.theta is not None:
-            replica.theta.copy_(state.theta)
+            self.theta.copy_(state.theta)
             replica.copy_buffers(state.statistics)
             replica.update_computed_buffers()
             state.theta = None
@@ -169,7 +178,7 @@ class _Training:
         if failed:
             state.stopped = "memory"
             return
-        size = torch.linalg.vector_norm(replica.gradient).item()
+        size = torch.linalg.vector_norm(self.gradient).item()
         if not math.isfinite(loss + size):
             if state.step == 0:
                 raise SoupError(
@@ -181,8 +190,8 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _, low, high in replica.layout.spans() if job.wd else ():
-            if replica.gradient[low:high].any():  # torch, too, leaves out tensors without a gradient
-                replica.theta[low:high].mul_(1 - lr * job.wd)
+            if self.gradient[low:high].any():  # torch, too, leaves out tensors without a gradient
+                self.theta[low:high].mul_(1 - lr * job.wd)
         self.optimizer.step()
         replica.update_computed_buffers()
         state.step += 1
@@ -200,7 +209,7 @@ class _Training:
         Returns the sums of losses and weights, and how many members lacked memory.
         """
         replica, objective = self.replica, self.replica.objective
-        replica.gradient.zero_()
+        self.gradient.zero_()
         loss_sum, weight = torch.zeros(2, dtype=torch.float64, device=replica.device)
         failed = 0.0
         try:
@@ -216,17 +225,17 @@ class _Training:
             failed = 1.0
         sums = torch.tensor([loss_sum.item(), weight.item(), failed], dtype=torch.float64)
         self.group.sum(sums)
-        self.group.sum(replica.gradient)
+        self.group.sum(self.gradient)
         total, count, lacking = sums.tolist()
-        replica.gradient.div_(count or 1.0)  # a batch may have nothing to score
+        self.gradient.div_(count or 1.0)  # a batch may have nothing to score
         return total, count, lacking
 
     def end_epoch(self) -> Generator[Heartbeat, None, None]:
         """Evaluate on select what a file would hold, remember the best epoch, and save."""
         replica, state = self.replica, self.state
         epoch = state.step // self.steps_per_epoch - 1
-        self.group.share(replica.theta)  # other hardware may round in another way
-        replica.gradient.copy_(replica.theta)  # the gradient is not needed between two steps
+        self.group.share(self.theta)  # other hardware may round in another way
+        self.gradient.copy_(self.theta)  # the gradient is not needed between two steps
         finite = self._round()
         yield from self._recalibrate()
         found = yield from self._evaluate()
@@ -237,7 +246,7 @@ class _Training:
                 "steps": state.step, "lr": self.optimizer.param_groups[0]["lr"],
             }
         )  # fmt: skip
-        replica.theta.copy_(replica.gradient)
+        self.theta.copy_(self.gradient)
         replica.update_computed_buffers()
         if value < state.best_cost:
             state.best_cost, state.best_epoch = value, epoch
@@ -252,7 +261,7 @@ class _Training:
     def _difference(self, name: str) -> torch.Tensor:
         """Return the difference of a tensor from the soup, float32 [n], on the CPU."""
         low, high = self._span[name]
-        return self.replica.theta[low:high].cpu() - self.soup.read(name).float()
+        return self.theta[low:high].cpu() - self.soup.read(name).float()
 
     @cached_property
     def _span(self) -> dict[str, tuple[int, int]]:
@@ -264,7 +273,7 @@ class _Training:
         for name, low, high in self.replica.layout.spans():
             soup = self.soup.read(name)
             values = trained(soup, self._difference(name), soup.dtype).float()
-            self.replica.theta[low:high].copy_(values)
+            self.theta[low:high].copy_(values)
             finite = finite and bool(torch.isfinite(values).all())
         self.soup.drop_pages()
         self.replica.update_computed_buffers()
@@ -295,7 +304,7 @@ class _Training:
             return
         values = {name: getattr(self.state, name) for name in TrainingState.__dataclass_fields__} | {"version": VERSION}
         if not self.is_finished():
-            values |= {"theta": self.replica.theta, "optimizer": self.optimizer.state_dict()}
+            values |= {"theta": self.theta, "optimizer": self.optimizer.state_dict()}
         with replacing(self.file) as stream:
             torch.save(values, stream)
 

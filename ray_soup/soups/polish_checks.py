@@ -21,8 +21,6 @@ def check_polish(recipe: Recipe, adapters: Sequence[str]) -> None:
         why = f"the ingredients are LoRA adapters, such as {adapters[0]}. Remove polish"
     elif recipe.actors.by_layer:
         why = "actors.by_layer is true. Remove one of the two"
-    elif recipe.actors.shards not in ("auto", 1):
-        why = f"actors.shards is {recipe.actors.shards}; expected 1 or auto. Change it, or remove polish"
     elif recipe.learn.refit:
         why = "learn.refit is true: training stops on select, which a refit learns on. Remove one of the two"
     elif recipe.out_format != "safetensors":

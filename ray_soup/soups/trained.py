@@ -76,12 +76,10 @@ def _why_not(session: Session, output: Output) -> str | None:
         return "the ingredients are adapters"
     if recipe.actors.by_layer:
         return "actors.by_layer is true"
-    if session.mesh.shards > 1:
-        return f"a model is held by {session.mesh.shards} shards"
     if output.mirror is not None:
         return "OUT is remote storage, and the actors keep their state on a disk"
     numel = session.inputs.layout.numel
-    needed = actor_bytes(recipe, numel, session.model_batch, 1)
+    needed = actor_bytes(recipe, numel, session.model_batch, session.mesh.shards)
     needed += MOMENTS_BYTES * numel if recipe.polish is None else 0
     room = memory_of_each(session.mesh)
     if not recipe.actors.gpus and needed > room:

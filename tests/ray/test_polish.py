@@ -179,7 +179,6 @@ def test_the_reference_is_the_uniform_soup_trained_with_the_best_learning_rate(
     ("changes", "message"),
     [
         ({"actors__by_layer": True}, "actors.by_layer is true. Remove one of the two"),
-        ({"actors__shards": 2}, "actors.shards is 2; expected 1 or auto"),
         ({"learn__refit": True}, "learn.refit is true: training stops on select, which a refit learns on"),
         ({"out_format": "dcp"}, "out_format is dcp; expected safetensors"),
         ({"method": "uniform", "data": {}}, "the recipe has no data.fit"),

@@ -22,10 +22,10 @@ from tests.conftest import InProcess, values
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
 
-@pytest.fixture
-def pool(conv_zoo: Path, cluster: None) -> Iterator[RayPool]:
+@pytest.fixture(params=[Mesh(2, 1), Mesh(1, 2)], ids=["replicas", "shards"])
+def pool(request: pytest.FixtureRequest, conv_zoo: Path, cluster: None) -> Iterator[RayPool]:
     recipe = make_recipe(values(conv_zoo, model="tests.tiny:build_conv", learn__micro_batch=16))
-    pool = RayPool(recipe, open_inputs(recipe).ingredients, Mesh(2, 1), 0)
+    pool = RayPool(recipe, open_inputs(recipe).ingredients, request.param, 1)
     pool.setup(no_progress)
     yield pool
     pool.close()
