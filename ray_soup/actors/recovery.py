@@ -128,8 +128,9 @@ class RecoveringMesh(ABC):
     ) -> Any:
         """Call all actors, which work in one group, and return the answer of the first one.
 
-        If one is lost, all of them are re-created and called again. Without a rendezvous, the shards of the first replica are
-        called, which form a group anyway.
+        If one is lost, all of them are re-created and called again. Without a rendezvous, only the shards of the first
+        replica are called, which form a group anyway.
+
         Raises SoupError as `_ask` does. `call` maps (handle, rendezvous) to a pending call, a stream.
         """
         reason, everything = "", set(range(self.mesh.replicas))

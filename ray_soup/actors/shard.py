@@ -312,7 +312,8 @@ class Shard:
         """
         group = self.group
         if place is not None:
-            group = self.peers if self.rank == 0 else ShardGroup(self.rank, self.mesh.size, self.replica.layout.numel, self.device)
+            numel = self.replica.layout.numel
+            group = self.peers if self.rank == 0 else ShardGroup(self.rank, self.mesh.size, numel, self.device)
             group.join(*place)
         try:
             result = yield from train(self.replica, job, group)

@@ -42,6 +42,9 @@ class Learn(Section):
     """Number of ingredients whose coordinates move at a time; auto: as many as fit into memory."""
     models_epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over all ingredients, one model batch after another."""
+    screen: bool = True
+    """For mehl and mehl+ without `start`: begin at the mean of the best 1, 2, 4, ... ingredients on select if one of these
+    is better there than the uniform soup, which broken ingredients may have spoiled."""
     smoothness: float = Field(default=0.0, ge=0, le=1e6)
     """For steps of one run: penalty on the mean square of the change of a coefficient from step to step, in units of 1/K,
     added to the loss on fit."""

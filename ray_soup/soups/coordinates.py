@@ -94,7 +94,7 @@ def moving_coordinates(
         of = whitened(norms[chosen], gram[:, chosen][:, :, chosen], y[chosen], len(chosen) == len(norms))
     if learn.lr != "auto":
         return of
-    spread = norms.mean(axis=0)
+    spread = np.median(norms, axis=0)
     return Relative(of, np.where(spread > 0, spread, 1.0))
 
 

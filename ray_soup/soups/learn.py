@@ -56,7 +56,7 @@ def learn(
     contents: Sequence[str] = (),
     order: Sequence[int] = (),
     refits: bool = True,
-    start: np.ndarray | None = None,
+    starts: Sequence[np.ndarray] = (),
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -73,7 +73,7 @@ def learn(
         contents: digests of the ingredients and of the examples, without which a state is not resumed from.
         order: the positions of the ingredients, ordered by step; needed with learn.smoothness.
         refits: False leaves out what learn.refit adds.
-        start: float64 [K, B], coordinates to begin from, unless the uniform soup is better; None: the uniform soup.
+        starts: float64 [K, B] each, coordinates to begin from: the best on select of these and the uniform soup.
 
     Returns:
         The last state; its `y` and `factor` are the soup, and after a refit `before` and `before_factor` the one before it.
@@ -82,9 +82,8 @@ def learn(
     run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
     run.order, run.refits = order, refits and recipe.learn.refit
     state = run.state
-    if start is not None and not state.curve:
-        state.start = torch.from_numpy(start)
-        choose_start(state, pool, norms, run.turns[0], run.select, run.calibration, recipe.select_by)
+    if starts and not state.curve:
+        choose_start(state, pool, norms, run.turns[0], run.select, run.calibration, recipe.select_by, starts)
     if state.before is None:
         _learn(run, after_step, after_epoch)
     if run.refits:

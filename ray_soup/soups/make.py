@@ -21,12 +21,13 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import SCHEDULES, Recipe
+from ray_soup.soups.beginnings import beginnings
 from ray_soup.soups.greedy import GreedySearch, greedy
 from ray_soup.soups.learn import learn, refit_steps, summary
 from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.schedule import choose
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs, Session
-from ray_soup.soups.start import began_note
+from ray_soup.soups.start import began_note, began_record
 from ray_soup.soups.state import LearnState
 from ray_soup.soups.trajectory import fixed_weights, order_of
 from ray_soup.task.choices import cost_in, ranking
@@ -108,7 +109,7 @@ def learned(session: Session) -> Mixture:
     """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
     recipe, softmax = session.recipe, session.recipe.info.kind == "softmax"
     store = session.open_store(session.subset, recipe.blocks)
-    begins = session.beginning(store)
+    begins = beginnings(session, store)
 
     def after_step(step: int, steps: int, state: LearnState) -> None:
         what = "learning" if state.before is None else "refitting"
@@ -117,14 +118,14 @@ def learned(session: Session) -> Mixture:
     state = learn(
         recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
         session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
-        _order(session) if recipe.learn.smoothness else (), start=None if begins is None else begins.y,
+        _order(session) if recipe.learn.smoothness else (), starts=[begin.y for begin in begins],
     )  # fmt: skip
     notes: list[str] = []
     asked, count = recipe.learn.model_batch, len(session.subset)
     if not softmax and asked != "auto" and asked > count:
         notes.append(f"learn.model_batch is {asked:,}, and there are {count} ingredients: all of them moved at a time.")
-    if begins is not None:
-        notes.append(began_note(recipe.method, begins, state))
+    if begins:
+        notes += began_note(recipe.method, begins, state)
     if not (state.y if state.before is None else state.before).any():
         notes.append(f"{recipe.method}: no point was better on select than the uniform soup, so this is the uniform soup.")
     elif state.start is not None and state.curve[0] is min(state.curve, key=lambda line: cost_in(line, recipe.select_by)):
@@ -141,8 +142,8 @@ def learned(session: Session) -> Mixture:
         return coefficients_of(session, of.coefficients(y.numpy()), store.partition, **scaled)
 
     made = Mixture(soup(state.y, state.factor.item()), summary(state), notes)
-    if begins is not None and session.inputs.start is not None:
-        made.figures["start"] = session.inputs.start.record(begins, state)
+    if begins:
+        made.figures["start"] = began_record(begins, state)
     if state.before is not None and refit_steps(state):
         made.before = soup(state.before, state.before_factor)
         made.notes.append(

@@ -36,7 +36,7 @@ from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, reca
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.polish_checks import check_polish
 from ray_soup.soups.records import read_resolved, write_resolved
-from ray_soup.soups.start import Beginning, Start, beginning, matches, open_start
+from ray_soup.soups.start import Start, open_start
 from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.soups.trajectory import check_trajectory, steps_of
 from ray_soup.task import identity
@@ -259,18 +259,6 @@ class Session:
         base = [] if group is None else [group.base_sha256]
         started = self.inputs.started.values() if self.recipe.start else ()
         return [*store.sha256, *base, *(self.setup.contents[source] for source in sources), *started]
-
-    def beginning(self, store: StoreInfo) -> Beginning | None:
-        """Return where learning with the directions in `store` begins; None: at the uniform soup.
-
-        Part of the ingredients may have none of the soup's; all of them must have one. Raises RecipeError.
-        """
-        start, names = self.inputs.start, [self.inputs.names[k] for k in self.subset]
-        if start is None or self.recipe.start is None:
-            return None
-        if len(names) < len(self.inputs.names) and set(matches(start, names, store.sha256)) == {None}:
-            return None
-        return beginning(start, names, store.sha256, self.inputs.layout, store.partition, store.norms)
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of each ingredient; the files are hashed unless an earlier read did so."""

@@ -10,6 +10,7 @@ what ingredients that are gone had of the soup is divided evenly among the old o
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,23 +52,19 @@ class Start:
     digest: str
     """The digest of its coefficients file."""
 
-    def record(self, begins: Beginning, state: LearnState) -> dict[str, Any]:
-        """Return what run.json says about the start of a run with the last state `state`."""
-        began = state.began or {}
-        about = {"out": redact(self.out), "sha256": self.digest, "ingredients": begins.ingredients}
-        return {**about, **began, "used": bool(began.get("used"))}
-
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where learning with certain ingredients begins."""
+    """Where learning with certain ingredients may begin."""
 
     y: NDArray[np.float64]
     """Unit-scaled coordinates float64 [K, B]."""
     note: str
-    """The soup and which of the ingredients it has, for a note."""
-    ingredients: int
-    """Number of ingredients that the soup has."""
+    """What this soup is, for a note."""
+    about: dict[str, Any]
+    """What it is, for run.json: `ingredients`, the number of ingredients that it has, and others."""
+    asked: bool = True
+    """Whether the recipe names it."""
 
 
 def open_start(recipe: Recipe, layout: Layout) -> Start | None:
@@ -223,7 +220,8 @@ def beginning(
     gone = len(start.sha256) - stay
     note = f"{start.out}, which has {stay} of these {len(names)} ingredients"
     note += f"; what others had of it was divided evenly among those {stay}" if gone else ""
-    return Beginning(coordinates(start, matched, layout, parts, norms), note, stay)
+    about = {"out": redact(start.out), "sha256": start.digest, "ingredients": stay}
+    return Beginning(coordinates(start, matched, layout, parts, norms), f"the soup {note}", about)
 
 
 def choose_start(
@@ -234,8 +232,9 @@ def choose_start(
     select: Split,
     calibration: Sequence[Split],
     select_by: str,
+    starts: Sequence[NDArray[np.float64]],
 ) -> None:
-    """Let learning begin at `state.start`, or at the uniform soup if that is better on select.
+    """Let learning begin at the best of `starts` on select, or at the uniform soup if that is better.
 
     Args:
         state: the state, before the first turn.
@@ -245,32 +244,39 @@ def choose_start(
         select: the split that decides.
         calibration: batches that running statistics are re-estimated on.
         select_by: the recipe key.
+        starts: coordinates float64 [K, B] each, one or more.
     """
-    assert state.start is not None
-    uniform = torch.zeros_like(state.start)
     scores = []
-    for y in (state.start, uniform):
-        x = to_x(y.numpy(), norms).astype(np.float32)
+    for y in (*starts, np.zeros_like(norms)):
+        x = to_x(y, norms).astype(np.float32)
         pool.begin(chosen, x, state.precision)
         if calibration:
             pool.recalibrate(x[chosen], list(calibration))
             state.image_passes += sum(map(len, calibration))
         scores.append(pool.evaluate(x[chosen], 1.0, select))
-    theirs, even = map(figures_on_select, scores)
-    better = cost(scores[1], select_by) < cost(scores[0], select_by)
-    state.began = {"used": float(not better), **theirs, **{f"uniform_{name}": value for name, value in even.items()}}
-    if better:
-        state.start = uniform
+    costs = [cost(score, select_by) for score in scores]
+    best = min(range(len(starts)), key=lambda n: (not math.isfinite(costs[n]), costs[n]))
+    used = not costs[-1] < costs[best]
+    uniform = {f"uniform_{name}": value for name, value in figures_on_select(scores[-1]).items()}
+    state.began = {"used": float(used), "start": float(best), **figures_on_select(scores[best]), **uniform}
+    state.start = torch.from_numpy(starts[best].copy() if used else np.zeros_like(norms))
     state.y = state.start.clone()
 
 
-def began_note(method: str, beginning: Beginning, state: LearnState) -> str:
-    """Return the note for the user on where learning began."""
+def began_record(begins: Sequence[Beginning], state: LearnState) -> dict[str, Any]:
+    """Return what run.json says about where a run with the last state `state` began; `begins` as for `choose_start`."""
+    began = dict(state.began or {"start": 0.0, "used": 0.0})
+    return {**begins[int(began.pop("start"))].about, **began, "used": bool(began["used"])}
+
+
+def began_note(method: str, begins: Sequence[Beginning], state: LearnState) -> list[str]:
+    """Return the note for the user on where learning began: none if that is where it begins unless the recipe asks."""
     assert state.began is not None
-    if state.began["used"]:
-        return f"{method}: learning began from the soup {beginning.note}."
-    ours, theirs = state.began["uniform_select_nll"], state.began["select_nll"]
-    return (
-        f"{method}: learning began from the uniform soup, which is better on select (loss {ours:.4f}) than the start "
-        f"({theirs:.4f}): the soup {beginning.note}."
-    )
+    theirs, ours, start = state.began["uniform_select_nll"], state.began["select_nll"], begins[int(state.began["start"])]
+    if not state.began["used"]:
+        better = f"which is better on select (loss {theirs:.4f}) than the start ({ours:.4f}): {start.note}"
+        return [f"{method}: learning began from the uniform soup, {better}."] if start.asked else []
+    found = f"{method}: learning began from {start.note}"
+    return [
+        f"{found}." if start.asked else f"{found}: its loss on select is {ours:.4f}, that of the uniform soup {theirs:.4f}."
+    ]

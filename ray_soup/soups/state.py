@@ -54,9 +54,10 @@ class LearnState:
     total_factor: float = 0.0
     """With learn.average, the same sum of the factor."""
     start: torch.Tensor | None = None
-    """With `start`, the coordinates float64 [K, B] that learning begins from: zeros if the uniform soup was better."""
+    """With `start` or learn.screen, the coordinates float64 [K, B] that learning begins from: zeros for the uniform soup."""
     began: dict[str, float] | None = None
-    """With `start`, whether it is `used` (1 or 0), and figures on select of it, and as `uniform_...` of the uniform soup."""
+    """With those, the number `start` of the best candidate, whether it is `used` (1 or 0), its figures on select, and those
+    of the uniform soup as `uniform_...`."""
     gram: torch.Tensor | None = None
     """With learn.whiten, the inner products of the directions in each block, float64 [B, K, K]: other actors sum them in
     another order."""

@@ -23,6 +23,7 @@ from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import Recipe, with_changes
+from ray_soup.soups.beginnings import beginnings
 from ray_soup.soups.learn import learn
 from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
@@ -146,10 +147,10 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
             }
             tune.report(metrics, checkpoint=keep())
 
-        calibration, begins = session.calibration(CALIBRATION_WHILE_CHOOSING), session.beginning(store)
+        calibration, begins = session.calibration(CALIBRATION_WHILE_CHOOSING), beginnings(session, store)
         state = learn(
             recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration,
-            contents=session.learned_from(store), refits=False, start=None if begins is None else begins.y,
+            contents=session.learned_from(store), refits=False, starts=[begin.y for begin in begins],
         )  # fmt: skip
         report(1, 1, state)
     finally:

@@ -162,8 +162,8 @@ def test_learning_begins_at_the_soup_and_a_stopped_run_is_bit_identical(
     old = Coefficients(Affine(six.store.norms).coefficients(y), six.pool.inputs.names, parts.names, block_of)
     write_out(tmp_path / "old", zoo, old)
     learner = begun(zoo, tmp_path / "old", learn__model_batch=5, learn__epochs=1, learn__refit=True, learn__whiten=True)
-    assert learner.beginning.ingredients == 6
-    whole = learner.learn(tmp_path / "whole.pt", start=learner.beginning.y)
+    assert learner.beginning.about["ingredients"] == 6
+    whole = learner.learn(tmp_path / "whole.pt", starts=[learner.beginning.y])
     assert whole.curve[0]["select_nll"] == pytest.approx(select_nll(learner, old), rel=1e-4)
     assert whole.began is not None
     assert whole.began["used"]
@@ -171,21 +171,21 @@ def test_learning_begins_at_the_soup_and_a_stopped_run_is_bit_identical(
     for at in (3, 11, whole.steps):
         file = tmp_path / f"{at}.pt"
         with pytest.raises(KeyboardInterrupt):
-            learner.learn(file, stopping(at), start=learner.beginning.y)
+            learner.learn(file, stopping(at), starts=[learner.beginning.y])
         assert load_state(file).start is not None
-        same(learner.learn(file, start=learner.beginning.y), whole)
+        same(learner.learn(file, starts=[learner.beginning.y]), whole)
 
 
 def test_the_uniform_soup_is_the_start_if_it_is_better(zoo: Path, tmp_path: Path) -> None:
     write_out(tmp_path / "old", zoo, random_soup(8, scale=3.0))
     learner = begun(zoo, tmp_path / "old", learn__epochs=1)
-    state = learner.learn(tmp_path / "s.pt", start=learner.beginning.y)
+    state = learner.learn(tmp_path / "s.pt", starts=[learner.beginning.y])
     plain = Learner(zoo, learn__epochs=1).learn(tmp_path / "plain.pt")
     assert not state.began["used"]
     assert state.began["uniform_select_nll"] == plain.curve[0]["select_nll"] < state.began["select_nll"]
     assert torch.equal(state.y, plain.y)
     assert state.curve == plain.curve
-    assert "learning began from the uniform soup, which is better" in began_note("mehl+", learner.beginning, state)
+    assert "learning began from the uniform soup, which is better" in began_note("mehl+", [learner.beginning], state)[0]
 
 
 @pytest.mark.parametrize(
