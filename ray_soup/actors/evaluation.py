@@ -39,6 +39,15 @@ def score(replica: Replica, split: Split, factor: float = 1.0) -> Score:
     )  # fmt: skip
 
 
+def outcome(replica: Replica, split: Split) -> Outcome:
+    """Evaluate the replica's model on a split, example by example."""
+    parts = []
+    with torch.inference_mode():
+        for inputs, targets in replica.micro_batches(split):
+            parts.append(outcome_of(replica.objective, replica.model(inputs), targets, metric=replica.metric))
+    return _about(replica, split, join_outcomes(parts))
+
+
 def outcome_of(
     objective: Objective,
     outputs: torch.Tensor,

@@ -57,6 +57,10 @@ class StepPool(Protocol):
         """Score the model batch on a split at x float32 [m, B], the examples split over the actors."""
         ...
 
+    def evaluate_each(self, x: np.ndarray, split: Split) -> Outcome:
+        """Evaluate the model batch on a split at x float32 [m, B] example by example, the examples split over the actors."""
+        ...
+
     def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
         """Re-estimate running statistics at x float32 [m, B] on these batches, spread over the actors, and use them."""
         ...
@@ -205,6 +209,13 @@ class MeshPool(RecoveringMesh):
             "evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), progress=no_progress
         )
         return sum(scores, Score())
+
+    def evaluate_each(self, x: np.ndarray, split: Split) -> Outcome:
+        """Evaluate the model batch on a split at x float32 [m, B] example by example, the examples split over the actors."""
+        parts = split.parts(self.mesh.size)
+        return join_outcomes(self._ask(
+            "evaluate_each", lambda actor, rank: actor.evaluate_each.remote(x, parts[rank]), progress=no_progress
+        ))  # fmt: skip
 
     def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
         """Re-estimate running statistics at x float32 [m, B] on these batches, spread over the actors, and use them."""

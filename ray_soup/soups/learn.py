@@ -32,7 +32,7 @@ from ray_soup.recipe import Recipe
 from ray_soup.soups.coordinates import Moving, largest_rate, moving_coordinates
 from ray_soup.soups.curve import best_epochs, stale_epochs
 from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrization
-from ray_soup.soups.start import choose_start
+from ray_soup.soups.start import Beginning, choose_start
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
 from ray_soup.soups.step import count_step, gradient_of
 from ray_soup.soups.trajectory import roughness
@@ -56,7 +56,7 @@ def learn(
     contents: Sequence[str] = (),
     order: Sequence[int] = (),
     refits: bool = True,
-    starts: Sequence[np.ndarray] = (),
+    starts: Sequence[Beginning] = (),
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -73,7 +73,7 @@ def learn(
         contents: digests of the ingredients and of the examples, without which a state is not resumed from.
         order: the positions of the ingredients, ordered by step; needed with learn.smoothness.
         refits: False leaves out what learn.refit adds.
-        starts: float64 [K, B] each, coordinates to begin from: the best on select of these and the uniform soup.
+        starts: where it may begin if that is better on select than the uniform soup.
 
     Returns:
         The last state; its `y` and `factor` are the soup, and after a refit `before` and `before_factor` the one before it.
@@ -82,8 +82,9 @@ def learn(
     run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
     run.order, run.refits = order, refits and recipe.learn.refit
     state = run.state
-    if starts and not state.curve:
+    if starts and state.began is None and not state.curve:
         choose_start(state, pool, norms, run.turns[0], run.select, run.calibration, recipe.select_by, starts)
+        run.save(None)
     if state.before is None:
         _learn(run, after_step, after_epoch)
     if run.refits:

@@ -118,7 +118,7 @@ def learned(session: Session) -> Mixture:
     state = learn(
         recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
         session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
-        _order(session) if recipe.learn.smoothness else (), starts=[begin.y for begin in begins],
+        _order(session) if recipe.learn.smoothness else (), starts=begins,
     )  # fmt: skip
     notes: list[str] = []
     asked, count = recipe.learn.model_batch, len(session.subset)

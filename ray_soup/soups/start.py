@@ -32,9 +32,11 @@ from ray_soup.mixing.coefficients import MEAN, Coefficients, load_coefficients, 
 from ray_soup.mixing.row_groups import groups_of
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import check_files, finished_record
+from ray_soup.soups.report.statistics import is_better
 from ray_soup.soups.state import LearnState
 from ray_soup.task.choices import cost, figures_on_select
 from ray_soup.task.data import Split
+from ray_soup.task.outcomes import Outcome
 
 FILE = "coefficients.safetensors"
 
@@ -232,9 +234,13 @@ def choose_start(
     select: Split,
     calibration: Sequence[Split],
     select_by: str,
-    starts: Sequence[NDArray[np.float64]],
+    starts: Sequence[Beginning],
 ) -> None:
-    """Let learning begin at the best of `starts` on select, or at the uniform soup if that is better.
+    """Let learning begin at one of `starts`, or at the uniform soup.
+
+    They are compared one after another with the best so far, first with the uniform soup. One that the recipe asks for must
+    be no worse on select. Any other one must be significantly better on every second example of select, those that it was
+    not chosen by: the paired 95 % interval must not contain 0.
 
     Args:
         state: the state, before the first turn.
@@ -244,22 +250,32 @@ def choose_start(
         select: the split that decides.
         calibration: batches that running statistics are re-estimated on.
         select_by: the recipe key.
-        starts: coordinates float64 [K, B] each, one or more.
+        starts: one or more.
     """
-    scores = []
-    for y in (*starts, np.zeros_like(norms)):
+
+    def evaluated(y: NDArray[np.float64]) -> Outcome:
         x = to_x(y, norms).astype(np.float32)
         pool.begin(chosen, x, state.precision)
         if calibration:
             pool.recalibrate(x[chosen], list(calibration))
             state.image_passes += sum(map(len, calibration))
-        scores.append(pool.evaluate(x[chosen], 1.0, select))
-    costs = [cost(score, select_by) for score in scores]
-    best = min(range(len(starts)), key=lambda n: (not math.isfinite(costs[n]), costs[n]))
-    used = not costs[-1] < costs[best]
-    uniform = {f"uniform_{name}": value for name, value in figures_on_select(scores[-1]).items()}
-    state.began = {"used": float(used), "start": float(best), **figures_on_select(scores[best]), **uniform}
-    state.start = torch.from_numpy(starts[best].copy() if used else np.zeros_like(norms))
+        return pool.evaluate_each(x[chosen], select)
+
+    outcomes = [evaluated(start.y) for start in starts]
+    uniform = evaluated(np.zeros_like(norms))
+    best, used = uniform, None
+    for number, outcome in enumerate(outcomes):
+        gain = cost(best, select_by) - cost(outcome, select_by)
+        rows = np.arange(1, len(select), 2)
+        better = gain >= 0 if starts[number].asked else is_better(outcome.at(rows), best.at(rows), select_by)
+        if math.isfinite(cost(outcome, select_by)) and (better or not math.isfinite(gain)):
+            best, used = outcome, number
+    shown = 0 if used is None else used
+    even = {f"uniform_{name}": value for name, value in figures_on_select(uniform).items()}
+    state.began = {
+        "used": float(used is not None), "start": float(shown), **figures_on_select(outcomes[shown]), **even
+    }  # fmt: skip
+    state.start = torch.from_numpy(np.zeros_like(norms) if used is None else starts[used].y.copy())
     state.y = state.start.clone()
 
 

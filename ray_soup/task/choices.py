@@ -24,9 +24,10 @@ def cost_in(line: Mapping[str, Any], select_by: str) -> float:
     return float(line["select_nll"]) if value is None else -float(value)
 
 
-def figures_on_select(score: Score) -> dict[str, float]:
-    """Return the figures of a score on select, for the curve."""
-    found = {"select_nll": score.nll, "select_accuracy": score.accuracy, "select_metric": score.mean_metric}
+def figures_on_select(of: Score | Outcome) -> dict[str, float]:
+    """Return the figures on select, for the curve."""
+    metric = of.mean_metric if isinstance(of, Score) else of.metric
+    found = {"select_nll": of.nll, "select_accuracy": of.accuracy, "select_metric": metric}
     return {name: value for name, value in found.items() if value is not None}
 
 

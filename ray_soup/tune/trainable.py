@@ -150,7 +150,7 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
         calibration, begins = session.calibration(CALIBRATION_WHILE_CHOOSING), beginnings(session, store)
         state = learn(
             recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration,
-            contents=session.learned_from(store), refits=False, starts=[begin.y for begin in begins],
+            contents=session.learned_from(store), refits=False, starts=begins,
         )  # fmt: skip
         report(1, 1, state)
     finally:

@@ -153,6 +153,8 @@ def answers(pool: MeshPool, paths: list[str]) -> dict[str, Any]:
     found["statistics"] = pool.recalibrate(x[CHOSEN], BATCHES)
     found["recalibrated step"] = pool.step(x[CHOSEN], 1.5, FIT)
     found["evaluate"] = pool.evaluate(x[CHOSEN], 1.5, TEST)
+    found["evaluate_each"] = pool.evaluate_each(x[CHOSEN], TEST)
+    assert found["evaluate_each"].nll == pytest.approx(pool.evaluate(x[CHOSEN], 1.0, TEST).nll, rel=1e-5)
     pool.use({})
     found["evaluate with averaged buffers"] = pool.evaluate(x[CHOSEN], 1.5, TEST)
     found["gram"] = pool.gram()

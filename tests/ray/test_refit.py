@@ -56,7 +56,9 @@ def test_a_run_begins_where_a_finished_soup_ended(zoo: Path, soup: Path, tmp_pat
     about = found.record["start"]
     assert (about["out"], about["ingredients"]) == (str(soup), 8)
     assert about["select_nll"] == pytest.approx(before["select_nll"], rel=1e-2)
-    assert found.record["curve"][0]["select_nll"] == min(about["select_nll"], about["uniform_select_nll"])
+    assert found.record["curve"][0]["select_nll"] == pytest.approx(
+        min(about["select_nll"], about["uniform_select_nll"]), rel=1e-6
+    )
     assert about["used"] == (about["select_nll"] <= about["uniform_select_nll"])
     assert any("learning began from" in note for note in found.notes)
     assert len(verify(found.out)) == 5

@@ -152,3 +152,10 @@ def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return {"gained": gained, "lost": lost, "mcnemar_p": p, **found}
+
+
+def is_better(ours: Outcome, theirs: Outcome, select_by: str) -> bool:
+    """Return whether ours is significantly better in what `select_by` names: the interval of `paired_test` is beyond 0."""
+    found = paired_test(ours, theirs)
+    low = found.get(f"{select_by}_low") if select_by in ("accuracy", "metric") else None
+    return bool(found["nll_high"] < 0) if low is None else low > 0
