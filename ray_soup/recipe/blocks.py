@@ -24,6 +24,6 @@ def _checked(value: Any) -> Any:
 
 
 Blocks = Annotated[
-    Literal["tensor", "layer", "model"] | Annotated[int, Field(ge=1, le=10**15)] | dict[Literal["tensor"], int],
+    Literal["auto", "tensor", "layer", "model"] | Annotated[int, Field(ge=1, le=10**15)] | dict[Literal["tensor"], int],
     BeforeValidator(_checked),
 ]

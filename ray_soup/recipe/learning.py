@@ -12,14 +12,14 @@ from ray_soup.recipe.fields import Auto, Epochs, Examples, Section, Seed
 class Learn(Section):
     """Settings for learning the coefficients."""
 
-    lr: Annotated[float, Field(gt=0)] | Auto = 0.01
+    lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Learning rate of the unit-scaled coordinates. auto, for mehl and mehl+ with adamw: a rate that fits how far the
     ingredients differ in each block, and the number of coefficients that are learned at a time."""
     wd: float = Field(default=0.0, ge=0, le=1e6)
     """Weight decay. It pulls the soup toward the uniform soup."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer of the coordinates."""
-    cosine_lr: bool = True
+    cosine_lr: bool = False
     """Warm up linearly, then decay to zero along a cosine, over the steps of one model batch. false: a constant rate."""
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps that warm up."""
@@ -48,12 +48,13 @@ class Learn(Section):
     smoothness: float = Field(default=0.0, ge=0, le=1e6)
     """For steps of one run: penalty on the mean square of the change of a coefficient from step to step, in units of 1/K,
     added to the loss on fit."""
-    average: bool = False
+    average: bool = True
     """After an epoch, evaluate on select, and keep if it is best, the mean of the coordinates after each of its steps;
     false: those after its last step, which have the noise of the last batches."""
-    whiten: bool = False
-    """For mehl and mehl+: move coordinates in which the directions of a block are orthonormal, so that similar ingredients
-    do not make some steps longer than others."""
+    whiten: float = Field(default=0.5, ge=0, le=1)
+    """For mehl and mehl+: how far steps are evened out. 1: in coordinates in which the directions of a block are
+    orthonormal, so that a step moves the soup as far along what tells similar ingredients apart as along what they share.
+    0: one coordinate for each ingredient. 0.5: half-way between these."""
     refit: bool = False
     """After learning, learn once more from the start on fit and select together, with as many steps as led to the best point
     on select. Figures on select, and all that is chosen by them, stay those of the soup before the refit."""

@@ -46,9 +46,7 @@ _OFF_BY_DEFAULT = (
     ("adapter", "merge"),
     ("learn", "gradient_checkpointing"),
     ("learn", "smoothness"),
-    ("learn", "average"),
     ("learn", "refit"),
-    ("learn", "whiten"),
     ("actors", "by_layer"),
 )
 """Keys within sections that a dump leaves out unless they are set, for the same reason."""

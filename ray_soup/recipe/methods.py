@@ -56,7 +56,7 @@ class MethodInfo:
         return self.kind == "hyperplane"
 
 
-SOFTMAX_LEARN: Mapping[str, Any] = {"lr": 0.05, "batch_size": 256, "cosine_lr": False}
+SOFTMAX_LEARN: Mapping[str, Any] = {"lr": 0.05, "batch_size": 256, "average": False, "whiten": 0.0}
 """Settings of Learned-Soup (Wortsman et al. 2022)."""
 
 
@@ -111,8 +111,8 @@ METHODS: dict[str, MethodInfo] = {
         MethodInfo(
             name="mehl+",
             kind="hyperplane",
-            description="Learn one coefficient of any sign per ingredient and tensor (MEHL-Soup).",
-            blocks="tensor",
+            description="Learn coefficients of any sign for each tensor, or for groups of its rows (MEHL-Soup).",
+            blocks="auto",
             on_subsets=("dropped", "counted"),
         ),
         _of_steps("last", "Take the last checkpoint of one run.", "selection", is_reference=True),

@@ -313,7 +313,8 @@ class Recipe(Section):
     def _check_learning(self) -> Recipe:
         if self.learn.whiten and self.info.kind == "softmax":
             message = (
-                f"found true with method: {self.method}, which has no directions to whiten. Remove this key, or use mehl+."
+                f"found {self.learn.whiten:g} with method: {self.method}, which has no directions to whiten. Remove this "
+                "key, or use mehl+."
             )
             raise FaultsError([Fault("learn.whiten", message)])
         if self.learn.lr == "auto" and (self.info.kind == "softmax" or self.learn.optimizer != "adamw"):

@@ -3,16 +3,19 @@
 An optimizer of Adam's kind moves every coordinate by about the learning rate, so that a good rate depends on how far apart
 the ingredients are, and on how many coordinates move at a time. learn.lr: auto takes both out. It moves
 
-    z[:, b] = y[:, b] / s[b],        s[b] = mean_k n[k, b]        (K ingredients, n the norms of their directions)
+    z[:, b] = y[:, b] / u[b],        u[b] = s[b]^POWER r^(1 - POWER),        r = root mean square of s,
 
-with the learning rate LENGTH / sqrt(m B), which makes the first step about LENGTH long: a step moves each block in
-proportion to how far the ingredients differ in it.
+where s[b] is how far apart the ingredients are in block b: the median over pairs j, k of |d_j[b] - d_k[b]| / sqrt(2), or,
+without the inner products of the directions, the median of the norms |d_k[b]|. With u = s, tensors in which the ingredients
+hardly differ, such as biases, would hardly move; with u = r, all blocks would move equally far. The learning rate is
+LENGTH / sqrt(m B), which makes the first step about LENGTH r long.
 
 Shapes: m ingredients of the model batch, K ingredients, B blocks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,17 +28,20 @@ from ray_soup.soups.optimize import parametrization, without_noise
 from ray_soup.soups.whitening import Whitened, whitened
 
 LENGTH = 0.8
-"""Length of the first step in units of the spread of the ingredients: chosen on small zoos; 0.4 to 1.6 differ little."""
+"""Length of the first step in units of how far the ingredients are apart. Chosen on small zoos, where 0.4 to 1.6 differ
+little."""
+POWER = 0.75
+"""How much the unit of a block depends on how far the ingredients differ in it: chosen likewise."""
 
 
 @dataclass(frozen=True)
 class Relative:
-    """The parametrization of MEHL soups in coordinates z, whose unit is the mean distance of ingredients from the center."""
+    """The parametrization of MEHL soups in coordinates z, whose unit follows how far the ingredients are apart."""
 
     of: Affine | Whitened
     """The parametrization that z is a scaling of."""
-    spread: NDArray[np.float64]
-    """float64 [B], the mean norm of the directions in each block."""
+    unit: NDArray[np.float64]
+    """float64 [B], u, the unit of z in each block."""
     learns_factor: ClassVar[bool] = False
 
     @property
@@ -45,25 +51,25 @@ class Relative:
 
     def from_y(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute z from y: float64 [m, B] each."""
-        z: NDArray[np.float64] = self.of.from_y(y) / self.spread
+        z: NDArray[np.float64] = self.of.from_y(y) / self.unit
         return z
 
     def to_y(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute y from z: float64 [m, B] each."""
-        return self.of.to_y(z * self.spread)
+        return self.of.to_y(z * self.unit)
 
     def x(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute the factors x of the directions from z: float64 [m, B] each."""
-        return self.of.x(z * self.spread)
+        return self.of.x(z * self.unit)
 
     def gradient(self, z: NDArray[np.float64], by_x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute dL/dz from z and dL/dx: float64 [m, B] each."""
-        gradient: NDArray[np.float64] = without_noise(self.of.gradient(z * self.spread, by_x)) * self.spread
+        gradient: NDArray[np.float64] = without_noise(self.of.gradient(z * self.unit, by_x)) * self.unit
         return gradient
 
     def coefficients(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute the coefficients of the ingredients from z: float64 [m, B] each."""
-        return self.of.coefficients(z * self.spread)
+        return self.of.coefficients(z * self.unit)
 
 
 Moving = Affine | Softmax | Whitened | Relative
@@ -91,13 +97,25 @@ def moving_coordinates(
         return parametrization(True, norms[chosen])
     of: Affine | Whitened = Affine(norms[chosen])
     if gram is not None:
-        of = whitened(norms[chosen], gram[:, chosen][:, :, chosen], y[chosen], len(chosen) == len(norms))
+        of = whitened(norms[chosen], gram[:, chosen][:, :, chosen], y[chosen], len(chosen) == len(norms), learn.whiten)
     if learn.lr != "auto":
         return of
-    spread = np.median(norms, axis=0)
-    return Relative(of, np.where(spread > 0, spread, 1.0))
+    apart = np.median(norms, axis=0) if gram is None else _apart(gram)
+    unit = apart**POWER * np.sqrt((apart**2).mean()) ** (1 - POWER)
+    return Relative(of, np.where(unit > 0, unit, 1.0))
+
+
+def _apart(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the median distance between two ingredients in each block, over sqrt(2), float64 [B].
+
+    One ingredient that is far from all others changes their distances from the center, but not those between them.
+    """
+    one, other = np.triu_indices(gram.shape[1], 1)
+    squares = gram[:, one, one] + gram[:, other, other] - 2 * gram[:, one, other]
+    apart: NDArray[np.float64] = np.sqrt(np.median(np.maximum(squares, 0.0), axis=1) / 2)
+    return apart
 
 
 def largest_rate(learn: Learn, coordinates: int) -> float:
     """Return the learning rate before its schedule, given how many coordinates move at a time."""
-    return LENGTH / float(np.sqrt(coordinates)) if learn.lr == "auto" else learn.lr
+    return LENGTH / math.sqrt(coordinates) if learn.lr == "auto" else learn.lr

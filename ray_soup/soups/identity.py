@@ -10,7 +10,7 @@ import yaml
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.redact import redact_uris
-from ray_soup.recipe import dump_recipe, make_recipe
+from ray_soup.recipe import DEFAULT_METHOD, dump_recipe, make_recipe, method_info
 from ray_soup.soups.records import BegunRecord, damaged
 from ray_soup.task.functions import MOVED
 
@@ -39,6 +39,18 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
             )
 
 
+_BEFORE = {"average": False, "whiten": 0.0, "screen": False}
+"""What version 0.1, which had no such keys, did when it learned by mehl or mehl+."""
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Add what version 0.1 did where it had no key to a recipe that it may have written. Raises RecipeError."""
+    learn = values.get("learn")
+    if method_info(values.get("method", DEFAULT_METHOD)).kind != "hyperplane" or not isinstance(learn, dict):
+        return values
+    return {**values, "learn": {**_BEFORE, **learn}}
+
+
 def _difference(out: Path, old: str, new: str) -> str:
     """Describe what differs between two recipes, apart from `actors`, which may change; empty if nothing does."""
 
@@ -54,8 +66,8 @@ def _difference(out: Path, old: str, new: str) -> str:
             raise TypeError(f"recipe: found {values!r:.40}; expected keys")
         values.update({"model": MOVED.get(values["model"], values["model"])} if "model" in values else {})
         a, b = flat(values), flat(yaml.safe_load(new))
-        with suppress(RecipeError):  # keys that are newer than the folder have their defaults
-            whole = flat(yaml.safe_load(redact_uris(dump_recipe(make_recipe(values)))))
+        with suppress(RecipeError):  # keys that are newer than the folder are what they were before
+            whole = flat(yaml.safe_load(redact_uris(dump_recipe(make_recipe(_completed(values))))))
             a = {**{key: whole[key] for key in whole if key in b}, **a}
     except (yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
         raise damaged(out / "state" / "begun.json", str(error)) from error

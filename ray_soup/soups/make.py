@@ -108,7 +108,7 @@ def scheduled(session: Session) -> Mixture:
 def learned(session: Session) -> Mixture:
     """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
     recipe, softmax = session.recipe, session.recipe.info.kind == "softmax"
-    store = session.open_store(session.subset, recipe.blocks)
+    store = session.open_store(session.subset, session.blocks)
     begins = beginnings(session, store)
 
     def after_step(step: int, steps: int, state: LearnState) -> None:

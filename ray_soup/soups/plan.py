@@ -22,6 +22,7 @@ from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.mixing.stores import has_store
 from ray_soup.recipe import Recipe
+from ray_soup.soups.granularity import resolved_blocks
 from ray_soup.soups.report.measures import measures_in, measures_of, recorded
 from ray_soup.soups.session import (
     CALIBRATION,
@@ -107,7 +108,8 @@ def _figures(
     stored, passed = count * itemsize, model_batch * itemsize  # bytes per parameter, on a node and in a step
     if inputs.frozen:  # the values of all adapters, once
         stored = passed = 4
-    blocks = partition(inputs.layout, recipe.blocks).count
+    kind = resolved_blocks(recipe.blocks, inputs.layout, count, sizes["fit"], not inputs.frozen)
+    blocks = partition(inputs.layout, kind).count
     turns = len(model_batches(count, model_batch, options.seed, options.models_epochs))
     per_epoch = -(-sizes["fit"] // options.batch_size)
     row_bytes = -(-numel // mesh.shards) * passed

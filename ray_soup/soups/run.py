@@ -159,14 +159,14 @@ def _without_data(recipe: Recipe, inputs: Inputs, output: Output, staging: Path,
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:
     """Make, bake and evaluate the soup."""
     recipe, learning = session.recipe, session.recipe.info.learns
-    if learning:
-        session.open_store(session.subset, recipe.blocks)
-    clock.lap("start")
     session = session.with_soup(
         splits=session.cut(recipe.learn.seed),
         state_file=output.state("learn.pt"),
         after_epoch=scalars(output.folder / BOARD / recipe.method),
     )
+    if learning:
+        session.open_store(session.subset, session.blocks)
+    clock.lap("start")
     mixture = make(session)
     mixture.notes += session.setup.notes
     clock.lap(recipe.method)

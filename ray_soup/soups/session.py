@@ -33,10 +33,11 @@ from ray_soup.mixing.buffers import check_buffers, differing_layers
 from ray_soup.recipe import RESERVED_NAMES, Recipe, with_changes
 from ray_soup.recipe.plain import shown
 from ray_soup.soups.evaluations import evaluation_key, individual_outcomes, recall
+from ray_soup.soups.granularity import resolved_blocks
 from ray_soup.soups.output import Output, versions
 from ray_soup.soups.polish_checks import check_polish
 from ray_soup.soups.records import read_resolved, write_resolved
-from ray_soup.soups.start import Start, open_start
+from ray_soup.soups.start import Start, fine_enough, open_start
 from ray_soup.soups.state import StateCallback, ignore_state
 from ray_soup.soups.trajectory import check_trajectory, steps_of
 from ray_soup.task import identity
@@ -165,7 +166,7 @@ def _adapter_inputs(
 ) -> Inputs:
     """Lift adapters to ingredients of one model."""
     ingredients, layout, more = lift(recipe.model, adapters, recipe.ignore)
-    check_not_cut(partition(layout, recipe.blocks))
+    check_not_cut(partition(layout, resolved_blocks(recipe.blocks, layout, len(ingredients), 0)))
     check_floats(ingredients, layout.names)
     group = group_of(ingredients)
     if group is not None and recipe.adapter.merge:
@@ -240,6 +241,15 @@ class Session:
             return []
         learn = self.recipe.learn
         return calibration_batches(self.splits["fit"], learn.batch_size, learn.seed, most)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Which parameters share a coefficient, with `auto` resolved."""
+        inputs, count = self.inputs, len(self.subset)
+        least = resolved_blocks(self.recipe.blocks, inputs.layout, count, len(self.splits["fit"]), not inputs.frozen)
+        if self.recipe.blocks != "auto" or self.recipe.start is None or inputs.start is None:
+            return least
+        return fine_enough(inputs.start, least, inputs.layout)
 
     # Ingredients
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.redact import redact
-from ray_soup.mixing.blocks import Layout, Partition, partition
+from ray_soup.mixing.blocks import Blocks, Layout, Partition, partition
 from ray_soup.mixing.coefficients import MEAN, Coefficients, load_coefficients, to_x
 from ray_soup.mixing.row_groups import groups_of
 from ray_soup.recipe import Recipe
+from ray_soup.soups.granularity import FINER
 from ray_soup.soups.records import check_files, finished_record
 from ray_soup.soups.report.statistics import is_better
 from ray_soup.soups.state import LearnState
@@ -99,8 +101,17 @@ def open_start(recipe: Recipe, layout: Layout) -> Start | None:
         )
     _check_model(recipe.start, coefficients, layout)
     start = Start(recipe.start, coefficients, tuple(listed[name] for name in coefficients.ingredients), digest)
-    _sources(start, layout, partition(layout, recipe.blocks))
+    _sources(start, layout, partition(layout, FINER[-1] if recipe.blocks == "auto" else recipe.blocks))
     return start
+
+
+def fine_enough(start: Start, least: Blocks, layout: Layout) -> Blocks:
+    """Return `least`, resolved from `auto`, or the next finer blocks that can express the soup that learning begins from."""
+    for blocks in FINER[FINER.index(least) :]:
+        with suppress(RecipeError):
+            _sources(start, layout, partition(layout, blocks))
+            return blocks
+    return least
 
 
 def _check_model(out: str, coefficients: Coefficients, layout: Layout) -> None:

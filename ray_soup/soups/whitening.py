@@ -1,13 +1,13 @@
-"""Coordinates in which the directions of each block are orthonormal: learn.whiten.
+"""Coordinates in which the directions of each block are orthonormal, or half-way there: learn.whiten.
 
 In units of the norms, coordinates y of similar ingredients point the same way: a step moves the soup far along what they
 share, and hardly along what tells them apart. With the cosines C of the directions,
 
     C[b, j, k] = < d_j[b], d_k[b] > / (n[j, b] n[k, b])
-    y[:, b]    = rest[:, b] + C[b]^(-1/2) z[:, b],        dL/dz = C^(-1/2) dL/dy,
+    y[:, b]    = rest[:, b] + C[b]^(-w/2) z[:, b],        dL/dz = C^(-w/2) dL/dy,
 
-so that |z| is how far the soup has moved in a block. `rest` is the part of y at the start of a turn that z cannot express:
-it does not move the soup. Weight decay of z still pulls to the uniform soup.
+so that with w = 1 |z| is how far the soup has moved in a block, and w = 0 would leave y as it is. `rest` is the part of y at
+the start of a turn that z cannot express: it does not move the soup. Weight decay of z still pulls to the uniform soup.
 
 Shapes: m ingredients of the model batch, B blocks.
 """
@@ -33,12 +33,12 @@ NULL = 1e-6
 
 @dataclass(frozen=True)
 class Whitened:
-    """The parametrization of MEHL soups in coordinates z, whose unit is a move of length 1 in any direction."""
+    """The parametrization of MEHL soups in coordinates z, whose unit is a move of length 1 in any direction if w = 1."""
 
     norms: NDArray[np.float64]
     """float64 [m, B], norms of the directions."""
     matrices: NDArray[np.float64]
-    """float64 [B, m, m], C^(-1/2) of each block; symmetric."""
+    """float64 [B, m, m], C^(-w/2) of each block; symmetric."""
     inverses: NDArray[np.float64]
     """float64 [B, m, m], their pseudo-inverses."""
     rest: NDArray[np.float64]
@@ -67,7 +67,9 @@ class Whitened:
         return to_coefficients(self.x(z))
 
 
-def whitened(norms: NDArray[np.float64], gram: NDArray[np.float64], y: NDArray[np.float64], sum_to_zero: bool) -> Whitened:
+def whitened(
+    norms: NDArray[np.float64], gram: NDArray[np.float64], y: NDArray[np.float64], sum_to_zero: bool, share: float = 1.0
+) -> Whitened:
     """Return the whitened parametrization of a model batch.
 
     Args:
@@ -76,6 +78,7 @@ def whitened(norms: NDArray[np.float64], gram: NDArray[np.float64], y: NDArray[n
         y: float64 [m, B], where the turn begins.
         sum_to_zero: whether these are the directions of all ingredients, whose sum is zero. What compression makes of that
             sum is then left out: it is no direction of the soup.
+        share: w, how far they are whitened, 0 to 1.
     """
     cosines = _divided(gram, norms.T[:, :, None] * norms.T[:, None, :])
     cosines = (cosines + cosines.transpose(0, 2, 1)) / 2
@@ -85,7 +88,7 @@ def whitened(norms: NDArray[np.float64], gram: NDArray[np.float64], y: NDArray[n
         cosines = outside @ cosines @ outside
     values, vectors = np.linalg.eigh(cosines)
     largest = values.max(axis=1, keepdims=True)
-    roots = np.sqrt(np.maximum(values, FLOOR * largest))
+    roots = np.maximum(values, FLOOR * largest) ** (share / 2)
     roots = np.where(values > NULL * largest, roots, 0.0)
     matrices, inverses = (
         (vectors * scale[:, None, :]) @ vectors.transpose(0, 2, 1) for scale in (_divided(np.ones_like(roots), roots), roots)

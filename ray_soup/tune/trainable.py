@@ -133,8 +133,8 @@ def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None
     try:
         setup = pool.setup(no_progress)
         session = Session(recipe, inputs, pool, setup, mesh, cpus, model_batch, subset=inputs.everything)
-        store = session.open_store(session.subset, recipe.blocks)
         session = session.with_soup(splits=session.cut(recipe.learn.seed))
+        store = session.open_store(session.subset, session.blocks)
 
         def report(step: int, steps: int, state: LearnState) -> None:
             best = min(state.curve, key=lambda line: cost_in(line, recipe.select_by))

@@ -78,31 +78,25 @@ MADE_BY = {
 }
 """A digest of the code that makes a zoo, as it was imported, by the module of the zoo's function."""
 
-OFF: dict[str, Any] = {"learn.average": False, "learn.refit": False, "learn.whiten": False, "blocks": "tensor"}
-"""What mehl+ was before there were variants; a key that this version does not know is off anyway."""
-RATE: dict[str, Any] = {"learn.lr": "auto", "learn.cosine_lr": False, "learn.average": True}
-ROWS: dict[str, Any] = {"blocks": {"tensor": 4}}
-WHITEN: dict[str, Any] = {"learn.whiten": True}
-REFIT: dict[str, Any] = {"learn.refit": True}
-POLISH: dict[str, Any] = {"polish": {"epochs": 5, "lr": 3e-4}}
+OFF: dict[str, Any] = {
+    "learn.lr": 0.01, "learn.cosine_lr": True, "learn.average": False, "learn.whiten": 0.0, "learn.screen": False,
+    "blocks": "tensor",
+}  # fmt: skip
+"""Keys that make mehl+ what it was by default in version 0.1; a key that this version does not know is off anyway."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "average": {"learn.average": True},
-    "whiten": WHITEN,
-    "rows": ROWS,
-    "refit": REFIT,
-    "rate": RATE,
-    "rate, 2 epochs": RATE | {"learn.epochs": 2},
-    "rate, rows": RATE | ROWS,
-    "rate, whiten": RATE | WHITEN,
-    "rate, whiten, 2 epochs": RATE | WHITEN | {"learn.epochs": 2},
-    "rate, rows, whiten": RATE | ROWS | WHITEN,
-    "rate, whiten, refit": RATE | WHITEN | REFIT,
-    "rate, rows, whiten, refit": RATE | ROWS | WHITEN | REFIT,
-    "polish": POLISH,
-    "rate, whiten, polish": RATE | WHITEN | POLISH,
+    "plain": OFF,
+    "default": {},
+    "no screen": {"learn.screen": False},
+    "no whiten": {"learn.whiten": 0.0},
+    "full whiten": {"learn.whiten": 1.0},
+    "no rows": {"blocks": "tensor"},
+    "no average": {"learn.average": False},
+    "fixed rate": {"learn.lr": 0.01, "learn.cosine_lr": True},
+    "2 epochs": {"learn.epochs": 2},
+    "refit": {"learn.refit": True},
+    "polish": {"polish": {"epochs": 5, "lr": 3e-4}},
 }
-"""Keys of the recipe that differ from OFF, by the name of the variant; its row is called `mehl+ NAME`."""
+"""Keys of the recipe that differ from the defaults, by the name of the variant; its row is called `mehl+ NAME`."""
 COMPARE = "compare"
 """Name under which the rows of `compare` are kept."""
 
@@ -310,7 +304,7 @@ def one_run(options: Options, kept: Kept, zoo: str, seed: int, name: str, recipe
     import ray_soup
     from ray_soup.errors import RecipeError
 
-    changes = {} if name == COMPARE else {**OFF, **VARIANTS[name]}
+    changes = {} if name == COMPARE else VARIANTS[name]
     text = json.dumps([recipe, changes], sort_keys=True)
     key = (zoo, seed, name, digest_of((), made_by(zoo), text))
     changes = {**known_keys(changes), "learn.seed": seed}
@@ -386,7 +380,8 @@ A negative difference in NLL is an improvement. `NLL scaled`: after temperature 
 the passes over fit until the NLL on select was as low as the best of `{PLAIN}`, divided by those that it needed itself
 (median). `in quarters`: with a model batch of a quarter of the ingredients.
 
-`{PLAIN}` is mehl+ with one block per tensor and every key below off. The variants:
+`{PLAIN}` is mehl+ as it was by default in version 0.1, `mehl+ default` as it is now. All variants differ from the defaults in
+these keys:
 
 {variants or "none that this version knows"}
 
