@@ -13,8 +13,8 @@ class Learn(Section):
     """Settings for learning the coefficients."""
 
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
-    """Learning rate of the unit-scaled coordinates. auto, for mehl and mehl+ with adamw: a rate that fits how far the
-    ingredients differ in each block, and the number of coefficients that are learned at a time."""
+    """Learning rate of the unit-scaled coordinates. auto, for mehl and mehl+: a rate that fits how far the ingredients
+    differ in each block, and the number of coefficients that are learned at a time; 0.01 with sgd."""
     wd: float = Field(default=0.0, ge=0, le=1e6)
     """Weight decay. It pulls the soup toward the uniform soup."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

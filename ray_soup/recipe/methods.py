@@ -56,8 +56,8 @@ class MethodInfo:
         return self.kind == "hyperplane"
 
 
-SOFTMAX_LEARN: Mapping[str, Any] = {"lr": 0.05, "batch_size": 256, "average": False, "whiten": 0.0}
-"""Settings of Learned-Soup (Wortsman et al. 2022)."""
+SOFTMAX_LEARN: Mapping[str, Any] = {"lr": 0.05, "batch_size": 256, "whiten": 0.0}
+"""Settings of Learned-Soup (Wortsman et al. 2022), which has no directions to whiten."""
 
 
 def _of_steps(name: str, description: str, kind: Kind = "schedule", **flags: Any) -> MethodInfo:

@@ -317,9 +317,8 @@ class Recipe(Section):
                 "key, or use mehl+."
             )
             raise FaultsError([Fault("learn.whiten", message)])
-        if self.learn.lr == "auto" and (self.info.kind == "softmax" or self.learn.optimizer != "adamw"):
-            what = f"method: {self.method}" if self.info.kind == "softmax" else f"learn.optimizer: {self.learn.optimizer}"
-            message = f"found auto with {what}. Expected a number, as in 0.05, or mehl+ with adamw."
+        if self.learn.lr == "auto" and self.info.kind == "softmax":
+            message = f"found auto with method: {self.method}. Expected a number, as in 0.05, or mehl+."
             raise FaultsError([Fault("learn.lr", message)])
         return self
 

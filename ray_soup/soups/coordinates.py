@@ -30,8 +30,10 @@ from ray_soup.soups.whitening import Whitened, whitened
 LENGTH = 0.8
 """Length of the first step in units of how far the ingredients are apart. Chosen on small zoos, where 0.4 to 1.6 differ
 little."""
+FIXED = 0.01
+"""Learning rate where auto does not fit one to the ingredients."""
 POWER = 0.75
-"""How much the unit of a block depends on how far the ingredients differ in it: chosen likewise."""
+"""How much the unit of a block depends on how far the ingredients differ in it: also chosen on small zoos."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def moving_coordinates(
     of: Affine | Whitened = Affine(norms[chosen])
     if gram is not None:
         of = whitened(norms[chosen], gram[:, chosen][:, :, chosen], y[chosen], len(chosen) == len(norms), learn.whiten)
-    if learn.lr != "auto":
+    if not _fits(learn):
         return of
     apart = np.median(norms, axis=0) if gram is None else _apart(gram)
     unit = apart**POWER * np.sqrt((apart**2).mean()) ** (1 - POWER)
@@ -116,6 +118,13 @@ def _apart(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     return apart
 
 
+def _fits(learn: Learn) -> bool:
+    """Return whether the learning rate fits the ingredients: steps of SGD are as long as the gradient."""
+    return learn.lr == "auto" and learn.optimizer == "adamw"
+
+
 def largest_rate(learn: Learn, coordinates: int) -> float:
     """Return the learning rate before its schedule, given how many coordinates move at a time."""
-    return LENGTH / math.sqrt(coordinates) if learn.lr == "auto" else learn.lr
+    if learn.lr != "auto":
+        return learn.lr
+    return LENGTH / math.sqrt(coordinates) if _fits(learn) else FIXED

@@ -93,7 +93,7 @@ def mix_state_dicts(
     >>> model.load_state_dict(soup.state_dict())
     <All keys matched successfully>
     >>> soup.coefficients.values.shape  # ingredients, blocks
-    (3, 2)
+    (3, 8)
 
     Args:
         model: maps a batch of inputs [n, ...] to logits [n, classes]; it is not changed.

@@ -6,7 +6,7 @@ share, and hardly along what tells them apart. With the cosines C of the directi
     C[b, j, k] = < d_j[b], d_k[b] > / (n[j, b] n[k, b])
     y[:, b]    = rest[:, b] + C[b]^(-w/2) z[:, b],        dL/dz = C^(-w/2) dL/dy,
 
-so that with w = 1 |z| is how far the soup has moved in a block, and w = 0 would leave y as it is. `rest` is the part of y at
+so that with w = 1 |z| is how far the soup has moved in a block, and w = 0 would change nothing. `rest` is the part of y at
 the start of a turn that z cannot express: it does not move the soup. Weight decay of z still pulls to the uniform soup.
 
 Shapes: m ingredients of the model batch, B blocks.

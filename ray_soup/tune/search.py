@@ -248,19 +248,25 @@ def _loggers(recipe: Recipe, out: Path) -> list[tune.Callback]:
 
 
 def _optuna(recipe: Recipe, configs: list[Config]) -> tuple[dict[str, Any], Any]:
-    """Return the search space and algorithm for Optuna; the first trial is the unchanged recipe."""
+    """Return the search space and algorithm for Optuna; the first trial is the unchanged recipe, if Optuna can draw it."""
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        algorithm = OptunaSearch(points_to_evaluate=[configs[0]], seed=recipe.learn.seed % 2**32)
+        algorithm = OptunaSearch(points_to_evaluate=[_numbers_only(recipe, configs[0])], seed=recipe.learn.seed % 2**32)
     except (ImportError, AssertionError) as error:
         raise RecipeError("search.algorithm: optuna is not installed. Run pip install 'ray_soup[optuna]'.") from error
     space = recipe.search.space or default_space(max(c.get("learn.model_batch", 2) for c in configs))
     drawn = {key: _with_own(value, configs[0][key]) for key, value in space.items()}
     warnings.filterwarnings("ignore", "Choices for a categorical distribution")  # {tensor: 4} is kept in memory only
     return {key: distribution(f"search.{key}", value) for key, value in drawn.items()}, algorithm
+
+
+def _numbers_only(recipe: Recipe, first: Config) -> Config:
+    """Leave out values such as learn.lr: auto, which no distribution of numbers has: Optuna draws these."""
+    space = recipe.search.space
+    return {k: v for k, v in first.items() if not (isinstance(v, str) and "choice" not in dict(space.get(k, {})))}
 
 
 def _with_own(value: Any, own: Any) -> Any:

@@ -380,8 +380,8 @@ A negative difference in NLL is an improvement. `NLL scaled`: after temperature 
 the passes over fit until the NLL on select was as low as the best of `{PLAIN}`, divided by those that it needed itself
 (median). `in quarters`: with a model batch of a quarter of the ingredients.
 
-`{PLAIN}` is mehl+ as it was by default in version 0.1, `mehl+ default` as it is now. All variants differ from the defaults in
-these keys:
+`{PLAIN}` is mehl+ with the defaults of version 0.1, `mehl+ default` with those of this one. The other variants differ from
+them in these keys:
 
 {variants or "none that this version knows"}
 

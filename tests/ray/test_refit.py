@@ -17,14 +17,14 @@ from ray_soup.soups.run import run
 from tests.conftest import values
 from tests.ray.test_learn import learned
 
-KEYS = {"learn__refit": True, "learn__average": True, "learn__whiten": True}
+KEYS = {"learn__refit": True, "learn__average": True, "learn__whiten": 1.0}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_comparison_marks_and_chooses_by_figures_before_the_refit(zoo: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
-        values(zoo, learn={"batch_size": 150, "epochs": 2, "model_batch": 8, "refit": True, "average": True, "whiten": True})
+        values(zoo, learn={"batch_size": 150, "epochs": 2, "model_batch": 8, "refit": True, "average": True, "whiten": 1.0})
     )
     soup = compare(recipe, tmp_path / "out", CompareOptions(trained=False))
     rows = {row["model_name"]: row for row in soup.record["table"]}

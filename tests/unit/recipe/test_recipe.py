@@ -20,16 +20,16 @@ def test_dump_then_load_is_the_identity(tmp_path: Path) -> None:
 
 
 def test_a_dumped_recipe_has_the_keys_of_version_0_1_in_the_same_order() -> None:
-    """A folder written by version 0.1 resumes only if its recipe.yaml equals the dump."""
+    """And those whose defaults are not what version 0.1 did."""
     dumped = yaml.safe_load(dump_recipe(make_recipe(MINIMAL)))
     assert list(dumped) == [
         "method", "ingredients", "model", "base_model", "data", "blocks", "buffers", "greedy", "learn", "loss", "metric",
         "actors", "directions", "precision", "out_dtype", "shard_size", "finetune", "search",
     ]  # fmt: skip
     assert list(dumped["learn"].items()) == [
-        ("lr", 0.01), ("wd", 0.0), ("optimizer", "adamw"), ("cosine_lr", True), ("warmup", 0.2), ("clip", None),
+        ("lr", "auto"), ("wd", 0.0), ("optimizer", "adamw"), ("cosine_lr", False), ("warmup", 0.2), ("clip", None),
         ("batch_size", 128), ("micro_batch", "auto"), ("epochs", 5), ("patience", None), ("label_smoothing", 0.0),
-        ("model_batch", "auto"), ("models_epochs", 1), ("seed", 1),
+        ("model_batch", "auto"), ("models_epochs", 1), ("screen", True), ("average", True), ("whiten", 0.5), ("seed", 1),
     ]  # fmt: skip
     assert list(dumped["data"].items()) == [("train", None), ("fit", None), ("select", 0.2), ("test", None)]
     assert list(dumped["actors"]) == ["replicas", "shards", "cpus", "gpus", "wait_s"]
@@ -57,7 +57,7 @@ def test_a_dumped_recipe_has_the_keys_of_version_0_1_in_the_same_order() -> None
         ({"method": ["mehl"]}, "method: found ['mehl']. Expected one of"),
         ({"data": {"test": {"a b": "x.npz"}}}, "data.test: found {'a b': 'x.npz'}. Expected one or more names of letters"),
         ({"data": {"test": {}}}, "data.test: found {}. Expected one or more names"),
-        ({"blocks": "row"}, "blocks: found 'row'. Expected tensor or layer or model or an integer from 1"),
+        ({"blocks": "row"}, "blocks: found 'row'. Expected auto or tensor or layer or model or an integer from 1"),
         ({"shard_size": "5 apples"}, "shard_size: found '5 apples'. Expected a size"),
         ({"metric": "accuracy"}, "metric: found 'accuracy'. Expected package.module:function."),
         ({"loss": "a:b", "learn": {"label_smoothing": 0.1}}, "learn.label_smoothing: found 0.1 together with loss: a:b"),
@@ -96,7 +96,7 @@ def test_the_model_is_required() -> None:
 
 def test_methods_have_their_own_blocks_and_the_recipe_overrides_them() -> None:
     assert make_recipe({**MINIMAL, "method": "mehl"}).blocks == "model"
-    assert make_recipe({**MINIMAL, "method": "mehl+"}).blocks == "tensor"
+    assert make_recipe({**MINIMAL, "method": "mehl+"}).blocks == "auto"
     assert make_recipe({**MINIMAL, "method": "mehl+", "blocks": "layer"}).blocks == "layer"
 
 
@@ -238,6 +238,6 @@ def test_changes_take_dotted_keys_and_sections() -> None:
     recipe = make_recipe({**MINIMAL, "learn": {"epochs": 3}})
     changed = with_changes(recipe, {"learn.lr": 0.5, "learn": {"seed": 2}, "blocks": "layer"})
     assert (changed.learn.lr, changed.learn.seed, changed.learn.epochs, changed.blocks) == (0.5, 2, 3, "layer")
-    assert recipe.learn.lr == 0.01
+    assert recipe.learn.lr == "auto"
     with pytest.raises(RecipeError, match=r"did you mean 'learn\.lr'\?"):
         with_changes(recipe, {"learn.lrr": 0.5})

@@ -27,7 +27,7 @@ def test_what_is_evaluated_and_kept_is_the_mean_of_the_iterates_of_an_epoch(zoo:
         iterates.append((state.moving.numpy().copy(), state.factor.item()))
 
     state = learner.learn(tmp_path / "average.pt", note)
-    plain = Learner(zoo, **changes).learn(tmp_path / "plain.pt")
+    plain = Learner(zoo, learn__average=False, **changes).learn(tmp_path / "plain.pt")
     assert [line["steps"] for line in state.curve] == [0, 8, 16, 24]
     means = [[np.mean([one[n] for one in iterates[first : first + 8]], axis=0) for n in (0, 1)] for first in (0, 8, 16)]
     kept = min(range(1, 4), key=lambda n: state.curve[n]["select_nll"])
@@ -77,8 +77,8 @@ def test_a_state_without_a_mean_is_what_earlier_versions_wrote(
         assert ("total" in found, "total_factor" in found) == (average, average)
 
 
-def test_the_key_is_dumped_only_if_it_is_set_and_carries_over_to_every_method(zoo: Path) -> None:
-    assert "average" not in dump_recipe(make_recipe(values(zoo)))
+def test_the_key_is_dumped_and_carries_over_to_every_method(zoo: Path) -> None:
+    assert "average: false" in dump_recipe(make_recipe(values(zoo)))
     recipe = make_recipe(values(zoo, learn__average=True))
     assert "average: true" in dump_recipe(recipe)
     assert for_method(recipe, "learned").learn.average

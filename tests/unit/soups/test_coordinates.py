@@ -13,11 +13,16 @@ import torch
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Affine
 from ray_soup.recipe import Learn, dump_recipe, for_method, make_recipe
-from ray_soup.soups.coordinates import LENGTH, Relative, largest_rate, moving_coordinates
+from ray_soup.soups.coordinates import FIXED, LENGTH, POWER, Relative, largest_rate, moving_coordinates
 from ray_soup.soups.report import figures
 from ray_soup.soups.whitening import whitened
 from tests.conftest import values
 from tests.learning import Learner, assert_learns_as_autograd, same, stopping
+
+
+def unit_of(apart: np.ndarray) -> np.ndarray:
+    """The unit of the coordinates in each block, float64 [B], where ingredients are this far apart."""
+    return apart**POWER * np.sqrt(np.mean(apart**2)) ** (1 - POWER)
 
 
 def test_coordinates_and_back_is_the_identity_and_the_gradient_equals_autograd() -> None:
@@ -28,30 +33,53 @@ def test_coordinates_and_back_is_the_identity_and_the_gradient_equals_autograd()
     z, weight = random.standard_normal((3, 3)), random.standard_normal((3, 3))
     np.testing.assert_allclose(found.from_y(found.to_y(z)), z, rtol=1e-12)
     moving = torch.from_numpy(z).requires_grad_()
-    x = moving * torch.from_numpy(norms.mean(axis=0)) / torch.from_numpy(norms[[0, 2, 3]])
+    x = moving * torch.from_numpy(unit_of(np.median(norms, axis=0))) / torch.from_numpy(norms[[0, 2, 3]])
     (torch.from_numpy(weight) * x.sin()).sum().backward()
     np.testing.assert_allclose(found.x(z), x.detach().numpy(), rtol=1e-12)
     np.testing.assert_allclose(found.gradient(z, weight * np.cos(found.x(z))), moving.grad.numpy(), rtol=1e-9)
 
 
-def test_the_first_step_moves_a_block_in_proportion_to_how_far_the_ingredients_differ_in_it() -> None:
+def test_the_first_step_moves_a_block_the_farther_the_more_the_ingredients_differ_in_it() -> None:
     norms = np.array([[1.0, 100.0, 0.0], [3.0, 300.0, 0.0]])
-    found = Relative(Affine(norms), moving_coordinates(Learn(lr="auto"), False, norms, None, np.arange(2), norms).spread)
+    found = Relative(Affine(norms), moving_coordinates(Learn(lr="auto"), False, norms, None, np.arange(2), norms).unit)
     step = np.full((2, 3), largest_rate(Learn(lr="auto"), 6))
     assert np.linalg.norm(step) == pytest.approx(LENGTH)
     moved = np.abs(found.x(step)) * norms
-    np.testing.assert_allclose(moved, np.array([[2.0, 200.0, 0.0]] * 2) * LENGTH / np.sqrt(6))
+    units = unit_of(np.array([2.0, 200.0, 0.0]))
+    np.testing.assert_allclose(moved, np.array([units] * 2) * LENGTH / np.sqrt(6))
+    assert 2.0 < units[0] < units[1] < 200.0
+
+
+def test_one_ingredient_far_from_all_others_does_not_change_the_unit() -> None:
+    """Nor do the inner products tell another distance than the parameters themselves."""
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((9, 40))
+    found = []
+    for scale in (1.0, 1000.0):
+        vectors[-1] *= scale
+        directions = vectors - vectors.mean(axis=0)
+        gram, norms = (directions @ directions.T)[None], np.linalg.norm(directions, axis=1)[:, None]
+        of = moving_coordinates(Learn(lr="auto"), False, norms, gram, np.arange(9), np.zeros((9, 1)))
+        pairs = [np.linalg.norm(a - b) for n, a in enumerate(vectors) for b in vectors[:n]]
+        np.testing.assert_allclose(of.unit, np.sqrt(np.median(np.square(pairs)) / 2), rtol=1e-6)
+        found.append(of.unit)
+    assert found[1] < 1.5 * found[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whiten", [False, True])
-def test_learning_at_a_fitting_rate_equals_autograd(zoo: Path, tmp_path: Path, whiten: bool) -> None:
+@pytest.mark.parametrize("whiten", [0.0, 0.5, 1.0])
+def test_learning_at_a_fitting_rate_equals_autograd(zoo: Path, tmp_path: Path, whiten: float) -> None:
     learner = Learner(zoo, method="mehl", blocks="layer", learn__whiten=whiten, learn__lr="auto", learn__wd=0.1)
     norms = learner.store.norms
+    apart = np.median(norms, axis=0)
     matrices = np.broadcast_to(np.eye(8), (norms.shape[1], 8, 8))
     if whiten:
-        matrices = whitened(norms, learner.pool.gram_of_blocks(), np.zeros_like(norms), True).matrices
-    matrices = matrices * norms.mean(axis=0)[:, None, None]
+        gram = learner.pool.gram_of_blocks()
+        matrices = whitened(norms, gram, np.zeros_like(norms), True, whiten).matrices
+        one, other = np.triu_indices(8, 1)
+        squares = gram[:, one, one] + gram[:, other, other] - 2 * gram[:, one, other]
+        apart = np.median(np.sqrt(squares / 2), axis=1)
+    matrices = matrices * unit_of(apart)[:, None, None]
     assert_learns_as_autograd(learner, tmp_path / "s.pt", matrices, LENGTH / np.sqrt(norms.size))
 
 
@@ -72,17 +100,16 @@ def test_a_stopped_run_at_a_fitting_rate_is_bit_identical(
         same(learner.learn(file), whole)
 
 
-def test_the_value_is_for_adamw_on_the_hyperplane(zoo: Path) -> None:
+def test_the_value_is_for_the_hyperplane_and_fits_a_rate_to_adamw_only(zoo: Path) -> None:
     recipe = make_recipe(values(zoo, learn__lr="auto"))
     assert "lr: auto" in dump_recipe(recipe)
     assert for_method(recipe, "mehl").learn.lr == "auto"
     assert for_method(recipe, "learned+").learn.lr == 0.05
-    for changes, found in (
-        ({"method": "learned+"}, "method: learned+"),
-        ({"learn__optimizer": "sgd"}, "learn.optimizer: sgd"),
-    ):
-        with pytest.raises(RecipeError, match=re.escape(f"learn.lr: found auto with {found}")):
-            make_recipe(values(zoo, learn__lr="auto", **changes))
+    with pytest.raises(RecipeError, match=re.escape("learn.lr: found auto with method: learned+")):
+        make_recipe(values(zoo, learn__lr="auto", method="learned+"))
+    sgd = Learn(optimizer="sgd")
+    assert largest_rate(sgd, 6) == FIXED
+    assert isinstance(moving_coordinates(sgd, False, np.ones((3, 2)), None, np.arange(3), np.zeros((3, 2))), Affine)
 
 
 def test_a_trial_at_a_fitting_rate_is_not_drawn_on_the_plane_of_rates() -> None:

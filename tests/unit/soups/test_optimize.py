@@ -9,7 +9,7 @@ from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrizati
 
 
 def test_the_schedule_warms_up_and_falls_to_zero() -> None:
-    learn = Learn(lr=0.1, warmup=0.2)
+    learn = Learn(lr=0.1, cosine_lr=True, warmup=0.2)
     rates = [learning_rate(learn, 0.1, step, 50) for step in range(50)]
     np.testing.assert_allclose(rates[:10], 0.1 * np.arange(1, 11) / 10)
     assert max(rates) == rates[10] == 0.1

@@ -161,7 +161,7 @@ def test_learning_begins_at_the_soup_and_a_stopped_run_is_bit_identical(
     block_of = dict(zip(six.pool.layout.names, parts.block.tolist(), strict=True))
     old = Coefficients(Affine(six.store.norms).coefficients(y), six.pool.inputs.names, parts.names, block_of)
     write_out(tmp_path / "old", zoo, old)
-    learner = begun(zoo, tmp_path / "old", learn__model_batch=5, learn__epochs=1, learn__refit=True, learn__whiten=True)
+    learner = begun(zoo, tmp_path / "old", learn__model_batch=5, learn__epochs=1, learn__refit=True, learn__whiten=1.0)
     assert learner.beginning.about["ingredients"] == 6
     whole = learner.learn(tmp_path / "whole.pt", starts=[learner.beginning])
     assert whole.curve[0]["select_nll"] == pytest.approx(select_nll(learner, old), rel=1e-4)

@@ -44,7 +44,6 @@ def test_options_that_are_off_leave_the_record_of_a_folder_as_it_was() -> None:
         ({}, None),
         ({"frozen": 1000}, "the ingredients are adapters"),
         ({"by_layer": True}, "actors.by_layer is true"),
-        ({"mesh": Mesh(1, 4)}, "a model is held by 4 shards"),
         ({"mirror": object()}, "OUT is remote storage, and the actors keep their state on a disk"),
         ({"numel": 10**12}, "it takes about 17,0.*GB per actor, and the cluster has 8.0 GB"),
     ],

@@ -132,7 +132,7 @@ def test_the_products_of_blocks_are_those_of_the_ingredients_and_sum_to_the_prod
 
 @pytest.mark.slow
 def test_learning_on_whitened_coordinates_equals_autograd(zoo: Path, tmp_path: Path) -> None:
-    learner = Learner(zoo, method="mehl", blocks="layer", learn__whiten=True, learn__lr=0.05, learn__wd=0.1)
+    learner = Learner(zoo, method="mehl", blocks="layer", learn__whiten=1.0, learn__lr=0.05, learn__wd=0.1)
     norms = learner.store.norms
     matrices = whitened(norms, learner.pool.gram_of_blocks(), np.zeros_like(norms), True).matrices
     assert_learns_as_autograd(learner, tmp_path / "s.pt", matrices, 0.05)
@@ -145,7 +145,7 @@ def test_a_stopped_run_on_whitened_coordinates_is_bit_identical(
     """In the second turn, whose start is where the first one ended; and in a refit. The sums are kept with the state."""
     monkeypatch.setattr("ray_soup.soups.learn.SAVE_EVERY_S", 0.0)
     changes: dict[str, Any] = {"learn__model_batch": 5, "learn__models_epochs": 2, "learn__epochs": 1, "learn__lr": 0.1}
-    learner = Learner(zoo, 2, learn__whiten=True, learn__average=True, learn__refit=True, **changes)
+    learner = Learner(zoo, 2, learn__whiten=1.0, learn__average=True, learn__refit=True, **changes)
     whole = learner.learn(tmp_path / "whole.pt")
     assert whole.y.any()
     assert len(model_batches(8, 5, 1, 2)) == 4
@@ -157,15 +157,15 @@ def test_a_stopped_run_on_whitened_coordinates_is_bit_identical(
         with monkeypatch.context() as patch:
             patch.setattr(learner.pool, "gram_of_blocks", None)
             same(learner.learn(file), whole)
-    other = Learner(zoo, 1, learn__whiten=True, learn__average=True, learn__refit=True, **changes).learn(tmp_path / "one.pt")
+    other = Learner(zoo, 1, learn__whiten=1.0, learn__average=True, learn__refit=True, **changes).learn(tmp_path / "one.pt")
     np.testing.assert_allclose(other.y.numpy(), whole.y.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_key_is_for_methods_on_the_hyperplane(zoo: Path) -> None:
-    assert "whiten" not in dump_recipe(make_recipe(values(zoo)))
-    recipe = make_recipe(values(zoo, learn__whiten=True))
-    assert "whiten: true" in dump_recipe(recipe)
+    assert "whiten: 0.0" in dump_recipe(make_recipe(values(zoo)))
+    recipe = make_recipe(values(zoo, learn__whiten=1.0))
+    assert "whiten: 1.0" in dump_recipe(recipe)
     assert for_method(recipe, "mehl").learn.whiten
     assert not for_method(recipe, "learned+").learn.whiten
-    with pytest.raises(RecipeError, match=r"learn\.whiten: found true with method: learned\+, which has no directions"):
-        make_recipe(values(zoo, method="learned+", learn__whiten=True))
+    with pytest.raises(RecipeError, match=r"learn\.whiten: found 1 with method: learned\+, which has no directions"):
+        make_recipe(values(zoo, method="learned+", learn__whiten=1.0))

@@ -265,8 +265,8 @@ def test_a_constant_is_drawn_unchanged(value: Any) -> None:
         ({"model_batch": 5}, {"learn.model_batch": {"choice": [2, 4]}}, {"learn.model_batch": 5}),
         ({"lr": 5}, {"learn.lr": {"uniform": [0.1, 1]}}, {"learn.lr": 5.0}),
         ({}, {"learn.optimizer": {"choice": ["sgd"]}}, {"learn.optimizer": "adamw"}),
-        ({"seed": 2**40}, {}, {"learn.lr": 0.01, "learn.model_batch": 8}),
-        ({"model_batch": 3}, {}, {"learn.lr": 0.01, "learn.model_batch": 3}),
+        ({"seed": 2**40, "lr": 0.01}, {}, {"learn.lr": 0.01, "learn.model_batch": 8}),
+        ({"model_batch": 3, "lr": 0.01}, {}, {"learn.lr": 0.01, "learn.model_batch": 3}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Fixed parameter")
