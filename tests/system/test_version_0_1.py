@@ -45,6 +45,12 @@ def old(tmp_path: Path) -> Path:
     return root
 
 
+THEN = (
+    "blocks=tensor", "learn.lr=0.01", "learn.cosine_lr=true", "learn.average=false", "learn.whiten=0.0", "learn.screen=false"
+)  # fmt: skip
+"""What were the defaults."""
+
+
 def run(*arguments: str) -> Any:
     done = call(*arguments, "--json")
     assert done.exit_code == 0, done.output
@@ -62,7 +68,7 @@ def test_a_finished_soup_is_read_verified_and_baked(old: Path) -> None:
 
 def test_the_command_of_a_finished_soup_finds_it_complete(old: Path) -> None:
     before = digest(old / "finished" / "run.json")
-    found = run("learn", str(old / "recipe.yaml"), str(old / "finished"), "learn.epochs=1")
+    found = run("learn", str(old / "recipe.yaml"), str(old / "finished"), "learn.epochs=1", *THEN)
     assert found["run"]["method"] == "mehl+"
     assert digest(old / "finished" / "run.json") == before
 
@@ -73,7 +79,12 @@ def test_a_killed_run_resumes_from_its_state(old: Path, cluster: None) -> None:
     raw = torch.load(old / "interrupted" / "state" / "learn.pt", weights_only=True)
     assert "version" not in raw
     assert state.steps == raw["steps"] > 0
-    found = run("learn", str(old / "recipe.yaml"), str(old / "interrupted"))
+    refused = call("learn", str(old / "recipe.yaml"), str(old / "interrupted"))
+    assert refused.exit_code == 2
+    assert "it has the defaults of version 0.1, which have changed" in refused.output
+    for key in THEN:
+        assert key in " ".join(refused.output.split())
+    found = run("learn", str(old / "recipe.yaml"), str(old / "interrupted"), *THEN)
     curve = found["run"]["curve"]
     assert curve[: len(state.curve)] == state.curve
     assert len(curve) > len(state.curve)
