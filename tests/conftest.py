@@ -201,11 +201,12 @@ PLAIN = {"lr": 0.01, "cosine_lr": True, "average": False, "whiten": 0.0, "screen
 def values(folder: Path, **changes: Any) -> dict[str, Any]:
     """Return a recipe for the zoo in `folder`, with plain settings; `learn__lr=1` changes a key of a section."""
     method = changes.get("method", "mehl+")
+    plain = PLAIN if method in ("mehl", "mehl+") else {"average": False}
     recipe: dict[str, Any] = {
         "ingredients": str(folder / "zoo" / "*.safetensors"),
         "model": tiny.SPEC,
         "data": {"fit": str(folder / "heldout.npz"), "select": 0.25, "test": str(folder / "test.npz")},
-        "learn": {"batch_size": 61, "epochs": 2, **(PLAIN if method in ("mehl", "mehl+") else {})},
+        "learn": {"batch_size": 61, "epochs": 2, **plain},
         **({"blocks": "tensor"} if method == "mehl+" else {}),
         "actors": {"replicas": 1, "shards": 1, "cpus": 1},
         "precision": "float32",

@@ -42,8 +42,11 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
 
 _BEFORE = {"average": False, "whiten": 0.0, "screen": False}
 """What version 0.1, which had no such keys, did when it learned by mehl or mehl+."""
-_DEFAULTS = {"blocks": "tensor", "learn.lr": 0.01, "learn.cosine_lr": True, **{f"learn.{k}": v for k, v in _BEFORE.items()}}
-"""What version 0.1 did by default, where that has changed."""
+_CHANGED = {
+    "blocks": ("tensor", "auto"), "learn.lr": (0.01, "auto"), "learn.cosine_lr": (True, False),
+    "learn.average": (False, True), "learn.whiten": (0.0, 0.5), "learn.screen": (False, True),
+}  # fmt: skip
+"""What version 0.1 did by default, and what this one does, where that has changed."""
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def _difference(out: Path, old: str, new: str) -> str:
     except (yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
         raise damaged(out / "state" / "begun.json", str(error)) from error
     changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and not key.startswith("actors.")]
-    if changed and all(key in _DEFAULTS and a.get(key) == _DEFAULTS[key] for key in changed):
+    if changed and all((a.get(key), b.get(key)) == _CHANGED.get(key) for key in changed):
         keys = " ".join(f"{key}={json.dumps(a[key])}" for key in changed).replace('"', "")
         return f"it has the defaults of version 0.1, which have changed. To resume it, append {keys} to the command"
     return "; ".join(f"{key} was {a.get(key)} and is now {b.get(key)}" for key in changed[:3])

@@ -8,7 +8,7 @@
 For every zoo and seed, this makes the rows of `ray-soup compare` and, for each entry of VARIANTS, a soup by mehl+ with other
 keys of the recipe. Zoos, and finished results in results.jsonl, are kept in FOLDER, so that the same command resumes after
 an interruption. Results are reused as long as neither the code of ray_soup nor that of the zoo changes; with --any-version,
-those of other versions of ray_soup are, too.
+those of other versions of ray_soup are, too. With --kept, nothing is made, and the tables show what is kept.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class Options:
     variants: tuple[str, ...] = tuple(VARIANTS)
     write: bool = False
     any_version: bool = False
+    kept: bool = False
 
 
 def options_in(arguments: list[str]) -> Options:
@@ -131,6 +132,7 @@ def options_in(arguments: list[str]) -> Options:
     parser.add_argument("--out", type=Path, help="folder of zoos and results (default: in the cache of ray_soup)")
     parser.add_argument("--write", action="store_true", help="write docs/zoos.md")
     parser.add_argument("--any-version", action="store_true", help="take results of other versions of ray_soup, too")
+    parser.add_argument("--kept", action="store_true", help="make nothing: tables of the results that are kept")
     given = parser.parse_args(arguments)
     if given.seeds < 1:
         parser.error(f"--seeds is {given.seeds}; expected 1 or more")
@@ -139,7 +141,7 @@ def options_in(arguments: list[str]) -> Options:
     if "plain" not in variants:
         variants = ("plain", *variants)  # what the others are compared with
     out = (given.out or cache_folder() / "zoos").absolute()
-    return Options(out, tuple(range(1, given.seeds + 1)), zoos, variants, given.write, given.any_version)
+    return Options(out, tuple(range(1, given.seeds + 1)), zoos, variants, given.write, given.any_version, given.kept)
 
 
 def chosen(names: Iterable[str], known: Iterable[str], parser: argparse.ArgumentParser, option: str) -> tuple[str, ...]:
@@ -308,6 +310,8 @@ def one_run(options: Options, kept: Kept, zoo: str, seed: int, name: str, recipe
     text = json.dumps([recipe, changes], sort_keys=True)
     key = (zoo, seed, name, digest_of((), made_by(zoo), text))
     changes = {**known_keys(changes), "learn.seed": seed}
+    if options.kept and key not in kept.found:
+        return None
     if key not in kept.found:
         out = options.out / "runs" / f"{zoo}-seed{seed}-{digest_of((), kept.code, *map(str, key))}"
         begun = time.monotonic()

@@ -132,7 +132,7 @@ def learned_soup_by_autograd(
 @pytest.mark.parametrize("method", ["learned", "learned+"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_learned_soup_equals_autograd_over_all_ingredients(zoo: Path, tmp_path: Path, method: str, size: int) -> None:
-    changes = {"learn": {"batch_size": 112, "epochs": 5}, "directions": {"dtype": "float32"}}
+    changes = {"learn": {"batch_size": 112, "epochs": 5, "average": False}, "directions": {"dtype": "float32"}}
     recipe = make_recipe(values(zoo, method=method, **changes))
     assert (recipe.learn.lr, recipe.learn.cosine_lr) == (0.05, False)
     pool = InProcess(recipe, size)
