@@ -9,7 +9,9 @@ from statistics import mean, median, stdev
 
 PLAIN = "mehl+ plain"
 """Name of the row of mehl+ with every variant off: what the variants are compared with."""
-REFERENCES = (PLAIN, "best_single", "greedy", "uniform", "ensemble", "trained")
+DEFAULT = "mehl+ default"
+"""Name of the row of mehl+ with the defaults: what a variant that lacks one of them is compared with."""
+REFERENCES = (PLAIN, DEFAULT, "best_single", "greedy", "uniform", "ensemble", "trained")
 """Rows that every row is compared with."""
 COSTS = ("steps", "images")
 """Keys of what it costs to make a soup."""
