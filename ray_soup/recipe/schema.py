@@ -203,8 +203,8 @@ class Recipe(Section):
     learn: Learn = Learn()
     start: PathText | None = None
     """For mehl and mehl+: folder or URI of a finished soup of this model whose coefficients learning begins from, as after
-    ingredients were added or removed. If the uniform soup is better on select, learning begins there. null: the uniform
-    soup."""
+    ingredients were added or removed. If the uniform soup is better on select, learning begins there. null: as
+    learn.screen says."""
     polish: Polish | None = None
     """Training of all weights after the soup is made: the result is no longer an average of the ingredients. null: off."""
     objective: ObjectiveName | Function = "auto"
@@ -228,7 +228,7 @@ class Recipe(Section):
     them."""
     baseline: Literal["best_single", "none"] = "best_single"
     """The ingredient that a soup is compared with on select. none: skip it; evaluating every ingredient on select takes
-    time."""
+    time. learn.screen evaluates them, too."""
     actors: ActorsSection = ActorsSection()
     directions: Directions = Directions()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -12,9 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_soup.actors.messages import StoreInfo
+from ray_soup.recipe import Recipe
 from ray_soup.soups.session import Session
 from ray_soup.soups.start import Beginning, beginning, matches
 from ray_soup.task.choices import cost
+
+
+def screens(recipe: Recipe) -> bool:
+    """Return whether the means of the best ingredients are tried."""
+    return recipe.learn.screen and recipe.start is None and recipe.info.kind == "hyperplane"
 
 
 def beginnings(session: Session, store: StoreInfo) -> list[Beginning]:
@@ -25,8 +31,7 @@ def beginnings(session: Session, store: StoreInfo) -> list[Beginning]:
     """
     start, names = session.inputs.start, [session.inputs.names[k] for k in session.subset]
     if start is None or session.recipe.start is None:
-        screens = session.recipe.learn.screen and session.recipe.info.kind == "hyperplane"
-        return means_of_the_best(_best_first(session), names, store.norms) if screens else []
+        return means_of_the_best(_best_first(session), names, store.norms) if screens(session.recipe) else []
     if len(names) < len(session.inputs.names) and set(matches(start, names, store.sha256)) == {None}:
         return []
     return [beginning(start, names, store.sha256, session.inputs.layout, store.partition, store.norms)]
@@ -56,11 +61,9 @@ def means_of_the_best(order: Sequence[int], names: Sequence[str], norms: NDArray
         best = list(order[:count])
         c = np.zeros((len(order), 1))
         c[best] = 1 / count
-        which = (
-            f"the best ingredient on select, {names[best[0]]}"
-            if count == 1
-            else (f"the mean of the best {count} of {len(order)} ingredients on select")
-        )
+        which = f"the mean of the best {count} of {len(order)} ingredients on select"
+        if count == 1:
+            which = f"the best ingredient on select, {names[best[0]]}"
         about = {"ingredients": count, "mean_of": [names[n] for n in best]}
         found.append(Beginning((c - 1 / len(order)) * norms, which, about, asked=False))
         count *= 2

@@ -32,6 +32,8 @@ LENGTH = 0.8
 little."""
 FIXED = 0.01
 """Learning rate where auto does not fit one to the ingredients."""
+ROUNDING = 1e-6
+"""Share of the squared lengths of two directions up to which the square of their distance is 0 but for rounding."""
 POWER = 0.75
 """How much the unit of a block depends on how far the ingredients differ in it: also chosen on small zoos."""
 
@@ -102,7 +104,7 @@ def moving_coordinates(
         of = whitened(norms[chosen], gram[:, chosen][:, :, chosen], y[chosen], len(chosen) == len(norms), learn.whiten)
     if not _fits(learn):
         return of
-    apart = np.median(norms, axis=0) if gram is None else _apart(gram)
+    apart = _median(norms) if gram is None else _apart(gram)
     unit = apart**POWER * np.sqrt((apart**2).mean()) ** (1 - POWER)
     return Relative(of, np.where(unit > 0, unit, 1.0))
 
@@ -113,9 +115,17 @@ def _apart(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     One ingredient that is far from all others changes their distances from the center, but not those between them.
     """
     one, other = np.triu_indices(gram.shape[1], 1)
-    squares = gram[:, one, one] + gram[:, other, other] - 2 * gram[:, one, other]
-    apart: NDArray[np.float64] = np.sqrt(np.median(np.maximum(squares, 0.0), axis=1) / 2)
+    lengths = gram[:, one, one] + gram[:, other, other]
+    squares = lengths - 2 * gram[:, one, other]
+    squares = np.where(squares > ROUNDING * lengths, squares, 0.0)
+    apart: NDArray[np.float64] = np.sqrt(_median(squares.T) / 2)
     return apart
+
+
+def _median(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the median of each column of [n, B], float64 [B]; where it is 0, as among copies, the mean."""
+    found: NDArray[np.float64] = np.median(values, axis=0)
+    return np.where(found > 0, found, values.mean(axis=0))
 
 
 def _fits(learn: Learn) -> bool:

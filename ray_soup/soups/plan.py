@@ -22,6 +22,7 @@ from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.hyperplane import ITEMSIZE
 from ray_soup.mixing.stores import has_store
 from ray_soup.recipe import Recipe
+from ray_soup.soups.beginnings import screens
 from ray_soup.soups.granularity import resolved_blocks
 from ray_soup.soups.report.measures import measures_in, measures_of, recorded
 from ray_soup.soups.session import (
@@ -158,9 +159,11 @@ def _seconds(
     epoch_s = (per_epoch - 1) * costs.step_s(options.batch_size) + costs.step_s(last) + costs.evaluation_s(select)
     learning = turns * options.epochs * epoch_s + costs.evaluation_s(select)
     learning += options.refit * turns * options.epochs * (epoch_s - costs.evaluation_s(select))
-    recalibrates = bool(inputs.recalibrated(recipe))
-    if recalibrates:  # at the start of every turn and after every epoch
-        learning += turns * (options.epochs + 1) * costs.evaluation_s(min(fit, CALIBRATION_WHILE_CHOOSING))
+    recalibrates, starts = bool(inputs.recalibrated(recipe)), _starts(recipe, len(inputs.ingredients))
+    learning += starts * costs.evaluation_s(select)
+    if recalibrates:  # at every start, that of every turn, and after every epoch, for its mean once more before the next one
+        times = starts + turns * (options.epochs + 1 + options.average * (options.epochs - 1))
+        learning += times * costs.evaluation_s(min(fit, CALIBRATION_WHILE_CHOOSING))
     read = sum(i.nbytes for i in inputs.ingredients)
     store = 0.0
     if not has_store(list(inputs.ingredients), inputs.layout, recipe.directions.dtype):
@@ -176,10 +179,18 @@ def _seconds(
     return seconds | ({"best single ingredient": costs.evaluation_s(passes) + read * timings.read_s} if passes else {})
 
 
+def _starts(recipe: Recipe, count: int) -> int:
+    """Count the soups of `count` ingredients that are evaluated on select before learning begins at one of them."""
+    return 2 if recipe.start is not None else 1 + (count - 1).bit_length() if screens(recipe) else 0
+
+
 def _baseline_passes(recipe: Recipe, count: int, sizes: dict[str, int]) -> int:
-    """Count the forward passes for the best single ingredient: of all on select, then of the best on what is reported."""
+    """Count the forward passes for the best single ingredient: of all on select, then of the best on what is reported.
+
+    Without this baseline, those that rank the ingredients for learn.screen.
+    """
     if recipe.baseline == "none":
-        return 0
+        return count * sizes["select"] * screens(recipe)
     return (count + 1) * sizes["select"] + sum(sizes[name] for name in test_sets(sizes))
 
 

@@ -66,6 +66,18 @@ def test_one_ingredient_far_from_all_others_does_not_change_the_unit() -> None:
     assert found[1] < 1.5 * found[0]
 
 
+def test_copies_do_not_make_the_unit_vanish_or_jump() -> None:
+    """Of six ingredients, five are equal: most pairs are at distance 0."""
+    vectors = np.zeros((6, 10))
+    vectors[0] = 1e-3
+    directions = vectors - vectors.mean(axis=0)
+    of = moving_coordinates(
+        Learn(lr="auto"), False, np.linalg.norm(directions, axis=1)[:, None], (directions @ directions.T)[None],
+        np.arange(6), np.zeros((6, 1)),
+    )  # fmt: skip
+    assert 0 < of.unit[0] < np.linalg.norm(vectors[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whiten", [0.0, 0.5, 1.0])
 def test_learning_at_a_fitting_rate_equals_autograd(zoo: Path, tmp_path: Path, whiten: float) -> None:
