@@ -75,6 +75,7 @@ def ours(recipe: Any, goal: float) -> dict[str, float]:
     from ray_soup.actors.on_ray import RayPool
     from ray_soup.actors.placement import resolve_mesh
     from ray_soup.io.progress import no_progress
+    from ray_soup.soups.granularity import resolved_blocks
     from ray_soup.soups.learn import learn
     from ray_soup.soups.session import open_inputs
     from ray_soup.soups.state import LearnState
@@ -87,7 +88,8 @@ def ours(recipe: Any, goal: float) -> dict[str, float]:
     begins: list[float] = []
     try:
         splits = splits_of(recipe, pool.setup(no_progress))
-        info = pool.open_store(inputs.everything, recipe.blocks, no_progress)
+        kind = resolved_blocks(recipe.blocks, inputs.layout, len(inputs.ingredients), len(splits["fit"]))
+        info = pool.open_store(inputs.everything, kind, no_progress)
         step_of_pool = pool.step
 
         def step_and_note(*arguments: Any) -> Any:

@@ -24,7 +24,8 @@ import torch
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "trajectories.md"
 LENGTH, RATE = 64, 3e-3
-LEARN = {"lr": 0.1, "epochs": 10}
+LEARN = {"lr": 0.1, "epochs": 10, "cosine_lr": True, "average": False, "whiten": 0.0, "screen": False}
+"""The learning rate and the epochs of this study; all else as version 0.1, with which docs/trajectories.md was made."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ Test NLL in nats per byte. A Llama of {parameters():,} parameters learns the sou
 by byte, at a constant rate of {RATE:g} after a warm-up of 50 steps, with a checkpoint every {size.every} steps of
 {size.batch} chunks of {LENGTH} bytes. Its {size.checkpoints} checkpoints are the ingredients.
 Held-out chunks are from other files: {size.fit:,} in fit, {size.select:,} in select, {size.test:,} in test.
-Learned coefficients: `learn.lr={LEARN["lr"]}`,
+Learned coefficients: with the defaults of version 0.1 but `learn.lr={LEARN["lr"]}` and
 `learn.epochs={LEARN["epochs"]}`. The real decays repeat the last {" or ".join(map(str, size.decays))} intervals of the run,
 with the same batches, while the rate falls linearly to zero. *chosen*: the window, or the decay of the moving average, that
 was best on select, by seed.
