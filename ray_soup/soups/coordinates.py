@@ -8,7 +8,7 @@ the ingredients are, and on how many coordinates move at a time. learn.lr: auto 
 where s[b] is how far apart the ingredients are in block b: the median over pairs j, k of |d_j[b] - d_k[b]| / sqrt(2), or,
 without the inner products of the directions, the median of the norms |d_k[b]|. With u = s, tensors in which the ingredients
 hardly differ, such as biases, would hardly move; with u = r, all blocks would move equally far. The learning rate is
-LENGTH / sqrt(m B), which makes the first step about LENGTH r long.
+LENGTH / sqrt(m B), which makes the first step about LENGTH r long, or MOST if that is less.
 
 Shapes: m ingredients of the model batch, K ingredients, B blocks.
 """
@@ -30,6 +30,8 @@ from ray_soup.soups.whitening import Whitened, whitened
 LENGTH = 0.8
 """Length of the first step in units of how far the ingredients are apart. Chosen on small zoos, where 0.4 to 1.6 differ
 little."""
+MOST = 0.1
+"""Largest learning rate that fits: with few coordinates, steps of LENGTH would be as long as the way to the best soup."""
 FIXED = 0.01
 """Learning rate where auto does not fit one to the ingredients."""
 ROUNDING = 1e-6
@@ -137,4 +139,4 @@ def largest_rate(learn: Learn, coordinates: int) -> float:
     """Return the learning rate before its schedule, given how many coordinates move at a time."""
     if learn.lr != "auto":
         return learn.lr
-    return LENGTH / math.sqrt(coordinates) if _fits(learn) else FIXED
+    return min(LENGTH / math.sqrt(coordinates), MOST) if _fits(learn) else FIXED
