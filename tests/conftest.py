@@ -213,6 +213,7 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
+        value = {**plain, **value} if key == "learn" else value
         recipe[section] = {**recipe.get(section, {}), name: value} if name else value
     return recipe
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.hyperplane import Hyperplane, decompressed
 
 Plane = Hyperplane | AdapterPlane
+
+MOST_READ = 32_000_000
+"""Bytes of directions that are read before their memory is released."""
 
 
 def open_store(
@@ -53,8 +56,7 @@ def gram(plane: Plane, part: tuple[int, int]) -> NDArray[np.float64]:
     if isinstance(plane, AdapterPlane):
         return plane.gram(part)
     total = np.zeros((len(plane.store.rows),) * 2)
-    for start, stop, _, chunk in plane.pieces[part[0] :: part[1]]:
-        rows = decompressed(plane.store, start, stop, chunk)
+    for _, rows in _pieces(plane, part):
         total += (rows @ rows.T).double().numpy()
     return total
 
@@ -67,7 +69,18 @@ def gram_of_blocks(plane: Plane, part: tuple[int, int]) -> NDArray[np.float64]:
     if isinstance(plane, AdapterPlane):
         return plane.gram_of_blocks(part)
     total = np.zeros((plane.blocks, *(len(plane.store.rows),) * 2))
-    for start, stop, block, chunk in plane.pieces[part[0] :: part[1]]:
-        rows = decompressed(plane.store, start, stop, chunk)
+    for block, rows in _pieces(plane, part):
         total[block] += (rows @ rows.T).double().numpy()
     return total
+
+
+def _pieces(plane: Hyperplane, part: tuple[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the block and all directions, float32 [K, n], of each piece in a part of a slice, and release what was read."""
+    read = 0
+    for start, stop, block, chunk in plane.pieces[part[0] :: part[1]]:
+        yield block, decompressed(plane.store, start, stop, chunk)
+        read += (stop - start) * plane.store.rows[:, 0].nbytes
+        if read > MOST_READ:
+            plane.store.release()
+            read = 0
+    plane.store.release()

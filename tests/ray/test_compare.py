@@ -206,7 +206,7 @@ def test_no_improvement_has_its_exit_code_if_an_improvement_is_required(zoo: Pat
     for seed in range(2):
         torch.manual_seed(seed)
         save_file(Tiny().state_dict(), tmp_path / "zoo" / f"untrained_{seed}.safetensors")
-    recipe = {**values(zoo), "ingredients": str(tmp_path / "zoo" / "*.safetensors"), "learn": {"lr": 1e-6, "epochs": 1}}
+    recipe = values(zoo, ingredients=str(tmp_path / "zoo" / "*.safetensors"), learn={"lr": 1e-6, "epochs": 1})
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "greedy": {"keep": ">"}}))
     done = CliRunner().invoke(main, ["compare", str(tmp_path / "r.yaml"), str(tmp_path / "out"), "--require-improvement"])
     record = json.loads((tmp_path / "out" / "run.json").read_text())
