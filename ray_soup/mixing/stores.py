@@ -19,7 +19,7 @@ from ray_soup.mixing.hyperplane import Hyperplane, decompressed
 
 Plane = Hyperplane | AdapterPlane
 
-MOST_READ = 32_000_000
+MOST_READ = 8_000_000
 """Bytes of directions that are read before their memory is released."""
 
 
