@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from ray_soup.task.objective import Classification, Objective
 from ray_soup.task.outcomes import LOG_FACTORS, Outcome, Score, join_outcomes
 from ray_soup.task.own_functions import Function
 
+FLOAT32 = nullcontext()
+"""Forward passes in the dtype of the model."""
 UNFINISHED = ("",)  # never equal to a list of paths
 
 
@@ -37,15 +40,6 @@ def score(replica: Replica, split: Split, factor: float = 1.0) -> Score:
         loss.item(), right.item() if has_accuracy else None, weight.item(),
         None if metric is None else scores.item(), len(split),
     )  # fmt: skip
-
-
-def outcome(replica: Replica, split: Split) -> Outcome:
-    """Evaluate the replica's model on a split, example by example."""
-    parts = []
-    with torch.inference_mode():
-        for inputs, targets in replica.micro_batches(split):
-            parts.append(outcome_of(replica.objective, replica.model(inputs), targets, metric=replica.metric))
-    return _about(replica, split, join_outcomes(parts))
 
 
 def outcome_of(
@@ -111,11 +105,24 @@ def evaluate_checkpoint(
             micro-batch; empty lists are filled.
     """
     replica.load_file(path)
+    outcomes = yield from evaluate_model(replica, splits, factored, totals)
+    replica.restore_buffers()
+    return outcomes
+
+
+def evaluate_model(
+    replica: Replica,
+    splits: list[Split],
+    factored: bool = False,
+    totals: list[list[torch.Tensor]] | None = None,
+    precision: AbstractContextManager[object] = FLOAT32,
+) -> Generator[Heartbeat, None, list[Outcome]]:
+    """Evaluate the replica's model on each split, as `evaluate_checkpoint` does, with forward passes in `precision`."""
     outcomes, done, count = [], 0, sum(map(len, splits))
     for number, split in enumerate(splits):
         parts: list[Outcome] = []
         for piece in replica.pieces(split):
-            with torch.inference_mode():
+            with precision, torch.inference_mode():
                 for inputs, targets in replica.micro_batches(piece):
                     outputs = replica.model(inputs).float()
                     parts.append(outcome_of(replica.objective, outputs, targets, factored, replica.metric))
@@ -124,7 +131,6 @@ def evaluate_checkpoint(
             done += len(piece)
             yield "evaluating", done, count
         outcomes.append(_about(replica, split, join_outcomes(parts)))
-    replica.restore_buffers()
     return outcomes
 
 

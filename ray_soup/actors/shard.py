@@ -20,7 +20,7 @@ from ray_soup.actors import precision as precisions
 from ray_soup.actors import timing
 from ray_soup.actors.baker import bake, check_paths
 from ray_soup.actors.candidates import CandidateMixer
-from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, outcome, score
+from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, evaluate_model, score
 from ray_soup.actors.group import ShardGroup
 from ray_soup.actors.messages import (
     Heartbeat,
@@ -51,7 +51,7 @@ from ray_soup.task.checkpointing import checkpoint_layers
 from ray_soup.task.data import Split
 from ray_soup.task.identity import notes_on
 from ray_soup.task.leaks import check_leaks
-from ray_soup.task.outcomes import Outcome, Score, join_outcomes
+from ray_soup.task.outcomes import Outcome, Score
 
 T = TypeVar("T")
 
@@ -253,13 +253,8 @@ class Shard:
     def evaluate_each(self, x: np.ndarray, split: Split) -> Stream[Outcome]:
         """Evaluate the current model batch on a split at x, float32 [m, B], example by example."""
         self._combine(x)
-        parts, done = [], 0
-        for piece in self.replica.pieces(split):
-            with self.precision:
-                parts.append(outcome(self.replica, piece))
-            done += len(piece)
-            yield "evaluating", done, len(split)
-        yield join_outcomes(parts)
+        (found,) = yield from evaluate_model(self.replica, [split], precision=self.precision)
+        yield found
 
     def sum_statistics(self, x: np.ndarray, batches: list[Split]) -> Stream[Sums]:
         """Sum the running statistics of the current model batch at x, float32 [m, B], over `batches`."""

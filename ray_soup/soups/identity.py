@@ -40,8 +40,6 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
             )
 
 
-_BEFORE = {"average": False, "whiten": 0.0, "screen": False}
-"""What version 0.1, which had no such keys, did when it learned by mehl or mehl+."""
 _CHANGED = {
     "blocks": ("tensor", "auto"), "learn.lr": (0.01, "auto"), "learn.cosine_lr": (True, False),
     "learn.average": (False, True), "learn.whiten": (0.0, 0.5), "learn.screen": (False, True),
@@ -54,7 +52,8 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     learn = values.get("learn")
     if method_info(values.get("method", DEFAULT_METHOD)).kind != "hyperplane" or not isinstance(learn, dict):
         return values
-    return {**values, "learn": {**_BEFORE, **learn}}
+    before = {key.removeprefix("learn."): then for key, (then, _) in _CHANGED.items() if key.startswith("learn.")}
+    return {**values, "learn": {**before, **learn}}
 
 
 def _difference(out: Path, old: str, new: str) -> str:

@@ -166,7 +166,7 @@ def _adapter_inputs(
 ) -> Inputs:
     """Lift adapters to ingredients of one model."""
     ingredients, layout, more = lift(recipe.model, adapters, recipe.ignore)
-    check_not_cut(partition(layout, resolved_blocks(recipe.blocks, layout, len(ingredients), 0)))
+    check_not_cut(partition(layout, resolved_blocks(recipe.blocks, layout, len(ingredients), 0, cuttable=False)))
     check_floats(ingredients, layout.names)
     group = group_of(ingredients)
     if group is not None and recipe.adapter.merge:

@@ -274,10 +274,9 @@ def choose_start(
 
     outcomes = [evaluated(start.y) for start in starts]
     uniform = evaluated(np.zeros_like(norms))
-    best, used = uniform, None
+    best, used, rows = uniform, None, np.arange(1, len(select), 2)
     for number, outcome in enumerate(outcomes):
         gain = cost(best, select_by) - cost(outcome, select_by)
-        rows = np.arange(1, len(select), 2)
         better = gain >= 0 if starts[number].asked else is_better(outcome.at(rows), best.at(rows), select_by)
         if math.isfinite(cost(outcome, select_by)) and (better or not math.isfinite(gain)):
             best, used = outcome, number
