@@ -114,7 +114,7 @@ def test_a_search_over_adapters_writes_the_best_trial(tmp_path: Path) -> None:
     ))  # fmt: skip
     soup = search(recipe, tmp_path / "out")
     trials = finished_record(tmp_path / "out")["search"]["trials"]
-    assert [trial["learn.lr"] for trial in trials] == [0.01, 0.1]
+    assert [trial["learn.lr"] for trial in trials] == ["auto", 0.1]
     assert not any(trial.get("error") for trial in trials)
     best = min(trials, key=lambda trial: trial["select_nll"])
     assert soup.record["search"]["best"] == best["trial"]
