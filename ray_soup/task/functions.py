@@ -93,7 +93,7 @@ def _is_command() -> bool:
     """Return whether this process runs the command `ray-soup`."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = os.path.basename(sys.argv[0] if sys.argv else "")
-    return name == "ray-soup" or getattr(spec, "name", None) == "ray_soup.cli"
+    return name == "ray-soup" or getattr(spec, "name", None) == "ray_soup.cli.__main__"
 
 
 @functools.cache
