@@ -359,8 +359,9 @@ def curve_in(figures: dict[str, float]) -> list[float]:
     return [value for key, value in figures.items() if key.startswith("curve_")]
 
 
-def markdown(results: Results, seeds: int, any_version: bool = False) -> str:
+def markdown(results: Results, seeds: int, any_version: bool = False, kept: bool = False) -> str:
     """Return docs/zoos.md."""
+    asked = f"--seeds {seeds}{' --any-version' if any_version else ''}{' --kept' if kept else ''} --write"
     mixed = " Some results may be those of earlier versions of ray_soup." if any_version else ""
     over = {zoo: found for zoo, found in results.items() if zoo not in APART} or results
     apart = "".join(f" Without `{zoo}`, which has a table of its own below." for zoo in results if zoo not in over)
@@ -403,7 +404,7 @@ Of the variants, an NLL above that of `{PLAIN}` by more than the standard error 
 """
     for zoo, by_seed in results.items() if len(results) > 1 else ():
         text += f"\n## {zoo}\n\n{main_table({zoo: by_seed})}\n"
-    return text + "\nMade with `python -m tests.benchmarks zoos --write`.\n"
+    return f"{text}\nMade with `python -m tests.benchmarks zoos {asked}`.\n"
 
 
 def summary(results: Results) -> Iterator[tuple[str, str, float]]:
@@ -423,7 +424,7 @@ def main() -> dict[str, float]:
     except KeyboardInterrupt:
         sys.stderr.write(f"Interrupted. Finished results are in {options.out}; rerun the same command to resume.\n")
         sys.exit(130)
-    text = markdown(results, len(options.seeds), options.any_version)
+    text = markdown(results, len(options.seeds), options.any_version, options.kept)
     print(text)
     if options.write:
         DOCS.write_text(text, encoding="utf-8")
