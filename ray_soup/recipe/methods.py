@@ -14,7 +14,7 @@ Kind = Literal["selection", "schedule", "hyperplane", "softmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
-    """One method. A new method is one entry of METHODS and one function in ray_soup.soups.make."""
+    """One method. A new method is one entry of METHODS and one function in ray_soup.soups.methods."""
 
     name: str
     kind: Kind

@@ -26,7 +26,7 @@ from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import Polish
 from ray_soup.soups.baseline import compared
-from ray_soup.soups.make import Mixture
+from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import DIFFERENCE, MODEL, Output
 from ray_soup.soups.report.measures import Measures, measures_of
 from ray_soup.soups.session import CALIBRATION, Session

@@ -17,7 +17,8 @@ from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
 from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
-from ray_soup.soups.make import Mixture, coefficients_without_data, make, mean_coefficients
+from ray_soup.soups.make import make
+from ray_soup.soups.mixture import Mixture, coefficients_without_data, mean_coefficients
 from ray_soup.soups.output import BOARD, MODEL_FILES, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,

@@ -21,7 +21,7 @@ from ray_soup.recipe import DEFAULT_METHOD, POLISHED, TRAINED, Polish, Recipe, f
 from ray_soup.soups.comparison import Comparison, SoupEntry, SoupResult
 from ray_soup.soups.evaluations import reported
 from ray_soup.soups.finished_polished import rebuild
-from ray_soup.soups.make import Mixture
+from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import Clock, Output
 from ray_soup.soups.own_evaluation import folder_of_soup
 from ray_soup.soups.polish import NoMemoryError, Trained, bake_soup, copy, notes_on, together, train_weights

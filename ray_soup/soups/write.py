@@ -26,7 +26,7 @@ from ray_soup.mixing.distributed_bake import bake_distributed
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.recipe import Recipe
 from ray_soup.soups.baking import bake_whole
-from ray_soup.soups.make import Mixture
+from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card

@@ -54,7 +54,7 @@ def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.on_ray import RayPool
     from ray_soup.io.progress import no_progress
-    from ray_soup.soups.greedy import greedy, ranking
+    from ray_soup.soups.methods.greedy import greedy, ranking
     from ray_soup.soups.session import Session, open_inputs
 
     recipe = make_recipe_and_zoo(values, folder)

@@ -57,7 +57,7 @@ def uniform_soup(ingredients: list[Ingredient], layout: Layout) -> Coefficients:
     """Return the coefficients of the uniform soup."""
     from ray_soup.mixing.blocks import partition
     from ray_soup.mixing.coefficients import Coefficients
-    from ray_soup.soups.make import mean_of
+    from ray_soup.soups.mixture import mean_of
 
     whole = partition(layout, "model")
     block_of = dict(zip(layout.names, whole.block.tolist(), strict=True))

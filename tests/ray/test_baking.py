@@ -19,7 +19,7 @@ from ray_soup.io.progress import no_progress
 from ray_soup.mixing.bake import bake, plan_baking, read_bytes
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.make import mean_coefficients
+from ray_soup.soups.mixture import mean_coefficients
 from ray_soup.soups.session import open_inputs
 from tests.conftest import values
 

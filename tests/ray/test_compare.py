@@ -19,7 +19,8 @@ from ray_soup.recipe import Recipe, for_method, make_recipe
 from ray_soup.soups.compare import compare
 from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.finished import verify
-from ray_soup.soups.make import Mixture, make
+from ray_soup.soups.make import make
+from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import Soup
 from ray_soup.soups.report.tables import comparison_markdown, quality, table
 from ray_soup.soups.run import run

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from ray_soup.actors.evaluation import outcome_of
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.greedy import greedy
-from ray_soup.soups.make import mean_of
+from ray_soup.soups.methods.greedy import greedy
+from ray_soup.soups.mixture import mean_of
 from ray_soup.task.choices import ranking
 from ray_soup.task.data import Split, calibration_batches
 from ray_soup.task.objective import Classification

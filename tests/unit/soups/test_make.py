@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 
 from ray_soup.recipe import METHODS
-from ray_soup.soups.make import MAKERS
+from ray_soup.soups.methods.registry import MAKERS
 from tests.conftest import ROOT
 
 UNAMBIGUOUS = {"best_single", "learned", "learned+", "mehl", "mehl+"}  # "uniform" is a distribution, too
-MAY_NAME_METHODS = {"recipe/methods.py", "recipe/schema.py", "soups/make.py"}  # the schema: values of `baseline`
+MAY_NAME_METHODS = {"recipe/methods.py", "recipe/schema.py", "soups/methods/registry.py"}  # the schema: values of `baseline`
 
 
 def test_every_method_has_a_function_and_every_function_a_row_in_the_table() -> None:

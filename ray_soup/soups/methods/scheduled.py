@@ -12,9 +12,18 @@ from numpy.typing import NDArray
 from ray_soup.errors import SoupError
 from ray_soup.mixing.schedules import DECAYS, windows
 from ray_soup.recipe import Recipe
+from ray_soup.soups.mixture import Mixture, on_whole_model
 from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session
 from ray_soup.soups.trajectory import fixed_weights, is_chosen, is_shaped, steps_of, weights
 from ray_soup.task.choices import cost, figures_on_select
+
+
+def scheduled(session: Session) -> Mixture:
+    """Mix the last steps of one run by a schedule, or by their moving average."""
+    choice, recipe = choose(session), session.recipe
+    figures = choice.record(session)
+    note = choice.note(recipe.method, figures, len(session.subset))
+    return Mixture(on_whole_model(session, choice.weights[:, None]), figures, [note])
 
 
 @dataclass
