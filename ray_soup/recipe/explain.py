@@ -108,10 +108,32 @@ def unknown_key(root: type[BaseModel], where: list[str]) -> str:
     if dot and below(below(parent, first), last) is not None:
         return f"unknown key; write {last} below {first}, as in {first}: {{{last}: ...}}."
     fields: Iterable[str] = parent.model_fields
-    near = difflib.get_close_matches(where[-1][:100], list(fields), n=1)
     prefix = ".".join([*where[:-1], ""])
-    hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys here: {', '.join(fields)}."
+    near = _near(where[-1][:100], prefix, fields, root)
+    hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"known keys here: {', '.join(fields)}."
     return f"unknown key; {hint}"
+
+
+def _near(key: str, prefix: str, fields: Iterable[str], root: type[BaseModel]) -> list[str]:
+    """Return the full names of the keys that a wrong one may stand for: of the same name, otherwise of a similar one."""
+    ends: dict[str, list[str]] = {}
+    for name, _ in every_key(root):
+        ends.setdefault(name.rpartition(".")[2], []).append(name)
+    if key in ends:
+        return ends[key]
+    near = difflib.get_close_matches(key, list(fields), n=1)
+    if near:
+        return [prefix + near[0]]
+    return [name for end in difflib.get_close_matches(key, list(ends), n=1) for name in ends[end]]
+
+
+def every_key(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the full name and the field of every key: of a section first its own, then those below it."""
+    for key, info in section.model_fields.items():
+        yield prefix + key, info
+        inner = section_in(info.annotation)
+        if inner is not None:
+            yield from every_key(inner, f"{prefix}{key}.")
 
 
 # What a key expects

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ray_soup.errors import RecipeError
 from ray_soup.recipe.explain import below, expected_by, members
 from ray_soup.recipe.paths import is_function
 
@@ -79,7 +80,7 @@ def refusal(section: type[Section], values: dict[str, Any], key: str) -> str | N
     """Return what a key expects if it refuses the value in `values`; None if it accepts the value."""
     try:
         section.model_validate(values)
-    except ValidationError:
+    except (ValidationError, RecipeError):
         last: Any = section
         for part in key.split("."):
             info, last = last.model_fields[part], below(last, part)

@@ -60,6 +60,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | N
     differs from the recipe's own method, the recipe is converted as `for_method` does; overrides are applied last.
     Raises RecipeError if the file cannot be read or a key is wrong.
     """
+    if not isinstance(path, (str, Path)):
+        raise RecipeError(f"Found {shown(path)} as a recipe file; expected the path of a YAML file. Pass its path.")
     path = Path(path)
     source = f"The recipe {path}"
     values = parse_yaml(read_text(path, source), source, _is_text)
@@ -130,10 +132,12 @@ def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe
 def _make(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Validate keys; a fault of a key that an override sets is that override's."""
     try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
+        return Recipe(**values)
+    except RecipeError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
         by_source: dict[str, list[Fault]] = {}
-        for fault in faults_of(error, Recipe):
+        for fault in faults_of(error.__cause__, Recipe):
             typed = next((one for one in reversed(overrides) if _concerns(one.partition("=")[0], fault.key)), None)
             by_source.setdefault(source if typed is None else _named(typed), []).append(fault)
         lines = (f"{name} is not valid:\n" + "\n".join(f"  {f}" for f in faults) for name, faults in by_source.items())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from ray_soup.errors import RecipeError
@@ -11,6 +13,12 @@ from ray_soup.errors import RecipeError
 SHOWN = 80  # characters of a value in a message
 MOST_DEPTH = 20
 MOST_VALUES = 200_000
+_INSTEAD = {
+    "ingredients": "the paths of checkpoints",
+    "model": "the name of a model, or of a function that builds it, as in my_package.module:build",
+    "data": "a path, or the name of a function that returns the data set, as in my_package.module:function",
+}
+"""What a section expects where an object in memory was given: other processes, and a later run, must find it too."""
 
 
 def shown(value: Any) -> str:
@@ -27,8 +35,9 @@ def shown(value: Any) -> str:
 def plain(values: Any, where: str = "", what: str = "The recipe") -> Any:
     """Convert values from Python into dicts, lists, texts, truth values, None and numbers.
 
-    Tuples become lists, paths become texts, and scalars of NumPy become numbers. Raises RecipeError, which names the key
-    and starts with `what`, for other objects, for keys that are not text, and for cycles.
+    Tuples become lists, paths become texts, scalars of NumPy become numbers, and a function or class that can be imported
+    becomes its name, `module:function`. Raises RecipeError, which names the key and starts with `what`, for other objects,
+    for keys that are not text, and for cycles.
     """
     return _Plain(what).of(values, where, 0)
 
@@ -56,12 +65,26 @@ class _Plain:
             return [self.of(v, f"{where}[{n}]", depth + 1) for n, v in enumerate(value)]
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        elif isinstance(value, (FunctionType, type)):
+            return self.function(value, where)
         elif type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
             value = value.item()
         for kind in (str, int, float):  # subclasses, such as members of an Enum
             if isinstance(value, kind):
                 return value if isinstance(value, bool) else kind(value) if kind is not str else str.__str__(value)
+        section = where.partition(".")[0].partition("[")[0]
+        expected = _INSTEAD.get(section, "text, a number, true, false, a list or keys")
+        in_memory = " For models and data in memory, use ray_soup.mix_state_dicts." if section in _INSTEAD else ""
+        raise self.refuse(where, f"found {shown(value)} of type {type(value).__name__}. Expected {expected}.{in_memory}")
+
+    def function(self, value: Any, where: str) -> str:
+        """Return the name by which other processes can import a function or class."""
+        module, name = str(value.__module__), str(value.__qualname__)
+        if module != "__main__" and getattr(sys.modules.get(module), name, None) is value:
+            return f"{module}:{name}"
+        place = "this script or notebook" if module == "__main__" else module
         raise self.refuse(
             where,
-            f"found {shown(value)} of type {type(value).__name__}. Expected text, a number, true, false, a list or keys.",
+            f"found {name} of {place}, which other processes cannot import. Expected a function at the top level of a "
+            "module. Move it into a file, and pass it from there, or write its name, as in my_package.module:function.",
         )

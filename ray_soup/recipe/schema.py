@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from ray_soup.errors import RecipeError
 from ray_soup.recipe.blocks import Blocks
 from ray_soup.recipe.distributions import fault_of, points
 from ray_soup.recipe.explain import Fault, FaultsError, below, faults_of, is_section, unknown_key
@@ -26,7 +27,7 @@ from ray_soup.recipe.fields import (
 )
 from ray_soup.recipe.learning import Learn
 from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
-from ray_soup.recipe.plain import shown
+from ray_soup.recipe.plain import plain, shown
 from ray_soup.recipe.preprocessing import Preprocessing
 from ray_soup.recipe.tuning import Finetune, Polish, Search
 
@@ -244,6 +245,13 @@ class Recipe(Section):
     file."""
     finetune: Finetune = Finetune()
     search: Search = Search()
+
+    def __init__(self, **values: Any) -> None:
+        """Check the keys of a recipe. Raises RecipeError with one line for each invalid key."""
+        try:
+            super().__init__(**plain(values))
+        except ValidationError as error:
+            raise RecipeError("\n  ".join(["The recipe is not valid:", *map(str, faults_of(error, Recipe))])) from error
 
     @property
     def info(self) -> MethodInfo:
