@@ -60,7 +60,7 @@ class MeshRecord(TypedDict):
 
 
 class IngredientRecord(TypedDict):
-    """An ingredient in run.json; the last two keys only if it comes from a sweep."""
+    """An ingredient in run.json; metrics only if it comes from a sweep, hyperparameters also if its file states them."""
 
     name: str
     path: str

@@ -33,6 +33,7 @@ from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
 from ray_soup.task.companions import adapter_line, loading_line, write_companions, write_tokenizer
 from ray_soup.task.data import Split
+from ray_soup.task.evidence_files import settings_in_files
 from ray_soup.task.merged_models import merged_soup
 from ray_soup.task.outcomes import Outcome
 from ray_soup.task.peft_models import check_with_peft
@@ -220,12 +221,15 @@ def write_descriptions(
 
 
 def listed(ingredients: Sequence[Ingredient], sha256: Sequence[str]) -> list[IngredientRecord]:
-    """Return the ingredients for run.json, with hyperparameters and metrics if they came from a sweep."""
+    """Return the ingredients for run.json, with hyperparameters from a sweep or the files, and metrics from a sweep."""
+    stated = settings_in_files(ingredients)
     records: list[IngredientRecord] = []
-    for ingredient, digest in zip(ingredients, sha256, strict=True):
+    for ingredient, digest, settings in zip(ingredients, sha256, stated, strict=True):
         record: IngredientRecord = {"name": ingredient.name, "path": ingredient.path, "sha256": digest}
         if ingredient.trial:
             record |= {"hyperparameters": ingredient.trial.config, "metrics": ingredient.trial.metrics}
+        elif settings:
+            record["hyperparameters"] = settings
         records.append(record)
     return records
 

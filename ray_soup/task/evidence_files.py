@@ -37,14 +37,44 @@ def sources(
     return [*_arguments(ingredient.metadata), *beside(ingredient.files[0].rpartition("/")[0])]
 
 
+def settings_in_files(ingredients: Sequence[Ingredient]) -> list[dict[str, Any]]:
+    """Return the training arguments stored in each ingredient's file that differ between the ingredients.
+
+    Only arguments that every ingredient has count: numbers, booleans, and texts that some ingredients share, so that names
+    of runs and folders are left out.
+    """
+    found = []
+    for ingredient in ingredients:
+        arguments = _nested(ingredient.metadata) + _decoded(ingredient.metadata)
+        found.append(dict(arguments[0][1]) if arguments else {})
+
+    def is_setting(key: str) -> bool:
+        values = [some.get(key) for some in found]
+        is_text = any(isinstance(value, str) for value in values)
+        distinct = len({str(value) for value in values})
+        return all(isinstance(v, (bool, int, float, str)) for v in values) and 1 < distinct < len(values) + (not is_text)
+
+    varied = [key for key in found[0] if is_setting(key)]
+    return [{key: some[key] for key in varied} for some in found]
+
+
 def _arguments(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the mappings in a checkpoint that may be a script's arguments, with their places."""
-    nested = [(f"its {key}", metadata[key]) for key in ARGUMENTS if isinstance(metadata.get(key), Mapping)]
+    found = [*_nested(metadata), *_decoded(metadata), ("its metadata", metadata)]
+    return [(place, values) for place, values in found if values]
+
+
+def _nested(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(f"its {key}", metadata[key]) for key in ARGUMENTS if isinstance(metadata.get(key), Mapping)]
+
+
+def _decoded(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the JSON objects in the metadata of a safetensors file, which are texts."""
     decoded = []
-    for key, value in metadata.items():  # the metadata of safetensors are texts
+    for key, value in metadata.items():
         if isinstance(value, str) and value[:1] == "{" and len(value) < LARGEST:
             decoded.append((f"its {key}", _parsed(value)))
-    return [(place, values) for place, values in (*nested, *decoded, ("its metadata", metadata)) if values]
+    return decoded
 
 
 def beside_in(names: Sequence[str], folder: str) -> list[tuple[str, Mapping[str, Any]]]:

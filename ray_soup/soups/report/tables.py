@@ -244,8 +244,8 @@ def series_legend(rows: Sequence[Row], key: str, split: str, measures: Measures 
     return f"{name[0].upper()}{name[1:]} {which}; each column is one N."
 
 
-def trials_table(search: Mapping[str, Any], which: str, measures: Measures = Measures(), everything: bool = True) -> Table:
-    """Format the `trials` of a search, or its `pareto` front; of the figures all, or only the one that was optimized."""
+def trials_table(search: Mapping[str, Any], which: str, measures: Measures = Measures()) -> Table:
+    """Format the `trials` of a search, or its `pareto` front."""
     keys = [(key, key.rpartition(".")[2], "{:.4g}") for key in search["keys"]]
     loss = "loss" if measures.own_loss else measures.loss_heading
     figures = [
@@ -259,8 +259,7 @@ def trials_table(search: Mapping[str, Any], which: str, measures: Measures = Mea
         ("percent", "done %", "{:.0f}"),
         ("error", "error", "{}"),
     ]
-    shown = figures if everything else [figure for figure in figures if figure[0] == search["metric"]]
-    return table(search[which], [("trial", "trial", "{}"), *keys, *shown, *costs])
+    return table(search[which], [("trial", "trial", "{}"), *keys, *figures, *costs])
 
 
 def searched_for(search: Mapping[str, Any], measures: Measures) -> str:

@@ -18,26 +18,11 @@ import click
 from ray_soup.errors import OutputClosed, SoupError
 from ray_soup.io.disk import json_text
 from ray_soup.io.redact import printable, redact
-from ray_soup.recipe import BASELINES, BEST_SINGLE
+from ray_soup.recipe import BEST_SINGLE
 from ray_soup.soups.report.measures import Measures, measures_in
-from ray_soup.soups.report.tables import (
-    Columns,
-    comparison_markdown,
-    cost,
-    insert,
-    own_columns,
-    paired_table,
-    quality,
-    searched_for,
-    series_table,
-    series_title,
-    steps_table,
-    table,
-    titled,
-    trials_table,
-)
-from ray_soup.soups.report.text import MARKS, preprocessing_text
-from ray_soup.task.outcomes import judged
+from ray_soup.soups.report.tables import comparison_markdown, insert, steps_table
+from ray_soup.soups.report.terminal_tables import comparison_text, figures_text, table_text, trials_text
+from ray_soup.soups.report.text import preprocessing_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,21 +34,14 @@ if TYPE_CHECKING:
 LOG_INTERVAL_S = 10
 NARROWEST = 20
 """Terminal columns below which a width cannot be true."""
-WIDTH = 80
-"""Terminal columns that tables fit into."""
 LONGEST_NAME = 120
 """Terminal columns of the longest name that is shown whole."""
 
 
 def echo(text: str) -> None:
     """Print a text to stdout. Raises OutputClosed if its reader has ended, SoupError if it cannot be written."""
-    _echo_styled(printable(redact(text)))
-
-
-def _echo_styled(text: str) -> None:
-    """Print a text whose terminal escapes are ours."""
     try:
-        click.echo(text)
+        click.echo(printable(redact(text)))
     except (OSError, ValueError) as error:
         raise unwritable(error) from error
 
@@ -182,40 +160,14 @@ def print_json(found: object) -> None:
     echo(json_text(found))
 
 
-def print_table(head: Sequence[str], cells: Sequence[Sequence[str]], whole: bool = False) -> None:
-    """Print a table, all columns but the first aligned to the right.
-
-    Args:
-        head: the headings.
-        cells: the cells of each row.
-        whole: True to cut the other headings, and neither the first column nor any cell, if the table is too wide.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: a table should fit into 80 columns
-    longest = [max((len(name_of(line[n])) for line in cells), default=0) if whole else 0 for n in range(len(head))]
-    room = (console.width - longest[0]) // max(1, len(head) - 1) - 3 if whole else LONGEST_NAME
-    for number, name in enumerate(head):
-        heading = name_of(name, longest=min(LONGEST_NAME, max(longest[number], room)) if number else LONGEST_NAME)
-        shown.add_column(
-            Text(heading), justify="right" if number else "left", no_wrap=True, min_width=longest[number] or None
-        )
-    for line in cells:
-        shown.add_row(*(Text(name_of(cell)) for cell in line))
-    with console.capture() as captured:
-        console.print(shown)
-    _echo_styled(captured.get().removesuffix("\n"))
+def print_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Print a table, as `table_text` formats it."""
+    echo(table_text(head, cells))
 
 
 def print_row(*rows: Mapping[str, Any], measures: Measures = Measures()) -> None:
     """Print the figures of one model or two, one figure per line: side by side they do not fit into 80 columns."""
-    head, cells = table(rows, [*quality(rows, measures), *cost(measures)])
-    first, *lines = zip(head, *cells, strict=True)
-    print_table(first, lines, whole=True)  # a long path must not cut the names of the figures
-    _explain_marks(cells)
+    echo(figures_text(rows, measures))
 
 
 def print_evaluation(row: Mapping[str, Any], as_json: bool) -> None:
@@ -228,13 +180,6 @@ def print_evaluation(row: Mapping[str, Any], as_json: bool) -> None:
     if preprocessing := preprocessing_text(row.get("preprocessing", {})):
         echo(f"Preprocessing: {preprocessing}")
     return None
-
-
-def _explain_marks(cells: Sequence[Sequence[str]]) -> None:
-    """Print what the marks on figures mean that are in a table."""
-    for mark, note in MARKS.items():
-        if any(mark in cell for line in cells for cell in line):
-            echo(note)
 
 
 def _rows_of(soup: Soup) -> list[Mapping[str, Any]]:
@@ -289,9 +234,7 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
     if markdown or as_json:
         return
-    _print_methods(soup.record)
-    _print_series(soup.record)
-    _print_tests(soup.record)
+    echo(comparison_text(soup.record))
     adapter = any(name.startswith("adapter_model") for name in soup.record["files"])
     model = _distributed(soup) or ("adapter_model" if adapter else "model") + ".safetensors"
     echo(f"Wrote {soup.out}/report.html with tables and figures, and {model} with the soup {soup.record['chosen']}.")
@@ -299,14 +242,7 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
 
 def print_trials(record: Mapping[str, Any]) -> None:
     """Print the trials of the search in run.json, its Pareto front, and which trial is best."""
-    found, measures = record["search"], measures_in(record)
-    front = f"Pareto front of {searched_for(found, measures)}, memory and time"
-    for title, which in (("Trials", "trials"), (front, "pareto")):
-        echo(f"{title}:")
-        whole = trials_table(found, which, measures)
-        print_table(*(whole if _fits(*whole) else trials_table(found, which, measures, everything=False)))
-    _explain_marks(trials_table(found, "trials", measures)[1])
-    echo(f"Best: trial {found['best']}.")
+    echo(trials_text(record))
 
 
 def print_zoo(entries: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], out: str) -> None:
@@ -342,59 +278,3 @@ def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], a
 def _print_notes(soup: Soup) -> None:
     for note in soup.notes:
         say(note)
-
-
-def _print_methods(record: Mapping[str, Any]) -> None:
-    splits, rows, measures = judged(record["examples"]), record["table"], measures_in(record)
-    everything, own = quality(rows, measures), own_columns(rows)
-    accuracy = [c for c in everything if c[0] == "select_accuracy"]
-    columns = [c for c in everything if c not in (*accuracy, *own)]  # without them: 80 columns
-    if len(splits) == 1:
-        for part in _parts(rows, columns):
-            print_table(*table(rows, part))
-    else:  # one table for each figure, with a column for each test set
-        for figure in ("_accuracy", "_metric", "_nll", "_perplexity", "_bits_per_byte"):
-            some = [c for c in columns if c[0].endswith(figure) and any(c[0] in row for row in rows)]
-            if some:
-                print_table(*table(rows, [columns[0], *some]))
-    while own:  # as many to a table as fit
-        count = next((n for n in range(len(own), 1, -1) if _fits(*table(rows, [columns[0], *own[:n]]))), 1)
-        print_table(*table(rows, [columns[0], *own[:count]]))
-        own = own[count:]
-    print_table(*table(rows, [columns[0], *accuracy, *cost(measures)]))
-    _explain_marks(table(rows, everything)[1])
-
-
-def _parts(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[Columns]:
-    """Cut a table at the end of the figures on select if it is too wide; each part begins with the model's name."""
-    if _fits(*table(rows, columns)):
-        return [columns]
-    on_select = [column for column in columns if column[0].startswith("select_")]
-    rest = [column for column in columns[1:] if column not in on_select]
-    return [[columns[0], *part] for part in (on_select, rest) if part]
-
-
-def _fits(head: Sequence[str], cells: Sequence[Sequence[str]]) -> bool:
-    """Return whether a table fits into WIDTH columns."""
-    return sum(max(map(len, column)) + 2 for column in zip(head, *cells, strict=True)) < WIDTH
-
-
-def _print_series(record: Mapping[str, Any]) -> None:
-    series = (("without the N best ingredients", "dropped", "eliminations"), ("with N ingredients", "count", "counts"))
-    measures = measures_in(record)
-    for which, key, name in series:
-        for split in judged(record["examples"]) if record[name] else ():
-            echo(f"{series_title(record[name], split, measures)}, {which}:")
-            print_table(*series_table(record[name], key, split, measures))
-
-
-def _print_tests(record: Mapping[str, Any]) -> None:
-    for split in judged(record["examples"]) if record["tests"] else ():
-        for baseline in BASELINES:
-            echo(f"Paired tests against {baseline} on {titled(split)}:")
-            head, cells = paired_table(record["tests"], baseline, split, measures_in(record))
-            whole = range(len(head))
-            at = next((n for n in whole if head[n].startswith(measures_in(record).loss_heading)), 0)
-            parts = [whole] if at < 2 or _fits(head, cells) else [whole[:at], (0, *whole[at:])]
-            for columns in parts:
-                print_table([head[n] for n in columns], [[line[n] for n in columns] for line in cells])

@@ -277,7 +277,6 @@ def test_the_pareto_front_and_the_trials_follow_the_metric() -> None:
     assert pareto([best, quick, beaten], "select_metric") == [best, quick]
     search = {"keys": [], "metric": "select_metric", "trials": [best, quick]}
     assert trials_table(search, "trials", NUMBERS)[0][:3] == ["trial", "select MSE", "select metric"]
-    assert trials_table(search, "trials", NUMBERS, everything=False)[0][:2] == ["trial", "select metric"]
     own = dataclasses.replace(NUMBERS, own_loss="a:b")
     assert trials_table(search, "trials", own)[0][1] == "select loss"
 

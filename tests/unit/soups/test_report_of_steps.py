@@ -10,7 +10,7 @@ import pytest
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.schedules import decay_of, schedule
 from ray_soup.soups.report.tables import steps_table
-from ray_soup.soups.report.terminal import _print_tests
+from ray_soup.soups.report.terminal_tables import _tests
 from ray_soup.soups.report.trajectories import by_layer, weights_by_step
 
 TENSORS = ("embed.weight", "layers.0.a", "layers.0.b", "layers.1.a", "head.weight", "head.same")
@@ -57,13 +57,11 @@ def test_the_terminal_shows_the_steps_in_use_and_at_most_twenty_lines() -> None:
 
 
 @pytest.mark.parametrize("name", ["mehl+", "schedule:minus_sqrt"])
-def test_paired_tests_of_long_names_are_cut_into_two_tables_and_not_their_figures(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_paired_tests_of_long_names_continue_below_and_no_figure_is_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     figures = {f"{what}{end}": -0.12345 for what in ("accuracy", "nll") for end in ("", "_low", "_high")}
     test = {"split": "test", "model_name": name, "against": "best_single", "mcnemar_p": 0.00018, **figures}
-    _print_tests({"examples": {"fit": 10, "test": 10}, "tests": [test, {**test, "against": "greedy"}]})
-    shown = capsys.readouterr().out
+    shown = "\n".join(_tests({"examples": {"fit": 10, "test": 10}, "tests": [test, {**test, "against": "greedy"}]}))
     assert "…" not in shown
     assert shown.count("-0.1235 (-0.1235, -0.1235)") == shown.count("-12.35 (-12.35, -12.35)") == 2
     assert shown.count("minus greedy") == (1 if name == "mehl+" else 2)

@@ -14,6 +14,7 @@ from ray_soup.soups.output import Soup
 from ray_soup.soups.report import terminal
 from ray_soup.soups.report.tables import MARK
 from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_row, print_soup, print_zoo
+from ray_soup.soups.report.terminal_tables import comparison_text, table_text
 
 
 def row(name: str, **figures: Any) -> dict[str, Any]:
@@ -42,18 +43,32 @@ def comparison(*tests: str) -> Soup:
     return Soup("out", rows, record, ["A note."])  # type: ignore[arg-type]
 
 
-def test_values_of_the_recipes_function_have_tables_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    soup = comparison("v2", "sketch")
-    own = {f"evaluate_benchmark number {n}": n + 0.125 for n in range(12)}
-    soup.record["table"][1] |= own
+@pytest.mark.parametrize("columns", [60, 80, 132, None])
+def test_tables_fit_into_any_terminal_with_every_value_uncut(columns: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit side by side continues below; in a pipe, every line is as long as it needs to be."""
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    soup = comparison("test_v2", "test_sketch")
+    soup.record["table"][1] |= {f"evaluate_benchmark number {n}": n + 0.125 for n in range(12)}
     soup.record["evaluate"] = {"function": "a:b"}
-    print_comparison(soup, as_json=False)
-    shown = capsys.readouterr().out
+    shown = comparison_text(soup.record)
     for n in range(12):
-        assert shown.count(f"benchmark number {n} ") == 1
-        assert f" {n + 0.125:.4g} " in shown
-    assert max(len(line) for line in shown.splitlines() if not line.startswith("Wrote")) <= 80
+        assert shown.count(f"benchmark number {n} ") + shown.count(f"benchmark number {n}\n") == 1
+        assert f" {n + 0.125:.4g}" in shown
     assert "…" not in shown
+    longest = max(len(line) for line in shown.splitlines() if line[:1] != "†" and line[-1:] != ":")  # no sentences
+    assert longest <= columns if columns else longest > 132
+
+
+def test_numbers_are_not_cut_even_where_names_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long, number = "a" * 30 + "b" * 30, "-123,456.7890 (-123,456.7890, +1.0)"
+    first, _, row, *rest = table_text(["model", "points", "p", "seconds"], [[long, number, "0.05", "1"]]).splitlines()
+    assert first.split() == ["model", "points", "p"]  # a p-value stays beside its difference
+    assert row.split(maxsplit=1) == [f"{'a' * 9}…{'b' * 10}", f"{number}  0.05"]
+    assert [line.split() for line in rest if "s" in line] == [["model", "seconds"]]
 
 
 @pytest.fixture
@@ -120,7 +135,10 @@ def test_a_finished_soup_is_not_said_to_have_run(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("tests", [("test",), ("test_v1", "test_v2"), ()])
-def test_a_comparison_has_all_tables_in_80_columns(tests: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_has_all_tables_in_80_columns(
+    tests: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     print_comparison(comparison(*tests), as_json=False)
     shown = capsys.readouterr()
     names = [split.removeprefix("test_") for split in tests] or ["select"]

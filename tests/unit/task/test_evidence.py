@@ -344,3 +344,18 @@ def test_fine_tuning_starts_from_weights_with_the_preprocessing_of_the_recipe(tm
     with pytest.raises(RecipeError, match=r"open_clip:webli was trained with mean 0.5.*resize_mode squash") as caught:
         started(siglip, pretrained="open_clip:webli")
     started(str(caught.value).partition("model: ")[2].partition("\n")[0], pretrained="open_clip:webli")
+
+
+def test_the_settings_of_a_sweep_are_the_arguments_that_differ_between_files(tmp_path: Path) -> None:
+    """Names of runs differ everywhere and are no settings; safetensors files keep arguments as a text."""
+    runs = [{"lr": 0.1 * (k + 1), "opt": "adamw" if k else "sgd", "out": f"/x/{k}", "amp": k > 1, "epochs": 3, "drop": [k]}
+            for k in range(3)]  # fmt: skip
+    for k, arguments in enumerate(runs):
+        torch.save({"state_dict": {"w": torch.ones(2)}, "args": argparse.Namespace(**arguments)}, tmp_path / f"{k}.pt")
+        save_file({"w": torch.ones(2)}, tmp_path / f"{k}.safetensors", {"args": json.dumps(arguments)})
+    expected = [{key: arguments[key] for key in ("lr", "opt", "amp")} for arguments in runs]
+    for suffix in ("pt", "safetensors"):
+        opened = [open_ingredient(str(tmp_path / f"{k}.{suffix}")) for k in range(3)]
+        assert evidence_files.settings_in_files(opened) == expected
+    save_file({"w": torch.ones(2)}, tmp_path / "plain.safetensors")
+    assert evidence_files.settings_in_files([*opened, open_ingredient(str(tmp_path / "plain.safetensors"))]) == [{}] * 4
