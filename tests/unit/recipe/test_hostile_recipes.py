@@ -741,24 +741,3 @@ def test_any_override_is_applied_or_refused(key: str, text: str) -> None:
     ):
         with suppress(RecipeError):
             assert make_recipe({"model": "a:b"} | parse_overrides([override])).model
-
-
-# Recipes of the documentation
-
-
-def documented() -> list[tuple[str, str]]:
-    found = []
-    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
-        for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL)):
-            if re.search(r"^(model|search|method|finetune|ingredients):", text, re.MULTILINE):
-                found.append((f"{file.name} {number}", text))
-    found += [(file.name, file.read_text()) for file in sorted((ROOT / "jobs").glob("*.yaml"))]
-    return found
-
-
-@pytest.mark.parametrize(("name", "text"), documented(), ids=[name for name, _ in documented()])
-def test_the_recipes_of_the_documentation_are_read(tmp_path: Path, name: str, text: str) -> None:
-    recipe = loaded(tmp_path, text if re.search("^model:", text, re.MULTILINE) else f"model: a:b\n{text}")
-    assert load_recipe(tmp_path / "r.yaml", ["learn.lr=0.02"]).learn.lr == 0.02
-    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "again.yaml") == recipe

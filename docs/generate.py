@@ -1,0 +1,140 @@
+"""The generated pages of the documentation: every key, command, public name and error message, as the code has them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+import ray_soup
+from ray_soup import errors
+from ray_soup.cli import main
+
+try:
+    from ray_soup.recipe.keys import keys
+except ImportError:
+    from schema_keys import keys
+
+KINDS = ("SoupError", "RecipeError", "IngredientError", "DiskError")
+
+
+def write(folder: Path) -> None:
+    """Write the generated pages into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Return the generated pages (Markdown) by their file names."""
+    return {
+        "keys.md": list_of_keys(),
+        "commands.md": list_of_commands(),
+        "names.md": list_of_names(),
+        "messages.md": list_of_messages(),
+    }
+
+
+def list_of_keys() -> str:
+    """Return a section for each recipe key, grouped by the sections of a recipe."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key in keys():
+        section = key.name.rpartition(".")[0]
+        facts = f"{key.type}. Default: {key.default}." if key.default else f"{key.type}."
+        example = f"\n\nExample: {_code(key.example)}" if key.example else ""
+        groups[section].append(f"### `{key.name}`\n\n{_text(key.meaning)}\n\n{_text(facts)}{example}\n")
+    titles = {section: f"## Section `{section}`" if section else "## Top level" for section in groups}
+    return "\n".join(f"{titles[section]}\n\n" + "\n".join(found) for section, found in groups.items())
+
+
+def list_of_commands() -> str:
+    """Return a section for each command: its usage, its text and its options."""
+    parent = click.Context(main, info_name="ray-soup", max_content_width=100)
+    return "\n".join(_command(name, main.commands[name], parent) for name in sorted(main.commands))
+
+
+def _command(name: str, command: click.Command, parent: click.Context) -> str:
+    context = click.Context(command, info_name=name, parent=parent)
+    records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
+    options = "\n".join(f"| {_cell(_code(option))} | {_cell(_text(text))} |" for option, text in records)
+    usage = f"ray-soup {name} {' '.join(command.collect_usage_pieces(context))}"
+    paragraphs = "\n\n".join(_text(" ".join(p.split())) for p in (command.help or "").replace("\b", "").split("\n\n"))
+    return f"## `{name}`\n\n```text\n{usage}\n```\n\n{paragraphs}\n\n| option | meaning |\n| --- | --- |\n{options}\n"
+
+
+def list_of_names() -> str:
+    """Return directives of Sphinx that document every public name: functions first, then classes."""
+    found: dict[str, list[str]] = {"autofunction": [], "autoclass": [], "autoexception": []}
+    for name in ray_soup.__all__:
+        value = getattr(ray_soup, name)
+        error = isinstance(value, type) and issubclass(value, Exception)
+        found["autoexception" if error else "autoclass" if isinstance(value, type) else "autofunction"].append(name)
+    titles = {"autofunction": "Functions", "autoclass": "Classes", "autoexception": "Exceptions"}
+    return "\n".join(
+        f"## {titles[kind]}\n\n```{{eval-rst}}\n" + "\n".join(_directive(kind, name) for name in names) + "\n```\n"
+        for kind, names in found.items()
+    )
+
+
+def _directive(kind: str, name: str) -> str:
+    members = "   :members:\n" if kind == "autoclass" and name != "Recipe" else ""
+    return f".. {kind}:: ray_soup.{name}\n{members}"
+
+
+def list_of_messages() -> str:
+    """Return every message of the exceptions that users see, by exit code, with an ellipsis where a message has a value."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for file in sorted(Path(ray_soup.__file__).parent.rglob("*.py")):
+        for kind, message in _messages(ast.parse(file.read_text(encoding="utf-8"))):
+            found[kind].add(message)
+    texts = []
+    for kind, messages in sorted(found.items(), key=lambda item: (getattr(errors, item[0]).exit_code, item[0])):
+        code, meaning = getattr(errors, kind).exit_code, (getattr(errors, kind).__doc__ or "").splitlines()[0]
+        listed = "\n".join(f"- {_text(message)}" for message in sorted(messages, key=_order))
+        texts.append(f"### `{kind}`: exit code {code}\n\n{_text(meaning)}\n\n{listed}\n")
+    return "\n".join(texts)
+
+
+def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the exception and the message of every `raise` of this package's own exceptions."""
+    for node in ast.walk(tree):
+        call = node.exc if isinstance(node, ast.Raise) else None
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
+            continue
+        if call.func.id in ("SoupError", "RecipeError", "IngredientError", "DiskError") and (
+            text := _template(call.args[0])
+        ):
+            yield call.func.id, text
+
+
+def _template(node: ast.expr) -> str:
+    """Return a text with an ellipsis for each of its values; empty if it is not written where it is raised."""
+    if isinstance(node, ast.Constant):
+        text = str(node.value)
+    elif isinstance(node, ast.JoinedStr):
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    else:
+        return ""
+    return " ".join(text.split()) if len(re.findall(r"\w{2,}", text)) > 2 else ""
+
+
+def _order(message: str) -> str:
+    return re.sub(r"\W+", " ", message).strip().lower()
+
+
+def _text(text: str) -> str:
+    """Escape what Markdown would read as markup, except for code in backticks, and wrap nothing."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>#{}$~])", r"\\\1", part) for part in parts)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
