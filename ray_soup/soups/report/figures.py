@@ -13,14 +13,13 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import BEST_SINGLE, METHODS, TRAINED
+from ray_soup.recipe import BEST_SINGLE
 from ray_soup.soups.report.statistics import accuracy_interval
-from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, Row
+from ray_soup.soups.report.tables import Row, is_reference
 from ray_soup.soups.report.text import label, one_line, shortened
 from ray_soup.task.choices import cost_in
 from ray_soup.task.outcomes import Outcome, calibration_error, reliability
@@ -28,21 +27,24 @@ from ray_soup.task.outcomes import Outcome, calibration_error, reliability
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 """Colors that also differ in lightness; marker and line style differ too."""
 DIVERGING = "PuOr_r"
-WIDTH = 5.4
-"""Width of every figure in inches."""
+WIDTH = 3.9
+"""Width of a figure in inches: that of a phone, of a third of a desktop's page, and of half a sheet of paper."""
+LABEL = 20
+"""Characters of the longest label of a row."""
 
 
-def drawn(height: float, draw: Callable[[Figure], None]) -> str:
-    """Return the SVG of a figure that `draw` fills.
+def drawn(height: float, draw: Callable[[Figure], None], width: float = WIDTH) -> str:
+    """Return the SVG of a figure that `draw` fills; its background is transparent.
 
     Args:
         height: height of the figure in inches.
         draw: adds axes and their content to an empty figure.
+        width: width of the figure in inches.
     """
     with rc_context(
         {
-            "font.size": 10,
-            "axes.titlesize": 10,
+            "font.size": 9,
+            "axes.titlesize": 9,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlelocation": "left",
@@ -54,12 +56,12 @@ def drawn(height: float, draw: Callable[[Figure], None]) -> str:
             "font.sans-serif": ["DejaVu Sans"],
         }
     ):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         file = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # the browser has the font
-            figure.savefig(file, format="svg", metadata={"Date": None})
+            figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return file.getvalue()
 
 
@@ -77,7 +79,8 @@ def panels(figure: Figure, labels: Sequence[str], columns: int = 2, **options: A
     for axes in grid[len(labels) :]:
         axes.set_visible(False)
     for axes, name in zip(grid, labels, strict=False):
-        axes.set_title(label(name))
+        axes.set_title(shortened(label(name), 2 * LABEL // min(columns, len(labels))))
+        axes.locator_params(nbins=4)
     return list(grid[: len(labels)])
 
 
@@ -85,11 +88,6 @@ def plain_ticks(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers; matplotlib's own labels are TeX."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def is_reference(name: str) -> bool:
-    """Return whether a row of a table is a reference and not a soup: single ingredients and the ensemble."""
-    return name in (MEAN_SINGLE, ENSEMBLE, TRAINED) or (name in METHODS and METHODS[name].is_reference)
 
 
 def by_method(
@@ -117,7 +115,7 @@ def by_method(
             axes.plot([value], [place], "o" if soup else "D", color=BLUE if soup else GREY)
             if name == BEST_SINGLE:
                 axes.axvline(value, color=GREY, linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(shown)), [label(row["model_name"]) for row in reversed(shown)])
+        axes.set_yticks(range(len(shown)), [shortened(label(row["model_name"]), LABEL) for row in reversed(shown)])
         axes.set_xlabel(axis_label)
 
     return drawn(0.8 + 0.3 * len(shown), draw)
@@ -128,28 +126,7 @@ def wilson(rows: Sequence[Row], key: str, count: int) -> dict[str, tuple[float, 
     return {row["model_name"]: accuracy_interval(round(row[key] * count), count) for row in rows if key in row}
 
 
-def heat_map(coefficients: Coefficients) -> str:
-    """Draw coefficients, float64 [K, B], as a heat map in the model's order; the middle of the color scale is 1/K."""
-    values = coefficients.values
-    count, blocks = values.shape
-    reach = max(float(np.abs(values - 1 / count).max()), 1e-6)
-    low, high = 1 / count - reach, 1 / count + reach
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        norm = TwoSlopeNorm(1 / count, low, high)
-        image = axes.imshow(values, aspect="auto", cmap=DIVERGING, norm=norm, interpolation="nearest")
-        bar = figure.colorbar(image, ax=axes, location="top", aspect=40, ticks=[low, 1 / count, high])
-        bar.ax.set_xticklabels([f"{low:.2f}", f"1/{count}", f"{high:.2f}"])
-        _label_ingredients(axes, coefficients.ingredients)
-        axes.set_xlabel(f"{blocks} blocks, from the input to the output" if blocks > 1 else "the whole model")
-        axes.set_xticks([0, blocks - 1] if blocks > 1 else [])
-        axes.spines[:].set_visible(False)
-
-    return drawn(1.5 + min(0.22 * count, 9), draw)
-
-
-def _label_ingredients(axes: Axes, names: Sequence[str]) -> None:
+def label_ingredients(axes: Axes, names: Sequence[str]) -> None:
     """Label the y axis with ingredients, at most 36 of them, evenly spaced."""
     every = max(1, -(-len(names) // 36))
     axes.set_yticks(range(0, len(names), every), [shortened(one_line(name), 18) for name in names[::every]], fontsize=8)
@@ -179,11 +156,12 @@ def distribution(coefficients: Mapping[str, Coefficients]) -> str:
         for axes, (name, c) in zip(panels(figure, list(coefficients)), coefficients.items(), strict=True):
             draw_histogram(axes, c.values.ravel())
             axes.axvline(1 / len(c.values), color="black", linewidth=1, linestyle=":")
-            axes.set_title(f"{label(name)}: {np.mean(c.values < 0):.0%} negative")
-            axes.set_yticks([])
-            axes.spines["left"].set_visible(False)
+            axes.set_title(f"{shortened(label(name), LABEL)}: {np.mean(c.values < 0):.0%} < 0")
+            axes.locator_params(nbins=4)
+            axes.set_xlabel("coefficient")
+            axes.set_ylabel("number")
 
-    return drawn(0.4 + 1.6 * -(-len(coefficients) // 2), draw)
+    return drawn(0.4 + 1.7 * -(-len(coefficients) // 2), draw)
 
 
 def learning_curves(curves: Mapping[str, list[dict[str, Any]]], loss: str = "NLL", select_by: str = "auto") -> str:
@@ -200,12 +178,14 @@ def learning_curves(curves: Mapping[str, list[dict[str, Any]]], loss: str = "NLL
                     xy = ([p["steps"] for p in some], [p[key] for p in some])
                     axes.plot(*xy, style, color=color, markersize=4, label=name if not turn else None)
             best = min(curve, key=lambda p: cost_in(p, select_by))
-            axes.plot([best["steps"]], [best["select_nll"]], "o", markersize=11, fillstyle="none", color="black")
-            axes.set_xlabel("steps")
+            axes.plot(
+                [best["steps"]], [best["select_nll"]], "o", markersize=11, fillstyle="none", color="black", clip_on=False
+            )
+            axes.set_xlabel("optimizer steps")
             axes.set_ylabel(loss)
         figure.axes[0].legend(frameon=False, fontsize=8)
 
-    return drawn(0.4 + 2.1 * -(-len(curves) // 2), draw)
+    return drawn(0.4 + 1.9 * -(-len(curves) // 2), draw)
 
 
 def by_count(rows: Sequence[Row], key: str, axis_label: str, percent: bool) -> str:
@@ -219,7 +199,7 @@ def by_count(rows: Sequence[Row], key: str, axis_label: str, percent: bool) -> s
             color, style = next(styles)
             axes.plot(*zip(*points, strict=True), style, color=color, label=label(method))
         axes.set_xticks(sorted({row["count"] for row in rows}))
-        axes.set_xlabel("ingredients")
+        axes.set_xlabel("number of ingredients")
         axes.set_ylabel(axis_label)
         axes.legend(frameon=False)
 
@@ -252,8 +232,8 @@ def search_plane(trials: Sequence[Row], key: str = "select_nll") -> str:
         plain_ticks(axes.xaxis)
         axes.set_yticks(sorted(set(y)))
         axes.margins(0.15)
-        axes.set_xlabel("learning rate")
-        axes.set_ylabel("model batch")
+        axes.set_xlabel("learning rate (log scale)")
+        axes.set_ylabel("model batch (ingredients)")
 
     return drawn(3.0, draw)
 
@@ -270,14 +250,17 @@ def similarity(cosines: np.ndarray, names: Sequence[str], duplicates: Sequence[t
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         image = axes.imshow(cosines, aspect="auto", cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
-        figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.8)
+        bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.8)
+        bar.set_label("cosine")
         for pair in duplicates:
             axes.plot(*zip(pair, pair[::-1], strict=True), "x", color="black", markersize=7, linestyle="none")
-        _label_ingredients(axes, names)
+        label_ingredients(axes, names)
         axes.set_xticks([])
+        axes.set_xlabel("ingredient, in the same order")
+        axes.set_ylabel("ingredient")
         axes.spines[:].set_visible(False)
 
-    return drawn(4.2, draw)
+    return drawn(3.6, draw)
 
 
 def reliability_diagram(outcomes: Mapping[str, Outcome]) -> str:
@@ -290,15 +273,15 @@ def reliability_diagram(outcomes: Mapping[str, Outcome]) -> str:
         grid = figure.subplots(2, len(outcomes), squeeze=False, sharex=True, height_ratios=[3, 1])
         for (top, bottom), (name, outcome) in zip(grid.T, outcomes.items(), strict=True):
             bins = reliability(outcome)
-            confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-            top.plot([0, 1], [0, 1], ":", color="black", linewidth=1)
+            confidence, accuracy = ([100 * b[key] for b in bins] for key in ("confidence", "accuracy"))
+            top.plot([0, 100], [0, 100], ":", color="black", linewidth=1)
             top.plot(confidence, accuracy, "o-", color=BLUE, markersize=4)
-            top.set_title(f"{label(name)}: ECE {calibration_error(outcome):.3f}")
-            bottom.bar(confidence, [b["count"] for b in bins], width=0.05, color=GREY)
+            top.set_title(f"{shortened(label(name), LABEL)}\nECE {calibration_error(outcome):.3f}")
+            bottom.bar(confidence, [b["count"] for b in bins], width=5, color=GREY)
             bottom.set_yscale("log")
             plain_ticks(bottom.yaxis)
-            bottom.set_xlabel("confidence")
-        grid[0, 0].set_ylabel("accuracy")
+            bottom.set_xlabel("confidence, %")
+        grid[0, 0].set_ylabel("accuracy, %")
         grid[1, 0].set_ylabel("examples")
 
     return drawn(3.4, draw)

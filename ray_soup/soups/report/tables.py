@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_bytes
-from ray_soup.recipe import BASELINES, PEFT_MERGES, TRAINED
+from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS, PEFT_MERGES, TRAINED
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import (
     BEFORE_REFIT,
@@ -51,6 +52,11 @@ UNBIASED = ("uniform", "last", MEAN_SINGLE, ENSEMBLE, *PEFT_MERGES)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
 """The line before and after the tables in a Markdown file."""
+
+
+def is_reference(name: str) -> bool:
+    """Return whether a row of a table is a reference and not a soup: single ingredients and the ensemble."""
+    return name in (MEAN_SINGLE, ENSEMBLE, TRAINED) or (name in METHODS and METHODS[name].is_reference)
 
 
 def splits_of(rows: Iterable[Row]) -> list[str]:
@@ -346,26 +352,34 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
     about += ["Metric: mean of the recipe's metric over the examples."] if has("metric") else []
     about += ["Perplexity: exp of the NLL per token."] if has("perplexity") else []
     about += ["Bits/byte: NLL in bits per byte of the texts."] if has("bits_per_byte") else []
-    about += (
-        ["NLL scaled: test NLL after temperature scaling fitted on select."]
-        if measures.objective == "classification"
-        else []
-    )
+    about += ["NLL scaled: test NLL after temperature scaling fitted on select."] if has("nll_scaled") else []
     own = [heading for _, heading, _ in own_columns(rows)]
     if own:
         about.append(f"{', '.join(own)}: computed by {record['evaluate']['function']} from the model's folder.")
     if any(row.get("model_name") in PEFT_MERGES for row in rows):
         about.append("peft: PEFT's own merges with equal weights (TIES: density 0.2, weights 1, as it averages itself).")
-    refit = f"{BEFORE_REFIT_NOTE} " if any(REFIT in row for row in rows) else ""
-    if any(row.get("model_name") == TRAINED for row in rows):
+    names = [row["model_name"] for row in rows if "model_name" in row]
+    if any(is_optimistic(row, key) for row in rows for key in row):
+        about.append(OPTIMISTIC_NOTE)
+    if any(REFIT in row for row in rows):
+        about.append(BEFORE_REFIT_NOTE)
+    if TRAINED in names:
         about.append(f"{TRAINED}: all weights, trained on fit from the uniform soup; no average of the ingredients.")
+    if any("image_passes" in row for row in rows):
+        evaluated = [name for name in (BEST_SINGLE, "greedy") if name in names]
+        also = f"; for {' and '.join(evaluated)} they include evaluating the ingredients" if evaluated else ""
+        about.append(f"{measures.examples.capitalize()}: forward passes needed to make the soup{also}.")
+    if any("seconds" in row for row in rows):
+        about.append("Seconds: time beyond the steps that all methods share.")
+    if any(re.search(r"-m\d+$", name) for name in names):
+        about.append("A suffix -mN: N ingredients per model batch.")
+    if MEAN_SINGLE in names:
+        about.append(f"{MEAN_SINGLE}: mean of the ingredients' own figures.")
+    used = " Test was used for reporting only." if test_sets(examples) else ""
     text = (
-        f"Examples: {sizes}. All figures are measured on the written model files, in float32. {OPTIMISTIC_NOTE} {refit}"
-        f"Test was used for reporting only. {' '.join(filter(None, about))} {measures.examples.capitalize()}: forward "
-        "passes needed to make the soup; for best_single and greedy they include evaluating the ingredients. Seconds: time "
-        f"beyond the steps that all methods share. A suffix -mN: N ingredients per model batch. {MEAN_SINGLE}: mean of the "
-        "ingredients' own figures."
-    )
+        f"Examples: {sizes}. All figures are measured on the written model files, in float32.{used} "
+        f"{' '.join(filter(None, about))}"
+    ).rstrip()
     if len(seeds) > 1:
         text += (
             f" Mean ± standard deviation over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}). Each seed redraws the split "

@@ -15,22 +15,28 @@ from ray_soup.soups.report.figures import BLUE, GREY, ORANGE, drawn
 from ray_soup.soups.report.text import label
 
 CAPTION = (
-    "Above: the weight of each {unit}. Below: the sum of the weights from each {unit} on, by which the updates that led to "
-    "it are scaled, as by a decay of the learning rate. Thick: mean over blocks; thin: the layers of the model."
+    "Which {unit}s each soup uses, and the decay of the learning rate that it amounts to. Above: the weight of each {unit}. "
+    "Below: the sum of the weights from each {unit} on, a factor on the updates that led to it. Thick: mean over blocks; "
+    "thin: the layers of the model."
 )
 MOST_LAYERS = 64
 """Thin lines that can still be told from a grey area."""
 
 
-def by_layer(coefficients: Coefficients) -> np.ndarray:
-    """Return the mean coefficient over the blocks of each layer, float64 [K, layers]; no layers if there is one block."""
+def blocks_by_layer(coefficients: Coefficients) -> dict[str, list[int]]:
+    """Return the blocks of each layer of the model, in the model's order."""
     blocks: dict[str, set[int]] = {}
     for tensor in coefficients.block_of:
         for block in coefficients.blocks_of(tensor):
             blocks.setdefault(layer_of(tensor), set()).add(block)
+    return {layer: sorted(some) for layer, some in blocks.items()}
+
+
+def by_layer(coefficients: Coefficients) -> np.ndarray:
+    """Return the mean coefficient over the blocks of each layer, float64 [K, layers]; no layers if there is one block."""
     if coefficients.values.shape[1] < 2:
         return np.zeros((len(coefficients.values), 0))
-    columns = [coefficients.values[:, sorted(some)].mean(axis=1) for some in blocks.values()]
+    columns = [coefficients.values[:, some].mean(axis=1) for some in blocks_by_layer(coefficients).values()]
     return np.stack(columns, axis=1)
 
 
@@ -61,7 +67,7 @@ def weights_by_step(soups: Mapping[str, Coefficients], steps: Sequence[int], uni
             below.tick_params(labelbottom=True)
             if number % 2 == 0:
                 above.set_ylabel("weight")
-                below.set_ylabel("rate")
+                below.set_ylabel("factor on rate")
             below.set_xlabel(unit)
 
     return drawn(0.2 + 2.9 * rows, draw)

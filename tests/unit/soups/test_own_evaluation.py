@@ -178,7 +178,7 @@ def test_the_values_are_those_of_the_published_model_and_stand_wherever_figures_
     assert "| model | accuracy | sum of &#124;theta&#124; |" in card
     assert f"| uniform | 0.25 | {shown} |" in card
     assert f"accuracy, sum of |theta|: computed by {module.spec} from the model&#39;s folder." in page
-    assert f'data-label="sum of |theta|">{shown}</td>' in page
+    assert f"<td>0.25</td><td>{shown}</td>" in page
     assert not (own_soup.out / "state" / "evaluate").exists()
 
 

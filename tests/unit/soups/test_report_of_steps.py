@@ -36,7 +36,7 @@ def test_every_soup_has_a_panel_for_weights_and_one_for_the_learning_rate(count:
     soups = {f"schedule:{n}": soup(1 + 4 * (n % 2)) for n in range(count)}
     drawn = weights_by_step(soups, [30, 10, 20, 50, 40], "epoch")
     assert [name for name in soups if f">{name}<" in drawn] == list(soups)
-    assert drawn.count(">weight<") == drawn.count(">rate<") == -(-count // 2)
+    assert drawn.count(">weight<") == drawn.count(">factor on rate<") == -(-count // 2)
     assert drawn.count(">epoch<") == count
     thick = len(re.findall(r"stroke: #0072b2; stroke-width: 2", drawn))
     assert thick >= count
