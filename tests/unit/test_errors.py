@@ -231,7 +231,7 @@ def test_a_closed_output_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch)
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(console.click, "echo", closed)
-    monkeypatch.setattr(terminal, "_redirect", lambda stream: None)
+    monkeypatch.setattr(console, "_redirect", lambda stream: None)
     with pytest.raises(OutputClosed) as broken:
         console.echo("x")
     assert broken.value.exit_code == 141
