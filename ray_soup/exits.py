@@ -19,8 +19,9 @@ import click
 from ray_soup.errors import OutputClosed, RecipeError, Stopped, explain
 from ray_soup.io.environment import check_environment, wants_traceback
 from ray_soup.io.signals import catching_signals
+from ray_soup.soups.report.console import LOG_FORMATS, flush, log_as, print_json, say, unwritable
 from ray_soup.soups.report.measures import measures_in
-from ray_soup.soups.report.terminal import ProgressBar, flush, print_json, say, unwritable
+from ray_soup.soups.report.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from ray_soup.soups.output import Soup
@@ -29,20 +30,30 @@ T = TypeVar("T")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+LOG_FORMAT = "--log-format"
+
 
 def common_options(command: F) -> F:
-    """Add --json and --traceback, which `Shell` handles when a command fails."""
+    """Add --json, --log-format and --traceback, which `Shell` handles."""
     as_json = click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON object as the last line, even if the command fails."
     )
     with_traceback = click.option(
         "--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error."
     )
-    return as_json(with_traceback(command))
+    with_log_format = click.option(
+        LOG_FORMAT,
+        type=click.Choice(LOG_FORMATS),
+        default=LOG_FORMATS[0],
+        show_default=True,
+        expose_value=False,
+        help="Format of stderr: sentences, or one JSON object per line.",
+    )
+    return as_json(with_log_format(with_traceback(command)))
 
 
 def run_task(task: Callable[[ProgressBar], T]) -> T:
-    """Run the work of a command with a progress bar."""
+    """Run the work of a command, and show its progress from its first moment on."""
     check_environment()
     with ProgressBar() as progress:
         progress("starting", 0, 1)  # importing Ray and torch takes seconds
@@ -92,6 +103,7 @@ class Shell(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         arguments = sys.argv[1:] if args is None else list(args)
         _open_standard_files()
+        log_as("json" if _json_log_wanted(arguments) else "text")
         with catching_signals():
             try:
                 code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0
@@ -150,6 +162,12 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
         with suppress(Exception):
             print_json({"error": text, "exit": code})
     return code
+
+
+def _json_log_wanted(arguments: Sequence[str]) -> bool:
+    """Return whether stderr is to have JSON objects, also if the arguments are wrong."""
+    joined = " ".join(arguments)
+    return f"{LOG_FORMAT} json" in joined or f"{LOG_FORMAT}=json" in joined
 
 
 def _traceback_wanted(arguments: Sequence[str]) -> bool:

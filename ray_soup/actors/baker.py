@@ -46,7 +46,7 @@ class Baker:
 def bake(ingredients: Sequence[Ingredient], model: ModelFiles, threads: int | None) -> Stream[int]:
     """Write files of a soup's model.
 
-    The heartbeats have the bytes read since the last one; the answer is how many bytes of ingredients were read in all.
+    The heartbeats have the bytes of ingredients read so far; the answer is how many were read in all.
     Raises SoupError as `bake_files` does.
 
     Args:
@@ -57,13 +57,13 @@ def bake(ingredients: Sequence[Ingredient], model: ModelFiles, threads: int | No
     chosen = [ingredients[k] for k in model.subset]
     planned = plan_baking(model.coefficients, chosen, Path(model.path), model.out_dtype, model.shard_size)
     files = planned.part(model.first, model.stop)
-    read, told, at = 0, 0, time.monotonic()
+    read, at = 0, time.monotonic()
     for nbytes in bake_files(model.coefficients, chosen, files, threads):
         read += nbytes
         if time.monotonic() - at >= HEARTBEAT_S:
-            yield "mixing", read - told, 0
-            told, at = read, time.monotonic()
-    yield "mixing", read - told, 0
+            yield "mixing", read, 0
+            at = time.monotonic()
+    yield "mixing", read, 0
     yield read
 
 

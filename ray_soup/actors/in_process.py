@@ -8,10 +8,9 @@ from typing import Any
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.pool import MeshPool
-from ray_soup.actors.recovery import Loss
+from ray_soup.actors.recovery import Hear, Loss
 from ray_soup.actors.shard import Shard
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.io.progress import ProgressCallback
 from ray_soup.recipe import Recipe
 
 
@@ -45,17 +44,17 @@ class _Method:
     handle: LocalHandle
     name: str
 
-    def remote(self, *arguments: Any, **options: Any) -> Callable[[ProgressCallback | None], Any]:
-        """Return a pending call: a function that runs the method. With a progress callback, the method is a stream."""
+    def remote(self, *arguments: Any, **options: Any) -> Callable[[int, Hear | None], Any]:
+        """Return a pending call: a function (rank, hear) that runs the method; with `hear`, the method is a stream."""
 
-        def run(progress: ProgressCallback | None) -> Any:
+        def run(rank: int, hear: Hear | None) -> Any:
             reply = getattr(self.handle.shard, self.name)(*arguments, **options)
-            if progress is None:
+            if hear is None:
                 return reply
             answer = None
             for value in reply:
                 if isinstance(value, tuple):
-                    progress(*value)
+                    hear(rank, *value)
                     _ = self.handle.shard  # may have been killed meanwhile
                 else:
                     answer = value
@@ -89,13 +88,11 @@ class InProcessPool(MeshPool):
         if handle is not None:
             handle.kill()
 
-    def _collect(
-        self, calls: dict[int, Any], answers: dict[int, Any], progress: ProgressCallback | None = None
-    ) -> Loss | None:
+    def _collect(self, calls: dict[int, Any], answers: dict[int, Any], hear: Hear | None = None) -> Loss | None:
         lost, reason = set(), ""
         for rank, run in calls.items():
             try:
-                answers[rank] = run(progress)
+                answers[rank] = run(rank, hear)
             except HandleKilled as error:
                 lost.add(rank)
                 reason = str(error)

@@ -12,7 +12,7 @@ from ray_soup.actors.baker import Baker
 from ray_soup.actors.group import GroupLost
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.pool import MeshPool
-from ray_soup.actors.recovery import RESUME, Loss
+from ray_soup.actors.recovery import RESUME, Hear, Loss
 from ray_soup.actors.shard import Shard
 from ray_soup.errors import SoupError, first_line
 from ray_soup.io.environment import deadline_s
@@ -138,9 +138,7 @@ class RayPool(MeshPool):
         free = placement.free_resources()
         return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs of the cluster are free."
 
-    def _collect(
-        self, calls: dict[int, Any], answers: dict[int, Any], progress: ProgressCallback | None = None
-    ) -> Loss | None:
+    def _collect(self, calls: dict[int, Any], answers: dict[int, Any], hear: Hear | None = None) -> Loss | None:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -152,15 +150,15 @@ class RayPool(MeshPool):
         ready: list[Any]
         reason = ""
         while waiting:
-            count = len(waiting) if progress is None else 1
+            count = len(waiting) if hear is None else 1
             ready, waiting = ray.wait(waiting, num_returns=count, timeout=deadline)
-            if not ready or (waiting and progress is None):
+            if not ready or (waiting and hear is None):
                 lost |= {rank_of[call] for call in waiting}
                 waiting, reason = [], no_answer
             for call in ready:
                 rank = rank_of[call]
                 try:
-                    value: Any = ray.get(call if progress is None else next(call))
+                    value: Any = ray.get(call if hear is None else next(call))
                 except RayActorError as error:
                     if error.actor_init_failed:
                         raise SoupError(f"An actor failed while it was created: {_cause_in(str(error))}.") from error
@@ -172,8 +170,8 @@ class RayPool(MeshPool):
                     lost.add(rank)
                     reason = reason or first_line(error.cause)
                 else:
-                    if progress is not None and isinstance(value, tuple):
-                        progress(*value)
+                    if hear is not None and isinstance(value, tuple):
+                        hear(rank, *value)
                         waiting.append(call)
                     else:
                         answers[rank] = value
@@ -201,9 +199,10 @@ class BakingPool(RayPool):
     def hash(self, progress: ProgressCallback) -> list[str]:
         """Return the SHA-256 of each ingredient, each computed by one actor."""
         size, count = self.mesh.size, len(self._ingredients)
-        progress("hashing", 0, count)
+        nbytes = sum(ingredient.nbytes for ingredient in self._ingredients)
+        progress("hashing", 0, nbytes)
         answers = self._ask("hash", lambda actor, rank: actor.hash.remote(range(rank, count, size)))
-        progress("hashing", count, count)
+        progress("hashing", nbytes, nbytes)
         return [answers[k % size][k // size] for k in range(count)]
 
     def _create(self, ranks: list[int]) -> None:

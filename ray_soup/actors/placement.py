@@ -126,7 +126,8 @@ def wait_for_nodes(
             raise error(complaint())
         request_resources(bundles=[{k: v for k, v in bundle.items() if v} for bundle in bundles])
         asking = True
-        progress("waiting for nodes", int(waited), int(wait_s))
+        what = "GPUs" if any(bundle.get("GPU") for bundle in bundles) else "CPUs"
+        progress(f"waiting for {what}", int(waited), int(wait_s))
         time.sleep(min(2.0, wait_s))
     if asking:
         request_resources(bundles=[])  # from now on, the actors keep the nodes

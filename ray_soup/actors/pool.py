@@ -6,6 +6,7 @@ the interfaces; `MeshPool` implements their calls, and its subclasses add a tran
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from ray_soup.actors.messages import (
     TrainingJob,
     TrainingResult,
 )
-from ray_soup.actors.recovery import RecoveringMesh
+from ray_soup.actors.recovery import RecoveringMesh, of_all, of_each, unheard
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Blocks
 from ray_soup.mixing.running_statistics import Statistics, averaged
@@ -100,11 +101,15 @@ class ActorPool(StepPool, Protocol):
         """Evaluate the checkpoint at `path` on each split, the examples split over the actors."""
         ...
 
-    def evaluate_files(self, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+    def evaluate_files(
+        self, paths: list[str], splits: list[Split], progress: ProgressCallback = no_progress
+    ) -> Iterator[list[Outcome]]:
         """Evaluate each checkpoint on each split, one checkpoint per actor at a time; yield the outcomes in order."""
         ...
 
-    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+    def evaluate_member(
+        self, paths: tuple[str, ...], splits: list[Split], progress: ProgressCallback = no_progress
+    ) -> list[Outcome]:
         """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
         ...
 
@@ -181,7 +186,7 @@ class MeshPool(RecoveringMesh):
         """Open the directions of the ingredients `subset` around their mean, for blocks of this kind."""
         self._opened, self._begun, self._used = None, None, {}
         call = (subset, blocks)
-        answers = self._ask("open_store", lambda actor, rank: actor.open_store.remote(*call), progress=progress)
+        answers = self._ask("open_store", lambda actor, rank: actor.open_store.remote(*call), hear=of_each(progress))
         info: StoreInfo = answers[0]
         self._opened, self._held = call, info.held
         return info
@@ -206,7 +211,7 @@ class MeshPool(RecoveringMesh):
         """Score the model batch on a split at x float32 [m, B], the examples split over the actors."""
         parts = split.parts(self.mesh.size)
         scores: list[Score] = self._ask(
-            "evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), progress=no_progress
+            "evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), hear=unheard
         )
         return sum(scores, Score())
 
@@ -214,7 +219,7 @@ class MeshPool(RecoveringMesh):
         """Evaluate the model batch on a split at x float32 [m, B] example by example, the examples split over the actors."""
         parts = split.parts(self.mesh.size)
         return join_outcomes(self._ask(
-            "evaluate_each", lambda actor, rank: actor.evaluate_each.remote(x, parts[rank]), progress=no_progress
+            "evaluate_each", lambda actor, rank: actor.evaluate_each.remote(x, parts[rank]), hear=unheard
         ))  # fmt: skip
 
     def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
@@ -223,7 +228,7 @@ class MeshPool(RecoveringMesh):
         parts = self._ask(
             "sum_statistics",
             lambda actor, rank: actor.sum_statistics.remote(x, batches[rank::size]),
-            progress=no_progress,
+            hear=unheard,
         )
         self.use(averaged(parts))
         return self._used
@@ -239,7 +244,7 @@ class MeshPool(RecoveringMesh):
         parts = self._ask(
             "sum_statistics_of_file",
             lambda actor, rank: actor.sum_statistics_of_file.remote(path, batches[rank::size]),
-            progress=progress,
+            hear=of_all(progress, len(batches)),
         )
         return averaged(parts)
 
@@ -261,14 +266,17 @@ class MeshPool(RecoveringMesh):
         parts = self._parts(splits)
         return _joined(self._ask(
             "evaluate_file", lambda actor, rank: actor.evaluate_file.remote(path, parts[rank], factored=True),
-            progress=progress,
+            hear=of_all(progress, _count(splits)),
         ))  # fmt: skip
 
-    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+    def evaluate_member(
+        self, paths: tuple[str, ...], splits: list[Split], progress: ProgressCallback = no_progress
+    ) -> list[Outcome]:
         """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
         parts = self._parts(splits)
         return _joined(self._ask(
-            "evaluate_member", lambda actor, rank: actor.evaluate_member.remote(paths, parts[rank]), progress=no_progress
+            "evaluate_member", lambda actor, rank: actor.evaluate_member.remote(paths, parts[rank]),
+            hear=of_all(progress, _count(splits)),
         ))  # fmt: skip
 
     def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
@@ -276,7 +284,7 @@ class MeshPool(RecoveringMesh):
         parts = self._parts(splits)
         return _joined(self._ask(
             "evaluate_ensemble", lambda actor, rank: actor.evaluate_ensemble.remote(paths, parts[rank]),
-            progress=no_progress,
+            hear=unheard,
         ))  # fmt: skip
 
     def _parts(self, splits: list[Split]) -> list[list[Split]]:
@@ -284,16 +292,23 @@ class MeshPool(RecoveringMesh):
         parts = [split.parts(self.mesh.size) for split in splits]
         return [[part[rank] for part in parts] for rank in range(self.mesh.size)]
 
-    def evaluate_files(self, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+    def evaluate_files(
+        self, paths: list[str], splits: list[Split], progress: ProgressCallback = no_progress
+    ) -> Iterator[list[Outcome]]:
         """Evaluate each checkpoint on each split, one checkpoint per actor at a time; yield the outcomes in order."""
+        each = _count(splits)
         for first in range(0, len(paths), self.mesh.size):
-            yield from self._evaluate_whole(paths[first : first + self.mesh.size], splits)
 
-    def _evaluate_whole(self, paths: list[str], splits: list[Split]) -> list[list[Outcome]]:
+            def count(what: str, done: int, total: int, before: int = first * each) -> None:
+                progress(what, before + done, len(paths) * each)
+
+            yield from self._evaluate_whole(paths[first : first + self.mesh.size], splits, count)
+
+    def _evaluate_whole(self, paths: list[str], splits: list[Split], progress: ProgressCallback) -> list[list[Outcome]]:
         """Let each actor evaluate one checkpoint."""
         return self._ask(
             "evaluate_file", lambda actor, rank: actor.evaluate_file.remote(paths[rank], splits, factored=False),
-            range(len(paths)), no_progress,
+            range(len(paths)), of_all(progress, len(paths) * _count(splits)),
         )  # fmt: skip
 
     def try_candidate(
@@ -346,24 +361,18 @@ class MeshPool(RecoveringMesh):
         """
         count = min(self.mesh.size, len(files.files))
         bounds = [len(files.files) * rank // count for rank in range(count + 1)]
-        read = 0
-
-        def add(what: str, nbytes: int, total: int) -> None:
-            nonlocal read
-            read += nbytes
-            progress(read)
 
         def call(actor: Any, rank: int) -> Any:
             return actor.bake.remote(replace(model, first=bounds[rank], stop=bounds[rank + 1]))
 
-        answers = self._ask("bake", call, range(count), add)
+        answers = self._ask("bake", call, range(count), of_all(lambda what, read, most: progress(read), sys.maxsize))
         files.check_sizes()
         return sum(answers)
 
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
         """Time the parts of a step on at most `most` examples on the first actor's node."""
         timings: StepTimings = self._ask(
-            "time_step", lambda actor, rank: actor.time_step.remote(model_batch, most), [0], progress
+            "time_step", lambda actor, rank: actor.time_step.remote(model_batch, most), [0], of_each(progress)
         )[0]
         return timings
 
@@ -379,6 +388,11 @@ class MeshPool(RecoveringMesh):
         """Kill the actors and free what they held."""
         for rank in range(self.mesh.size):
             self._kill(rank)
+
+
+def _count(splits: Sequence[Split]) -> int:
+    """Return the number of examples of all splits together."""
+    return sum(map(len, splits))
 
 
 def _joined(answers: list[list[Outcome]]) -> list[Outcome]:

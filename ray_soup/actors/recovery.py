@@ -7,6 +7,7 @@ these and on the call itself, so the answer to a retried call is bit-identical.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,36 @@ RESUME = "Rerun the same command to resume"
 
 Call = Callable[[Any, int], Any]
 """Maps (handle, rank) to a pending call of an actor's method, as in `lambda actor, rank: actor.step.remote(...)`."""
+Hear = Callable[[int, str, int, int], None]
+"""Called with the rank of an actor and its heartbeat: what it does, the units done so far, and the units in total."""
+
+
+def of_each(progress: ProgressCallback) -> Hear:
+    """Report the heartbeats of actors that all do the same work: those of the first one heard of."""
+    first = math.inf
+
+    def hear(rank: int, what: str, done: int, total: int) -> None:
+        nonlocal first
+        first = min(first, rank)
+        if rank == first:
+            progress(what, done, total)
+
+    return hear
+
+
+def of_all(progress: ProgressCallback, total: int) -> Hear:
+    """Report the heartbeats of actors that share work of `total` units, as the sum of what they have done."""
+    done_by: dict[int, int] = {}
+
+    def hear(rank: int, what: str, done: int, its_total: int) -> None:
+        done_by[rank] = done
+        progress(what, min(sum(done_by.values()), total), total)
+
+    return hear
+
+
+def unheard(rank: int, what: str, done: int, total: int) -> None:
+    """Ignore a heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +102,10 @@ class RecoveringMesh(ABC):
         """Kill the actor of a rank, if it has one."""
 
     @abstractmethod
-    def _collect(
-        self, calls: dict[int, Any], answers: dict[int, Any], progress: ProgressCallback | None = None
-    ) -> Loss | None:
+    def _collect(self, calls: dict[int, Any], answers: dict[int, Any], hear: Hear | None = None) -> Loss | None:
         """Wait for pending calls, by rank, and fill in their answers; return the actors that were lost, if any.
 
-        If `progress` is given, the calls are streams, and it is called with their heartbeats. An error in an actor's code is
+        If `hear` is given, the calls are streams, and it is called with their heartbeats. An error in an actor's code is
         raised here.
         """
 
@@ -89,9 +118,7 @@ class RecoveringMesh(ABC):
 
     # Calls
 
-    def _ask(
-        self, what: str, call: Call, ranks: Iterable[int] | None = None, progress: ProgressCallback | None = None
-    ) -> list[Any]:
+    def _ask(self, what: str, call: Call, ranks: Iterable[int] | None = None, hear: Hear | None = None) -> list[Any]:
         """Call actors and return their answers in the order of ranks.
 
         Raises SoupError if actors are lost at every attempt.
@@ -100,7 +127,7 @@ class RecoveringMesh(ABC):
             what: the name of the call, for messages.
             call: makes the call for a rank.
             ranks: the actors to call; None: all of them.
-            progress: if given, the calls are streams, and it is called with their heartbeats.
+            hear: if given, the calls are streams, and it is called with their heartbeats.
         """
         wanted = list(range(self.mesh.size)) if ranks is None else list(ranks)
         missing, answers, reason = wanted, dict[int, Any](), ""
@@ -110,7 +137,7 @@ class RecoveringMesh(ABC):
             except LostAgain as error:
                 reason = str(error)
                 continue
-            loss = self._collect({rank: call(self.handles[rank], rank) for rank in missing}, answers, progress)
+            loss = self._collect({rank: call(self.handles[rank], rank) for rank in missing}, answers, hear)
             if loss is None:
                 return [answers[rank] for rank in wanted]
             reason = f"lost {self._described(loss.ranks)}: {loss.reason}"
@@ -143,16 +170,16 @@ class RecoveringMesh(ABC):
                 self._lost, reason = set(everything), str(error)
                 continue
             ranks = range(self.mesh.shards if place is None else self.mesh.size)
-            loss = self._collect({rank: call(self.handles[rank], place) for rank in ranks}, answers, progress)
+            loss = self._collect({rank: call(self.handles[rank], place) for rank in ranks}, answers, of_each(progress))
             if loss is None:
                 return answers[0]
             self._lost, reason = set(everything), f"lost {self._described(loss.ranks)}: {loss.reason}"
         raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
 
-    def _ask_once(self, ranks: list[int], when: str, call: Call, progress: ProgressCallback | None = None) -> list[Any]:
+    def _ask_once(self, ranks: list[int], when: str, call: Call, hear: Hear | None = None) -> list[Any]:
         """Call actors without a retry. Raises LostAgain if one dies, SoupError if one does not answer."""
         answers: dict[int, Any] = {}
-        loss = self._collect({rank: call(self.handles[rank], rank) for rank in ranks}, answers, progress)
+        loss = self._collect({rank: call(self.handles[rank], rank) for rank in ranks}, answers, hear)
         if loss is None:
             return [answers[rank] for rank in ranks]
         if loss.silent:
@@ -193,7 +220,7 @@ class RecoveringMesh(ABC):
         when = "being replaced"
         if self._opened is not None:
             subset, blocks = self._opened
-            self._ask_once(ranks, when, lambda actor, rank: actor.open_store.remote(subset, blocks), no_progress)
+            self._ask_once(ranks, when, lambda actor, rank: actor.open_store.remote(subset, blocks), unheard)
         if self._begun is not None:
             chosen, x, precision = self._begun
             self._ask_once(ranks, when, lambda actor, rank: actor.begin.remote(chosen, x, precision))
@@ -209,7 +236,7 @@ class RecoveringMesh(ABC):
         self._check_room(ranks, progress)
         self._create(ranks)
         progress("starting actors", 0, len(ranks))
-        infos = self._ask_once(ranks, "starting", lambda actor, rank: actor.setup.remote(self._seen), progress)
+        infos = self._ask_once(ranks, "starting", lambda actor, rank: actor.setup.remote(self._seen), of_each(progress))
         progress("starting actors", len(ranks), len(ranks))
         self._nodes |= {rank: info.node for rank, info in zip(ranks, infos, strict=True)}
         if self.mesh.shards > 1:

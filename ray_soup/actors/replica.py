@@ -281,7 +281,7 @@ def load_replica(
     objective = objective_of(recipe, built.objective)
     if recipe.loss is recipe.metric is None and type(objective) is OBJECTIVES.get(built.objective):
         hold_back(built.model, device)  # functions of the user get all logits
-    examples = yield from labelled("decoding data", load_sources(recipe.data, built.preprocess, check, objective.targets))
+    examples = yield from load_sources(recipe.data, built.preprocess, check, objective.targets)
     return Replica(recipe, built, layout, examples, device, ingredients)
 
 

@@ -39,7 +39,7 @@ from ray_soup.actors.training import train
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.io.lifting import files_of
+from ray_soup.io.lifting import files_of, group_of
 from ray_soup.io.progress import labelled
 from ray_soup.mixing import stores
 from ray_soup.mixing.blocks import Blocks, partition
@@ -81,8 +81,8 @@ class Shard:
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
         found: dict[str, np.ndarray] = {}
         if self.rank == 0:
-            leaks = check_leaks(self.recipe.data, self.replica.built.preprocess, self.replica.objective.targets)
-            found = yield from labelled("comparing examples", leaks)
+            preprocess, targets = self.replica.built.preprocess, self.replica.objective.targets
+            found = yield from check_leaks(self.recipe.data, preprocess, targets)
         shards = self.mesh.shards
         self.group = ShardGroup(self.rank % shards, shards, self.replica.layout.numel, self.device)
         if not self.recipe.actors.by_layer:
@@ -126,7 +126,9 @@ class Shard:
         chosen = [self.ingredients[k] for k in subset]
         if self._opened != subset:
             work = stores.open_store(chosen, self.replica.layout, self.recipe.directions.dtype, self.threads)
-            self.store: DirectionStore = yield from labelled("reading ingredients", work)
+            self.store: DirectionStore = yield from labelled(
+                "reading ingredients" if group_of(chosen) is None else "reading adapters", work
+            )
             self.replica.set_mixed_buffers(
                 {name: mixed_buffer(chosen, name, self.recipe.buffers) for name in self.replica.layout.mixed_buffers}
             )

@@ -13,12 +13,18 @@ T = TypeVar("T")
 ProgressCallback = Callable[[str, int, int], None]
 """Called with what is being done, the units done so far, and the units in total."""
 
+WHOLE_RUN = "whole run"
+"""What is being done when a long command reports on all of its work: seconds so far, and their estimated total."""
+
 CountCallback = Callable[[int, int], None]
 """Called with the units done so far and the units in total."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Ignore the progress: the default of every function that takes a ProgressCallback."""
+    """Ignore the progress: the default of every function that takes a ProgressCallback.
+
+    In a notebook, functions `shown_in_notebooks` show their progress instead.
+    """
 
 
 def no_count(done: int, total: int) -> None:

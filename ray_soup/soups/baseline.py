@@ -17,7 +17,7 @@ from ray_soup.soups.report.measures import Measures, measures_of
 from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.session import Session
 from ray_soup.task.choices import ranking
-from ray_soup.task.outcomes import Outcome
+from ray_soup.task.outcomes import Outcome, test_sets
 
 NOTHING_TO_COMPARE_WITH = "Nothing says whether it is better than its best ingredient."
 
@@ -34,6 +34,8 @@ class Baseline:
     """For run.json: the soup's figures on select minus the ingredient's, as from `improvement`."""
     notes: list[str]
     """Notes for the user, if the soup is not better."""
+    tests: list[dict[str, Any]]
+    """For run.json: paired tests of the soup against the ingredient on each test set."""
     measures: Measures
     """What the figures are called, and which of them decides."""
 
@@ -45,7 +47,7 @@ class Baseline:
     @property
     def record(self) -> dict[str, Any]:
         """Keys for run.json."""
-        return {BEST_SINGLE: self.name, "improvement": self.improvement}
+        return {BEST_SINGLE: self.name, "improvement": self.improvement, "tests": self.tests}
 
 
 def compare_with_best_single(session: Session, outcomes: dict[str, Outcome]) -> Baseline | None:
@@ -76,7 +78,10 @@ def compare_with_best_single(session: Session, outcomes: dict[str, Outcome]) -> 
     name = session.inputs.names[best]
     change, measures = improvement(outcomes["select"], single["select"]), measures_of(session.recipe)
     notes = remarks_on(name, outcomes["select"], single["select"], change, measures)
-    return Baseline(name, single, change, notes, measures)
+    found_on = {split: paired_test(outcomes[split], single[split]) for split in test_sets(outcomes)}
+    about = {"model_name": session.recipe.method, "against": BEST_SINGLE}
+    tests = [{"split": split, **about, **test} for split, test in found_on.items()]
+    return Baseline(name, single, change, notes, tests, measures)
 
 
 def improvement(ours: Outcome, single: Outcome) -> dict[str, float]:
@@ -160,4 +165,4 @@ def warn_if_worse(baseline: Baseline) -> None:
     """Warn the caller of `mix_state_dicts`, who may not look at the notes, about a soup that is worse on select."""
     change, figure = baseline.improvement, baseline.measures.decisive(baseline.improvement)
     if change[f"select_{figure}"] != 0 and not baseline.measures.improved(change):
-        warnings.warn("\n".join(baseline.notes), stacklevel=4)
+        warnings.warn("\n".join(baseline.notes), stacklevel=5)  # of mix_state_dicts and its decorated inner part

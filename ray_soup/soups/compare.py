@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.disk import read_array, write_array, write_bytes
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
@@ -40,6 +41,7 @@ from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, repor
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.make import make
+from ray_soup.soups.outlook import Outlook, expected_work
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
 from ray_soup.soups.polish_checks import check_place_of_training
@@ -66,6 +68,7 @@ from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 from ray_soup.task.preprocess_key import model_of
 
 
+@shown_in_notebooks
 def compare(
     recipe: Recipe,
     out: str | Path,
@@ -78,6 +81,7 @@ def compare(
     """
     recipe = resolved_recipe(recipe)
     check_place_of_training(recipe, out)
+    progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
@@ -89,10 +93,11 @@ def compare(
 
 
 def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOptions, progress: ProgressCallback) -> Soup:
-    clock, staging = Clock(), output.staging()
+    clock, staging, progress = Clock(), output.staging(), Outlook(progress)
     with open_session(recipe, inputs, output, True, progress) as session:
         session.open_store(inputs.everything, "tensor")
         clock.lap("start and directions")
+        progress.expect(expected_work(session, options))
         shared = _shared_results(session, output.state("soups"))
         clock.lap("evaluating ingredients")
         made = _make_all(session, output, shared, options)
@@ -114,6 +119,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     if label == POLISHED:
         kept = output.state("soups", file_name_of(label, made.seeds[0]))
         rebuild(difference_of(candidates[label], kept, inputs), staging)
+    progress("writing", 0, 1)
     write_library_files(staging, recipe.model)
     clock.lap("mixing")
     _evaluate_rows(recipe, inputs, output, staging, made, progress)

@@ -63,20 +63,20 @@ def individual_outcomes(
         paths: the K checkpoints.
         keys: their cache keys, [K][splits].
         splits: the splits to evaluate on.
-        count: called with (checkpoints done, total).
+        count: called with the examples done, over all checkpoints, and their total.
 
     Returns:
         Outcomes [K][splits].
     """
     found = [[recall(key) for key in row] for row in keys]
     missing = [k for k, row in enumerate(found) if any(outcome is None for outcome in row)]
-    count(0, len(missing))
-    for done, outcomes in enumerate(pool.evaluate_files([paths[k] for k in missing], splits)):
+    count(0, len(missing) * sum(map(len, splits)))
+    evaluated = pool.evaluate_files([paths[k] for k in missing], splits, lambda what, *examples: count(*examples))
+    for done, outcomes in enumerate(evaluated):
         k = missing[done]
         found[k] = list(outcomes)
         for key, outcome in zip(keys[k], outcomes, strict=True):
             remember(key, outcome)
-        count(done + 1, len(missing))
     return [[outcome for outcome in row if outcome is not None] for row in found]
 
 
@@ -88,12 +88,16 @@ def ensemble_outcomes(
     The arguments are those of `individual_outcomes`. Returns outcomes [K][splits], and those of the ensemble [splits].
     """
     individual: list[list[Outcome]] = []
+    each = sum(map(len, splits))
     for k in range(len(paths)):
-        outcomes = pool.evaluate_member(tuple(paths[: k + 1]), splits)
+
+        def count_examples(what: str, done: int, total: int, before: int = k * each) -> None:
+            count(before + done, len(paths) * each)
+
+        outcomes = pool.evaluate_member(tuple(paths[: k + 1]), splits, count_examples)
         for key, outcome in zip(keys[k], outcomes, strict=True):
             remember(key, outcome)
         individual.append(outcomes)
-        count(k + 1, len(paths))
     together = pool.evaluate_ensemble(tuple(paths), splits)
     pool.forget()
     return individual, together

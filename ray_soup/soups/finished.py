@@ -27,6 +27,7 @@ from ray_soup.io.formats import DISTRIBUTED_SUFFIX, SAFETENSORS_SUFFIX
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import is_adapter_folder
 from ray_soup.mixing.bake import soup_buffer, soup_range
@@ -58,6 +59,7 @@ DESCRIPTIONS = ("recipe.yaml", "results.jsonl", "report.html", "README.md", COEF
 """The files that a finished soup has beside its model."""
 
 
+@shown_in_notebooks
 def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Evaluate a checkpoint, or the folder of a soup, on one split; `test` means all test sets.
 
@@ -84,6 +86,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     ingredients: list[Ingredient] = []
     if isinstance(opened, AdapterIngredient):
         ingredients, _ = lift_one(recipe.model, opened, recipe.ignore)
+    progress("connecting to Ray", 0, 1)
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress, now=True)
         pool = RayPool(recipe, ingredients, Mesh(mesh.size, 1), cpus)
@@ -141,6 +144,7 @@ def _is_whole_folder(path: str, key: str) -> bool:
     return not key and (not storage.isfile(path) if storage.is_remote(path) else os.path.isdir(path))
 
 
+@shown_in_notebooks
 def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
     """Rebuild the soup in `out` from its coefficients and ingredients alone, in the new folder `new_out`.
 
@@ -174,6 +178,7 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
     return soup.at(new_out)
 
 
+@shown_in_notebooks
 def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[str]:
     """Check a finished soup: digests of its files and ingredients, column sums, and the model bit for bit.
 

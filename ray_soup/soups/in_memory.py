@@ -22,6 +22,7 @@ from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.cache import cache_at
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Layout
 from ray_soup.mixing.coefficients import Coefficients
@@ -144,6 +145,7 @@ def _recipe(method: str, model: torch.nn.Module, data: dict[str, Any], ingredien
     )
 
 
+@shown_in_notebooks
 def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
     inputs = open_inputs(recipe, needs_fit=True)
     mesh, threads = Mesh(1, 1), torch.get_num_threads()

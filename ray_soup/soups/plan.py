@@ -17,6 +17,7 @@ from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import actor_bytes, resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.hyperplane import ITEMSIZE
@@ -71,9 +72,11 @@ class _Costs:
         return mixing + self._passes_s(self.timings.forward_s, examples) + CALL_S * self.mesh.size
 
 
+@shown_in_notebooks
 def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, Any]:
     """Return what a run of `recipe` on this cluster will cost: counts, bytes and seconds by name. Raises SoupError."""
     recipe = resolved_recipe(recipe)
+    progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe)
     if not recipe.info.learns:
         raise RecipeError(
@@ -81,6 +84,7 @@ def plan(recipe: Recipe, progress: ProgressCallback = no_progress) -> dict[str, 
             "in method=mehl+."
         )
     numel, count = inputs.held
+    progress("connecting to Ray", 0, 1)
     with connect():
         mesh, cpus = resolve_mesh(recipe, numel, count, progress)
         model_batch = planned_model_batch(recipe, inputs, mesh)

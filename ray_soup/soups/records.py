@@ -104,6 +104,7 @@ class RunRecord(TypedDict, total=False):
     preprocessing: dict[str, Any]
     notes: list[str]
     files: dict[FileName, Digest]
+    load: str
     chosen: str
     improvement: dict[str, float]
     seeds: list[int]

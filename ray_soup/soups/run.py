@@ -11,6 +11,7 @@ import numpy as np
 
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
@@ -52,6 +53,7 @@ from ray_soup.task.outcomes import Outcome, judged
 from ray_soup.task.preprocess_key import model_of
 
 
+@shown_in_notebooks
 def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, state: Path | None = None) -> Soup:
     """Make the soup that `recipe` describes in the folder or URI `out`.
 
@@ -61,6 +63,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
     """
     recipe = resolved_recipe(recipe)
     check_place_of_training(recipe, out)
+    progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe)
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, **inputs.started))
@@ -109,6 +112,7 @@ def make_soup_in(
         clock.lap("stop")
     sha256 = made.sha256 or hash_ingredients(inputs.ingredients, progress)
     clock.lap("hashing")
+    progress("writing", 0, 1)
     write_library_files(staging, recipe.model)
     ours, single = _own_figures(recipe, inputs, output, staging, made, progress)
     if recipe.evaluate is not None:

@@ -336,6 +336,7 @@ def open_session(
     identity.in_run(output.token())
     for heartbeat in labelled("downloading ingredients", download_all(files_of(inputs.ingredients))):
         progress(*heartbeat)
+    progress("connecting to Ray", 0, 1)
     with connect():
         file = output.state("resolved.json") if resolved_file is None else resolved_file
         mesh, cpus, model_batch = _resolve(recipe, inputs, file, learning, progress)

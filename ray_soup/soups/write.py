@@ -130,11 +130,11 @@ def bake_any(
     Returns the file to load it from, and notes for the user. PEFT must make of the adapter what it is meant to be.
     Arguments as for `bake_whole`.
     """
+    group = group_of(ingredients)
 
     def count(done: int, total: int) -> None:
-        progress("mixing", done, total)
+        progress("mixing" if group is None or is_metadata(str(path)) else "mixing adapters", done, total)
 
-    group = group_of(ingredients)
     if is_metadata(str(path)):
         settings = (recipe.out_dtype, shard_size)
         return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
@@ -205,7 +205,7 @@ def write_descriptions(
         recipe: the recipe as run.
         coefficients: the soup's coefficients.
         rows: for the table of the model card.
-        record: run.json, for the model card.
+        record: run.json, for the model card; gets the line of Python that loads the model.
         model: where the library's files came from, as in the recipe's `model`.
     """
     save_coefficients(coefficients, folder / COEFFICIENTS)
@@ -214,6 +214,7 @@ def write_descriptions(
         line = adapter_line(recipe.model)
     else:
         line = loading_line(model, [file.name for file in folder.iterdir()])
+    record["load"] = line
     write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, line))
 
 

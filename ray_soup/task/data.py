@@ -15,6 +15,7 @@ import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import InUse, cached, content_key
+from ray_soup.io.progress import labelled
 from ray_soup.recipe import Data
 from ray_soup.task.classes import Classes, reference, relabeled, unlike_image_folder
 from ray_soup.task.decode import Decoder, decoder_of
@@ -170,7 +171,7 @@ def load_sources(
     preprocess: Preprocess | None,
     check: Callable[[dict[str, Examples]], object] | None = None,
     targets: str = "classes",
-) -> Generator[tuple[int, int], None, dict[str, Examples]]:
+) -> Generator[tuple[str, int, int], None, dict[str, Examples]]:
     """Load the sources of fit, select and test that the recipe names, by the names of Data.sources.
 
     Args:
@@ -179,18 +180,18 @@ def load_sources(
         check: called before all is decoded, with the labels and the first input of each source.
         targets: the kind of targets that the objective needs.
 
-    Yields (examples decoded, total) of one source at a time. Raises RecipeError.
+    Yields (what is done, units done, total) of one source at a time. Raises RecipeError.
     """
     raws: dict[str, RawExamples] = {}
     for name in data.sources():
-        raws[name] = yield from open_source(named_sources(data, targets)[name], preprocess)
+        raws[name] = yield from labelled("reading data", open_source(named_sources(data, targets)[name], preprocess))
     raws = renumbered(data, raws)
     decoders = {name: _decoder(raw, preprocess) for name, raw in raws.items()}
     if check is not None:
         check({name: _preview(raw, decoders[name]) for name, raw in raws.items()})
     sources: dict[str, Examples] = {}
     for name, raw in raws.items():
-        sources[name] = yield from _decoded(raw, preprocess, decoders[name])
+        sources[name] = yield from labelled("decoding data", _decoded(raw, preprocess, decoders[name]))
     return sources
 
 

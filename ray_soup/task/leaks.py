@@ -10,6 +10,7 @@ import numpy as np
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import cached, content_key, lookup
+from ray_soup.io.progress import labelled
 from ray_soup.recipe import Data
 from ray_soup.task.classes import reference
 from ray_soup.task.data import decoded_key, renumbered, with_labels_of
@@ -89,18 +90,18 @@ def _hashed(*arrays: Rows) -> np.ndarray:
 
 def check_leaks(
     data: Data, preprocess: Preprocess | None = None, targets: str = "classes"
-) -> Generator[tuple[int, int], None, dict[str, np.ndarray]]:
+) -> Generator[tuple[str, int, int], None, dict[str, np.ndarray]]:
     """Hash all examples, and check that none is in two of train, fit, select and the test sets; test sets may overlap.
 
-    Yields (examples hashed, total) of one source at a time; the value is the digests of each, uint64 [n]. Raises
-    RecipeError for a shared example.
+    Yields (what is done, units done, total) of one source at a time; the value is the digests of each, uint64 [n].
+    Raises RecipeError for a shared example.
     """
     found: dict[str, np.ndarray] = {}
     raws: dict[str, RawExamples] = {}
     sources = named_sources(data, targets)
     for name, source in sources.items():
-        raw = raws[name] = yield from open_source(source, preprocess)
-        found[name] = yield from _digests(raw, preprocess)
+        raw = raws[name] = yield from labelled("reading data", open_source(source, preprocess))
+        found[name] = yield from labelled("comparing examples", _digests(raw, preprocess))
         for other, theirs in found.items():
             shared = np.flatnonzero(np.isin(found[name], theirs))
             both_test = name.startswith("test") and other.startswith("test")  # one may contain the other

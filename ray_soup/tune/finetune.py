@@ -20,6 +20,7 @@ from ray_soup.io import storage
 from ray_soup.io.disk import write_json
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.hugging_face import pinned_recipe
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, drain, no_progress
 from ray_soup.recipe import Data, Recipe
 from ray_soup.soups.output import Output, begun_zoo, open_output
@@ -64,6 +65,7 @@ def make_configs(recipe: Recipe) -> list[Hyperparameters]:
     return [cast(Hyperparameters, draw(space, random)) for _ in range(recipe.finetune.trials)]
 
 
+@shown_in_notebooks
 def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress) -> list[ManifestEntry]:
     """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`.
 
@@ -80,6 +82,7 @@ def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_pr
         manifest = output.folder / "manifest.json"
         if os.path.lexists(manifest):
             return read_manifest(manifest)
+        progress("connecting to Ray", 0, 1)
         with output.discarding_refused(), connect():
             check_sources(Data(train=recipe.data.train, fit=recipe.data.fit))
             check_start(recipe)

@@ -20,6 +20,7 @@ from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
+from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
@@ -112,6 +113,7 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[Config]:
 # The search
 
 
+@shown_in_notebooks
 def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
     """Search, then make the best soup in the folder `out` as `run` does, with the trials in its run.json and report.
 
@@ -120,6 +122,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     """
     recipe = resolved_recipe(recipe)
     check_place_of_training(recipe, out)
+    progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
     configs = make_configs(recipe, len(inputs.ingredients))
@@ -128,6 +131,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     with open_output(out, progress, recipe.ingredients) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, kind="search", **inputs.started))
         if soup is None:
+            progress("connecting to Ray", 0, 1)
             with output.recording_failures(), connect():
                 soup = _search(recipe, inputs, configs, output, progress)
     return soup.at(out)

@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 from ray_soup.actors.placement import NoRoom, held_by_others, room_for, wait_for_nodes
 from ray_soup.errors import DiskError, RecipeError
 from ray_soup.io.disk import writing
-from ray_soup.io.progress import ProgressCallback
+from ray_soup.io.progress import WHOLE_RUN, ProgressCallback
 from ray_soup.recipe.distributions import fault_of, is_distribution
 from ray_soup.recipe.plain import shown
 
@@ -180,6 +180,8 @@ class TrialProgress(tune.Callback):
     total: int
     patience_s: float
     idle_since: float | None
+    began: float
+    share_before: float | None
     passing: DiskError | NoRoom | None
 
     @classmethod
@@ -192,6 +194,7 @@ class TrialProgress(tune.Callback):
             patience_s: seconds that trials may wait for resources while none runs.
         """
         cls.progress, cls.total = staticmethod(progress), total
+        cls.began, cls.share_before = time.monotonic(), None
         cls.patience_s, cls.idle_since, cls.passing = patience_s, None, None
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -235,3 +238,13 @@ class PercentProgress(TrialProgress):
         """Report after each result of a trial."""
         done = sum(100 if t.is_finished() else (t.last_result or {}).get("percent", 0) for t in trials)
         self.progress(self.what, round(done / 100), self.total)
+        self._report_whole(done / (100 * self.total))
+
+    def _report_whole(self, share: float) -> None:
+        """Report the seconds so far and in all, from the share of all trials' steps that is done."""
+        kind, now = type(self), time.monotonic()
+        if kind.share_before is None:  # what an interrupted search had done before
+            kind.began, kind.share_before = now, share
+        elif share > kind.share_before:
+            so_far = now - kind.began
+            self.progress(WHOLE_RUN, round(so_far), round(so_far * (1 - kind.share_before) / (share - kind.share_before)))

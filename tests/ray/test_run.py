@@ -242,9 +242,9 @@ def test_the_best_single_stands_beside_a_soup_and_is_evaluated_once(
     asked: list[int] = []
     original = RayPool.evaluate_files
 
-    def evaluate_files(self: RayPool, paths: list[str], splits: list[Split]) -> Iterator[list[Outcome]]:
+    def evaluate_files(self: RayPool, paths: list[str], splits: list[Split], *more: object) -> Iterator[list[Outcome]]:
         asked.extend(len(split) for split in splits for _ in paths)
-        return original(self, paths, splits)
+        return original(self, paths, splits, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RayPool, "evaluate_files", evaluate_files)
     monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / "cache"))

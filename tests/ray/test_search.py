@@ -52,7 +52,7 @@ def test_a_trial_that_no_node_can_hold_is_refused_at_once(zoo: Path, tmp_path: P
     said: list[str] = []
     with pytest.raises(RecipeError, match="A trial needs 2 actors with CPU 99 each"):
         wait_for_room([{"CPU": 99}] * 2, 1, lambda what, done, total: said.append(what), "x")
-    assert said == ["waiting for nodes"]
+    assert said == ["waiting for CPUs"]
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def progress(what, done, total):
 
 
 wait_for_room([{"CPU": 2}], 60, progress, "actors")
-assert set(said) == {"waiting for nodes"}, said
+assert set(said) == {"waiting for CPUs"}, said
 ray.shutdown()
 cluster.shutdown()
 """

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from ray_soup import exits
 from ray_soup.errors import IngredientError, OutputClosed, RecipeError, SoupError, Stopped, explain, first_line, place_of
-from ray_soup.soups.report import terminal
+from ray_soup.soups.report import console
 
 # Older versions of Ray have no such class; `explain` knows it by its name.
 AuthenticationError = getattr(
@@ -230,9 +230,9 @@ def test_a_closed_output_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch)
     def closed(*_: object, **__: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(terminal.click, "echo", closed)
-    monkeypatch.setattr(terminal, "_redirect", lambda stream: None)
+    monkeypatch.setattr(console.click, "echo", closed)
+    monkeypatch.setattr(console, "_redirect", lambda stream: None)
     with pytest.raises(OutputClosed) as broken:
-        terminal.echo("x")
+        console.echo("x")
     assert broken.value.exit_code == 141
-    terminal.say("x")
+    console.say("x")

@@ -24,6 +24,8 @@ TORCH_FREE = [
     *(
         f"ray_soup.io.{name}"
         for name in (
+            "notebook",
+            "pace",
             "progress",
             "redact",
             "environment",
@@ -42,6 +44,9 @@ TORCH_FREE = [
     "ray_soup.soups.records",
     "ray_soup.soups.report.statistics",
     "ray_soup.soups.report.tables",
+    "ray_soup.soups.report.console",
+    "ray_soup.soups.report.ending",
+    "ray_soup.soups.report.progress_bar",
     "ray_soup.soups.report.terminal",
     "ray_soup.exits",
     "ray_soup.cli",

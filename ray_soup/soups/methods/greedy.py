@@ -78,7 +78,7 @@ def greedy(
         held_out: the outcome of each ingredient, by position, on `splits` joined.
         splits: the held-out set.
         keep: `>=`, or `>` to keep an ingredient only if the soup is better with it.
-        count: called with (candidates done, total).
+        count: called with the examples that are done, those of a dropped candidate included, and their total.
         calibration: batches that the running statistics of a mean are estimated on; empty: the statistics are averaged.
         select_by: the recipe key.
     """
@@ -100,13 +100,14 @@ def greedy(
             some = [Split(s.source, rows[done:stop][source[done:stop] == n]) for n, s in enumerate(splits)]
             found += gain(pool.try_candidate(tuple(search.kept), k, some, calibration), select_by)
             done = stop
+            count(number * total + done, (len(order) - 1) * total)
         kept = done == total and _reaches(found, search.gain, keep)
         search.candidates, search.looked = search.candidates + 1, search.looked + done
         search.trail.append({"ingredient": k, "looked": done, "gain": found, "kept": int(kept)})
         if kept:
             search.kept.append(k)
             search.gain = found
-        count(number + 1, len(order) - 1)
+        count((number + 1) * total, (len(order) - 1) * total)
     pool.forget()
     return search
 

@@ -65,7 +65,7 @@ def test_a_run_waits_for_others_to_end(cluster_of: dict, monkeypatch: pytest.Mon
         recipe(wait_s=30, replicas=8, cpus=1), 1000, 8, lambda what, done, total: said.append(what), now=True
     )
     assert mesh == Mesh(8, 1)
-    assert set(said) == {"waiting for nodes"}
+    assert set(said) == {"waiting for CPUs"}
 
 
 def test_actors_that_have_just_ended_become_free(cluster_of: dict, monkeypatch: pytest.MonkeyPatch) -> None:

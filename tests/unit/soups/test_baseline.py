@@ -58,9 +58,9 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = InProcessPool.evaluate_files
 
-    def evaluate_files(self: InProcessPool, paths: list[str], splits: list) -> Iterator[list[Outcome]]:
+    def evaluate_files(self: InProcessPool, paths: list[str], splits: list, *more: object) -> Iterator[list[Outcome]]:
         calls.append(len(paths) * sum(map(len, splits)))
-        return original(self, paths, splits)
+        return original(self, paths, splits, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(InProcessPool, "evaluate_files", evaluate_files)
     return calls

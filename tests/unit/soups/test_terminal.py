@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.progress import WHOLE_RUN
 from ray_soup.soups.output import Soup
-from ray_soup.soups.report import terminal
+from ray_soup.soups.report import console, progress_bar, terminal
 from ray_soup.soups.report.tables import MARK
 from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_row, print_soup, print_zoo
 from ray_soup.soups.report.terminal_tables import comparison_text, table_text
+
+SENTENCES = ("Made", "On ", "Wrote")
+"""How lines begin that are no tables."""
 
 
 def row(name: str, **figures: Any) -> dict[str, Any]:
@@ -75,22 +82,63 @@ def test_numbers_are_not_cut_even_where_names_are(monkeypatch: pytest.MonkeyPatc
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace the clock of the progress bar by the last element of a list."""
     seconds = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: seconds[-1])
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[-1])
     return seconds
 
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    progress = ProgressBar()
+    for second in range(26):
+        clock.append(second)
+        progress("3/7 learning", second, 40)
+    clock.append(30)
+    progress("mixing", 10**9, 4 * 10**9)
+    clock.append(42)
+    progress(WHOLE_RUN, 42, 102)
+    progress("mixing", 2 * 10**9, 4 * 10**9)
+    assert capsys.readouterr().err.splitlines() == [
+        "3/7 learning: 10 of 40 steps, 1.0/s, 10 s so far, 30 s left",
+        "3/7 learning: 20 of 40 steps, 1.0/s, 20 s so far, 20 s left",
+        "mixing: 1.0 GB of 4.0 GB, 0 s so far",
+        "mixing: 2.0 GB of 4.0 GB, 83.3 MB/s, 12 s so far, 24 s left, about 1 min 0 s left in all",
+    ]
+
+
+def test_without_a_terminal_a_line_comes_also_while_nothing_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_bar, "LOG_INTERVAL_S", 0.1)
+    monkeypatch.setattr(ProgressBar, "tick_s", 0.02)
     with ProgressBar() as progress:
-        for second in range(26):
-            clock.append(second)
-            progress("learning", second, 26)
-        clock.append(30)
-        progress("baking", 1, 2)
-        clock.append(36)
-        progress("baking", 2, 2)
-    assert capsys.readouterr().err.splitlines() == ["learning: 11 of 26 (11 s)", "learning: 22 of 26 (22 s)"]
+        progress("starting", 0, 1)
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 5
+    assert set(lines) <= {"starting: 0 s so far", "starting: 1 s so far"}
+
+
+def test_the_log_in_json_has_objects_at_both_ends_of_a_phase_and_for_messages(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_log_format", "json")
+    progress = ProgressBar()
+    progress("hashing", 0, 400)
+    for second in range(5):
+        clock.append(second)
+        progress("hashing", 100 * second, 400)
+    clock.append(6.0)
+    progress("writing", 0, 1)
+    terminal.say("A note\nof two lines.")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert all(datetime.fromisoformat(line.pop("time")).tzinfo is not None for line in lines)
+    assert lines == [
+        {"phase": "hashing", "done": 0, "total": 400, "unit": "bytes", "seconds": 0.0, "left": None},
+        {"phase": "hashing", "done": 400, "total": 400, "unit": "bytes", "seconds": 6.0, "left": 0.0},
+        {"phase": "writing", "done": 0, "total": 1, "unit": "", "seconds": 0.0, "left": None},
+        {"message": "A note\nof two lines."},
+    ]
 
 
 def test_on_a_terminal_progress_is_a_bar_for_each_kind_of_work(
@@ -100,9 +148,9 @@ def test_on_a_terminal_progress_is_a_bar_for_each_kind_of_work(
     with ProgressBar() as progress:
         progress("learning", 1, 2)
         progress("learning", 2, 2)
-        progress("baking", 1, 4)
+        progress("mixing", 1, 4)
     shown = capsys.readouterr().err
-    for part in ("learning", "100 %", "baking", "25 %"):
+    for part in ("learning", "100 %", "mixing", "25 %"):
         assert part in shown
 
 
@@ -149,7 +197,7 @@ def test_a_comparison_has_all_tables_in_80_columns(
             for baseline in ("best_single", "greedy"):
                 assert f"Paired tests against {baseline} on {name}:" in shown.out
     assert shown.out.endswith("Wrote out/report.html with tables and figures, and model.safetensors with the soup mehl+.\n")
-    assert all(len(line) <= 80 for line in shown.out.splitlines()[:-1])
+    assert all(len(line) <= 80 for line in shown.out.splitlines() if not line.startswith(SENTENCES))
     assert "A note." in shown.err
 
 
@@ -176,7 +224,7 @@ def test_failed_trainings_are_counted_with_the_first_error(capsys: pytest.Captur
 
 
 def test_the_best_single_stands_beside_a_soup_and_beside_a_copy_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
-    soup = Soup("out", [row("uniform"), row("best_single", select_accuracy=0.25)], {"files": {}}, [])  # type: ignore[arg-type]
+    soup = Soup("out", [row("uniform"), row("best_single", select_accuracy=0.25)], {"files": {}, "method": "uniform"}, [])  # type: ignore[arg-type]
     print_soup(soup, as_json=False)
     shown = capsys.readouterr().out
     assert ["model", "uniform", "best_single"] in [line.split() for line in shown.splitlines()]
@@ -243,23 +291,23 @@ def test_names_do_not_reach_the_terminal_raw(
     shown = capsys.readouterr()
     for text in (shown.out, shown.err):
         assert "\x1b[2J" not in text
-        assert not set("\r\x07\u202e\udc80") & set(text.replace("\r\x1b[2K", ""))
+        assert not set("\r\x07\u202e\udc80") & set(re.sub("\r(\x1b\\[1A)?\x1b\\[2K", "", text))
 
 
 def test_long_and_wide_names_are_cut_and_padded_by_terminal_columns() -> None:
-    assert terminal.name_of("漢字", 6) == "漢字  "
-    cut = terminal.name_of("漢" * 500)
+    assert console.name_of("漢字", 6) == "漢字  "
+    cut = console.name_of("漢" * 500)
     assert cut.endswith("…")
-    assert len(cut) <= terminal.LONGEST_NAME / 2 + 1
-    assert terminal.name_of("a\nb\tc") == "a\\nb\\tc"
+    assert len(cut) <= console.LONGEST_NAME / 2 + 1
+    assert console.name_of("a\nb\tc") == "a\\nb\\tc"
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: Any, **__: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(terminal, "_redirect", lambda stream: None)
-    monkeypatch.setattr(terminal.click, "echo", gone)
+    monkeypatch.setattr(console, "_redirect", lambda stream: None)
+    monkeypatch.setattr(console.click, "echo", gone)
     terminal.say("x")
     monkeypatch.setenv("FORCE_COLOR", "1")
     progress = ProgressBar()
@@ -267,3 +315,29 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(progress._console, write, gone)
     progress("learning", 1, 2)
     progress.stop()
+
+
+def test_the_last_lines_say_what_was_made_how_good_it_is_and_how_to_load_it(capsys: pytest.CaptureFixture[str]) -> None:
+    soup = comparison("test")
+    soup.record |= {"ingredients": [{}] * 8, "load": "ray_soup.load_model('a:b', '.')"}  # type: ignore[typeddict-item]
+    soup.rows[1]["ingredients_used"] = 5
+    print_soup(soup, as_json=False)
+    expected = [
+        "Made with the method mehl+: uses 5 of 8 ingredients.",
+        "On test, it is better than the best single ingredient: NLL 0.7500 against 0.7500 (difference -0.1000, 95 % "
+        "interval -0.2000 to -0.0500), accuracy 75.00% against 75.00%.",
+        "Wrote out/model.safetensors, its coefficients, and README.md (the model card).",
+        "To load it from its folder:",
+        "    ray_soup.load_model('a:b', '.')",
+    ]
+    assert capsys.readouterr().out.splitlines()[-5:] == expected
+    soup.was_complete = True
+    soup.record["tests"] = []
+    soup.record["improvement"] = {"select_nll": 0.1, "select_nll_low": -0.1, "select_nll_high": 0.3}
+    print_soup(soup, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].startswith(
+        "On select, it is not significantly different from the best single ingredient: NLL 1.2500 against 1.2500 "
+    )
+    assert lines[-4].endswith("accuracy 50.00% against 50.00%. Figures on select are optimistic: choices were made on it.")
+    assert lines[-3].startswith("It is in out/model.safetensors")
