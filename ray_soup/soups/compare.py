@@ -192,7 +192,7 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         *stale_statistics(recipe, inputs),
     ]
     return {
-        "method": label.partition("-m")[0].removesuffix(" polished"),
+        "method": label if label in made.methods else label.partition("-m")[0].removesuffix(" polished"),
         **recorded(measures),  # type: ignore[typeddict-item]
         **recorded_function(recipe),
         **_recorded_own(recipe, made),

@@ -19,7 +19,7 @@ from ray_soup.recipe import load_recipe
 from ray_soup.soups.make import make_without_data
 from ray_soup.soups.methods.interface import NeedsDataError
 from ray_soup.soups.methods.results import Model
-from ray_soup.soups.output import MODEL, Soup, begun, open_output
+from ray_soup.soups.output import COEFFICIENTS, MODEL, Soup, begun, open_output
 from ray_soup.soups.records import RunRecord, read_results
 from ray_soup.soups.session import Inputs, open_inputs
 from ray_soup.soups.write import write_descriptions, write_library_files
@@ -28,7 +28,7 @@ from ray_soup.task.preprocess_key import model_of
 
 def has_no_coefficients(record: RunRecord) -> bool:
     """Return whether run.json is that of a model that is no weighted sum of its ingredients."""
-    return record.get("own_method", {}).get("returned") == "model"
+    return record.get("own_method", {}).get("returned") == "model" and COEFFICIENTS not in record["files"]
 
 
 def verify_own(out: Path, record: RunRecord, progress: ProgressCallback) -> list[str]:
