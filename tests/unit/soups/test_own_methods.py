@@ -22,8 +22,8 @@ from ray_soup.soups.methods.interface import NeedsDataError, Session
 from ray_soup.soups.methods.results import Model, result_of
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.rows import open_rows
+from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, open_inputs
 from ray_soup.soups.session import Session as RunSession
-from ray_soup.soups.session import open_inputs
 from tests import tiny
 from tests.conftest import InProcess, values
 
@@ -93,6 +93,19 @@ def test_evaluate_and_gradient_equal_those_of_plain_torch(folder: Path, size: in
     _, by_ingredient = session.gradient([0.5, 0.25, 0.25], batch)  # one coefficient per ingredient: summed over blocks
     assert by_ingredient.shape == (COUNT,)
     assert (session.figures["steps"], session.figures["image_passes"]) == (2, len(run.splits["select"]) + 200)
+
+
+def test_running_statistics_are_re_estimated_as_for_other_candidates(conv_zoo: Path) -> None:
+    recipe = make_recipe(values(conv_zoo, method="tests.own_methods:by_loss", model="tests.tiny:build_conv", **EXACT))
+    pool = InProcess(recipe)
+    everything = pool.inputs.everything
+    run = RunSession(recipe, pool.inputs, pool, pool.setup_info, Mesh(1, 1), 1, len(everything), subset=everything)
+    run = run.with_soup(splits=run.cut(recipe.learn.seed))
+    weights = np.array([0.1, 0.2, 0.3, 0.4])
+    calibration = run.calibration(CALIBRATION_WHILE_CHOOSING)
+    score = run.pool.try_mixture(weights, [run.splits["select"]], calibration)
+    assert len(calibration) > 0
+    assert session_of(run).evaluate(weights)["nll"] == pytest.approx(score.nll, rel=1e-4)
 
 
 def test_a_method_of_the_user_makes_the_mixture_that_it_returns(folder: Path) -> None:
