@@ -31,10 +31,10 @@ def learn(
 ) -> Soup:
     """Learn the coefficients of a soup and write the soup to the folder or URI `out`.
 
-    If `method` is None, the method is that of the recipe if it learns coefficients, otherwise mehl+.
+    If `method` is None, the method is that of the recipe if it learns coefficients or is yours, otherwise mehl+.
     """
     loaded = as_recipe(recipe)
-    chosen = method or (loaded.method if loaded.info.learns else DEFAULT_METHOD)
+    chosen = method or (loaded.method if loaded.info.learns or loaded.info.is_own else DEFAULT_METHOD)
     return run(with_changes(loaded, {"method": chosen, **changes}), out, progress)
 
 

@@ -16,7 +16,7 @@ from ray_soup.cli.group import (
 )
 from ray_soup.errors import RecipeError
 from ray_soup.exits import check_improvement, common_options, run_task
-from ray_soup.recipe import LEARNED, METHODS, SCHEDULES, load_recipe
+from ray_soup.recipe import LEARNED, METHODS, SCHEDULES, load_recipe, method_info
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_comparison, print_soup, print_trials, say
 
 
@@ -56,7 +56,7 @@ def _soup_command(name: str, methods: tuple[str, ...], text: str) -> None:
             from ray_soup.soups.run import run
 
             loaded = comparable(load_recipe(recipe, overrides, method or options.get("method")), required)
-            if loaded.method not in methods:
+            if loaded.method not in methods and not (name == "learn" and loaded.info.is_own):
                 raise RecipeError(
                     f"`ray-soup {name}` supports the methods {', '.join(methods)}; the recipe has {loaded.method}. Run "
                     f"`ray-soup {_command_for(loaded.method)}`, or choose a method with --method."
@@ -70,17 +70,24 @@ def _soup_command(name: str, methods: tuple[str, ...], text: str) -> None:
     if method is None or not METHODS[method].is_reference:
         command = require_improvement_option(command)
     if method is None:
-        command = click.option("--method", type=click.Choice(methods), help="Default: the method in the recipe.")(command)
+        own = "|package.module:function" if name == "learn" else ""
+        kind = {"metavar": f"[{'|'.join(methods)}{own}]"} if own else {"type": click.Choice(methods)}
+        command = click.option("--method", **kind, help="Default: the method in the recipe.")(command)
     main.command(name, help=text)(command)
 
 
 def _command_for(method: str) -> str:
     """Return the command that makes soups by a method."""
-    return "learn" if method in LEARNED else "schedule" if method in SCHEDULES else method.replace("_", "-")
+    if method in LEARNED or method_info(method).is_own:
+        return "learn"
+    return "schedule" if method in SCHEDULES else method.replace("_", "-")
 
 
 _soup_command(
-    "learn", LEARNED, "Learn the coefficients of a soup.\n\nUses MEHL-Soup or Learned-Soup. Writes the soup to OUT."
+    "learn",
+    LEARNED,
+    "Learn the coefficients of a soup.\n\nUses MEHL-Soup, Learned-Soup, or a function of yours, as in method: "
+    "package.module:function. Writes the soup to OUT.",
 )
 _soup_command(
     "schedule",

@@ -22,6 +22,7 @@ from ray_soup.recipe.methods import SCHEDULES as SCHEDULES
 from ray_soup.recipe.methods import TRAINED as TRAINED
 from ray_soup.recipe.methods import MethodInfo as MethodInfo
 from ray_soup.recipe.methods import method_info as method_info
+from ray_soup.recipe.methods import own_function as own_function
 from ray_soup.recipe.paths import absolute as absolute
 from ray_soup.recipe.paths import absolute_paths as absolute_paths
 from ray_soup.recipe.paths import is_function as is_function

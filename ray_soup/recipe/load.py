@@ -40,6 +40,7 @@ _SINCE_0_2: dict[str, Any] = {
     "out_format": "safetensors",
     "start": None,
     "polish": None,
+    "compare": {"rows": {}},
 }
 """Keys that a dump leaves out at their default, so that a folder of version 0.1 still has the same recipe."""
 _OFF_BY_DEFAULT = (

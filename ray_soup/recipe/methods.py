@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from ray_soup.errors import RecipeError
+from ray_soup.recipe.paths import is_function
 from ray_soup.recipe.plain import shown
 
-Kind = Literal["selection", "schedule", "hyperplane", "softmax"]
+Kind = Literal["selection", "schedule", "hyperplane", "softmax", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class MethodInfo:
     name: str
     kind: Kind
     """selection: chooses ingredients and averages them; schedule: weights of the steps of one run by a formula;
-    hyperplane: coefficients of any sign that sum to 1; softmax: positive coefficients that sum to 1."""
+    hyperplane: coefficients of any sign that sum to 1; softmax: positive coefficients that sum to 1; own: a function of the
+    user's."""
     description: str
     """One sentence for help texts."""
     blocks: str = "model"
@@ -44,6 +47,11 @@ class MethodInfo:
     def learns(self) -> bool:
         """Whether the method learns coefficients by gradient descent."""
         return self.kind in ("hyperplane", "softmax")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the method is a function of the user's."""
+        return self.kind == "own"
 
     @property
     def uses_seed(self) -> bool:
@@ -151,10 +159,41 @@ RESERVED_NAMES = frozenset(
     {*(name for name, method in METHODS.items() if not method.needs_steps), *PEFT_MERGES, "ensemble", TRAINED, POLISHED}
 )
 """Names in results.jsonl that an ingredient must not have; steps of a run are called otherwise."""
+ENTRY_POINTS = "ray_soup.methods"
+"""The group of entry points whose names are methods."""
+EXPECTED = (
+    f"one of {', '.join(METHODS)}; package.module:function for a function of yours; or the name of an installed entry point "
+    f"in the group {ENTRY_POINTS}"
+)
+"""What can be a method."""
+
+
+def own_function(name: str) -> str | None:
+    """Return `package.module:function` for a method of the user's: its own name, or what an entry point of that name says.
+
+    None if it is no such method.
+    """
+    if name in METHODS or name.startswith(("schedule:", "peft:")):
+        return None
+    if is_function(name):
+        return name
+    found = next(iter(entry_points(group=ENTRY_POINTS, name=name)), None)
+    return None if found is None else found.value.partition("[")[0].replace(" ", "")
+
+
+def find_method(name: object) -> MethodInfo | None:
+    """Look up a method by its name; None if there is no such method."""
+    if not isinstance(name, str) or name in METHODS:
+        return METHODS.get(name) if isinstance(name, str) else None
+    function = own_function(name)
+    if function is None:
+        return None
+    return MethodInfo(name=name, kind="own", description=f"Call the function {function}.", needs_data=False)
 
 
 def method_info(name: str) -> MethodInfo:
     """Look up a method by its name. Raises RecipeError if there is no such method."""
-    if not isinstance(name, str) or name not in METHODS:
-        raise RecipeError(f"method: found {shown(name)}; expected one of {', '.join(METHODS)}. Choose one of these.")
-    return METHODS[name]
+    found = find_method(name)
+    if found is None:
+        raise RecipeError(f"method: found {shown(name)}; expected {EXPECTED}. Choose one of these.")
+    return found

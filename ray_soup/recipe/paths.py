@@ -11,7 +11,11 @@ from urllib.parse import unquote
 from ray_soup.errors import RecipeError
 from ray_soup.recipe.plain import shown
 
-_PATH_KEYS = {"data": ("train", "fit", "select", "test"), "finetune": ("init", "pretrained", "class_names")}
+_PATH_KEYS = {
+    "compare": ("rows",),
+    "data": ("train", "fit", "select", "test"),
+    "finetune": ("init", "pretrained", "class_names"),
+}
 
 
 def is_function(spec: str) -> bool:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe.blocks import Blocks
+from ray_soup.recipe.comparing import Compare
 from ray_soup.recipe.distributions import fault_of, points
 from ray_soup.recipe.explain import Fault, FaultsError, below, faults_of, is_section, unknown_key
 from ray_soup.recipe.fields import (
@@ -26,7 +27,7 @@ from ray_soup.recipe.fields import (
     share,
 )
 from ray_soup.recipe.learning import Learn
-from ray_soup.recipe.methods import DEFAULT_METHOD, LEARNED, METHODS, MethodInfo
+from ray_soup.recipe.methods import DEFAULT_METHOD, EXPECTED, LEARNED, MethodInfo, find_method, method_info
 from ray_soup.recipe.plain import plain, shown
 from ray_soup.recipe.preprocessing import Preprocessing
 from ray_soup.recipe.tuning import Finetune, Polish, Search
@@ -169,7 +170,8 @@ class Recipe(Section):
 
     method: str = DEFAULT_METHOD
     """best_single, uniform, greedy, learned, learned+, mehl or mehl+; for the steps of one run also last, schedule:uniform,
-    schedule:linear, schedule:cosine, schedule:minus_sqrt or ema."""
+    schedule:linear, schedule:cosine, schedule:minus_sqrt or ema. `package.module:function` is a method of yours: a function
+    (session) that returns coefficients or a model; so is the name of an installed entry point `ray_soup.methods`."""
     ingredients: PathText | Annotated[list[PathText], Field(min_length=1)] | None = None
     """Checkpoints that started from one initialization: a glob, a list, a folder, a URI, or the folder of a Ray Tune or
     Ray Train experiment. `RUN?per_trial=last:N` or `=all` takes the last N or all checkpoints of a training run."""
@@ -243,6 +245,7 @@ class Recipe(Section):
     shard_size: int | None = None
     """Largest file of the soup, in bytes or as in 5GB. A larger model is split into several files with an index. null: one
     file."""
+    compare: Compare = Compare()
     finetune: Finetune = Finetune()
     search: Search = Search()
 
@@ -256,7 +259,7 @@ class Recipe(Section):
     @property
     def info(self) -> MethodInfo:
         """The entry of this recipe's method in the table of methods."""
-        return METHODS[self.method]
+        return method_info(self.method)
 
     @model_validator(mode="before")
     @classmethod
@@ -264,20 +267,20 @@ class Recipe(Section):
         if not isinstance(values, dict):
             return values
         values = {key: value for key, value in values.items() if value is not None or not is_section(below(cls, key))}
-        method = values.get("method", DEFAULT_METHOD)
-        if not isinstance(method, str) or method not in METHODS:
+        info = find_method(values.get("method", DEFAULT_METHOD))
+        if info is None:
             return values
         search = values.get("search")
         if isinstance(search, dict) and search.get("metric") == "select_nll" and values.get("select_by") in UNSAID:
             values["search"] = {**search, "metric": "auto"}  # the same, and what a dump of auto says
-        info, learn = METHODS[method], values.get("learn", {})
+        learn = values.get("learn", {})
         return {"blocks": info.blocks, **values, "learn": {**info.learn, **learn} if isinstance(learn, dict) else learn}
 
     @field_validator("method", mode="before")
     @classmethod
     def _check_method(cls, value: Any) -> Any:
-        if not isinstance(value, str) or value not in METHODS:
-            raise ValueError(f"Expected one of {', '.join(METHODS)}.")
+        if find_method(value) is None:
+            raise ValueError(f"Expected {EXPECTED}.")
         return value
 
     @field_validator("preprocess", mode="before")
@@ -383,7 +386,7 @@ class Recipe(Section):
 
 FIXED_IN_SEARCH = (
     "ingredients", "ignore", "model", "preprocess", "base_model", "data", "objective", "select_by", "metric",
-    "evaluate", "baseline", "schedule", "finetune", "search", "start", "polish",
+    "evaluate", "baseline", "schedule", "compare", "finetune", "search", "start", "polish",
 )  # fmt: skip
 """Keys that all trials of a search share: trials with other data, ingredients or models cannot be compared."""
 SEARCHED = tuple(key for key in Recipe.model_fields if key not in FIXED_IN_SEARCH)

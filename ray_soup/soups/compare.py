@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.disk import read_array, write_array, write_bytes
+from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import remove_adapter
@@ -41,19 +42,29 @@ from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, repor
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.make import make
+from ray_soup.soups.methods.results import Model
+from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.outlook import Outlook, expected_work
 from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
-from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
+from ray_soup.soups.own_evaluation import (
+    check_same_names,
+    figures_of_soup,
+    folder_of_soup,
+    recorded_function,
+    recorded_method,
+)
 from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.records import RunRecord, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
+from ray_soup.soups.rows import open_rows, row_results
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
 from ray_soup.soups.trained import difference_of, file_name_of, folder_of_trained, trained_rows
 from ray_soup.soups.write import (
     bake_and_evaluate,
     bake_model,
+    evaluate_model,
     listed,
     mesh_record,
     remarks,
@@ -83,16 +94,25 @@ def compare(
     check_place_of_training(recipe, out)
     progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe, needs_fit=True)
+    rows = open_rows(recipe, inputs)
+    identities = {"rows": {name: opened.identity for name, opened in rows.items()}} if rows else {}
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients) as output:
-        soup = output.begin(begun(recipe, inputs.ingredients, compare=options.recorded, **inputs.started))
+        soup = output.begin(begun(recipe, inputs.ingredients, compare=options.recorded, **inputs.started, **identities))
         if soup is None:
             with output.recording_failures():
-                soup = _compare(recipe, inputs, output, options, progress)
+                soup = _compare(recipe, inputs, rows, output, options, progress)
     return soup.at(out)
 
 
-def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOptions, progress: ProgressCallback) -> Soup:
+def _compare(
+    recipe: Recipe,
+    inputs: Inputs,
+    rows_to_add: dict[str, Ingredient],
+    output: Output,
+    options: CompareOptions,
+    progress: ProgressCallback,
+) -> Soup:
     clock, staging, progress = Clock(), output.staging(), Outlook(progress)
     with open_session(recipe, inputs, output, True, progress) as session:
         session.open_store(inputs.everything, "tensor")
@@ -102,7 +122,7 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
         clock.lap("evaluating ingredients")
         made = _make_all(session, output, shared, options)
         foreign = foreign_results(session, output, output.state("soups"))
-        made.foreign = foreign.results
+        made.foreign = foreign.results | row_results(session, output, rows_to_add)
         trained = trained_rows(session, output, made, options.trained)
         made.trained = trained.results
         clock.lap("soups")
@@ -145,7 +165,8 @@ def _evaluate_rows(
     found = []
     soups = [(entry, result) for entry, result in made.results.items() if len(entry.subset) == len(made.individual)]
     for number, (entry, result) in enumerate(soups):
-        assert result.coefficients is not None
+        if result.coefficients is None:  # a model that was removed
+            continue
         progress(f"{number + 1}/{len(soups)} evaluate {entry.label}", 0, 1)
         in_folder = partial(folder_of_soup, staging, recipe, result.coefficients, inputs.ingredients, progress)
         found.append((entry.label, figures_of_soup(recipe, output, entry.file, result.coefficients, in_folder)))
@@ -177,9 +198,10 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         *stale_statistics(recipe, inputs),
     ]
     return {
-        "method": label.partition("-m")[0].removesuffix(" polished"),
+        "method": label if label in made.methods else label.partition("-m")[0].removesuffix(" polished"),
         **recorded(measures),  # type: ignore[typeddict-item]
         **recorded_function(recipe),
+        **_recorded_own(recipe, made),
         "chosen": label,
         "improvement": change,
         "seed": made.seeds[0],
@@ -200,6 +222,11 @@ def _record(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, sha256
         **about_base(inputs.ingredients),
         "notes": notes,
     }
+
+
+def _recorded_own(recipe: Recipe, made: Comparison) -> dict[str, Any]:
+    """Return what run.json says about a method of the user's."""
+    return recorded_method(recipe, made.own[recipe.method].coefficients is not None) if recipe.info.is_own else {}
 
 
 def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record: RunRecord) -> Report:
@@ -228,7 +255,7 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
     shuffled = np.random.default_rng([learn.seed, 4]).permutation(count).tolist()
     dropped = {n: tuple(sorted(ranked[n:])) for n in options.drop_top}
     counted = {n: tuple(sorted(shuffled[:n])) for n in options.by_count}
-    methods = methods_for(session.inputs.steps)
+    methods = methods_for(session.inputs.steps, session.recipe)
     entries = [entry for seed in seeds for entry in table_entries(count, model_batch, seed, methods)]
     for series, subsets in (("dropped", dropped), ("counted", counted)):
         for subset in subsets.values():
@@ -286,19 +313,27 @@ def _result(session: Session, output: Output, file: Path) -> SoupResult:
         clock = Clock()
         session.pool.reset_peak()
         mixture = make(session)
+        used = len(mixture.coefficients.used() if isinstance(mixture, Mixture) else session.subset)
         mixture.figures |= {
             "seconds": round(clock.lap("making"), 3),
             "peak_memory_bytes": max(session.pool.peak_memory()),
-            "ingredients_used": len(mixture.coefficients.used()),
+            "ingredients_used": used,
         }
         model, method = file.with_name("model.safetensors"), session.recipe.method
         on = {s: session.whole(s) for s in session.setup.sizes} if method in SEEDLESS else reported(session.splits)
-        found = bake_and_evaluate(session, output, mixture, model, on, session.calibration(CALIBRATION))
+        if isinstance(mixture, Model):
+            mixture.notes.append(
+                f"The row of {method} can be compared, and is never chosen; to write it, use `ray-soup learn`."
+            )
+            found = evaluate_model(session, output, mixture, model, on)
+        else:
+            found = bake_and_evaluate(session, output, mixture, model, on, session.calibration(CALIBRATION))
+            save_coefficients(mixture.coefficients, coefficients)
         save_outcomes(found, outcomes)
         model.unlink(missing_ok=True)
         remove_adapter(model.parent)
-        save_coefficients(mixture.coefficients, coefficients)
         write_entry({"figures": mixture.figures, "notes": mixture.notes}, made_so)
     entry = read_entry(made_so)
     figures: dict[str, Any] = entry["figures"]
-    return SoupResult(load_outcomes(outcomes), figures, load_coefficients(coefficients), entry["notes"])
+    kept = load_coefficients(coefficients) if coefficients.exists() else None
+    return SoupResult(load_outcomes(outcomes), figures, kept, entry["notes"])

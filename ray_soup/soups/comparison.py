@@ -12,7 +12,7 @@ import numpy as np
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.schedules import are_even
-from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS, POLISHED, TRAINED
+from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS, POLISHED, TRAINED, Recipe, method_info
 from ray_soup.soups.baseline import compared
 from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.records import ResultRow
@@ -28,11 +28,15 @@ NOT_LEARNED = tuple(name for name, info in METHODS.items() if not info.learns)
 REFERENCES = tuple(name for name, info in METHODS.items() if info.is_reference)
 
 
-def methods_for(steps: Sequence[int] | None) -> tuple[str, ...]:
-    """Return the methods of the table; those for steps of one run only if the ingredients are such `steps`."""
+def methods_for(steps: Sequence[int] | None, recipe: Recipe) -> tuple[str, ...]:
+    """Return the methods of the table.
+
+    Those for steps of one run only if the ingredients are such `steps`; the recipe's own method if it is the user's.
+    """
+    own = (recipe.method,) if recipe.info.is_own else ()
     if steps is None:
-        return tuple(name for name, info in METHODS.items() if not info.needs_steps)
-    return tuple(name for name, info in METHODS.items() if not (info.for_uneven_steps and are_even(steps)))
+        return *(name for name, info in METHODS.items() if not info.needs_steps), *own
+    return *(name for name, info in METHODS.items() if not (info.for_uneven_steps and are_even(steps))), *own
 
 
 def methods_on(series: str) -> tuple[str, ...]:
@@ -127,7 +131,7 @@ def table_entries(count: int, model_batch: int, seed: int, methods: Sequence[str
     everything = tuple(range(count))
     entries = [SoupEntry(method, everything, seed, count) for method in methods]
     if model_batch < count:
-        batched = [name for name in methods if METHODS[name].uses_model_batches]
+        batched = [name for name in methods if method_info(name).uses_model_batches]
         entries += [SoupEntry(method, everything, seed, model_batch) for method in batched]
     return entries
 
@@ -160,7 +164,7 @@ class Comparison(SharedResults):
     methods: tuple[str, ...]
     """The methods of the table."""
     foreign: dict[str, SoupResult] = field(default_factory=dict)
-    """Results of soups that another library made, by the name of the row."""
+    """Results of models that another program made, by the name of the row."""
     trained: dict[str, dict[int, SoupResult]] = field(default_factory=dict)
     """Results of models all of whose weights were trained, by the name of the row and the seed."""
 
@@ -187,7 +191,7 @@ class Comparison(SharedResults):
     @property
     def candidates(self) -> dict[str, SoupResult]:
         """The results that one is chosen from, by label, of the first seed."""
-        found = {name: result for name, result in self.own.items() if name not in REFERENCES}
+        found = {n: r for n, r in self.own.items() if n not in REFERENCES and r.coefficients is not None}
         return found | {name: result for name, result in self.own_trained.items() if name == POLISHED}
 
     def schedules(self) -> dict[str, Any]:

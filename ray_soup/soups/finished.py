@@ -38,6 +38,7 @@ from ray_soup.soups.baking import bakers
 from ray_soup.soups.evaluations import figures_of
 from ray_soup.soups.finished_adapters import about_digest, compare_products, compare_tensors, lifted_ingredients
 from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
+from ray_soup.soups.finished_own import bake_own, has_no_coefficients, verify_own
 from ray_soup.soups.finished_polished import difference_in, of_model, rebuild
 from ray_soup.soups.output import COEFFICIENTS, DIFFERENCE, MODEL, TABLE, Soup, begun, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
@@ -153,6 +154,10 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
     """
     source = _local_folder(out, progress)
     check_new(new_out, source)
+    record = finished_record(source)
+    if has_no_coefficients(record):
+        check_files(source, record)
+        return bake_own(source, record, new_out, progress)
     recipe, record, coefficients, ingredients = _open_finished(source)
     rows = read_results(source)
     with open_output(new_out, progress) as output:
@@ -188,6 +193,8 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
     record = finished_record(out)
     _check_listed(out, record)
     check_files(out, record, error=SoupError)
+    if has_no_coefficients(record):
+        return [f"{len(record['files'])} files have the digests in run.json", *verify_own(out, record, progress)]
     recipe, _, coefficients, ingredients = _open_finished(out)
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
     _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
@@ -237,7 +244,8 @@ def _check_listed(out: Path, record: RunRecord) -> None:
     listed = record["files"]
     index = f"{MODEL}.index.json"
     differs = [DIFFERENCE] if record.get("polish", {}).get("best_epoch") else []
-    expected = [*DESCRIPTIONS, *differs, index if index in listed or (out / index).exists() else MODEL]
+    descriptions = [n for n in DESCRIPTIONS if n not in (COEFFICIENTS, TABLE) or not has_no_coefficients(record)]
+    expected = [*descriptions, *differs, index if index in listed or (out / index).exists() else MODEL]
     if is_adapter_folder(out) or ADAPTER_CONFIG in listed:
         expected[-1:] = [ADAPTER_CONFIG, ADAPTER_FILES[0]]
     if METADATA in listed or (out / METADATA).exists():

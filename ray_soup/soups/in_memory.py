@@ -29,7 +29,7 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import DEFAULT_METHOD, Recipe, make_recipe, with_changes
 from ray_soup.soups.baseline import compare_with_best_single, warn_if_worse
 from ray_soup.soups.evaluations import figures_of, reported
-from ray_soup.soups.make import make
+from ray_soup.soups.make import mix
 from ray_soup.soups.output import MODEL, open_output
 from ray_soup.soups.polish import polish
 from ray_soup.soups.session import CALIBRATION, Session, open_inputs, requested_model_batch
@@ -157,7 +157,7 @@ def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
             state_file=output.state("learn.pt"),
         )  # fmt: skip
         session = session.with_soup(splits=session.cut(recipe.learn.seed))
-        mixture = make(session)
+        mixture = mix(session)
         mixture.notes += inputs.notes
         calibration = session.calibration(CALIBRATION)
         outcomes = bake_and_evaluate(session, output, mixture, folder / MODEL, reported(session.splits), calibration)

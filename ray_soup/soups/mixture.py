@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,8 +16,24 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import Recipe
-from ray_soup.soups.session import Inputs, Session
-from ray_soup.soups.trajectory import fixed_weights, order_of
+from ray_soup.soups.session import Inputs
+from ray_soup.soups.trajectory import order_of
+
+
+class Subset(Protocol):
+    """The ingredients that go into a soup: of a run, or of a method's session."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the soup."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """The ingredients of the run."""
+
+    @property
+    def subset(self) -> tuple[int, ...]:
+        """Those that may go into the soup, by position."""
 
 
 @dataclass
@@ -40,7 +56,7 @@ def mean_of(kept: Sequence[int], ingredients: int) -> np.ndarray:
     return values
 
 
-def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **options: Any) -> Coefficients:
+def coefficients_of(session: Subset, values: np.ndarray, blocks: Partition, **options: Any) -> Coefficients:
     """Attach the names of ingredients, blocks and tensors to the coefficients `values`, float64 [K, B]."""
     layout = session.inputs.layout
     block_of = dict(zip(layout.names, blocks.block.tolist(), strict=True))
@@ -51,25 +67,12 @@ def coefficients_of(session: Session, values: np.ndarray, blocks: Partition, **o
     return with_computed_buffers(made, [session.inputs.ingredients[k] for k in session.subset], layout, session.recipe)
 
 
-def coefficients_without_data(recipe: Recipe, inputs: Inputs) -> Coefficients:
-    """Return the coefficients of a method that needs neither data nor actors."""
-    if recipe.info.needs_steps:
-        is_last = recipe.info.is_reference
-        kept = order_of(inputs.ingredients)[-1:]
-        values = mean_of(kept, len(inputs.ingredients)) if is_last else fixed_weights(recipe, inputs.ingredients)[:, None]
-        return _without_actors(recipe, inputs, values)
-    return mean_coefficients(recipe, inputs, inputs.everything)
-
-
 def mean_coefficients(recipe: Recipe, inputs: Inputs, kept: Sequence[int]) -> Coefficients:
     """Return the coefficients of the plain mean of the ingredients `kept`, which needs no actors."""
-    return _without_actors(recipe, inputs, mean_of(kept, len(inputs.ingredients)))
-
-
-def _without_actors(recipe: Recipe, inputs: Inputs, values: np.ndarray) -> Coefficients:
     layout = inputs.layout
     whole = partition(layout, "model")
     block_of = dict.fromkeys(layout.names, 0)
+    values = mean_of(kept, len(inputs.ingredients))
     made = Coefficients(values, inputs.names, whole.names, block_of, buffer_policy(recipe), layout.tied)
     return with_computed_buffers(made, inputs.ingredients, layout, recipe)
 
@@ -105,19 +108,6 @@ def buffer_policy(recipe: Recipe) -> str:
     return "first" if recipe.buffers == "first" else "average"
 
 
-def order_in(session: Session) -> list[int]:
+def order_in(session: Subset) -> list[int]:
     """Return the positions in the subset, ordered by step."""
     return order_of([session.inputs.ingredients[k] for k in session.subset])
-
-
-def on_whole_model(session: Session, values: np.ndarray) -> Coefficients:
-    """Attach names to the coefficients `values`, float64 [K, 1], of a method with one coefficient per ingredient."""
-    return coefficients_of(session, values, partition(session.inputs.layout, "model"))
-
-
-def held_out_figures(session: Session) -> tuple[dict[str, Any], int]:
-    """Return the ingredients' figures on the held-out set, for run.json, and the number of examples evaluated."""
-    outcomes, names = session.individual(), session.inputs.names
-    known = {k: {name: getattr(outcomes[k], name) for name in ("accuracy", "nll", "metric")} for k in session.subset}
-    figures = {names[k]: {name: value for name, value in known[k].items() if value is not None} for k in session.subset}
-    return {"held_out": figures}, len(session.subset) * len(outcomes[0])

@@ -24,7 +24,7 @@ from ray_soup.io.hashing import sha256_file
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.recipe import Recipe
+from ray_soup.recipe import Recipe, own_function
 from ray_soup.recipe.plain import shown
 from ray_soup.soups.output import Output
 from ray_soup.soups.records import FunctionRecord, read_evaluated, write_evaluated
@@ -46,17 +46,31 @@ Files = dict[str, tuple[int, int]]
 
 def recorded_function(recipe: Recipe) -> dict[str, FunctionRecord]:
     """Return what run.json says about the function: its name and the SHA-256 of its file; empty if there is none."""
-    if recipe.evaluate is None:
+    return {} if recipe.evaluate is None else {"evaluate": _record_of(recipe.evaluate, "evaluate")}
+
+
+def recorded_method(recipe: Recipe, linear: bool) -> dict[str, FunctionRecord]:
+    """Return what run.json says about a method of the user's; empty for a built-in one.
+
+    `linear` is False if it returned a model that is no weighted sum of the ingredients.
+    """
+    spec = own_function(recipe.method)
+    if spec is None:
         return {}
-    function = inspect.unwrap(import_function(recipe.evaluate, "evaluate"))
-    found: FunctionRecord = {"function": recipe.evaluate}
+    return {"own_method": {**_record_of(spec, "method"), "returned": "coefficients" if linear else "model"}}
+
+
+def _record_of(spec: str, key: str) -> FunctionRecord:
+    """Return the name of a function and the SHA-256 of its file."""
+    function = inspect.unwrap(import_function(spec, key))
+    found: FunctionRecord = {"function": spec}
     try:
         file = inspect.getsourcefile(function) or ""
     except TypeError:  # an object with __call__
         file = inspect.getsourcefile(type(function)) or ""
     if os.path.isfile(file):
         found["sha256"] = sha256_file(file)
-    return {"evaluate": found}
+    return found
 
 
 @contextmanager
@@ -83,7 +97,7 @@ def figures_of_soup(
     recipe: Recipe,
     output: Output,
     name: str,
-    coefficients: Coefficients,
+    coefficients: Coefficients | str,
     in_folder: Callable[[], AbstractContextManager[Path]],
 ) -> Figures:
     """Return the figures that the function computes for a soup, from an earlier attempt if that got so far.
@@ -92,7 +106,7 @@ def figures_of_soup(
         recipe: the recipe; without a function, there are no figures.
         output: the output folder, whose state keeps them.
         name: the soup's name in that state.
-        coefficients: the coefficients of the soup.
+        coefficients: the coefficients of the soup, or the digest of a model that has none.
         in_folder: makes the folder with the soup's model and the files that its library needs.
 
     Raises RecipeError as `figures_of_folder` does.

@@ -70,10 +70,11 @@ class IngredientRecord(TypedDict):
 
 
 class FunctionRecord(TypedDict):
-    """A function of the user's in run.json."""
+    """A function of the user's in run.json; `returned` of a method: coefficients, or model."""
 
     function: str
     sha256: NotRequired[Digest]
+    returned: NotRequired[str]
 
 
 class RunRecord(TypedDict, total=False):
@@ -88,6 +89,7 @@ class RunRecord(TypedDict, total=False):
     loss: str
     inputs: str
     evaluate: FunctionRecord
+    own_method: FunctionRecord
     seed: int
     exit: int
     error: str
@@ -128,6 +130,7 @@ class BegunRecord(TypedDict, total=False):
     compare: list[Any]
     kind: str
     start: str
+    rows: dict[str, Any]
 
 
 class ResolvedRecord(TypedDict, total=False):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ray_soup.io.disk import write_bytes
-from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.hashing import hash_ingredients, sha256_file
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.coefficients import Coefficients
@@ -18,15 +18,17 @@ from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
 from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
 from ray_soup.soups.evaluations import cosines, figures_of, reported
-from ray_soup.soups.make import make
-from ray_soup.soups.mixture import Mixture, coefficients_without_data, mean_coefficients
-from ray_soup.soups.output import BOARD, MODEL_FILES, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.make import make, make_without_data
+from ray_soup.soups.methods.results import Model
+from ray_soup.soups.mixture import Mixture, mean_coefficients
+from ray_soup.soups.output import BOARD, MODEL, MODEL_FILES, Clock, Output, Soup, begun, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,
     check_same_names,
     figures_of_soup,
     folder_of_soup,
     recorded_function,
+    recorded_method,
 )
 from ray_soup.soups.polish import polish, together
 from ray_soup.soups.polish_checks import check_place_of_training
@@ -40,6 +42,7 @@ from ray_soup.soups.trajectory import recorded_weights
 from ray_soup.soups.write import (
     bake_and_evaluate,
     bake_model,
+    evaluate_model,
     listed,
     mesh_record,
     remarks,
@@ -79,7 +82,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
 class _Made:
     """A soup whose model is in the staging folder, with its results."""
 
-    mixture: Mixture
+    mixture: Mixture | Model
     row: dict[str, Any] = field(default_factory=dict)
     baseline: Baseline | None = None
     record: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +91,11 @@ class _Made:
     """Outcomes for the reliability diagram, by method."""
     similarity: np.ndarray | None = None
     """Cosines of the directions, float64 [K, K]."""
+
+    @property
+    def coefficients(self) -> Coefficients | None:
+        """The coefficients; None if the model is no weighted sum of the ingredients."""
+        return self.mixture.coefficients if isinstance(self.mixture, Mixture) else None
 
 
 def make_soup_in(
@@ -107,7 +115,7 @@ def make_soup_in(
         made = _without_data(recipe, inputs, output, staging, progress)
         clock.lap("mixing")
     else:
-        with open_session(recipe, inputs, output, recipe.info.learns, progress) as session:
+        with open_session(recipe, inputs, output, recipe.info.learns or recipe.info.is_own, progress) as session:
             made = _with_actors(session, output, staging, clock)
         clock.lap("stop")
     sha256 = made.sha256 or hash_ingredients(inputs.ingredients, progress)
@@ -117,8 +125,8 @@ def make_soup_in(
     ours, single = _own_figures(recipe, inputs, output, staging, made, progress)
     if recipe.evaluate is not None:
         clock.lap("evaluate")
-    coefficients = made.mixture.coefficients
-    used = len(coefficients.used())
+    coefficients = made.coefficients
+    used = len(inputs.names) if coefficients is None else len(coefficients.used())
     notes = made.mixture.notes + remarks(recipe, inputs, sha256)
     if used > 1:
         notes += stale_statistics(recipe, inputs)
@@ -126,10 +134,11 @@ def make_soup_in(
         "method": recipe.method,
         **recorded(measures_of(recipe)),  # type: ignore[typeddict-item]
         **recorded_function(recipe),
+        **recorded_method(recipe, coefficients is not None),
         "seed": recipe.learn.seed,
         "exit": 0,
         "parameters": inputs.layout.numel,
-        "blocks": len(coefficients.blocks),
+        "blocks": 0 if coefficients is None else len(coefficients.blocks),
         "wall_s": clock.total(),
         "seconds": clock.laps,
         "versions": versions(),
@@ -138,7 +147,7 @@ def make_soup_in(
         **about_base(inputs.ingredients),
         "notes": notes,
     }
-    weights = recorded_weights(recipe, inputs.ingredients, coefficients.shares())
+    weights = {} if coefficients is None else recorded_weights(recipe, inputs.ingredients, coefficients.shares())
     record.update({**made.record, **weights, **(more or {})})  # type: ignore[typeddict-item]
     costs = {"ingredients_used": used, "seconds": clock.total()}
     rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, **ours, **costs}]
@@ -152,13 +161,17 @@ def make_soup_in(
 
 def _without_data(recipe: Recipe, inputs: Inputs, output: Output, staging: Path, progress: ProgressCallback) -> _Made:
     """Make the soup of a recipe without data: no actor builds the model, and nothing is evaluated."""
-    coefficients = coefficients_without_data(recipe, inputs)
-    with bakers(recipe, inputs.ingredients, output, progress) as pool:
-        notes = bake_model(staging, recipe, coefficients, inputs.ingredients, progress, pool)
-        sha256 = [] if pool is None else pool.hash(progress)
+    mixture, sha256 = make_without_data(recipe, inputs, progress), list[str]()
+    if isinstance(mixture, Model):
+        mixture.write(staging / MODEL)
+    else:
+        with bakers(recipe, inputs.ingredients, output, progress) as pool:
+            mixture.notes += bake_model(staging, recipe, mixture.coefficients, inputs.ingredients, progress, pool)
+            sha256 = [] if pool is None else pool.hash(progress)
     done = "not evaluated" if recipe.evaluate is None else f"evaluated by {recipe.evaluate} alone"
     note = f"The recipe has no data: this soup was {done}. {NOTHING_TO_COMPARE_WITH}"
-    return _Made(Mixture(coefficients, notes=[note, *notes]), sha256=sha256)
+    mixture.notes.insert(0, note)
+    return _Made(mixture, sha256=sha256)
 
 
 def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) -> _Made:
@@ -177,13 +190,16 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     clock.lap(recipe.method)
     peak = max(session.pool.peak_memory())
     similarity = cosines(session.pool.gram()) if learning else None
-    outcomes = bake_and_evaluate(
-        session, output, mixture, staging / MODEL_FILES[recipe.out_format], reported(session.splits),
-        session.calibration(CALIBRATION), recipe.shard_size,
-    )  # fmt: skip
+    if isinstance(mixture, Model):
+        outcomes = evaluate_model(session, output, mixture, staging / MODEL, reported(session.splits))
+    else:
+        outcomes = bake_and_evaluate(
+            session, output, mixture, staging / MODEL_FILES[recipe.out_format], reported(session.splits),
+            session.calibration(CALIBRATION), recipe.shard_size,
+        )  # fmt: skip
     clock.lap("mixing and evaluation")
     polished: dict[str, Any] = {}
-    if recipe.polish is not None:
+    if recipe.polish is not None and isinstance(mixture, Mixture):
         outcomes, polished = polish(session, output, mixture, staging, outcomes, recipe.shard_size)
         clock.lap("polish")
     baseline = compare_with_best_single(session, outcomes)
@@ -220,7 +236,9 @@ def _own_figures(
     if recipe.evaluate is None:
         return {}, {}
     progress(f"evaluate {recipe.method}", 0, 1)
-    ours = figures_of_soup(recipe, output, recipe.method, made.mixture.coefficients, lambda: nullcontext(staging))
+    ours = figures_of_soup(
+        recipe, output, recipe.method, made.coefficients or sha256_file(str(staging / MODEL)), lambda: nullcontext(staging)
+    )
     if made.baseline is None:
         return ours, {}
     progress(f"evaluate {BEST_SINGLE}", 0, 1)
@@ -234,12 +252,11 @@ def _own_figures(
 
 
 def _report(recipe: Recipe, inputs: Inputs, rows: list[ResultRow], record: RunRecord, made: _Made) -> Report:
-    coefficients: dict[str, Coefficients] = {}
-    curves: dict[str, list[dict[str, float]]] = {}
-    if recipe.info.learns:
-        coefficients, curves = {recipe.method: made.mixture.coefficients}, {recipe.method: made.mixture.figures["curve"]}
+    found = {} if made.coefficients is None else {recipe.method: made.coefficients}
+    coefficients = found if recipe.info.learns or recipe.info.is_own else {}
+    curves = {recipe.method: made.mixture.figures["curve"]} if recipe.info.learns else {}
     title = f"{recipe.method} soup of {len(record['ingredients'])} ingredients"
-    weighted = {} if recipe.info.is_reference else {recipe.method: made.mixture.coefficients}
+    weighted = {} if recipe.info.is_reference else found
     return Report(
         title, recipe, rows, record, coefficients, curves, made.shown, made.similarity, inputs.steps, weighted,
         inputs.unit_of_steps,

@@ -26,6 +26,7 @@ from ray_soup.mixing.distributed_bake import bake_distributed
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.recipe import Recipe
 from ray_soup.soups.baking import bake_whole
+from ray_soup.soups.methods.results import Model
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
@@ -89,6 +90,15 @@ def bake_and_evaluate(
         )
     outcomes = pool.evaluate_file(output.visible_to_actors(file), list(splits.values()), progress)
     return held_out | dict(zip(splits, outcomes, strict=True))
+
+
+def evaluate_model(
+    session: Session, output: Output, model: Model, path: Path, splits: dict[str, Split]
+) -> dict[str, Outcome]:
+    """Write a model that is no weighted sum of the ingredients to `path`, and evaluate that file on splits."""
+    model.write(path)
+    outcomes = session.pool.evaluate_file(output.visible_to_actors(path), list(splits.values()), session.progress)
+    return dict(zip(splits, outcomes, strict=True))
 
 
 def statistics_of(session: Session, output: Output, file: Path, calibration: list[Split]) -> Statistics:
@@ -193,7 +203,7 @@ def write_library_files(folder: Path, model: str) -> None:
 def write_descriptions(
     folder: Path,
     recipe: Recipe,
-    coefficients: Coefficients,
+    coefficients: Coefficients | None,
     rows: Sequence[ResultRow],
     record: RunRecord,
     model: str,
@@ -203,13 +213,14 @@ def write_descriptions(
     Args:
         folder: the folder, which already contains the model and the files that its library needs.
         recipe: the recipe as run.
-        coefficients: the soup's coefficients.
+        coefficients: the soup's coefficients; None: the model is no weighted sum.
         rows: for the table of the model card.
         record: run.json, for the model card; gets the line of Python that loads the model.
         model: where the library's files came from, as in the recipe's `model`.
     """
-    save_coefficients(coefficients, folder / COEFFICIENTS)
-    save_table(coefficients, folder / TABLE)
+    if coefficients is not None:
+        save_coefficients(coefficients, folder / COEFFICIENTS)
+        save_table(coefficients, folder / TABLE)
     if is_adapter_folder(folder):
         line = adapter_line(recipe.model)
     else:

@@ -30,10 +30,11 @@ EXPECTED = {
     "evaluate": "evaluate(folder) that returns a dictionary of names and finite numbers",
     "preprocess": "preprocess(image) that maps a PIL image in RGB to an array or tensor, always of one shape",
     "objective": "a class derived from ray_soup.Objective",
+    "method": "method(session) that maps a ray_soup.Session to coefficients [K] or [K, B], to tensors by name, or to a file",
     "data": "dataset() without required arguments that returns a sequence of pairs (input, label)",
 }
 """The signature of the function under each recipe key."""
-ARGUMENTS = {"model": 0, "preprocess": 1, "loss": 2, "metric": 2, "evaluate": 1, "data": 0}
+ARGUMENTS = {"model": 0, "preprocess": 1, "loss": 2, "metric": 2, "evaluate": 1, "method": 1, "data": 0}
 """Number of arguments that the function under each recipe key is called with."""
 LINES = 3
 """Maximum number of lines of a traceback in a message."""

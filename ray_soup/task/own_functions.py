@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ray_soup.errors import RecipeError
-from ray_soup.recipe import Recipe, is_function
+from ray_soup.recipe import Recipe, is_function, own_function
 from ray_soup.task.functions import call, import_function
 from ray_soup.task.objective import OBJECTIVES, TARGETS, Classification, Objective, check_smoothing
 
@@ -28,7 +28,13 @@ def check_functions(recipe: Recipe) -> None:
     if recipe.select_by == "metric" and recipe.metric is None:
         raise RecipeError("select_by: metric needs a metric. Add `metric: package.module:function`.")
     own = recipe.preprocess if isinstance(recipe.preprocess, str) else None
-    for key, spec in (("loss", recipe.loss), ("metric", recipe.metric), ("preprocess", own), ("evaluate", recipe.evaluate)):
+    for key, spec in (
+        ("loss", recipe.loss),
+        ("metric", recipe.metric),
+        ("preprocess", own),
+        ("evaluate", recipe.evaluate),
+        ("method", own_function(recipe.method)),
+    ):
         if spec is not None:
             import_function(spec, key)
 

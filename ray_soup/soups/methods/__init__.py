@@ -1,1 +1,1 @@
-"""The methods, one module each: a function `(session) -> Mixture`. The registry lists them."""
+"""The methods, one module each: a function `(session) -> coefficients`. The registry lists them."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_soup.actors.pool import ActorPool
 from ray_soup.io.progress import CountCallback, no_count
-from ray_soup.soups.mixture import Mixture, held_out_figures, mean_of, on_whole_model
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs, Session
+from ray_soup.soups.methods.interface import Session
+from ray_soup.soups.mixture import mean_of
+from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING
 from ray_soup.task.choices import gain, gains, ranking
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome
@@ -35,27 +36,31 @@ class GreedySearch:
     """One entry per candidate: ingredient, examples evaluated, the gain on these, and whether it was kept."""
 
 
-def greedy_soup(session: Session) -> Mixture:
+def greedy_soup(session: Session) -> NDArray[np.float64]:
     """Average the ingredients that a greedy search keeps."""
-    figures, passes = held_out_figures(session)
-    held_out = session.individual()
+    run, names = session.run, session.names
+    session.figures["held_out"] = dict(zip(names, session.held_out(), strict=True))
+    held_out = run.individual()
     search = greedy(
-        session.pool,
-        {k: held_out[k] for k in session.subset},
-        session.held_out,
-        session.recipe.greedy.keep,
-        lambda done, total: session.progress("greedy", done, total),
-        session.calibration(CALIBRATION_WHILE_CHOOSING),
-        session.recipe.select_by,
+        run.pool,
+        {k: held_out[k] for k in run.subset},
+        run.held_out,
+        run.recipe.greedy.keep,
+        lambda done, total: run.progress("greedy", done, total),
+        run.calibration(CALIBRATION_WHILE_CHOOSING),
+        run.recipe.select_by,
     )
+    kept = [run.subset.index(k) for k in search.kept]
     share = search.looked / max(1, search.candidates * len(held_out[0]))
-    figures |= {"image_passes": passes + search.looked, "greedy": _greedy_figures(session.inputs, search, share)}
-    note = (
-        f"Greedy kept {len(search.kept)} of {len(session.subset)} ingredients; it evaluated its candidates on {share:.0%} "
-        "of the held-out examples."
+    session.figures["image_passes"] += search.looked
+    session.figures["greedy"] = {
+        "kept": [names[n] for n in kept], "candidates": search.candidates, "looked_share": share
+    }  # fmt: skip
+    session.notes.append(
+        f"Greedy kept {len(kept)} of {len(names)} ingredients; it evaluated its candidates on {share:.0%} of the held-out "
+        "examples."
     )
-    values = mean_of([session.subset.index(k) for k in search.kept], len(session.subset))
-    return Mixture(on_whole_model(session, values), figures, [note])
+    return mean_of(kept, len(names))[:, 0]
 
 
 def greedy(
@@ -114,8 +119,3 @@ def greedy(
 
 def _reaches(found: float, best: float, keep: str) -> bool:
     return found > best if keep == ">" else found >= best
-
-
-def _greedy_figures(inputs: Inputs, search: GreedySearch, share: float) -> dict[str, Any]:
-    kept = [inputs.names[k] for k in search.kept]
-    return {"kept": kept, "candidates": search.candidates, "looked_share": share}

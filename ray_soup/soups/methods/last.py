@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from ray_soup.soups.mixture import Mixture, mean_of, on_whole_model, order_in
-from ray_soup.soups.session import Session
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_soup.soups.methods.interface import Session
+from ray_soup.soups.mixture import mean_of, order_in
 
 
-def last(session: Session) -> Mixture:
+def last(session: Session) -> NDArray[np.float64]:
     """Take the last step of one run."""
-    return Mixture(on_whole_model(session, mean_of(order_in(session)[-1:], len(session.subset))))
+    return mean_of(order_in(session)[-1:], len(session.names))[:, 0]

@@ -7,9 +7,10 @@ import torch
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.soups.beginnings import beginnings
 from ray_soup.soups.learn import learn, refit_steps, summary
+from ray_soup.soups.methods.interface import Session
 from ray_soup.soups.mixture import Mixture, coefficients_of, order_in
 from ray_soup.soups.optimize import parametrization
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session
+from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING
 from ray_soup.soups.start import began_note, began_record
 from ray_soup.soups.state import LearnState
 from ray_soup.task.choices import cost_in
@@ -17,21 +18,21 @@ from ray_soup.task.choices import cost_in
 
 def learned(session: Session) -> Mixture:
     """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
-    recipe, softmax = session.recipe, session.recipe.info.kind == "softmax"
-    store = session.open_store(session.subset, session.blocks)
-    begins = beginnings(session, store)
+    run, recipe, softmax = session.run, session.recipe, session.recipe.info.kind == "softmax"
+    store = run.open_store(run.subset, run.blocks)
+    begins = beginnings(run, store)
 
     def after_step(step: int, steps: int, state: LearnState) -> None:
         what = "learning" if state.before is None else "refitting"
-        session.progress(f"{what} {recipe.method}", step, steps)
+        run.progress(f"{what} {recipe.method}", step, steps)
 
     state = learn(
-        recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step,
-        session.after_epoch, session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
-        order_in(session) if recipe.learn.smoothness else (), starts=begins,
+        recipe, run.pool, store.norms, run.splits, run.model_batch, run.state_file, after_step,
+        run.after_epoch, run.calibration(CALIBRATION_WHILE_CHOOSING), run.learned_from(store),
+        order_in(run) if recipe.learn.smoothness else (), starts=begins,
     )  # fmt: skip
     notes: list[str] = []
-    asked, count = recipe.learn.model_batch, len(session.subset)
+    asked, count = recipe.learn.model_batch, len(run.subset)
     if not softmax and asked != "auto" and asked > count:
         notes.append(f"learn.model_batch is {asked:,}, and there are {count} ingredients: all of them moved at a time.")
     if begins:
@@ -49,7 +50,7 @@ def learned(session: Session) -> Mixture:
 
     def soup(y: torch.Tensor, factor: float) -> Coefficients:
         scaled = {"factor": factor, "factored": store.output} if softmax else {}
-        return coefficients_of(session, of.coefficients(y.numpy()), store.partition, **scaled)
+        return coefficients_of(run, of.coefficients(y.numpy()), store.partition, **scaled)
 
     made = Mixture(soup(state.y, state.factor.item()), summary(state), notes)
     if begins:

@@ -12,18 +12,20 @@ from numpy.typing import NDArray
 from ray_soup.errors import SoupError
 from ray_soup.mixing.schedules import DECAYS, windows
 from ray_soup.recipe import Recipe
-from ray_soup.soups.mixture import Mixture, on_whole_model
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session
+from ray_soup.soups.methods.interface import Session
+from ray_soup.soups.mixture import Subset
+from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING
+from ray_soup.soups.session import Session as RunSession
 from ray_soup.soups.trajectory import fixed_weights, is_chosen, is_shaped, steps_of, weights
 from ray_soup.task.choices import cost, figures_on_select
 
 
-def scheduled(session: Session) -> Mixture:
+def scheduled(session: Session) -> NDArray[np.float64]:
     """Mix the last steps of one run by a schedule, or by their moving average."""
-    choice, recipe = choose(session), session.recipe
-    figures = choice.record(session)
-    note = choice.note(recipe.method, figures, len(session.subset))
-    return Mixture(on_whole_model(session, choice.weights[:, None]), figures, [note])
+    choice = choose(session.run) if is_chosen(session.recipe) else fixed(session)
+    session.figures |= choice.record(session)
+    session.notes.append(choice.note(session.recipe.method, session.figures, len(session.names)))
+    return choice.weights
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Choice:
     looked: int = 0
     """Number of examples that these were evaluated on, and that running statistics were estimated on."""
 
-    def record(self, session: Session) -> dict[str, Any]:
+    def record(self, session: Subset) -> dict[str, Any]:
         """Return the figures for run.json: the window, the steps in it, and what was tried."""
         chosen = [session.inputs.ingredients[k] for k in session.subset]
         steps = sorted(steps_of(chosen) or ())[-self.window :]
@@ -56,13 +58,19 @@ class Choice:
         return f"{method}: mixed the last {self.window} of {total} steps, {steps[0]} to {steps[-1]}{by}{how}."
 
 
-def choose(session: Session) -> Choice:
+def fixed(session: Subset) -> Choice:
+    """Return the weights of a schedule whose window and decay are numbers."""
+    recipe, ingredients = session.recipe, [session.inputs.ingredients[k] for k in session.subset]
+    ((window, decay),) = _candidates(recipe, len(ingredients))
+    return Choice(fixed_weights(recipe, ingredients), window, decay)
+
+
+def choose(session: RunSession) -> Choice:
     """Return the weights of the session's schedule; what is `auto` is the best on select, by the figure of select_by."""
     recipe, ingredients = session.recipe, [session.inputs.ingredients[k] for k in session.subset]
-    candidates = _candidates(recipe, len(ingredients))
     if not is_chosen(recipe):
-        ((window, decay),) = candidates
-        return Choice(fixed_weights(recipe, ingredients), window, decay)
+        return fixed(session)
+    candidates = _candidates(recipe, len(ingredients))
     select, calibration = session.splits["select"], session.calibration(CALIBRATION_WHILE_CHOOSING)
     tried: list[dict[str, float]] = []
     costs: list[float] = []

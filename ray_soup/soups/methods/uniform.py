@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from ray_soup.soups.mixture import Mixture, mean_of, on_whole_model
-from ray_soup.soups.session import Session
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_soup.soups.methods.interface import Session
 
 
-def uniform(session: Session) -> Mixture:
+def uniform(session: Session) -> NDArray[np.float64]:
     """Average all ingredients."""
-    return Mixture(on_whole_model(session, mean_of(range(len(session.subset)), len(session.subset))))
+    count = len(session.names)
+    return np.full(count, 1 / count)

@@ -28,17 +28,27 @@ POLISHED = (
     "`difference.safetensors` holds what was added to each tensor."
 )
 
+LIMITS = """\
+Use this model in place of the best of its ingredients, for the task and the kind of data that it was learned and tested on;
+inference costs the same. It inherits the biases and licenses of its ingredients. On other data it may be worse than any of
+them: test it there first. A soup works only if all its ingredients were fine-tuned from one initialization."""
+"""The last section but one of a card."""
 
-def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:
+
+def model_card(
+    recipe: Recipe, coefficients: Coefficients | None, rows: Sequence[Row], record: Mapping[str, Any], load: str
+) -> str:
     """Return the model card of a soup as Markdown.
 
     Args:
         recipe: the recipe as run.
-        coefficients: the coefficients of the soup.
+        coefficients: the coefficients of the soup; None: the model is no weighted sum of the ingredients.
         rows: the rows of the results table.
         record: run.json.
         load: the line of Python that loads the model from its folder.
     """
+    if coefficients is None:
+        return _card_without_coefficients(recipe, rows, record, load)
     used, measures = len(coefficients.used()), measures_in(record)
     factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
     notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
@@ -76,9 +86,7 @@ model from them{", this difference" if is_trained else ""} and the ingredients.
 
 ## Intended use and limits
 
-Use this model in place of the best of its ingredients, for the task and the kind of data that it was learned and tested on;
-inference costs the same. It inherits the biases and licenses of its ingredients. On other data it may be worse than any of
-them: test it there first. A soup works only if all its ingredients were fine-tuned from one initialization.
+{LIMITS}
 
 ## Recipe
 
@@ -107,3 +115,39 @@ def _shares(coefficients: Coefficients) -> str:
     """Format one table row per ingredient, the largest mean coefficient first."""
     order = sorted(zip(coefficients.shares(), coefficients.ingredients, strict=True), reverse=True)
     return "\n".join(f"| {markdown_text(name)} | {share:+.4f} |" for share, name in order)
+
+
+def _card_without_coefficients(recipe: Recipe, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:
+    """Return the model card of a model that is no weighted sum of its ingredients."""
+    measures, names = measures_in(record), [ingredient["name"] for ingredient in record["ingredients"]]
+    notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
+    explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
+    return f"""{_front_matter(recipe, False)}
+# A model made of {len(names)} ingredients
+
+Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}`, a function that is no part of
+ray_soup, for the model {markdown_code(recipe.model)}: it is computed from {len(names)} fine-tuned checkpoints, and is no
+weighted sum of them. To load it from its folder:
+
+{markdown_block(load, "python")}
+
+## Results
+
+{markdown(*table(rows, [*quality(rows, measures), *cost(measures)]))}
+
+{explained}{notes}
+{_preprocessing(record)}
+## Ingredients
+
+{chr(10).join(f"- {markdown_text(name)}" for name in names)}
+
+`ray-soup bake` rebuilds this model from them, if it finds the same function.
+
+## Intended use and limits
+
+{LIMITS}
+
+## Recipe
+
+{markdown_block(dump_recipe(recipe).strip(), "yaml")}
+"""

@@ -1,4 +1,4 @@
-"""The recipe that `ray-soup init` writes: the model that it recognizes, the data that it finds, and what is left to fill in."""
+"""The recipe of `ray-soup init`: the model that it recognizes, the data that it finds, and what is left to fill in."""
 
 from __future__ import annotations
 
