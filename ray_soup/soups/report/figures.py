@@ -126,9 +126,9 @@ def wilson(rows: Sequence[Row], key: str, count: int) -> dict[str, tuple[float, 
     return {row["model_name"]: accuracy_interval(round(row[key] * count), count) for row in rows if key in row}
 
 
-def label_ingredients(axes: Axes, names: Sequence[str]) -> None:
-    """Label the y axis with ingredients, at most 36 of them, evenly spaced."""
-    every = max(1, -(-len(names) // 36))
+def label_ingredients(axes: Axes, names: Sequence[str], most: int) -> None:
+    """Label the y axis with ingredients, at most `most` of them, evenly spaced."""
+    every = max(1, -(-len(names) // most))
     axes.set_yticks(range(0, len(names), every), [shortened(one_line(name), 18) for name in names[::every]], fontsize=8)
 
 
@@ -254,7 +254,7 @@ def similarity(cosines: np.ndarray, names: Sequence[str], duplicates: Sequence[t
         bar.set_label("cosine")
         for pair in duplicates:
             axes.plot(*zip(pair, pair[::-1], strict=True), "x", color="black", markersize=7, linestyle="none")
-        label_ingredients(axes, names)
+        label_ingredients(axes, names, 18)
         axes.set_xticks([])
         axes.set_xlabel("ingredient, in the same order")
         axes.set_ylabel("ingredient")

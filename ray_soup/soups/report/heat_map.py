@@ -20,7 +20,7 @@ from ray_soup.soups.report.trajectories import blocks_by_layer, by_layer
 
 WIDTH = 8.5
 """Width of the heat map in inches; it takes the width of the page."""
-MOST_SETTINGS = 8
+MOST_SETTINGS = 6
 """Hyperparameters beside a heat map; the table of ingredients has all of them."""
 MOST_ROWS = 36
 """Rows that are high enough for a line of text."""
@@ -36,17 +36,17 @@ def heat_map(coefficients: Coefficients, settings: Settings) -> str:
     values, count = by_layer(coefficients)[order], len(order)
     reach = max(float(np.abs(values - 1 / count).max()), 1e-6)
     norm = TwoSlopeNorm(1 / count, 1 / count - reach, 1 / count + reach)
-    beside = dict(list(settings.items())[:MOST_SETTINGS])
+    beside, height = _first(settings), 2.1 + min(0.22 * count, 9)
 
     def draw(figure: Figure) -> None:
         ratios = [12, *([0.4 + 1.1 * len(beside)] if beside else [])]
         axes, *others = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios, sharey=True)[0]
         image = axes.imshow(values, aspect="auto", cmap=DIVERGING, norm=norm, interpolation="nearest")
         ticks = [norm.vmin or 0, 1 / count, norm.vmax or 0]
-        bar = figure.colorbar(image, ax=axes, location="top", aspect=50, ticks=ticks)
+        bar = figure.colorbar(image, ax=axes, location="top", ticks=ticks, fraction=0.12 / height, pad=0.06 / height)
         bar.ax.set_xticklabels([f"{ticks[0]:.2f}", f"1/{count}", f"{ticks[2]:.2f}"])
         bar.set_label("mean coefficient of a layer")
-        label_ingredients(axes, [coefficients.ingredients[k] for k in order])
+        label_ingredients(axes, [coefficients.ingredients[k] for k in order], MOST_ROWS)
         axes.set_ylabel("ingredient, by mean coefficient")
         axes.set_xlabel("layer, from the input to the output")
         layers = values.shape[1]
@@ -56,7 +56,11 @@ def heat_map(coefficients: Coefficients, settings: Settings) -> str:
         for some in others:
             _draw_settings(some, {name: [column[k] for k in order] for name, column in beside.items()})
 
-    return drawn(2.1 + min(0.22 * count, 9), draw, WIDTH)
+    return drawn(height, draw, WIDTH)
+
+
+def _first(settings: Settings) -> dict[str, Sequence[Any]]:
+    return dict(list(settings.items())[:MOST_SETTINGS])
 
 
 def _draw_settings(axes: Axes, settings: Mapping[str, Sequence[Any]]) -> None:
@@ -91,6 +95,7 @@ def caption(coefficients: Coefficients, settings: Settings) -> str:
         f"How much each ingredient counts in each of the {len(layers)} layers ({layers[0]} to {layers[-1]}), on average "
         "over the blocks of a layer: orange is above 1/K, the uniform soup, and purple below."
     )
+    settings = _first(settings)
     if not settings:
         return text
     most, least = int(shares.argmax()), int(shares.argmin())

@@ -11,20 +11,17 @@ from ray_soup.soups.report.contents import Report, Section
 from ray_soup.soups.report.plots import plots
 from ray_soup.soups.report.settings import ingredients_table
 from ray_soup.soups.report.tables import (
-    TRIALS_LEGEND,
-    cost,
     legend,
     paired_legend,
     paired_table,
-    pareto_legend,
-    quality,
+    results_in_parts,
     series_legend,
     series_table,
     table,
     titled,
-    trials_table,
 )
 from ray_soup.soups.report.text import plain, preprocessing_text
+from ray_soup.soups.report.trials import TRIALS_LEGEND, pareto_legend, trials_table
 
 __all__ = ["Report", "html"]
 
@@ -38,11 +35,12 @@ def html(report: Report) -> str:
 
     record = report.record
     template = (files("ray_soup.soups.report") / "page.html.jinja").read_text(encoding="utf-8")
+    parts = results_in_parts(report.rows, report.measures, len(report.splits) > 1)
     return Environment(autoescape=True, trim_blocks=True, finalize=_shown).from_string(template).render(
         title=report.title,
         subtitle=f"{record['parameters']:,} parameters; model {report.recipe.model}; total time {record['wall_s']:.0f} s.",
         notes=record["notes"],
-        table=table(report.rows, [*quality(report.rows, report.measures), *cost(report.measures)]),
+        results=[(name, table(report.rows, columns)) for name, columns in parts],
         chosen=record.get("chosen"),
         legend=legend(record, report.rows),
         sections=list(_sections(report)),

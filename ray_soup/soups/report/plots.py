@@ -12,8 +12,9 @@ from ray_soup.soups.report.contents import Plot, Report
 from ray_soup.soups.report.measures import Measures
 from ray_soup.soups.report.settings import varied_settings
 from ray_soup.soups.report.statistics import paired_test
-from ray_soup.soups.report.tables import Row, Table, is_reference, searched_for, titled
-from ray_soup.soups.report.text import label, shortened
+from ray_soup.soups.report.tables import Row, Table, is_reference, titled
+from ray_soup.soups.report.text import capital, label, shortened
+from ray_soup.soups.report.trials import searched_for
 from ray_soup.task.outcomes import reliability, test_sets
 
 DUPLICATE_COSINE = 0.999
@@ -34,7 +35,7 @@ def _plots_of_quality(report: Report) -> Iterator[Plot]:
     record, measures = report.record, report.measures
     for split in report.splits if len(report.rows) > 1 else ():
         count, figure = record["examples"][split], measures.leading(report.rows, split)
-        key, name = f"{split}_{figure}", _capital(measures.name_of(figure))
+        key, name = f"{split}_{figure}", capital(measures.name_of(figure))
         shown = [row for row in report.rows if row.get(key) is not None]
         if figure == "accuracy" and measures.objective == "classification":
             intervals, lines = figures.wilson(shown, key, count), "Lines: 95 % Wilson intervals."
@@ -46,20 +47,21 @@ def _plots_of_quality(report: Report) -> Iterator[Plot]:
             )
         best = (min if figure == "nll" else max)(shown, key=lambda row: row[key])
         text = (
-            f"{name} on {titled(split)} of each model: {best['model_name']} has the "
+            f"{name} of each model on {titled(split)} ({count:,} examples): {best['model_name']} has the "
             f"{'lowest' if figure == 'nll' else 'highest'}, {measures.shown(figure, best[key])}. "
             f"{lines if intervals else ''}{_marks(shown)}{_optimistic(report)}"
         )
         title = f"{name} by method on {titled(split)}" if len(report.splits) > 1 else f"{name} by method"
-        axis = f"{_axis(measures, figure, split)}; {count:,} examples"
-        yield Plot(title, text, figures.by_method(shown, key, axis, intervals, figure == "accuracy"))
+        axis, percent = _axis(measures, figure, split), figure == "accuracy"
+        yield Plot(title, text, figures.by_method(shown, key, axis, intervals, percent))
     for split in report.splits if record.get("counts") else ():
         figure = measures.leading(record["counts"], split)
-        name = _capital(measures.name_of(figure))
+        name = capital(measures.name_of(figure))
         text = f"{name} on {titled(split)} with the first N ingredients of a shuffled list.{_optimistic(report)}"
         axis, percent = _axis(measures, figure, split), figure == "accuracy"
         drawn = figures.by_count(record["counts"], f"{split}_{figure}", axis, percent)
-        yield Plot(f"{name} by number of ingredients", text, drawn)
+        where = f" on {titled(split)}" if len(report.splits) > 1 else ""
+        yield Plot(f"{name} by number of ingredients{where}", text, drawn)
 
 
 def _marks(rows: Sequence[Row]) -> str:
@@ -68,10 +70,6 @@ def _marks(rows: Sequence[Row]) -> str:
     text = " Dots: soups; diamonds: references." if any(references) and not all(references) else ""
     single = any(row["model_name"] == BEST_SINGLE for row in rows)
     return f"{text} Dotted line: the best single ingredient." if single else text
-
-
-def _capital(name: str) -> str:
-    return f"{name[0].upper()}{name[1:]}"
 
 
 def _axis(measures: Measures, figure: str, split: str) -> str:
@@ -119,7 +117,7 @@ def _plots_of_learning(report: Report) -> Iterator[Plot]:
         yield Plot("Learning rate and model batch", text, figures.search_plane(search["trials"], search["metric"]))
     if report.curves:
         text = (
-            f"{_capital(measures.learned)} on fit (dashed) and select (solid) while the soup is learned; the ring marks the "
+            f"{capital(measures.learned)} on fit (dashed) and select (solid) while the soup is learned; the ring marks the "
             "point that was kept. Both are optimistic: coefficients are learned on fit and stopped on select."
         )
         drawn = figures.learning_curves(report.curves, with_unit(measures.learned), measures.select_by)

@@ -17,6 +17,7 @@ from ray_soup.soups.report.text import (
     BEFORE_REFIT_NOTE,
     OPTIMISTIC,
     OPTIMISTIC_NOTE,
+    capital,
     markdown_paragraph,
     markdown_text,
 )
@@ -44,10 +45,6 @@ EVALUATE = "evaluate_"
 REFIT = "refit_steps"
 """Key of a row whose soup was refitted on fit and select: its figures on select are those before the refit."""
 
-TRIALS_LEGEND = (
-    "Trial 0 is the unchanged recipe. Figures on select are those at the stopping point, and are optimistic; test was not "
-    "used."
-)
 UNBIASED = ("uniform", "last", MEAN_SINGLE, ENSEMBLE, *PEFT_MERGES)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
 MARK = "<!-- ray-soup compare -->"
@@ -120,6 +117,24 @@ def cost(measures: Measures = Measures()) -> list[tuple[str, str, str]]:
     """Return the columns of what it cost to make the models."""
     headings = ("steps", measures.examples, "seconds", "peak MB", "used")
     return list(zip(COSTS, headings, ("{:,.0f}", "{:,.0f}", "{:.1f}", "{:,.0f}", "{:.3g}"), strict=True))
+
+
+def results_in_parts(rows: Sequence[Row], measures: Measures, several: bool) -> list[tuple[str, Columns]]:
+    """Return the columns of the main table under a title; or, if there are several test sets, those of several tables.
+
+    There is one for each figure, with a column for each test set, so that the columns can be compared, and one of the costs.
+    """
+    columns, own = quality(rows, measures), own_columns(rows)
+    if not several:
+        return [("Results", [*columns, *cost(measures)])]
+    figures = {"accuracy": capital(measures.accuracy), "metric": "Metric", "nll": capital(measures.loss_per_unit),
+               "nll_scaled": "NLL scaled", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}  # fmt: skip
+    groups: list[tuple[str, Columns]] = [
+        (title, [c for c in columns[1:] if c not in own and c[0].endswith(f"_{figure}")])
+        for figure, title in figures.items()
+    ]
+    groups.append(("Costs", [*own, *cost(measures)]))
+    return [(title, [MODEL, *group]) for title, group in groups if any(c[0] in row for row in rows for c in group)]
 
 
 def table(rows: Sequence[Row], columns: Columns) -> Table:
@@ -239,7 +254,7 @@ def series_title(rows: Sequence[Row], split: str, measures: Measures) -> str:
     """Return what `series_table` shows: `Accuracy on v2 in percent`."""
     figure = measures.leading(rows, split)
     name = measures.name_of(figure)
-    return f"{name[0].upper()}{name[1:]} on {titled(split)}{' in percent' if figure == 'accuracy' else ''}"
+    return f"{capital(name)} on {titled(split)}{' in percent' if figure == 'accuracy' else ''}"
 
 
 def series_legend(rows: Sequence[Row], key: str, split: str, measures: Measures = Measures()) -> str:
@@ -247,36 +262,7 @@ def series_legend(rows: Sequence[Row], key: str, split: str, measures: Measures 
     figure = measures.leading(rows, split)
     name = measures.name_of(figure) + (" in percent" if figure == "accuracy" else "")
     which = "without the N best ingredients" if key == "dropped" else "with the first N ingredients of a shuffled list"
-    return f"{name[0].upper()}{name[1:]} {which}; each column is one N."
-
-
-def trials_table(search: Mapping[str, Any], which: str, measures: Measures = Measures()) -> Table:
-    """Format the `trials` of a search, or its `pareto` front."""
-    keys = [(key, key.rpartition(".")[2], "{:.4g}") for key in search["keys"]]
-    loss = "loss" if measures.own_loss else measures.loss_heading
-    figures = [
-        ("select_nll", f"select {loss}", f"{{:{measures.loss_format}}}"),
-        ("select_accuracy", f"select {measures.accuracy_heading}", "{:.2f}"),
-        ("select_metric", "select metric", "{:.4f}"),
-    ]
-    costs = [
-        ("seconds", "seconds", "{:.1f}"),
-        ("peak_memory_bytes", "peak MB", "{:,.0f}"),
-        ("percent", "done %", "{:.0f}"),
-        ("error", "error", "{}"),
-    ]
-    return table(search[which], [("trial", "trial", "{}"), *keys, *figures, *costs])
-
-
-def searched_for(search: Mapping[str, Any], measures: Measures) -> str:
-    """Return the name of the figure that a search optimized."""
-    figure = search["metric"].removeprefix("select_")
-    return measures.learned if figure == "nll" else measures.name_of(figure)
-
-
-def pareto_legend(search: Mapping[str, Any], measures: Measures = Measures()) -> str:
-    """Return the legend of the Pareto front of a search."""
-    return f"Trials that no other trial beats in {searched_for(search, measures)}, memory and time at once."
+    return f"{capital(name)} {which}; each column is one N."
 
 
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -13,21 +13,19 @@ from typing import Any
 from ray_soup.recipe import BASELINES
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.tables import (
-    Columns,
     Row,
     Table,
     cost,
-    own_columns,
     paired_table,
     quality,
-    searched_for,
+    results_in_parts,
     series_table,
     series_title,
     table,
     titled,
-    trials_table,
 )
 from ray_soup.soups.report.text import MARKS, one_line, shortened
+from ray_soup.soups.report.trials import searched_for, trials_table
 from ray_soup.task.outcomes import judged
 
 NARROWEST = 20
@@ -137,16 +135,9 @@ def _marks(cells: Sequence[Sequence[str]]) -> list[str]:
 
 def _methods(record: Mapping[str, Any]) -> Iterator[str]:
     rows, measures = record["table"], measures_in(record)
-    columns, costs, own = quality(rows, measures), cost(measures), own_columns(rows)
-    groups: list[Columns] = [[*columns, *costs]]
-    if len(judged(record["examples"])) > 1:  # one table for each figure, with a column for each test set
-        figures = ("_accuracy", "_metric", "_nll", "_nll_scaled", "_perplexity", "_bits_per_byte")
-        groups = [[c for c in columns if c[0].endswith(figure) and c not in own] for figure in figures]
-        groups = [[columns[0], *group] for group in (*groups, [*own, *costs])]
-    for found in (table(rows, group) for group in groups):
-        if len(found[0]) > 1:
-            yield table_text(*found)
-    if marks := _marks(table(rows, columns)[1]):
+    for _, columns in results_in_parts(rows, measures, len(judged(record["examples"])) > 1):
+        yield table_text(*table(rows, columns))
+    if marks := _marks(table(rows, quality(rows, measures))[1]):
         yield "\n".join(marks) + "\n"
 
 

@@ -55,6 +55,11 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 
+def capital(text: str) -> str:
+    """Return a text that begins with a capital letter."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def preprocessing_text(record: Mapping[str, Any]) -> str:
     """Describe the preprocessing that run.json records, in words; empty if it records none.
 

@@ -26,8 +26,8 @@ from ray_soup.soups.report.tables import (
     series_table,
     series_title,
     table,
-    trials_table,
 )
+from ray_soup.soups.report.trials import trials_table
 from ray_soup.task.objective import OBJECTIVES, Objective
 from ray_soup.task.outcomes import Outcome
 from ray_soup.tune.search import optimized, pareto
