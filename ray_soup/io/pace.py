@@ -41,6 +41,9 @@ UNITS = {
 """What is counted in a phase, by its first words."""
 LEAST_S = 1.0
 """Seconds that are measured before a rate is given."""
+NEXT = "preparing the next step"
+"""What is shown when a phase has been complete for NEXT_S seconds, and nothing else is reported."""
+NEXT_S = 1.0
 
 _NUMBER = re.compile(r"^\d+/\d+ ")
 """The number of a part of the run before the name of its phase, as in `3/12 learning mehl`."""
@@ -99,11 +102,18 @@ class Pace:
         return done / seconds if done > 0 and seconds >= LEAST_S else None
 
     def left(self, now: float) -> float | None:
-        """Return the seconds left at the pace so far; None if they are not known."""
-        if self.unit == "seconds":
-            return max(0.0, self.total - self.done - (now - self._at))
-        rate = self.rate()
-        return None if rate is None else max(0.0, (self.total - self.done) / rate - (now - self._at))
+        """Return the seconds left at the pace so far; None if they are not known, or if the phase takes longer."""
+        rate = 1.0 if self.unit == "seconds" else self.rate()
+        if rate is None:
+            return None
+        if self.done >= self.total:
+            return 0.0
+        left = (self.total - self.done) / rate - (now - self._at)
+        return left if left > 0 else None
+
+    def is_over(self, now: float) -> bool:
+        """Return whether the phase is complete, and nothing was reported for a while."""
+        return self.share() == 1 and now - self._at >= NEXT_S
 
     def share(self) -> float | None:
         """Return the share that is done, from 0 to 1; None if the phase is not counted in units."""
@@ -194,8 +204,11 @@ class Display:
     def _tick(self) -> None:
         while not self._ended.wait(self.tick_s):
             with self._lock:
-                if self.phase is not None:
-                    self.show(self.phase, time.monotonic())
+                now = time.monotonic()
+                if self.phase is not None and self.phase.is_over(now):
+                    self(NEXT, 0, 1)
+                elif self.phase is not None:
+                    self.show(self.phase, now)
 
     def show(self, phase: Pace, now: float) -> None:
         """Show the current phase, `now`."""
@@ -206,7 +219,7 @@ class Display:
 
     def left_in_all(self, now: float) -> float | None:
         """Return the seconds left of the whole run; None if nothing has estimated them."""
-        return None if self.whole is None else self.whole.left(now)
+        return None if self.whole is None else self.whole.left(now) or None
 
     def text(self, phase: Pace, now: float) -> str:
         """Return the line about a phase, without its name."""

@@ -311,6 +311,7 @@ def _result(session: Session, output: Output, file: Path) -> SoupResult:
     coefficients, outcomes, made_so = (file.with_name(f"{file.name}.{end}") for end in ("safetensors", "npz", "json"))
     if not made_so.exists():
         clock = Clock()
+        session.progress(f"preparing {session.recipe.method}", 0, 1)
         session.pool.reset_peak()
         mixture = make(session)
         used = len(mixture.coefficients.used() if isinstance(mixture, Mixture) else session.subset)

@@ -69,7 +69,8 @@ def _work_on(session: Session, entry: SoupEntry, splits: Mapping[str, int]) -> W
 class Outlook:
     """A ProgressCallback that passes on what it is called with, and also reports on the whole run.
 
-    Parts are known by what is being done: `evaluating ingredients`, `3/12 learning mehl`, `training trained`.
+    Parts are known by what is being done: `evaluating ingredients`, `3/12 learning mehl`, `training trained`. A part takes
+    the seconds of its passes, and an overhead that all parts share, such as that of mixing a soup.
     """
 
     def __init__(self, progress: ProgressCallback) -> None:
@@ -77,10 +78,10 @@ class Outlook:
         self._works: list[Work] = []
         self._part = -1
         self._began = self._part_began = self._phase_began = self._reported = time.monotonic()
-        self._phase, self._share = "", 0.0
+        self._phase, self._share, self._first_share = "", 0.0, 0.0
         self._pass_s: float | None = None
         self._learn_s: float | None = None
-        self._overhead_s = 0.0
+        self._overhead_s: float | None = None
 
     def expect(self, works: list[Work]) -> None:
         """Report on the whole run from now on, which consists of these parts."""
@@ -89,22 +90,21 @@ class Outlook:
     def __call__(self, what: str, done: int, total: int) -> None:
         """Pass on that `done` of `total` units of the work `what` are done; report on the whole run once a second."""
         self._progress(what, done, total)
-        now = time.monotonic()
-        part = self._part_of(what)
+        now, part = time.monotonic(), self._part_of(what)
         if not self._works or part is None:
             return
         if part != self._part:
-            self._measure(now - self._part_began)
+            self._end_part(now - self._part_began)
             self._part, self._part_began = part, now
+        share = done / total if total > 1 else 0.0
         if what != self._phase:
-            self._phase, self._phase_began = what, now
-        self._share = done / total if total > 1 else 0.0
-        if now - self._reported >= REPORT_S:
-            self._reported = now
-            left = self.left(now)
-            if left is not None:
-                so_far = now - self._began
-                self._progress(WHOLE_RUN, round(so_far), round(so_far + left))
+            self._phase, self._phase_began, self._first_share = what, now, share
+        self._share = share
+        self._measure(now)
+        left = self.left(now)
+        if left is not None and now - self._reported >= REPORT_S:
+            self._reported, so_far = now, now - self._began
+            self._progress(WHOLE_RUN, round(so_far), round(so_far + left))
 
     def _part_of(self, what: str) -> int | None:
         """Return the number of a part; None if it is none."""
@@ -115,37 +115,41 @@ class Outlook:
             return min(int(found[1]), len(self._works) - 1)
         return len(self._works) - 1 if what.startswith(f"training {TRAINED}") else None
 
-    def _measure(self, seconds: float) -> None:
-        """Note how long a part has taken that has ended."""
-        if not 0 <= self._part < len(self._works):
-            return
-        work = self._works[self._part]
-        if self._part == 0 or (self._pass_s is None and not work.learned):
-            self._pass_s = seconds / max(1, work.evaluated)
-        elif not work.learned:
-            self._overhead_s = max(0.0, seconds - work.evaluated * (self._pass_s or 0))
-        else:
-            self._learn_s = max(0.0, seconds - self._overhead_s - work.evaluated * (self._pass_s or 0)) / work.learned
+    @property
+    def _learns(self) -> bool:
+        """Whether the current phase is the learning of a soup."""
+        return self._phase.split(" ")[1:2] == ["learning"]
 
-    def _seconds(self, work: Work) -> float:
-        pass_s = self._pass_s or 0.0
-        learn_s = pass_s if self._learn_s is None else self._learn_s
-        return self._overhead_s + work.evaluated * pass_s + work.learned * learn_s
+    def _measure(self, now: float) -> None:
+        """Measure the seconds of a pass in the current phase, from its first report on."""
+        work, seconds, share = self._works[self._part], now - self._phase_began, self._share - self._first_share
+        if share <= 0 or seconds <= 0:
+            return
+        if self._part == 0:
+            self._pass_s = seconds / (share * work.evaluated)
+        elif self._learns and work.learned:
+            self._learn_s = seconds / (share * work.learned)
+
+    def _end_part(self, seconds: float) -> None:
+        """Measure the overhead of a soup that was made; the least, because the first ones also load and compile code."""
+        if 0 < self._part < len(self._works):
+            over = max(0.0, seconds - self._seconds_of_passes(self._works[self._part]))
+            self._overhead_s = over if self._overhead_s is None else min(over, self._overhead_s)
+
+    def _seconds_of_passes(self, work: Work) -> float:
+        """Return the seconds of passes; those of a kind that was not measured take as long as those of the other one."""
+        pass_s = self._learn_s if self._pass_s is None else self._pass_s
+        learn_s = self._pass_s if self._learn_s is None else self._learn_s
+        return work.evaluated * (pass_s or 0) + work.learned * (learn_s or 0)
 
     def left(self, now: float) -> float | None:
         """Return the estimated seconds until the comparison ends; None if nothing was measured so far."""
-        if self._part < 0:
+        if self._part < 0 or (self._pass_s is None and self._learn_s is None):
             return None
-        work, spent, in_phase = self._works[self._part], now - self._part_began, now - self._phase_began
-        if self._part == 0 and self._share:
-            self._pass_s = spent / (self._share * work.evaluated)
-        learning = work.learned and self._share and self._phase.split(" ")[1:2] == ["learning"]
-        if learning:
-            self._learn_s = in_phase / (self._share * work.learned)
-            self._pass_s = self._pass_s or self._learn_s
-        if self._pass_s is None:
-            return None
-        to_learn = work.learned * (1 - self._share) * (self._learn_s or 0) if learning else 0.0
-        whole = replace(work, learned=0) if learning else work
-        rest = to_learn + max(0.0, self._seconds(whole) - (0 if learning else spent))
-        return rest + sum(map(self._seconds, self._works[self._part + 1 :]))
+        work, overhead = self._works[self._part], self._overhead_s or 0.0
+        if self._learns:
+            rest = self._seconds_of_passes(Work(work.evaluated, work.learned * (1 - self._share))) + overhead
+        else:
+            whole = self._seconds_of_passes(work) + (overhead if self._part else 0)
+            rest = max(0.0, whole - (now - self._part_began))
+        return rest + sum(self._seconds_of_passes(later) + overhead for later in self._works[self._part + 1 :])

@@ -19,6 +19,7 @@ from ray_soup.errors import SoupError
 from ray_soup.io.cache import content_key
 from ray_soup.io.disk import writing
 from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.difference import apply_difference, open_difference
@@ -137,6 +138,18 @@ def train_weights(
     return Trained(after, made.coefficients, Path(best.difference), figures)
 
 
+def _without_evaluations(training: str, progress: ProgressCallback) -> ProgressCallback:
+    """Return a callback that reports a training as one phase: the evaluations between its epochs are a part of it."""
+    at = (0, 1)
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal at
+        at = (done, total) if what == training else at
+        progress(training, *at)
+
+    return report
+
+
 def _train(
     session: Session,
     mixture: Mixture,
@@ -156,7 +169,8 @@ def _train(
             settings.epochs, settings.batch_size, session.recipe.learn.seed, precision, session.splits["fit"],
             session.splits["select"], tuple(calibration),
         )  # fmt: skip
-        results.append(session.pool.train(job, session.progress))
+        session.progress("preparing to train", 0, 1)
+        results.append(session.pool.train(job, _without_evaluations(job.what, session.progress)))
         precision = results[0].precision
         if results[-1].stopped == "memory":
             raise NoMemoryError(

@@ -185,6 +185,7 @@ def _with_actors(session: Session, output: Output, staging: Path, clock: Clock) 
     if learning:
         session.open_store(session.subset, session.blocks)
     clock.lap("start")
+    session.progress(f"preparing {recipe.method}", 0, 1)
     mixture = make(session)
     mixture.notes += session.setup.notes
     clock.lap(recipe.method)

@@ -15,8 +15,7 @@ Row = Mapping[str, Any]
 def what_was_made(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return a sentence about the model in OUT, from run.json and its row, the first one."""
     count, used = len(record.get("ingredients", ())), rows[0].get("ingredients_used", 0) if rows else 0
-    made = f"Made with the method {_name(record)}"
-    return f"{made}: uses {used:.0f} of {count} ingredients." if count and used else f"{made}."
+    return f"Made by {_name(record)}{f' from {used:.0f} of {count} ingredients' if count and used else ''}."
 
 
 def how_good(record: Mapping[str, Any], rows: Sequence[Row]) -> str:

@@ -43,7 +43,7 @@ class ProgressBar(Display):
         if self._draws:
             with suppress(OSError, ValueError):
                 self._draw(phase)
-        elif now - self._printed >= LOG_INTERVAL_S or (logs_json() and phase is not self._announced):
+        elif now - self._printed >= LOG_INTERVAL_S - self.tick_s or (logs_json() and phase is not self._announced):
             self._print(phase, now)
 
     def end(self, phase: Pace, now: float) -> None:
@@ -86,6 +86,6 @@ class ProgressBar(Display):
         """Return what stands right of the bar, in few columns."""
         share, left, in_all = phase.share(), phase.left(now), self.left_in_all(now)
         to_go = [] if left is None else [f"{duration(left)} left"]
-        to_go += [] if in_all is None else [f"{duration(in_all)} in all"]
+        to_go += [] if in_all is None else [f"{duration(in_all)} {'in all' if to_go else 'left in all'}"]
         percent = "" if share is None else f"{share:4.0%}".replace("%", " %")
         return "  ".join(filter(None, (percent, duration(phase.seconds(now)), phase.speed(), ", ".join(to_go))))

@@ -323,7 +323,7 @@ def test_the_last_lines_say_what_was_made_how_good_it_is_and_how_to_load_it(caps
     soup.rows[1]["ingredients_used"] = 5
     print_soup(soup, as_json=False)
     expected = [
-        "Made with the method mehl+: uses 5 of 8 ingredients.",
+        "Made by mehl+ from 5 of 8 ingredients.",
         "On test, it is better than the best single ingredient: NLL 0.7500 against 0.7500 (difference -0.1000, 95 % "
         "interval -0.2000 to -0.0500), accuracy 75.00% against 75.00%.",
         "Wrote out/model.safetensors, its coefficients, and README.md (the model card).",
