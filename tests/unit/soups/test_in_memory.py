@@ -187,7 +187,7 @@ def test_classes_of_a_notebook_work_in_memory_and_are_refused_by_name(zoo: Path,
     assert lines[1].split() == ["model", "select", "%", "select", "NLL"]
     assert [line.split()[0] for line in lines[2:4]] == ["mehl", "best_single"]
     assert lines[4].startswith(
-        "__main__:build is defined in a notebook or a script, from which the processes that Ray starts"
+        "model: __main__:build is defined in a notebook or a script, from which the processes that Ray starts"
     )
 
 
