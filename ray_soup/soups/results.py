@@ -60,7 +60,7 @@ def _kind(row: ResultRow, ingredients: set[str], record: Mapping[str, Any]) -> s
     if name in METHODS:
         return "single" if METHODS[name].is_reference else "soup"
     if name == ENSEMBLE:
-        return name
+        return "ensemble"
     is_made = "seed" in row or name == record.get("method")  # by a function of the user's, or polished
     return "soup" if is_made and name not in (TRAINED, *PEFT_MERGES) else "reference"
 
