@@ -23,6 +23,8 @@ FILES = ("recipe.yaml", RESULTS, "report.html", "README.md")
 """The files of a soup that become files of the run."""
 MOST_CHARACTERS = 500
 """Length of the longest value of a parameter that every server of MLflow takes."""
+MOST_PARAMETERS = 100
+"""The number of parameters that MLflow takes in one request."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def _to_mlflow(run: TrackedRun) -> str:
     )
     again = {"run_id": known[0].info.run_id} if known else {"run_name": run.name, "tags": {"ray_soup": run.identity}}
     with mlflow.start_run(**again) as session:
-        mlflow.log_params({name: str(value)[:MOST_CHARACTERS] for name, value in _flat(run.config)})
+        params = [(name, str(value)[:MOST_CHARACTERS]) for name, value in _flat(run.config)]
+        for first in range(0, len(params), MOST_PARAMETERS):
+            mlflow.log_params(dict(params[first : first + MOST_PARAMETERS]))
         mlflow.log_metrics({_plain_key(key): value for key, value in run.figures.items()})
         for line in run.curve if not known else ():
             figures = {f"curve/{_plain_key(key)}": value for key, value in line.items() if value is not None}

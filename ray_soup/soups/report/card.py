@@ -44,12 +44,12 @@ def model_card(recipe: Recipe, coefficients: Coefficients, rows: Sequence[Row], 
     """
     used, measures = len(coefficients.used()), measures_in(record)
     factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
-    notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     summed = "each tensor is a weighted sum of the same tensor in"
     adapter = "base" in record and not recipe.adapter.merge
     shorten = partial(_without, common=_common_folder(recipe))
     model = markdown_code(shorten(recipe.model))
+    notes = "".join(f"\n\n{markdown_paragraph(shorten(note))}" for note in record["notes"])
     is_trained = bool(record.get("polish", {}).get("best_epoch"))
     if recipe.adapter.merge:
         summed = "this base model, changed in each module by a weighted sum of the products B A of"
@@ -93,7 +93,7 @@ them: test it there first. A soup works only if all its ingredients were fine-tu
 
 def _common_folder(recipe: Recipe) -> str:
     """Return the folder that contains all local files that a recipe names; empty if there is none below the root."""
-    in_model = re.findall(r"[:=](/[^&?]+)", recipe.model)
+    in_model = re.findall(r"[:=](/[^/&?][^&?]*)", recipe.model)
     paths = [*in_model, *(text for text in _texts(recipe.model_dump(mode="json")) if text.startswith("/"))]
     folders = [os.path.dirname(re.split(r"[*?[]", path)[0]) for path in paths]
     return os.path.commonpath(folders).rstrip("/") if folders else ""
