@@ -1,7 +1,9 @@
 """The commands as Python functions.
 
 A recipe is a Recipe, a mapping of its keys, or the path of a YAML file. Keyword arguments in `changes` override its keys, as
-in learn={"lr": 0.02} or **{"learn.lr": 0.02}. Every function resumes an interrupted run and raises SoupError on failure.
+in learn={"lr": 0.02} or **{"learn.lr": 0.02}. Every function that writes an output folder resumes an interrupted run. All
+of them raise SoupError on failure. They connect to the Ray that the caller has started with `ray.init`, and leave it
+running; otherwise to the cluster at RAY_ADDRESS, or they start a local Ray for as long as the call lasts.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.recipe import DEFAULT_METHOD, Recipe, as_recipe, with_changes
+from ray_soup.recipe import BEST_SINGLE, DEFAULT_METHOD, RESERVED_NAMES, Recipe, as_recipe, with_changes
+from ray_soup.soups import finished
 from ray_soup.soups.compare import compare as run_compare
 from ray_soup.soups.comparison import CompareOptions
-from ray_soup.soups.finished import bake_copy
 from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+
+
+# Soups
 
 
 def learn(
@@ -30,6 +35,10 @@ def learn(
     **changes: Any,
 ) -> Soup:
     """Learn the coefficients of a soup and write the soup to the folder or URI `out`.
+
+    >>> soup = ray_soup.learn("recipe.yaml", "learned", learn={"epochs": 1})
+    >>> soup.record["method"], [row["name"] for row in soup.rows]
+    ('mehl+', ['mehl+', 'best_single'])
 
     If `method` is None, the method is that of the recipe if it learns coefficients or is yours, otherwise mehl+.
     """
@@ -44,8 +53,18 @@ def greedy(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = n
 
 
 def uniform(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any) -> Soup:
-    """Write the uniform soup to the folder or URI `out`."""
+    """Write the uniform soup to the folder or URI `out`.
+
+    >>> soup = ray_soup.uniform("recipe.yaml", "soup", data={"test": "test.npz"})
+    >>> round(soup.rows[0]["test_accuracy"], 1)
+    0.8
+    """
     return learn(recipe, out, "uniform", progress=progress, **changes)
+
+
+def best_single(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any) -> Soup:
+    """Write the best single ingredient, chosen on held-out data, to the folder or URI `out` as if it were a soup."""
+    return learn(recipe, out, BEST_SINGLE, progress=progress, **changes)
 
 
 def compare(
@@ -84,6 +103,113 @@ def search(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = n
     return run_search(with_changes(as_recipe(recipe), changes), out, progress)
 
 
+# Ingredients
+
+
+def finetune(
+    recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any
+) -> list[dict[str, Any]]:
+    """Fine-tune checkpoints by random search into the folder `out`, as the recipe's section `finetune` says.
+
+    Returns the entries of manifest.json: file name, hyperparameters, metrics and SHA-256 of each checkpoint.
+    """
+    from ray_soup.tune.finetune import finetune as run_finetune
+
+    return [dict(entry) for entry in run_finetune(with_changes(as_recipe(recipe), changes), out, progress)]
+
+
+def inspect(ingredients: str | Path | Sequence[str | Path], model: str | None = None) -> dict[str, Any]:
+    """Check that checkpoints fit together, reading headers only.
+
+    >>> found = ray_soup.inspect("zoo/*.safetensors")
+    >>> [ingredient["name"] for ingredient in found["ingredients"]]
+    ['model_0', 'model_1', 'model_2', 'model_3']
+    >>> found["tensors"]["head.weight"]
+    ['float32', [10, 23]]
+
+    Args:
+        ingredients: a glob, a folder or a list of checkpoints, as under the recipe key `ingredients`.
+        model: check that they match this model, too; same syntax as the recipe key `model`.
+
+    Returns:
+        What `ray-soup inspect --json` prints: name, path and bytes of each ingredient, dtype and shape of each tensor, the
+        number of elements of one ingredient, and the bytes of all; with `notes` for the user.
+
+    Raises RecipeError if there are none, IngredientError if one is broken or does not fit.
+    """
+    from ray_soup.io.check import left_out_notes
+    from ray_soup.io.find import open_ingredients
+    from ray_soup.task.adapters import bound_to
+
+    spec = [str(one) for one in ([ingredients] if isinstance(ingredients, (str, Path)) else ingredients)]
+    notes: list[str] = []
+    opened = open_ingredients(spec if len(spec) != 1 else spec[0], RESERVED_NAMES, notes)
+    bound, names = bound_to(opened, model)
+    tensors = {name: bound[0].tensors[name] for name in names}
+    return {
+        "ingredients": [{"name": i.name, "path": i.path, "bytes": i.nbytes} for i in bound],
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
+        "numbers": sum(tensor.numel for tensor in tensors.values()),
+        "bytes": sum(ingredient.nbytes for ingredient in bound),
+        "notes": [*notes, *left_out_notes(bound)],
+    }
+
+
+def plan(recipe: AnyRecipe, *, progress: ProgressCallback = no_progress, **changes: Any) -> dict[str, Any]:
+    """Estimate the memory, traffic and time of `learn`: what `ray-soup plan --json` prints, in bytes and seconds."""
+    from ray_soup.soups.plan import plan as run_plan
+
+    return run_plan(with_changes(as_recipe(recipe), changes), progress)
+
+
+# Finished soups
+
+
+def evaluate(
+    recipe: AnyRecipe,
+    model: str | Path,
+    split: str = "test",
+    *,
+    progress: ProgressCallback = no_progress,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, or the folder of a soup, on a split of the recipe's data.
+
+    >>> row = ray_soup.evaluate("recipe.yaml", "soup")
+    >>> row["examples"], round(row["test_accuracy"], 1)
+    (600, 0.8)
+
+    Args:
+        recipe: a Recipe, its keys, or the path of a YAML file.
+        model: the checkpoint or the folder.
+        split: fit, select, test (all test sets), or test_NAME.
+        progress: called with what is being done, the units done so far, and the units in total.
+        **changes: recipe keys to override.
+
+    Returns:
+        The figures by their keys in results.jsonl: accuracies as shares from 0 to 1, losses in nats.
+    """
+    return finished.evaluate(with_changes(as_recipe(recipe), changes), str(model), split, progress)
+
+
 def bake(out: str | Path, new_out: str | Path, *, progress: ProgressCallback = no_progress) -> Soup:
-    """Rebuild the soup in `out` from its coefficients and ingredients alone, and write it to `new_out`."""
-    return bake_copy(out, new_out, progress)
+    """Rebuild the soup in `out` from its coefficients and ingredients alone, and write it to `new_out`.
+
+    >>> again = ray_soup.bake("soup", "again")
+    >>> again.rows[0]["name"]
+    'uniform'
+    """
+    return finished.bake_copy(out, new_out, progress)
+
+
+def verify(out: str | Path, *, progress: ProgressCallback = no_progress) -> list[str]:
+    """Check a finished soup: digests of its files and ingredients, column sums, and the model bit for bit.
+
+    >>> for line in ray_soup.verify("soup")[1:3]:
+    ...     print(line)
+    1 columns sum to 1 within 0e+00
+    4 ingredients have the digests in run.json
+
+    Returns one line per check. Raises SoupError for the first check that fails.
+    """
+    return finished.verify(out, progress)

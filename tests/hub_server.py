@@ -1,16 +1,19 @@
-"""A server with those endpoints of the Hugging Face Hub that downloads need, for repositories in a folder.
+"""A server with those endpoints of the Hugging Face Hub that downloads and uploads need, for repositories in a folder.
 
 ROOT/models/ORG/NAME and ROOT/datasets/ORG/NAME have the folders refs (a file per branch, with its commit) and commits (a
 folder of files per commit). A repository with a file `gated` needs TOKEN. While there is a file ROOT/slow, large files stop
-half-way; while there is a file ROOT/down, every answer is 503. ROOT/log lists the requests.
+half-way; while there is a file ROOT/down, every answer is 503. ROOT/log lists the requests. Whoever has TOKEN may create
+repositories and commit to them; files of weights are uploaded by Git LFS, into ROOT/lfs.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_ThisIsTheTokenOfTheTestAndNoOther12"
 INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+POSTED = re.compile(r"/(?:api/models/)?([^/]+/[^/]+?)(?:\.git)?/(preupload|commit|info)/.+")
 CHUNK = 1 << 20
 
 
@@ -91,7 +95,85 @@ class Handler(BaseHTTPRequestHandler):
         else:
             files = [{"rfilename": name, "size": size, "blobId": name} for name, size in sizes.items()]
             found = {"id": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": files}
-        self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        self.answer_json(found)
+
+    def do_PUT(self) -> None:
+        """Keep the content of an LFS file."""
+        (self.root / "lfs").mkdir(exist_ok=True)
+        (self.root / "lfs" / self.path.rpartition("/")[2]).write_bytes(self.body())
+        self.send(200, b"", {})
+
+    def do_POST(self) -> None:
+        path, body = urlsplit(self.path).path, self.body()
+        with open(self.root / "log", "a") as log:
+            log.write(f"POST {path}\n")
+        if path == "/api/validate-yaml":
+            return self.answer_json({"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.refuse(401, "Unauthorized")
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            place = self.root / "models" / repo
+            exists = place.exists()
+            place.mkdir(parents=True, exist_ok=True)
+            if not exists:
+                (place / "visibility").write_text(str(wanted.get("visibility", wanted.get("private"))))
+            return self.answer_json({"url": f"{self.address}/{repo}"}, 409 if exists else 200)
+        found = POSTED.fullmatch(path)
+        if found is None or not (self.root / "models" / found[1]).is_dir():
+            return self.refuse(404, "RepoNotFound")
+        if found[2] == "commit":
+            return self.commit(found[1], [json.loads(line) for line in body.splitlines()])
+        if found[2] == "preupload":
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                 "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]  # fmt: skip
+            return self.answer_json({"files": modes})
+        objects = [
+            {**one, "actions": {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}}}
+            for one in json.loads(body)["objects"]
+        ]
+        return self.answer_json({"transfer": "basic", "objects": objects})
+
+    def commit(self, repo: str, lines: list[Any]) -> None:
+        """Commit the files of a request on top of those of the branch main."""
+        place = self.root / "models" / repo
+        digest = hashlib.sha1(repr(lines).encode()).hexdigest()
+        folder, head = place / "commits" / digest, place / "refs" / "main"
+        if head.exists() and head.read_text() != digest:
+            shutil.copytree(place / "commits" / head.read_text(), folder, dirs_exist_ok=True)
+        for line in lines:
+            value = line["value"]
+            if line["key"] in ("file", "lfsFile"):
+                file = folder / value["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                is_lfs = line["key"] == "lfsFile"
+                stored = self.root / "lfs" / value.get("oid", "")
+                file.write_bytes(stored.read_bytes() if is_lfs else base64.b64decode(value["content"]))
+        head.parent.mkdir(exist_ok=True)
+        head.write_text(digest)
+        self.answer_json({"commitOid": digest, "commitUrl": f"{self.address}/{repo}/commit/{digest}"})
+
+    def body(self) -> bytes:
+        """Return the body of the request, whole or in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def answer_json(self, value: Any, status: int = 200) -> None:
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def content(self, data: bytes, commit: str, body: bool) -> None:
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}

@@ -35,11 +35,11 @@ def may_pass(error: BaseException) -> bool:
     utils = hub_utils()
     if isinstance(error, (utils.OfflineModeIsEnabled, utils.RepositoryNotFoundError, utils.RevisionNotFoundError)):
         return False
-    status = _status(error)
+    status = status_of(error)
     return _is_network(error) if status is None else status in (408, 429) or status >= 500
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """Return the HTTP status of an error; None if there was no answer."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
@@ -77,7 +77,7 @@ def explained(error: BaseException, where: HubPath, downloading: bool = False) -
             )
         if isinstance(cause, utils.RevisionNotFoundError):
             return RecipeError(f"{where}: the repository has no branch, tag or commit {where.revision!r}. Fix the revision.")
-        status = _status(cause)
+        status = status_of(cause)
         if isinstance(cause, utils.RepositoryNotFoundError):
             return RecipeError(
                 f"{where}: {endpoint} has no such {where.kind} repository, or it is private and HF_TOKEN is not set or may "

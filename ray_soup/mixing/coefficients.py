@@ -265,12 +265,17 @@ class _Metadata(BaseModel):
     cuts: dict[str, Annotated[tuple[int, ...], Field(min_length=1)]] = {}
 
 
-def load_coefficients(path: Path) -> Coefficients:
+def load_coefficients(path: str | Path) -> Coefficients:
     """Load coefficients that `save_coefficients` wrote, and check that they describe a soup.
+
+    >>> coefficients = ray_soup.load_coefficients("soup/coefficients.safetensors")
+    >>> coefficients.ingredients, coefficients.values.shape  # ingredients, blocks
+    (('model_0', 'model_1', 'model_2', 'model_3'), (4, 1))
 
     Raises RecipeError if the file is missing, damaged or in another format, if the array does not have the rows and columns
     that the metadata names, or if a column does not sum to 1.
     """
+    path = Path(path)
     try:
         if not path.is_file():
             raise ValueError("there is no such file")

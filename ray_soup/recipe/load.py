@@ -57,6 +57,10 @@ _is_text = takes_text_only(Recipe)
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
     """Read a recipe from a YAML file.
 
+    >>> recipe = ray_soup.load_recipe("recipe.yaml", ["learn.lr=0.02"])
+    >>> recipe.method, recipe.learn.lr
+    ('mehl+', 0.02)
+
     Paths in the file are relative to the recipe file; paths in `overrides` are relative to the current folder. If `method`
     differs from the recipe's own method, the recipe is converted as `for_method` does; overrides are applied last.
     Raises RecipeError if the file cannot be read or a key is wrong.

@@ -58,6 +58,7 @@ from ray_soup.soups.records import RunRecord, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
+from ray_soup.soups.results import with_kinds
 from ray_soup.soups.rows import open_rows, row_results
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
 from ray_soup.soups.trained import difference_of, file_name_of, folder_of_trained, trained_rows
@@ -151,7 +152,7 @@ def _compare(
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
     write_descriptions(staging, recipe, coefficients, record["table"], record, model_of(recipe))
-    rows = made.rows(inputs.names)
+    rows = with_kinds(made.rows(inputs.names), record)
     output.publish(recipe, rows, record, staging)
     return Soup(output.folder, rows, record, record["notes"])
 

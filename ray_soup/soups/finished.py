@@ -46,6 +46,7 @@ from ray_soup.soups.place import check_new, local_folder
 from ray_soup.soups.proof import compare_sample
 from ray_soup.soups.records import RunRecord, check_files, finished_record, not_listed, read_results, read_run_record
 from ray_soup.soups.report.measures import measures_of, recorded
+from ray_soup.soups.results import with_kinds
 from ray_soup.soups.write import bake_model, write_descriptions, write_library_files
 from ray_soup.task.adapters import lift_one
 from ray_soup.task.data import cut_splits
@@ -159,7 +160,7 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
         check_files(source, record)
         return bake_own(source, record, new_out, progress)
     recipe, record, coefficients, ingredients = _open_finished(source)
-    rows = read_results(source)
+    rows = with_kinds(read_results(source), record)
     with open_output(new_out, progress) as output:
         try:
             soup = output.begin(begun(recipe, ingredients))
@@ -173,7 +174,7 @@ def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback =
             rebuild(_difference(source, record, coefficients), staging)
             beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else model_of(recipe)
             write_library_files(staging, beside)
-            write_descriptions(staging, recipe, coefficients, rows, record, beside)
+            write_descriptions(staging, recipe, coefficients, record.get("table", rows), record, beside)
             write_bytes(staging / "report.html", (source / "report.html").read_bytes())
             output.publish(recipe, rows, record, staging)
             soup = Soup(output.folder, rows, record)

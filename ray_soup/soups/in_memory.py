@@ -6,6 +6,8 @@ The code is that of `ray-soup learn`, with one actor in this process and a tempo
 from __future__ import annotations
 
 import copy
+import numbers
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh
-from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io.cache import cache_at
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
@@ -32,25 +34,26 @@ from ray_soup.soups.evaluations import figures_of, reported
 from ray_soup.soups.make import mix
 from ray_soup.soups.output import MODEL, open_output
 from ray_soup.soups.polish import polish
+from ray_soup.soups.report.notebook import as_html, as_text
 from ray_soup.soups.session import CALIBRATION, Session, open_inputs, requested_model_batch
 from ray_soup.soups.write import bake_and_evaluate
 
 _MODEL: ContextVar[torch.nn.Module] = ContextVar("model")
 GIVEN = ("model", "ingredients", "data", "actors", "method")
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-"""Batches of (images, labels), such as a DataLoader yields."""
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]] | torch.utils.data.Dataset[Any]
+"""Batches of (images, labels), such as a DataLoader yields, or a dataset of pairs (image, label)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MixedSoup:
-    """A soup in memory."""
+    """A soup in memory. A notebook shows it as a table."""
 
     coefficients: Coefficients
     """The coefficients; the state dicts are named 0, 1, ..."""
     figures: dict[str, float]
     """Figures as in results.jsonl: select_accuracy, select_nll, and test_... if there is test data."""
     record: dict[str, Any]
-    """Keys as in run.json: steps, image_passes, curve and others, depending on the method."""
+    """Keys as in run.json: method, steps, image_passes, curve and others, depending on the method."""
     notes: list[str]
     """Notes for the user, one sentence or more each."""
     tensors: dict[str, torch.Tensor]
@@ -62,6 +65,18 @@ class MixedSoup:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the soup for `model.load_state_dict`, in the dtypes of the ingredients."""
         return dict(self.tensors)
+
+    def __repr__(self) -> str:
+        return as_text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._shown())
+
+    def _shown(self) -> tuple[str, list[dict[str, Any]]]:
+        """The title and the rows of its table."""
+        method, rows = self.record["method"], [self.best_single] if self.best_single else []
+        title = f"Soup in memory: {method}, made from {len(self.coefficients.ingredients)} state dicts"
+        return title, [{"model_name": method, **self.figures}, *rows]
 
 
 def mix_state_dicts(
@@ -90,7 +105,7 @@ def mix_state_dicts(
     ...         _ = torch.optim.SGD(tuned.parameters(), lr).step()
     ...     state_dicts.append(tuned.state_dict())
     >>> held_out = torch.utils.data.TensorDataset(images[300:], labels[300:])
-    >>> soup = ray_soup.mix_state_dicts(model, state_dicts, torch.utils.data.DataLoader(held_out, 50))
+    >>> soup = ray_soup.mix_state_dicts(model, state_dicts, held_out)
     >>> model.load_state_dict(soup.state_dict())
     <All keys matched successfully>
     >>> soup.coefficients.values.shape  # ingredients, blocks
@@ -99,9 +114,9 @@ def mix_state_dicts(
     Args:
         model: maps a batch of inputs [n, ...] to logits [n, classes]; it is not changed.
         state_dicts: the ingredients.
-        fit: held-out batches that none of the state dicts was trained on; iterated once and kept as arrays.
+        fit: held-out batches, or a dataset, that none of the state dicts was trained on; read once and kept as arrays.
         method: as in a recipe.
-        select: batches that choices are made on, or a share of fit.
+        select: batches, or a dataset, that choices are made on; or the share of fit that is set aside for this.
         test: batches used for reporting only.
         progress: called with what is being done, the units done so far, and the units in total.
         **changes: other recipe keys, as in learn={"epochs": 3} or buffers="average".
@@ -112,11 +127,10 @@ def mix_state_dicts(
     """
     import ray_soup.mixing.kernels  # noqa: F401 - keeps the compiled loops in the user's cache, not in the temporary folder
 
-    _check_changes(changes)
-    with tempfile.TemporaryDirectory(prefix="ray_soup") as temporary, cache_at(Path(temporary) / "cache"), _given(model):
-        folder = Path(temporary)
+    _check_arguments(model, state_dicts, progress, changes)
+    with _workplace() as folder, cache_at(folder / "cache"), _given(model):
         data: dict[str, Any] = {"fit": _write_batches(fit, folder / "fit.npz"), "select": select}
-        if not isinstance(select, float):
+        if not isinstance(select, numbers.Real):
             data["select"] = _write_batches(select, folder / "select.npz")
         if test is not None:
             data["test"] = _write_batches(test, folder / "test.npz")
@@ -124,12 +138,37 @@ def mix_state_dicts(
         return _mix(with_changes(_recipe(method, model, data, ingredients), changes), folder, progress)
 
 
-def _check_changes(changes: Mapping[str, Any]) -> None:
+def _check_arguments(model: object, state_dicts: object, progress: object, changes: Mapping[str, Any]) -> None:
+    """Check the kinds of the arguments of `mix_state_dicts`. Raises RecipeError."""
     wrong = sorted({key.partition(".")[0] for key in changes}.intersection(GIVEN))
     if wrong:
         raise RecipeError(
             f"mix_state_dicts does not take the recipe key '{wrong[0]}': its own arguments set it. Remove the key."
         )
+    if not isinstance(model, torch.nn.Module):
+        raise RecipeError(f"model is {_kind(model)}; expected a torch.nn.Module. Pass the model itself.")
+    if isinstance(state_dicts, (Mapping, str)) or not isinstance(state_dicts, Iterable):
+        raise RecipeError(f"state_dicts is {_kind(state_dicts)}; expected a list of state dicts. Pass a list.")
+    if not callable(progress):
+        raise RecipeError(
+            f"progress is {_kind(progress)}; expected a function of (what, done, total). Pass one, or omit it."
+        )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+
+
+@contextmanager
+def _workplace() -> Iterator[Path]:
+    """Make a temporary folder; an error in the context names the arguments instead of the files in this folder."""
+    with tempfile.TemporaryDirectory(prefix="ray_soup") as temporary:
+        try:
+            yield Path(temporary)
+        except SoupError as error:
+            text = re.sub(rf"{re.escape(temporary)}/(\d+)\.safetensors", r"state dict \1", str(error))
+            text = re.sub(rf"(?:data\.\w+: )?{re.escape(temporary)}/(\w+)\.npz", r"\1", text)
+            raise type(error)(text) from error
 
 
 def _recipe(method: str, model: torch.nn.Module, data: dict[str, Any], ingredients: list[str]) -> Recipe:
@@ -169,8 +208,8 @@ def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
         mixture.figures |= baseline.record
         mixture.notes += baseline.notes
         warn_if_worse(baseline)
-    row = baseline.row if baseline else {}
-    return MixedSoup(mixture.coefficients, figures_of(outcomes), mixture.figures, mixture.notes, tensors, row)
+    row, record = baseline.row if baseline else {}, {"method": recipe.method, **mixture.figures}
+    return MixedSoup(mixture.coefficients, figures_of(outcomes), record, mixture.notes, tensors, row)
 
 
 def _read(path: Path, layout: Layout) -> dict[str, torch.Tensor]:
@@ -200,25 +239,62 @@ def _given(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _write_state_dict(state: Mapping[str, torch.Tensor], path: Path) -> str:
+    where = f"State dict {path.stem}"
+    if not isinstance(state, Mapping):
+        how = "model.state_dict()" if isinstance(state, torch.nn.Module) else "what torch.load or load_file returns"
+        raise IngredientError(f"{where} is {_kind(state)}; expected names and tensors. Pass {how}.")
     others = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if others:
         kind = type(state[others[0]]).__name__
-        raise IngredientError(f"State dict {path.stem}: {others[0]} is a {kind}; expected a tensor. Remove that entry.")
+        raise IngredientError(f"{where}: {others[0]} is a {kind}; expected a tensor. Remove that entry.")
+    odd = next((name for name, t in state.items() if t.is_meta or t.layout != torch.strided or t.is_quantized), None)
+    if odd is not None:
+        raise IngredientError(f"{where}: {odd} is a meta, sparse or quantized tensor; expected a dense one. Convert it.")
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
     return str(path)
 
 
-def _write_batches(batches: Iterable[Any], path: Path) -> str:
-    images: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for batch in batches:
+def _write_batches(batches: Any, path: Path) -> str:
+    """Write batches of (images, labels), or the examples of a dataset, as the arrays of an .npz file. Raises RecipeError."""
+    name, images, labels = path.stem, list[np.ndarray](), list[np.ndarray]()
+    examples, given = _batches(batches, name)
+    for batch in given:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             found = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
-            raise RecipeError(f"{path.stem}: a batch holds {found}; expected (images, labels). Yield two tensors or arrays.")
-        for part, to in zip(batch, (images, labels), strict=True):
-            tensor = torch.as_tensor(part).detach().cpu()
-            to.append((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+            what = "an example" if examples else "a batch"
+            raise RecipeError(f"{name}: {what} holds {found}; expected (images, labels). Yield two tensors or arrays.")
+        arrays = [_array(part, f"{name}: {what}") for what, part in zip(("images", "labels"), batch, strict=True)]
+        if examples or arrays[1].ndim == 0:
+            arrays = [array[None] for array in arrays]
+        images.append(arrays[0])
+        labels.append(arrays[1])
     if not images:
-        raise RecipeError(f"{path.stem}: there are no batches. A generator can be iterated only once: pass a new one.")
+        raise RecipeError(f"{name}: there are no batches. A generator can be iterated only once: pass a new one.")
+    for what, arrays in (("images", images), ("labels", labels)):
+        shapes = sorted({array.shape[1:] for array in arrays})
+        if len(shapes) > 1:
+            sizes = " and ".join(str(list(shape)) for shape in shapes[:2])
+            raise RecipeError(f"{name}: found {what} of the shapes {sizes}; expected one shape. Resize or pad them.")
     np.savez(path, images=np.concatenate(images), labels=np.concatenate(labels))
     return str(path)
+
+
+def _batches(given: Any, name: str) -> tuple[bool, Iterable[Any]]:
+    """Return whether the data are the examples of a map-style dataset, and what yields them. Raises RecipeError."""
+    if isinstance(given, (Mapping, str)) or not (isinstance(given, Iterable) or hasattr(given, "__getitem__")):
+        more = ", or the share of fit to set aside" if name == "select" else ""
+        raise RecipeError(
+            f"{name} is {_kind(given)}; expected batches of (images, labels), or a dataset{more}. Pass a DataLoader."
+        )
+    if isinstance(given, (list, tuple)) or not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
+        return False, given
+    return True, (given[n] for n in range(len(given)))
+
+
+def _array(part: Any, where: str) -> np.ndarray:
+    """Return images or labels as an array. Raises RecipeError."""
+    try:
+        tensor = torch.as_tensor(part).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{where} are {_kind(part)}; expected tensors or arrays of numbers. Convert them.") from error
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

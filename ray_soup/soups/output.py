@@ -54,6 +54,8 @@ from ray_soup.soups.records import (
     write_results,
     write_run_record,
 )
+from ray_soup.soups.report.measures import Measures, measures_in
+from ray_soup.soups.report.notebook import as_html, as_text
 
 MODEL_FILES = {"safetensors": "model.safetensors", "dcp": METADATA}
 """The file that a soup is loaded from, by the recipe's `out_format`."""
@@ -65,9 +67,9 @@ KEPT_STATE = ("begun.json", "resolved.json", *HELD)  # of a finished run; the re
 STARTED = ("begun.json", "resolved.json")  # what a run writes into state/ before it has learned anything
 
 
-@dataclass
+@dataclass(repr=False)
 class Soup:
-    """A finished run: its folder, the rows of results.jsonl, and run.json."""
+    """A finished run: its folder, the rows of results.jsonl, and run.json. A notebook shows it as a table."""
 
     out: Path | str
     """The local folder, or the URI."""
@@ -80,6 +82,18 @@ class Soup:
     def at(self, out: str | Path) -> Soup:
         """Return the same soup under the name the user gave: a URI instead of the local folder that mirrors it."""
         return replace(self, out=str(out) if storage.is_remote(str(out)) else self.out)
+
+    def __repr__(self) -> str:
+        return as_text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._shown())
+
+    def _shown(self) -> tuple[str, Sequence[ResultRow], Measures]:
+        """The title and the rows of its table, and what the figures are called."""
+        made = self.record.get("chosen", self.record.get("method", ""))
+        title = f"Soup in {self.out}: {made}, made from {len(self.record.get('ingredients', ()))} ingredients"
+        return title, self.record.get("table", self.rows), measures_in(self.record)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ray_soup.io.disk import json_text, json_value, read_json, write_json, write
 from ray_soup.io.hashing import sha256_file
 
 RUN_VERSION = 3  # with a seal; 2: without
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3  # with kinds, names, means and series; 2: without
 BEGUN_VERSION = 2
 RESOLVED_VERSION = 2
 ENTRY_VERSION = 2
@@ -48,7 +48,7 @@ Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{1,64}$")]
 Positive = Annotated[int, Field(gt=0)]
 
 ResultRow = dict[str, Any]
-"""A line of results.jsonl: `model_name`, then a key for each split and metric, as in `test_accuracy`, and costs."""
+"""A line of results.jsonl: `kind`, `name`, `model_name`, costs, and a key for each split and metric: `test_accuracy`."""
 
 
 class MeshRecord(TypedDict):

@@ -37,6 +37,7 @@ from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tables import refitted
 from ray_soup.soups.report.tensorboard import scalars
+from ray_soup.soups.results import with_kinds
 from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
 from ray_soup.soups.trajectory import recorded_weights
 from ray_soup.soups.write import (
@@ -153,6 +154,7 @@ def make_soup_in(
     rows: list[ResultRow] = [{"model_name": recipe.method, **made.row, **ours, **costs}]
     if made.baseline:
         rows.append(made.baseline.row | single)
+    rows = with_kinds(rows, record)
     write_descriptions(staging, recipe, coefficients, rows, record, model_of(recipe))
     write_bytes(staging / "report.html", html(_report(recipe, inputs, rows, record, made)).encode())
     output.publish(recipe, rows, record, staging)

@@ -32,7 +32,7 @@ from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card
 from ray_soup.soups.session import Inputs, Session
-from ray_soup.task.companions import adapter_line, loading_line, write_companions, write_tokenizer
+from ray_soup.task.companions import adapter_lines, loading_lines, write_companions, write_tokenizer
 from ray_soup.task.data import Split
 from ray_soup.task.evidence_files import settings_in_files
 from ray_soup.task.merged_models import merged_soup
@@ -222,11 +222,11 @@ def write_descriptions(
         save_coefficients(coefficients, folder / COEFFICIENTS)
         save_table(coefficients, folder / TABLE)
     if is_adapter_folder(folder):
-        line = adapter_line(recipe.model)
+        lines = adapter_lines(recipe.model, recipe.base_model)
     else:
-        line = loading_line(model, [file.name for file in folder.iterdir()])
-    record["load"] = line
-    write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, line))
+        lines = loading_lines(model, [file.name for file in folder.iterdir()])
+    record["load"] = lines
+    write_text(folder / "README.md", model_card(recipe, coefficients, rows, record, lines))
 
 
 # What run.json says about the ingredients

@@ -1,8 +1,9 @@
-"""The files that a library expects next to a soup's weights, and the line of Python that loads a soup."""
+"""The files that a library expects next to a soup's weights, and the lines of Python that load a soup."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,35 +20,45 @@ from ray_soup.task.models import build
 from ray_soup.task.transformers_models import TASK, dtype_name, has_tokenizer, loading_options, untie
 
 LOADING_LINES = {
-    "open_clip": "open_clip.create_model({name!r}, pretrained={file!r}{more})",
-    "timm": "timm.create_model({name!r}, num_classes={classes}{more}, checkpoint_path={file!r})",
+    "open_clip": "import open_clip\n\nmodel = open_clip.create_model({name!r}, pretrained={file!r}{more})",
+    "timm": "import timm\n\nmodel = timm.create_model({name!r}, num_classes={classes}{more}, checkpoint_path={file!r})",
     "torchvision": (
-        "(model := torchvision.models.get_model({name!r}, num_classes={classes}{more})).load_state_dict("
-        "safetensors.torch.load_file({file!r}))"
+        "import torchvision\nfrom safetensors.torch import load_file\n\n"
+        "model = torchvision.models.get_model({name!r}, num_classes={classes}{more})\n"
+        "model.load_state_dict(load_file({file!r}))"
     ),
 }
-"""The line that loads one file of weights, for each library that has such a line."""
+"""The lines that load one file of weights, for each library that has such lines."""
+DISTRIBUTED_LINES = """\
+import torch.distributed.checkpoint
+
+model = ...  # the model as in training
+torch.distributed.checkpoint.load(model.state_dict(), checkpoint_id='.')"""
 
 
-def loading_line(spec: str, files: Iterable[str]) -> str:
-    """Return the line of Python that loads a soup of the model `spec`, run in the soup's folder.
+def loading_lines(spec: str, files: Iterable[str]) -> str:
+    """Return the lines of Python that load a soup of the model `spec` as `model`, run in the soup's folder.
 
-    The line uses the model's own library if that can load the soup, otherwise ray_soup. `files` are the names of the files
-    in the folder.
+    They use the model's own library if that can load the soup, otherwise ray_soup. `files` are the names of the files in
+    the folder. No path of this machine is in them.
     """
     model, files = ModelSpec.parse(spec), list(files)
     if METADATA in files:
-        return "torch.distributed.checkpoint.load(model.state_dict(), checkpoint_id='.')"
+        return DISTRIBUTED_LINES
     if model.library == "transformers":
         with torch.device("meta"):
-            return f"transformers.{type(build(spec).model).__name__}.from_pretrained('.')"
+            return f"import transformers\n\nmodel = transformers.{type(build(spec).model).__name__}.from_pretrained('.')"
     sharded = any(file.endswith(".index.json") for file in files)
     with_own_head = model.library == "open_clip" and "zeroshot" not in model.options
     if sharded or with_own_head or model.library not in LOADING_LINES:
-        return f"ray_soup.load_model({spec!r}, '.')"
-    line = LOADING_LINES[model.library]
+        note = ""
+        if classes := model.options.get("zeroshot"):
+            spec = model.with_options({"zeroshot": os.path.basename(classes)})
+            note = f"# {os.path.basename(classes)}: the names of the classes, as in the recipe\n"
+        return f"import ray_soup\n\n{note}model = ray_soup.load_model({spec!r}, '.')"
+    lines = LOADING_LINES[model.library]
     more = "".join(f", {name}={value!r}" for name, value in _arguments(model).items())
-    return line.format(name=model.name, classes=model.options.get("classes"), file="model.safetensors", more=more)
+    return lines.format(name=model.name, classes=model.options.get("classes"), file="model.safetensors", more=more)
 
 
 def _arguments(model: ModelSpec) -> dict[str, Any]:
@@ -95,16 +106,24 @@ def write_tokenizer(spec: str, folder: Path) -> None:
         tokenizers.from_pretrained(name, **loading_options(name)).save_pretrained(folder)
 
 
-def adapter_line(spec: str) -> str:
-    """Return the line of Python that loads an adapter of the base `spec`, run in the adapter's folder."""
+def adapter_lines(spec: str, base_model: str | None = None) -> str:
+    """Return the lines of Python that load an adapter of the base `spec` as `model`, run in the adapter's folder.
+
+    A base in a local folder is called `base_model`, its name on the Hub, or by the folder's name: no path of this machine is
+    in the lines.
+    """
     with torch.device("meta"):
         kind = type(build(spec).model).__name__
     parsed = ModelSpec.parse(spec)
-    name, more = parsed.name, ""
+    name, more, note = parsed.name, "", ""
     if is_hub(name):
         where = HubPath.parse(name)
         name, more = where.repo, f", revision={where.revision!r}"
         more += f", subfolder={where.inside!r}" if where.inside else ""
+    else:
+        name = base_model or os.path.basename(name.rstrip("/"))
+        note = "" if base_model else f"# {name}: the folder of the base model\n"
     if TASK in parsed.options and "classes" in parsed.options:
         more += f", num_labels={parsed.options['classes']}"
-    return f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({name!r}{more}), '.')"
+    base = f"transformers.{kind}.from_pretrained({name!r}{more})"
+    return f"import peft\nimport transformers\n\n{note}model = peft.PeftModel.from_pretrained({base}, '.')"

@@ -119,6 +119,12 @@ def import_function(spec: str, key: str = "") -> Callable[..., Any]:
     """
     module_name, _, name = MOVED.get(spec, spec).partition(":")
     where = f"{key}: {spec}" if key else spec
+    if module_name == "__main__":
+        raise RecipeError(
+            f"{where} is defined in a notebook or a script, from which the processes that Ray starts cannot import it. Move "
+            f"it into a file in the current folder, such as mine.py, and write mine:{name}; or use "
+            "ray_soup.mix_state_dicts, which takes models and data themselves."
+        )
     with as_in_workers():
         module = call(key, spec, _imported, module_name, where)
         _check_same_in_workers(module_name.partition(".")[0], where)

@@ -184,13 +184,21 @@ def _size_option(spec: str) -> str:
     return f" (its option `{name}` sets the size of the images)" if name else ""
 
 
-def load_model(spec: str, path: str) -> torch.nn.Module:
+def load_model(spec: str, path: str | os.PathLike[str]) -> torch.nn.Module:
     """Build the model that `spec` names with the parameters of the checkpoint at `path`, in eval mode.
+
+    >>> model = ray_soup.load_model("tests.tiny:build", "soup")
+    >>> model.training
+    False
+
+    Args:
+        spec: the model, as under the recipe key `model`.
+        path: a checkpoint, or the folder of a soup.
 
     Raises RecipeError if the model cannot be built, IngredientError if the checkpoint does not fit it.
     """
     model = build(spec).model
-    load_checkpoint(model, path)
+    load_checkpoint(model, os.fspath(path))
     return model.eval()
 
 

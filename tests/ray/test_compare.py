@@ -23,6 +23,7 @@ from ray_soup.soups.make import make
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import Soup
 from ray_soup.soups.report.tables import comparison_markdown, quality, table
+from ray_soup.soups.results import KINDS, load_results
 from ray_soup.soups.run import run
 from ray_soup.soups.session import Session
 from tests.conftest import values
@@ -67,8 +68,20 @@ def test_results_have_a_line_for_every_model(compared: Soup) -> None:
     assert rows == json.loads(json.dumps(compared.rows))
     names = [row["model_name"] for row in rows]
     assert names[:9] == [f"model_{k}" for k in range(8)] + ["ensemble"]
-    seeds = [(r["model_name"], r["model_batch"], r["seed"]) for r in rows if "seed" in r]
+    seeds = [(r["model_name"], r["model_batch"], r["seed"]) for r in rows if "model_batch" in r]
     assert len(seeds) == len(set(seeds)) == 3 + 2 * 6 + 2
+    assert [row["kind"] for row in rows[:9]] == ["ingredient"] * 8 + ["ensemble"]
+    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
+    for kind, key in (("mean", "table"), ("dropped", "eliminations"), ("counted", "counts")):
+        of_run_json = [{k: row[k] for k in kept} for row, kept in zip(of_kind[kind], compared.record[key], strict=True)]
+        assert of_run_json == json.loads(json.dumps(compared.record[key]))
+    names_in_table = [row["model_name"] for row in compared.record["table"]]
+    assert [row["name"] for row in of_kind["mean"]] == names_in_table
+    one_seed = [r["name"] for kind in ("single", "soup", "reference") for r in of_kind[kind] if r["seed"] == 1]
+    assert {*one_seed, "mean single", "ensemble"} == {*names_in_table}
+    frame = load_results(compared.out)
+    assert frame.columns[:2].tolist() == ["kind", "name"]
+    assert len(frame) == len(rows)
     individual = [row["test_accuracy"] for row in rows[:8]]
     assert compared.record["table"][0]["test_accuracy"] == pytest.approx(np.mean(individual))
 
@@ -91,7 +104,7 @@ def test_a_soup_of_fewer_ingredients_is_the_soup_of_a_recipe_that_names_only_the
     """For the six ingredients without the two best, and for all eight, whose soups are those of the table."""
     dropped = {(row["dropped"], row["model_name"]): row for row in compared.record["eliminations"]}
     assert set(dropped) == {(n, m) for n in (0, 2) for m in ("best_single", "uniform", "greedy", "mehl+")}
-    own = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row["model_batch"] == 8}
+    own = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row.get("model_batch") == 8}
     counted = {(row["count"], row["model_name"]): row for row in compared.record["counts"]}
     for method in ("greedy", "mehl+"):
         assert dropped[0, method]["test_nll"] == counted[8, method]["test_nll"] == own[method]["test_nll"]
@@ -104,8 +117,8 @@ def test_a_soup_of_fewer_ingredients_is_the_soup_of_a_recipe_that_names_only_the
 
 
 def test_the_chosen_soup_is_the_best_on_select_and_passes_verification(compared: Soup) -> None:
-    own = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row["model_batch"] == 8}
-    own |= {f"{r['model_name']}-m3": r for r in compared.rows if r.get("seed") == 1 and r["model_batch"] == 3}
+    own = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row.get("model_batch") == 8}
+    own |= {f"{r['model_name']}-m3": r for r in compared.rows if r.get("seed") == 1 and r.get("model_batch") == 3}
     best = min((name for name in own if name not in ("best_single", "trained")), key=lambda name: own[name]["select_nll"])
     assert compared.record["chosen"] == best
     assert compared.record["improvement"]["select_nll"] == own[best]["select_nll"] - own["best_single"]["select_nll"]
@@ -125,7 +138,7 @@ def test_paired_tests_are_against_best_single_and_greedy(compared: Soup) -> None
     tests = compared.record["tests"]
     pairs = {(t["model_name"], t["against"]) for t in tests}
     assert pairs == {(a, b) for b in ("best_single", "greedy") for a in [*LABELS, "trained"] if a not in ("best_single", b)}
-    table = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row["model_batch"] == 8}
+    table = {row["model_name"]: row for row in compared.rows if row.get("seed") == 1 and row.get("model_batch") == 8}
     for t in tests:
         if t["model_name"] in table:
             ours, theirs = table[t["model_name"]], table[t["against"]]

@@ -20,7 +20,8 @@ MINIMAL = {"model": "a:b", "ingredients": "zoo"}
 def test_every_public_name_exists_and_is_listed() -> None:
     for name in ray_soup.__all__:
         assert getattr(ray_soup, name).__doc__
-    assert set(ray_soup.__all__) <= set(dir(ray_soup))
+    assert dir(ray_soup) == sorted([*ray_soup.__all__, "__version__"])
+    assert set(ray_soup._MODULES) < set(ray_soup.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'lern'"):
         ray_soup.lern  # noqa: B018
 
@@ -61,12 +62,17 @@ def test_learn_takes_the_recipes_method_if_it_learns(ran: list[Recipe], tmp_path
 
 def test_every_command_takes_changes_of_the_recipe(ran: list[Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(MINIMAL)
-    for command, method in ((ray_soup.uniform, "uniform"), (ray_soup.greedy, "greedy"), (ray_soup.compare, "mehl+")):
+    methods = {"uniform": "uniform", "greedy": "greedy", "best_single": "best_single", "compare": "mehl+"}
+    for command, method in ((getattr(ray_soup, name), method) for name, method in methods.items()):
         command(recipe, tmp_path, **{"learn.seed": 7})
         assert (ran[-1].method, ran[-1].learn.seed) == (method, 7)
 
 
-@pytest.mark.parametrize("name", ["learn", "greedy", "uniform", "compare", "search", "bake", "mix_state_dicts"])
+COMMANDS = ("learn", "greedy", "uniform", "best_single", "compare", "search", "finetune", "plan", "evaluate", "bake",
+            "verify", "mix_state_dicts")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_progress_is_a_keyword_of_every_command(name: str) -> None:
     parameters: Any = inspect.signature(getattr(ray_soup, name)).parameters
     assert parameters["progress"].kind is inspect.Parameter.KEYWORD_ONLY

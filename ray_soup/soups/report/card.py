@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
@@ -45,16 +48,18 @@ def model_card(
         coefficients: the coefficients of the soup; None: the model is no weighted sum of the ingredients.
         rows: the rows of the results table.
         record: run.json.
-        load: the line of Python that loads the model from its folder.
+        load: the lines of Python that load the model, run in its folder.
     """
     if coefficients is None:
         return _card_without_coefficients(recipe, rows, record, load)
     used, measures = len(coefficients.used()), measures_in(record)
     factor = f" Its logits include a learned factor of {coefficients.factor:.4f}." if coefficients.factored else ""
-    notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     summed = "each tensor is a weighted sum of the same tensor in"
     adapter = "base" in record and not recipe.adapter.merge
+    shorten = partial(_without, common=_common_folder(recipe))
+    model = markdown_code(shorten(recipe.model))
+    notes = "".join(f"\n\n{markdown_paragraph(shorten(note))}" for note in record["notes"])
     is_trained = bool(record.get("polish", {}).get("best_epoch"))
     if recipe.adapter.merge:
         summed = "this base model, changed in each module by a weighted sum of the products B A of"
@@ -64,8 +69,8 @@ def model_card(
 # A model soup of {used} ingredients
 
 Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}` for the model
-{markdown_code(recipe.model)}: {summed} {used} fine-tuned {"LoRA adapters" if "base" in record else "checkpoints"}, with
-weights that sum to 1.{factor}{POLISHED if is_trained else ""} To load it from its folder:
+{model}: {summed} {used} fine-tuned {"LoRA adapters" if "base" in record else "checkpoints"}, with
+weights that sum to 1.{factor}{POLISHED if is_trained else ""} To load it, in its folder:
 
 {markdown_block(load, "python")}
 
@@ -90,8 +95,27 @@ model from them{", this difference" if is_trained else ""} and the ingredients.
 
 ## Recipe
 
-{markdown_block(dump_recipe(recipe).strip(), "yaml")}
+{markdown_block(shorten(dump_recipe(recipe).strip()), "yaml")}
 """
+
+
+def _common_folder(recipe: Recipe) -> str:
+    """Return the folder that contains all local files that a recipe names; empty if there is none below the root."""
+    in_model = re.findall(r"[:=](/[^/&?][^&?]*)", recipe.model)
+    paths = [*in_model, *(text for text in _texts(recipe.model_dump(mode="json")) if text.startswith("/"))]
+    folders = [os.path.dirname(re.split(r"[*?[]", path)[0]) for path in paths]
+    return os.path.commonpath(folders).rstrip("/") if folders else ""
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, (list, dict)):
+        return [text for one in (value.values() if isinstance(value, dict) else value) for text in _texts(one)]
+    return [value] if isinstance(value, str) else []
+
+
+def _without(text: str, common: str) -> str:
+    """Remove a folder from the paths in a text: what a model card shows says nothing about the machine it was made on."""
+    return text.replace(f"{common}/", "") if common else text
 
 
 def _preprocessing(record: Mapping[str, Any]) -> str:

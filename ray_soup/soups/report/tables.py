@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,32 +272,40 @@ def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def comparison_markdown(record: Mapping[str, Any]) -> str:
-    """Format all tables of a comparison as Markdown, each followed by its legend.
+def comparison_parts(record: Mapping[str, Any]) -> Iterator[Table | str]:
+    """Yield all tables of a comparison, and the lines of text that stand before or after them.
 
     Args:
         record: run.json of a comparison.
     """
     splits, measures, rows = judged(record["examples"]), measures_in(record), record["table"]
 
-    def each(table_on: Callable[[str], Table]) -> list[str]:
-        """Format one table for each test set, under the set's name if there are several."""
-        found = []
+    def each(table_on: Callable[[str], Table]) -> Iterator[Table | str]:
+        """Yield one table for each test set, under the set's name if there are several."""
         for split in splits:
-            found += [f"On {markdown_text(titled(split))}:"] if len(splits) > 1 else []
-            found.append(markdown(*table_on(split)))
-        return found
+            yield from [f"On {titled(split)}:"] if len(splits) > 1 else []
+            yield table_on(split)
 
-    parts = [markdown(*table(rows, [*quality(rows, measures), *cost(measures)])), markdown_paragraph(legend(record, rows))]
+    yield table(rows, [*quality(rows, measures), *cost(measures)])
+    yield legend(record, rows)
     if record["tests"]:
         for baseline in BASELINES:
-            parts += each(partial(paired_table, record["tests"], baseline, measures=measures))
-        parts.append(paired_legend(record["tests"], measures))
+            yield from each(partial(paired_table, record["tests"], baseline, measures=measures))
+        yield paired_legend(record["tests"], measures)
     for name, key in (("eliminations", "dropped"), ("counts", "count")):
         if record[name]:
-            parts += each(partial(series_table, record[name], key, measures=measures))
-            parts.append(series_legend(record[name], key, splits[0], measures))
-    return "\n\n".join(parts)
+            yield from each(partial(series_table, record[name], key, measures=measures))
+            yield series_legend(record[name], key, splits[0], measures)
+
+
+def as_markdown(parts: Iterable[Table | str]) -> str:
+    """Format tables and lines of text as Markdown."""
+    return "\n\n".join(markdown_paragraph(part) if isinstance(part, str) else markdown(*part) for part in parts)
+
+
+def comparison_markdown(record: Mapping[str, Any]) -> str:
+    """Format all tables of the comparison in run.json as Markdown, each followed by its legend."""
+    return as_markdown(comparison_parts(record))
 
 
 def insert(text: str, file: str) -> None:

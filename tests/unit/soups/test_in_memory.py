@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import ray_soup
-from ray_soup.errors import IngredientError, RecipeError
+from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.soups import in_memory
 from tests import tiny
 from tests.conftest import ROOT
@@ -72,6 +74,121 @@ def test_a_message_says_what_is_wrong_with_the_arguments(zoo: Path) -> None:
         ray_soup.mix_state_dicts(model, [{**good[0], "extra": "x"}, good[1]], data)
     with pytest.raises(RecipeError, match="two or more ingredients"):
         ray_soup.mix_state_dicts(model, good[:1], data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"select": 0}, "data.select: found 0. Expected a share between 0 and 1"),
+        (
+            {"select": None},
+            "select is of type NoneType; expected batches of (images, labels), or a dataset, or the share of",
+        ),
+        ({"select": "a.npz"}, "select is of type str; expected batches"),
+        ({"test": 3}, "test is of type int; expected batches of (images, labels), or a dataset. Pass a DataLoader."),
+        ({"fit": None}, "fit is of type NoneType; expected batches"),
+        ({"fit": torch.zeros(3, 8)}, "fit: an example holds Tensor; expected (images, labels)"),
+        ({"fit": [({"ids": torch.zeros(2, 8)}, [0, 1])]}, "fit: images are of type dict; expected tensors or arrays"),
+        ({"fit": [(torch.zeros(2, 8), ["a", "b"])]}, "fit: labels are of type list; expected tensors or arrays of numbers"),
+        (
+            {"fit": [(torch.zeros(2, n), [0, 1]) for n in (8, 7)]},
+            "fit: found images of the shapes [7] and [8]; expected one",
+        ),
+        ({"fit": [(torch.zeros(9, 8), [0, 1])]}, "fit: 9 inputs and 2 labels; expected one label per input"),
+        ({"model": torch.nn.Linear}, "model is the class Linear; expected a torch.nn.Module. Pass the model itself."),
+        ({"state_dicts": torch.nn.Linear(8, 4).state_dict()}, "state_dicts is of type OrderedDict; expected a list"),
+        (
+            {"state_dicts": [torch.nn.Linear(8, 4)]},
+            "State dict 0 is of type Linear; expected names and tensors. Pass model.s",
+        ),
+        ({"state_dicts": ["a.pt"]}, "State dict 0 is of type str; expected names and tensors. Pass what torch.load"),
+        ({"state_dicts": [{"weight": torch.zeros(2).to_sparse()}]}, "State dict 0: weight is a meta, sparse or quantized"),
+        (
+            {"state_dicts": [{"weight": torch.zeros(2, dtype=torch.complex64)}] * 2},
+            "state dict 0: the tensor weight has dtype",
+        ),
+        ({"progress": 3}, "progress is of type int; expected a function of (what, done, total)"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(changes: dict[str, Any], text: str) -> None:
+    linear = torch.nn.Linear(8, 4)
+    data = [(torch.randn(40, 8), torch.arange(40) % 4)]
+    arguments: dict[str, Any] = {"model": linear, "state_dicts": [linear.state_dict()] * 2, "fit": data, "method": "uniform"}
+    with pytest.raises(SoupError) as refused:
+        ray_soup.mix_state_dicts(**{**arguments, **changes})
+    assert text in str(refused.value)
+    assert tempfile.gettempdir() not in str(refused.value)
+
+
+class Pairs:
+    """A map-style dataset that is no Dataset of torch."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.images[row % len(self)], int(self.labels[row % len(self)])
+
+
+def test_datasets_give_the_soup_that_their_batches_give(zoo: Path) -> None:
+    data = loader(zoo, "heldout")
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    forms = [data, data.dataset, Pairs(images, labels), list(zip(images, labels, strict=True))]
+    soups = [ray_soup.mix_state_dicts(tiny.Tiny(), states(zoo)[:3], form, "uniform") for form in forms]
+    for soup in soups:
+        assert soup.figures == soups[0].figures
+
+
+NOTEBOOK = """
+import doctest, torch, ray_soup
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.double = torch.nn.Linear(8, 4), lambda x: 2 * x
+
+    def forward(self, x):
+        return self.linear(self.double(x))
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, images, labels):
+        self.pairs = list(zip(images, labels))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, n):
+        return self.pairs[n]
+
+def build():
+    return Net()
+
+model, images = Net(), torch.randn(120, 8)
+state_dicts = [{name: t + 0.1 * torch.randn_like(t) for name, t in model.state_dict().items()} for _ in range(3)]
+soup = ray_soup.mix_state_dicts(model, state_dicts, Data(images, images[:, :4].argmax(dim=1)), "mehl", learn={"epochs": 1})
+model.load_state_dict(soup.state_dict())
+print(soup)
+try:
+    ray_soup.load_model("__main__:build", "soup")
+except ray_soup.SoupError as error:
+    print(error)
+"""
+
+
+def test_classes_of_a_notebook_work_in_memory_and_are_refused_by_name(zoo: Path, tmp_path: Path) -> None:
+    """The source of what stands in `__main__` is not known here, as in a notebook."""
+    done = subprocess.run([sys.executable, "-"], input=NOTEBOOK, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Soup in memory: mehl, made from 3 state dicts"
+    assert lines[1].split() == ["model", "select", "%", "select", "NLL"]
+    assert [line.split()[0] for line in lines[2:4]] == ["mehl", "best_single"]
+    assert lines[4].startswith(
+        "model: __main__:build is defined in a notebook or a script, from which the processes that Ray starts"
+    )
 
 
 def test_the_example_in_the_docstring_runs() -> None:

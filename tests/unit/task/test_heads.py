@@ -16,7 +16,7 @@ from ray_soup.mixing.adapter_bake import bake_adapter
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.session import open_inputs
 from ray_soup.task.adapters import bound_to
-from ray_soup.task.companions import adapter_line
+from ray_soup.task.companions import adapter_lines
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import build, objective_in
 from ray_soup.task.peft_models import check_with_peft, with_adapters
@@ -94,9 +94,10 @@ def test_the_head_is_that_of_the_adapters(task: str, kind: str, task_type: str, 
     assert whole.config.num_labels == 3
     assert whole.config.pad_token_id == (1 if task == "classification" else None)  # or it would take no batches
     assert close(logits(whole, of_head), expected)
-    line = adapter_line(found.model)
-    assert line.endswith("/base', num_labels=3), '.')")
-    assert f"For{kind}.from_pretrained(" in line
+    lines = adapter_lines(found.model)
+    assert lines.endswith(f"For{kind}.from_pretrained('base', num_labels=3), '.')")
+    assert lines.startswith("import peft\nimport transformers\n\n# base: the folder of the base model\nmodel = ")
+    assert "from_pretrained('org/base'" in adapter_lines(found.model, "org/base")
 
 
 def test_a_head_that_no_file_has_is_refused(tmp_path: Path) -> None:

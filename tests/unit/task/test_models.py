@@ -6,8 +6,6 @@ import argparse
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from ray_soup.errors import IngredientError
 from ray_soup.io.check import check_together
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import open_ingredient
-from ray_soup.task.companions import loading_line, write_companions
+from ray_soup.task.companions import loading_lines, write_companions
 from ray_soup.task.models import build, describe, load_checkpoint, load_model
 from tests.unit.task.library_models import (
     IMAGES,
@@ -46,29 +44,22 @@ def _tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> None:
     add_tiny_clip(tmp_path_factory.mktemp("configs"))
 
 
-def loaded_by(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Run a loading line in the folder, with nothing but the libraries imported."""
-    import open_clip
-    import safetensors.torch
-    import timm
-    import torchvision
-    import transformers
-
+def loaded_by(lines: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Run loading lines in the folder, with nothing imported before."""
     monkeypatch.chdir(folder)
-    space: dict[str, Any] = {m.__name__: m for m in (open_clip, timm, torchvision, transformers)}
-    space |= {"safetensors": safetensors, "ray_soup": SimpleNamespace(load_model=load_model)}
-    made = eval(line, space)
-    return (made if isinstance(made, nn.Module) else space["model"]).eval()
+    space: dict[str, nn.Module] = {}
+    exec(lines, space)
+    return space["model"].eval()
 
 
 def written_again(model: nn.Module, folder: Path, spec: str) -> str:
-    """Write a model as a soup is written; the line that loads it."""
+    """Write a model as a soup is written; the lines that load it."""
     folder.mkdir()
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors"
     )
     write_companions(spec, folder, torch.float32)
-    return loading_line(spec, [file.name for file in folder.iterdir()])
+    return loading_lines(spec, [file.name for file in folder.iterdir()])
 
 
 def test_open_clip_checkpoints_of_a_whole_clip_are_loaded_and_written_again(
@@ -80,7 +71,7 @@ def test_open_clip_checkpoints_of_a_whole_clip_are_loaded_and_written_again(
     spec = f"open_clip:tiny-clip?zeroshot={tmp_path}/classes.txt"
     model = load_model(spec, str(tmp_path / "run_0" / "epoch_2.pt"))
     line = written_again(model, tmp_path / "out", spec)
-    assert line == "open_clip.create_model('tiny-clip', pretrained='model.safetensors')"
+    assert line == "import open_clip\n\nmodel = open_clip.create_model('tiny-clip', pretrained='model.safetensors')"
     with torch.inference_mode():
         assert_same(model(IMAGES), clip_logits(zoo[0]))
         assert_same(clip_logits(loaded_by(line, tmp_path / "out", monkeypatch)), clip_logits(zoo[0]))
@@ -211,11 +202,17 @@ def test_transformers_text_checkpoints_are_loaded_and_written_again(
     [
         ("tests.tiny:build", ["model.safetensors"], "ray_soup.load_model('tests.tiny:build', '.')"),
         ("timm:a?classes=3", ["model.safetensors.index.json"], "ray_soup.load_model('timm:a?classes=3', '.')"),
+        (
+            "open_clip:a?zeroshot=/home/me/classes.txt",
+            ["model.safetensors.index.json"],
+            "ray_soup.load_model('open_clip:a?zeroshot=classes.txt', '.')",
+        ),
         ("timm:a?classes=3", [], "timm.create_model('a', num_classes=3, checkpoint_path='model.safetensors')"),
     ],
 )
 def test_a_soup_that_its_library_cannot_load_is_loaded_with_ray_soup(spec: str, files: Iterable[str], line: str) -> None:
-    assert loading_line(spec, files) == line
+    lines = loading_lines(spec, files).splitlines()
+    assert (lines[0], lines[-1]) == (f"import {line.partition('.')[0]}", f"model = {line}")
 
 
 def test_lightning_checkpoints_are_read_and_a_refused_pickle_can_be_converted(tmp_path: Path) -> None:
