@@ -51,4 +51,4 @@ def _escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     """Escape what would be a link, as in `test_...`, outside doctests and fields."""
     for number, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...", ":")):
-            lines[number] = re.sub(r"\b_(?=\W|$)", r"\_", line)
+            lines[number] = re.sub(r"(?<=\w)_(?=\W|$)", r"\_", line)

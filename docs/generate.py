@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -35,20 +36,26 @@ def pages() -> dict[str, str]:
         "keys.md": list_of_keys(),
         "commands.md": list_of_commands(),
         "names.md": list_of_names(),
+        "session.md": session_of_methods(),
         "messages.md": list_of_messages(),
     }
 
 
 def list_of_keys() -> str:
     """Return a section for each recipe key, grouped by the sections of a recipe."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    texts, last = ["## Top level\n"], ""
     for key in keys():
-        section = key.name.rpartition(".")[0]
-        facts = f"{key.type}. Default: {key.default}." if key.default else f"{key.type}."
-        example = f"\n\nExample: {_code(key.example)}" if key.example else ""
-        groups[section].append(f"### `{key.name}`\n\n{_text(key.meaning)}\n\n{_text(facts)}{example}\n")
-    titles = {section: f"## Section `{section}`" if section else "## Top level" for section in groups}
-    return "\n".join(f"{titles[section]}\n\n" + "\n".join(found) for section, found in groups.items())
+        section = key.name.rpartition(".")[0] if key.default else key.name
+        if section != last and (section or not key.default):
+            texts.append(f"## Section `{section}`\n")
+        last = section
+        if not key.default:  # a section
+            texts.append(f"{_text(key.meaning)}\n")
+            continue
+        example = f" Example: {_code(key.example)}." if key.example else ""
+        facts = f"Expects {_text(key.type)}. Default: {_text(key.default)}.{example}"
+        texts.append(f"### `{key.name}`\n\n{_text(key.meaning)}\n\n{facts}\n")
+    return "\n".join(texts)
 
 
 def list_of_commands() -> str:
@@ -83,6 +90,15 @@ def list_of_names() -> str:
 def _directive(kind: str, name: str) -> str:
     members = "   :members:\n" if kind == "autoclass" and name != "Recipe" else ""
     return f".. {kind}:: ray_soup.{name}\n{members}"
+
+
+def session_of_methods() -> str:
+    """Return the directive that documents what a method works with."""
+    if find_spec("ray_soup.soups.methods") is None:
+        return ""
+    name = "ray_soup.soups.methods.interface"
+    classes = "\n".join(f".. autoclass:: {name}.{one}\n   :members:\n" for one in ("Session", "IngredientInfo"))
+    return f"## The session\n\n```{{eval-rst}}\n{classes}```\n"
 
 
 def list_of_messages() -> str:
