@@ -29,14 +29,16 @@ myst_heading_anchors = 4  # as GitHub makes them
 myst_enable_extensions = ["deflist"]
 suppress_warnings = ["myst.header"]  # pages that are included begin at another level
 
+smartquotes = False  # names and messages are copied
 default_role = "code"  # single backticks in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-python_use_unqualified_type_names = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures; the links between pages are MyST's own
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"ray_soup {release}"
 html_show_sphinx = False
 html_copy_source = False
@@ -51,4 +53,4 @@ def _escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     """Escape what would be a link, as in `test_...`, outside doctests and fields."""
     for number, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...", ":")):
-            lines[number] = re.sub(r"\b_(?=\W|$)", r"\_", line)
+            lines[number] = re.sub(r"(?<=\w)_(?=\W|$)", r"\_", line)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -19,6 +21,8 @@ try:
 except ImportError:
     from schema_keys import keys
 
+COMMON = {"--json", "--traceback", "--log-format", "--help"}
+"""Options of every command, which the page explains once."""
 KINDS = ("SoupError", "RecipeError", "IngredientError", "DiskError")
 
 
@@ -35,20 +39,24 @@ def pages() -> dict[str, str]:
         "keys.md": list_of_keys(),
         "commands.md": list_of_commands(),
         "names.md": list_of_names(),
+        "session.md": session_of_methods(),
         "messages.md": list_of_messages(),
     }
 
 
 def list_of_keys() -> str:
-    """Return a section for each recipe key, grouped by the sections of a recipe."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    """Return a section for each recipe key: those at the top level first, then those of each section of a recipe."""
+    groups: dict[str, list[str]] = {"": ["## Top level\n"]}
     for key in keys():
+        if not key.default:  # a section
+            groups[key.name] = [f"## Section `{key.name}`\n\n{_text(key.meaning)}\n"]
+            continue
+        example = f" Example: {_code(key.example)}." if key.example else ""
+        facts = f"Expects {_text(key.type)}. Default: {_text(key.default)}.{example}"
         section = key.name.rpartition(".")[0]
-        facts = f"{key.type}. Default: {key.default}." if key.default else f"{key.type}."
-        example = f"\n\nExample: {_code(key.example)}" if key.example else ""
-        groups[section].append(f"### `{key.name}`\n\n{_text(key.meaning)}\n\n{_text(facts)}{example}\n")
-    titles = {section: f"## Section `{section}`" if section else "## Top level" for section in groups}
-    return "\n".join(f"{titles[section]}\n\n" + "\n".join(found) for section, found in groups.items())
+        group = groups.setdefault(section, [f"## Section `{section}`\n"])
+        group.append(f"### `{key.name}`\n\n{_text(key.meaning)}\n\n{facts}\n")
+    return "\n".join(text for group in groups.values() for text in group)
 
 
 def list_of_commands() -> str:
@@ -59,11 +67,13 @@ def list_of_commands() -> str:
 
 def _command(name: str, command: click.Command, parent: click.Context) -> str:
     context = click.Context(command, info_name=name, parent=parent)
-    records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-    options = "\n".join(f"| {_cell(_code(option))} | {_cell(_text(text))} |" for option, text in records)
+    options = [p for p in command.params if isinstance(p, click.Option) and not COMMON & set(p.opts)]
+    records = [record for option in options if (record := option.get_help_record(context))]
+    rows = "".join(f"| {_cell(_code(option))} | {_cell(_text(text))} |\n" for option, text in records)
     usage = f"ray-soup {name} {' '.join(command.collect_usage_pieces(context))}"
     paragraphs = "\n\n".join(_text(" ".join(p.split())) for p in (command.help or "").replace("\b", "").split("\n\n"))
-    return f"## `{name}`\n\n```text\n{usage}\n```\n\n{paragraphs}\n\n| option | meaning |\n| --- | --- |\n{options}\n"
+    table = f"\n| option | meaning |\n| --- | --- |\n{rows}" if rows else ""
+    return f"## `{name}`\n\n```text\n{usage}\n```\n\n{paragraphs}\n{table}"
 
 
 def list_of_names() -> str:
@@ -85,30 +95,54 @@ def _directive(kind: str, name: str) -> str:
     return f".. {kind}:: ray_soup.{name}\n{members}"
 
 
+def session_of_methods() -> str:
+    """Return the directive that documents what a method works with."""
+    if find_spec("ray_soup.soups.methods") is None:
+        return ""
+    name = "ray_soup.soups.methods.interface"
+    classes = "\n".join(f".. autoclass:: {name}.{one}\n   :members:\n" for one in ("Session", "IngredientInfo"))
+    return f"## The session\n\n```{{eval-rst}}\n{classes}```\n"
+
+
 def list_of_messages() -> str:
-    """Return every message of the exceptions that users see, by exit code, with an ellipsis where a message has a value."""
+    """Return every message that users see, by exit code, with an ellipsis where a message has a value."""
     found: dict[str, set[str]] = defaultdict(set)
-    for file in sorted(Path(ray_soup.__file__).parent.rglob("*.py")):
-        for kind, message in _messages(ast.parse(file.read_text(encoding="utf-8"))):
+    package = Path(ray_soup.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        checks_recipes = file.is_relative_to(package / "recipe")
+        for kind, message in _messages(ast.parse(file.read_text(encoding="utf-8")), checks_recipes):
             found[kind].add(message)
     texts = []
     for kind, messages in sorted(found.items(), key=lambda item: (getattr(errors, item[0]).exit_code, item[0])):
         code, meaning = getattr(errors, kind).exit_code, (getattr(errors, kind).__doc__ or "").splitlines()[0]
-        listed = "\n".join(f"- {_text(message)}" for message in sorted(messages, key=_order))
-        texts.append(f"### `{kind}`: exit code {code}\n\n{_text(meaning)}\n\n{listed}\n")
-    return "\n".join(texts)
+        texts.append(f"### `{kind}`: exit code {code}\n\n{_text(meaning)}\n\n{_listed(messages)}\n")
+    other = {sentence.replace("{}", "…"): code for sentence, code in errors._BY_NAME.values()}
+    texts += [
+        f"### Other libraries: exit code {wanted}\n\n{_listed({text for text, code in other.items() if code == wanted})}\n"
+        for wanted in (1, 2, 3)
+    ]
+    remedies = {f"…: {os.strerror(number)}. {remedy}" for number, remedy in errors._REMEDIES.items()}
+    return "\n".join([*texts, f"### Files and disks: exit code 1\n\n{_listed(remedies)}\n"])
 
 
-def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the exception and the message of every `raise` of this package's own exceptions."""
+def _listed(messages: set[str]) -> str:
+    return "\n".join(f"- {_text(message)}" for message in sorted(messages, key=_order))
+
+
+def _messages(tree: ast.Module, checks_recipes: bool) -> Iterator[tuple[str, str]]:
+    """Yield the exception and the message of every `raise` of this package's own exceptions.
+
+    In the modules that check recipes, messages of ValueError, and those that are given a name first, belong to RecipeError.
+    """
     for node in ast.walk(tree):
-        call = node.exc if isinstance(node, ast.Raise) else None
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
-            continue
-        if call.func.id in ("SoupError", "RecipeError", "IngredientError", "DiskError") and (
-            text := _template(call.args[0])
-        ):
-            yield call.func.id, text
+        value, kind = None, ""
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+            kind, value = node.exc.func.id, node.exc.args[0] if node.exc.args else None
+            kind = "RecipeError" if kind == "ValueError" and checks_recipes else kind
+        elif checks_recipes and isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "message":
+            kind, value = "RecipeError", node.value
+        if kind in KINDS and value is not None and (text := _template(value)):
+            yield kind, text
 
 
 def _template(node: ast.expr) -> str:

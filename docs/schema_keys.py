@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ def _keys(section: type[Section], prefix: str) -> Iterator[KeyInfo]:
         inner = section_in(field.annotation)
         if inner is None:
             value = field.default
-            default = "" if value is PydanticUndefined else json.dumps(value)
+            default = "required" if value is PydanticUndefined else json.dumps(value)
             yield KeyInfo(f"{prefix}{name}", expected_by(field), default, field.description or "", "")
         else:
+            meaning = field.description or inspect.getdoc(inner) or ""
+            yield KeyInfo(f"{prefix}{name}", "", "", meaning, "")
             yield from _keys(inner, f"{prefix}{name}.")
