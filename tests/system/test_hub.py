@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, ray_soup
 from tests.hub_server import TOKEN, Hub
+from tests.system.command import commands_in
 from tests.unit.task.language_models import TEXTS, byte_tokenizer, llama, saved
 
 pytestmark = pytest.mark.slow
@@ -103,10 +104,10 @@ def test_a_soup_of_models_on_the_hub_records_their_commits(hub: Hub, tmp_path: P
     assert "training_args" not in requests
     assert "org/whole/resolve" in requests
     assert not re.search(r"org/whole/resolve/\w+/pytorch_model", requests)
-    offline = {**environment, "HF_HUB_OFFLINE": "1"}
-    for again in (["verify", out], ["inspect", *places]):
-        done = command(offline, *again)
-        assert done.returncode == 0, done.stderr
+    with commands_in({**environment, "HF_HUB_OFFLINE": "1"}) as offline:
+        for again in (["verify", out], ["inspect", *places]):
+            done = offline(*again)
+            assert done.returncode == 0, done.stderr
     assert hub.requests() == []
     before = head(hub, "org/whole")
     after = hub.commit("org/whole", folder)

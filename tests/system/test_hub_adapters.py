@@ -21,7 +21,9 @@ from tests.adapters import CONFIGS, loaded, make_adapter, write_texts
 from tests.conftest import ROOT
 from tests.hub_server import Hub
 from tests.ray.test_language_models import by_library
-from tests.system.test_hub import command, head
+from tests.system.command import Command, commands_in
+from tests.system.test_hub import command as in_child
+from tests.system.test_hub import head
 from tests.unit.task.language_models import byte_tokenizer, llama, saved
 
 pytest.importorskip("peft")
@@ -53,6 +55,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.fixture(scope="module")
+def command(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """Run `ray-soup` with this Hub."""
+    with commands_in(hub.environment(tmp_path_factory.mktemp("online"))) as command:
+        yield command
+
+
 def recipe_in(folder: Path, hub: Hub, model: str, ingredients: list[str]) -> Path:
     texts = hub.root.parent
     recipe: dict[str, Any] = {
@@ -69,13 +78,14 @@ def recipe_in(folder: Path, hub: Hub, model: str, ingredients: list[str]) -> Pat
     return folder / "recipe.yaml"
 
 
-def test_a_soup_of_adapters_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_a_soup_of_adapters_on_the_hub(hub: Hub, tmp_path: Path, cluster: None) -> None:
     environment, out, files = hub.environment(tmp_path), tmp_path / "out", hub.root.parent
     commit = head(hub, "org/base")
     recipe = recipe_in(
         tmp_path / "hub", hub, "hf://org/base", ["hf://org/adapter0", "hf://org/adapter1@main", "hf://org/run"]
     )
-    done = command(environment, "learn", recipe, out)
+    with commands_in(environment) as command:
+        done = command("learn", recipe, out)
     assert done.returncode == 0, done.stderr
     record = json.loads((out / "run.json").read_text())
     assert record["base"]["path"] == f"hf://org/base@{commit}"
@@ -92,45 +102,44 @@ def test_a_soup_of_adapters_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert "optimizer" not in "".join(request for request in hub.requests() if "resolve" in request)
 
     local = recipe_in(tmp_path / "local", hub, str(files / "base"), [str(files / "runs" / str(k)) for k in range(3)])
-    done = command(environment, "learn", local, tmp_path / "same")
-    assert done.returncode == 0, done.stderr
+    run(load_recipe(local), tmp_path / "same")
     assert (out / "adapter_model.safetensors").read_bytes() == (tmp_path / "same/adapter_model.safetensors").read_bytes()
 
     hub.requests()
-    offline = {**environment, "HF_HUB_OFFLINE": "1"}
-    done = command(offline, "verify", out)
-    assert done.returncode == 0, done.stderr
-    assert f"the base hf://org/base@{commit} has the digest in run.json" in done.stdout
-    done = command(offline, "evaluate", out / "recipe.yaml", out, "--json")
+    with commands_in({**environment, "HF_HUB_OFFLINE": "1"}) as offline:
+        done = offline("verify", out)
+        assert done.returncode == 0, done.stderr
+        assert f"the base hf://org/base@{commit} has the digest in run.json" in done.stdout
+        done = offline("evaluate", out / "recipe.yaml", out, "--json")
     assert done.returncode == 0, done.stderr
     row = json.loads((out / "results.jsonl").read_text().splitlines()[0])
     assert json.loads(done.stdout)["test_nll"] == pytest.approx(row["test_nll"], rel=1e-6)
     assert hub.requests() == []
 
 
-def test_another_commit_of_the_base_is_noted(hub: Hub, tmp_path: Path) -> None:
-    environment, commit = hub.environment(tmp_path), head(hub, "org/base")
+def test_another_commit_of_the_base_is_noted(hub: Hub, command: Command, tmp_path: Path) -> None:
+    commit = head(hub, "org/base")
     folder = tmp_path / "other"
     shutil.copytree(hub.root.parent / "runs" / "0", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": "0" * 40}))
     recipe = recipe_in(tmp_path / "hub", hub, "hf://org/base", [str(folder), "hf://org/adapter1"])
-    done = command(environment, "uniform", recipe, tmp_path / "out", "data={}")
+    done = command("uniform", recipe, tmp_path / "out", "data={}")
     assert done.returncode == 0, done.stderr
     notes = json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
     assert any(f"org/base@{'0' * 40} ({folder}). It was not compared with hf://org/base@{commit}" in note for note in notes)
 
 
-def test_an_adapter_on_the_hub_is_evaluated(hub: Hub, tmp_path: Path) -> None:
-    environment, files = hub.environment(tmp_path), hub.root.parent
+def test_an_adapter_on_the_hub_is_evaluated(hub: Hub, command: Command, tmp_path: Path) -> None:
+    files = hub.root.parent
     recipe = recipe_in(tmp_path / "hub", hub, "hf://org/base", ["hf://org/adapter0", "hf://org/adapter1"])
-    done = command(environment, "evaluate", recipe, "hf://org/adapter1", "--json")
+    done = command("evaluate", recipe, "hf://org/adapter1", "--json")
     assert done.returncode == 0, done.stderr
     total = np.sum([*by_library(loaded(files, files / "runs" / "1"), files, "test").values()], axis=0)
     assert json.loads(done.stdout)["test_nll"] == pytest.approx(total[0] / total[1], rel=1e-5)
 
 
-def test_a_base_in_a_subfolder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+def test_a_base_in_a_subfolder_of_a_repository(hub: Hub, tmp_path: Path, cluster: None) -> None:
     environment, files = hub.environment(tmp_path), hub.root.parent
     shutil.copytree(files / "base", files / "family" / "tiny")
     (files / "family" / "README.md").write_text("several models")
@@ -138,16 +147,17 @@ def test_a_base_in_a_subfolder_of_a_repository(hub: Hub, tmp_path: Path) -> None
     commit, out = head(hub, "org/family"), tmp_path / "out"
     adapters = [str(files / "runs" / str(k)) for k in range(2)]
     recipe = recipe_in(tmp_path / "hub", hub, "hf://org/family/tiny", adapters)
-    done = command(environment, "uniform", recipe, out, "adapter.merge=true", "data={}")
+    with commands_in(environment) as command:
+        done = command("uniform", recipe, out, "adapter.merge=true", "data={}")
+        exact = command("uniform", recipe, tmp_path / "exact", "data={}")
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "run.json").read_text())["base"]["path"] == f"hf://org/family@{commit}/tiny"
     local = recipe_in(tmp_path / "local", hub, str(files / "base"), adapters)
     run(load_recipe(local, ["adapter.merge=true", "data={}", "method=uniform"]), tmp_path / "same")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
     hub.requests()
-    done = command({**environment, "HF_HUB_OFFLINE": "1"}, "verify", out)
+    done = in_child({**environment, "HF_HUB_OFFLINE": "1"}, "verify", out)
     assert done.returncode == 0, done.stderr
-    exact = command(environment, "uniform", recipe, tmp_path / "exact", "data={}")
     assert exact.returncode == 0, exact.stderr
     card = (tmp_path / "exact" / "README.md").read_text()
     assert f"from_pretrained('org/family', revision='{commit}', subfolder='tiny'), '.')" in card
