@@ -1,6 +1,6 @@
 """The `ray-soup` command: each subcommand is a thin shell around one function of the package."""
 
-from ray_soup.cli import finished, inputs, soups  # each adds its commands to the group
+from ray_soup.cli import finished, inputs, resume, soups  # each adds its commands to the group
 from ray_soup.cli.group import main
 
-__all__ = ["finished", "inputs", "main", "soups"]
+__all__ = ["finished", "inputs", "main", "resume", "soups"]

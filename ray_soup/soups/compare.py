@@ -39,8 +39,10 @@ from ray_soup.soups.comparison import (
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
+from ray_soup.soups.identity import begun
+from ray_soup.soups.kept_soups import check_examples, drop_states
 from ray_soup.soups.make import make
-from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, open_output, versions
 from ray_soup.soups.own_evaluation import check_same_names, figures_of_soup, folder_of_soup, recorded_function
 from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.records import RunRecord, read_entry, write_entry
@@ -71,16 +73,18 @@ def compare(
     out: str | Path,
     options: CompareOptions = CompareOptions(),
     progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
 ) -> Soup:
     """Make every soup; write the table, the report and the soup that is best on select to `out`.
 
-    Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
+    Resumes an interrupted comparison, adds to one with fewer seeds or subsets, and returns a finished one without running
+    anything, unless it is to `overwrite` an earlier run. Raises SoupError.
     """
     recipe = resolved_recipe(recipe)
     check_place_of_training(recipe, out)
     inputs = open_inputs(recipe, needs_fit=True)
     options.check(len(inputs.ingredients))
-    with open_output(out, progress, recipe.ingredients) as output:
+    with open_output(out, progress, recipe.ingredients, overwrite) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, compare=options.recorded, **inputs.started))
         if soup is None:
             with output.recording_failures():
@@ -91,6 +95,7 @@ def compare(
 def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOptions, progress: ProgressCallback) -> Soup:
     clock, staging = Clock(), output.staging()
     with open_session(recipe, inputs, output, True, progress) as session:
+        check_examples(session, output)
         session.open_store(inputs.everything, "tensor")
         clock.lap("start and directions")
         shared = _shared_results(session, output.state("soups"))
@@ -120,13 +125,15 @@ def _compare(recipe: Recipe, inputs: Inputs, output: Output, options: CompareOpt
     if recipe.evaluate is not None:
         clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
+    record["compare"] = options.recorded
     record["notes"] += [*foreign.notes, *trained.notes, *about_data]
     record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
     write_descriptions(staging, recipe, coefficients, record["table"], record, model_of(recipe))
     rows = made.rows(inputs.names)
-    output.publish(recipe, rows, record, staging)
+    output.publish(recipe, rows, record, staging, kept=("soups", "evaluate"))
+    drop_states(output)
     return Soup(output.folder, rows, record, record["notes"])
 
 

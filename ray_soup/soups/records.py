@@ -116,10 +116,14 @@ class RunRecord(TypedDict, total=False):
     trajectory: dict[str, Any]
     polish: dict[str, Any]
     trained: dict[str, Any]
+    compare: list[Any]
 
 
 class BegunRecord(TypedDict, total=False):
-    """state/begun.json: the recipe, ingredients and options that the folder was started with; `start` is a digest."""
+    """state/begun.json: the recipe, ingredients and options that the folder was started with; `start` is a digest.
+
+    `folder` is the current folder of the command, and `source` the soup that `bake` rebuilds there.
+    """
 
     version: int
     recipe: str
@@ -127,6 +131,8 @@ class BegunRecord(TypedDict, total=False):
     compare: list[Any]
     kind: str
     start: str
+    folder: str
+    source: str
 
 
 class ResolvedRecord(TypedDict, total=False):

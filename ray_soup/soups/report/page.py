@@ -20,6 +20,7 @@ from ray_soup.soups.report.tables import (
     Table,
     cost,
     legend,
+    of_seed,
     paired_legend,
     paired_table,
     pareto_legend,
@@ -153,7 +154,7 @@ def _sections(report: Report) -> Iterator[Section]:
         ):
             if record.get(name):
                 found = series_table(record[name], key, split, measures)
-                yield Section(f"{title}{where}", found, series_legend(record[name], key, split, measures))
+                yield Section(f"{title}{where}", found, series_legend(record[name], key, split, measures, of_seed(record)))
     search = record.get("search")
     if search:
         yield Section("Trials of the search", trials_table(search, "trials", measures), TRIALS_LEGEND)

@@ -25,6 +25,7 @@ from ray_soup.soups.report.tables import (
     comparison_markdown,
     cost,
     insert,
+    of_seed,
     own_columns,
     paired_table,
     quality,
@@ -247,8 +248,6 @@ def _rows_of(soup: Soup) -> list[Mapping[str, Any]]:
 
 def print_soup(soup: Soup, as_json: bool) -> None:
     """Print the figures of a soup, and where it was written."""
-    if soup.was_complete:
-        say(f"{soup.out} is complete; nothing was run. To check it: ray-soup verify {soup.out}")
     _print_notes(soup)
     if as_json:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
@@ -259,7 +258,8 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         echo("Weights are means over blocks; learning rate: the factor that they amount to, on the updates before a step.")
     names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
     model = _distributed(soup) or max(names, default="model.safetensors")
-    echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
+    if not soup.was_complete:
+        echo(f"Wrote {soup.out}/{model}, its coefficients, and README.md (the model card).")
 
 
 def _distributed(soup: Soup) -> str:
@@ -294,7 +294,8 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
     _print_tests(soup.record)
     adapter = any(name.startswith("adapter_model") for name in soup.record["files"])
     model = _distributed(soup) or ("adapter_model" if adapter else "model") + ".safetensors"
-    echo(f"Wrote {soup.out}/report.html with tables and figures, and {model} with the soup {soup.record['chosen']}.")
+    if not soup.was_complete:
+        echo(f"Wrote {soup.out}/report.html with tables and figures, and {model} with the soup {soup.record['chosen']}.")
 
 
 def print_trials(record: Mapping[str, Any]) -> None:
@@ -307,16 +308,6 @@ def print_trials(record: Mapping[str, Any]) -> None:
         print_table(*(whole if _fits(*whole) else trials_table(found, which, measures, everything=False)))
     _explain_marks(trials_table(found, "trials", measures)[1])
     echo(f"Best: trial {found['best']}.")
-
-
-def print_zoo(entries: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], out: str) -> None:
-    """Print the fine-tuned checkpoints, and how many training runs failed."""
-    for entry in entries:
-        accuracy = f"  held-out accuracy {entry['accuracy']:.2%}" if "accuracy" in entry else ""
-        echo(f"{entry['file']}  lr {entry['lr']:.1e}  epochs {entry['epochs']}{accuracy}")
-    if failures:
-        echo(f"{len(failures)} more failed ({out}/state/failures.json). The first error: {failures[0]['error']}")
-    echo(f"Wrote {len(entries)} checkpoints and manifest.json to {out}.")
 
 
 def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], as_json: bool) -> None:
@@ -340,6 +331,9 @@ def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], a
 
 
 def _print_notes(soup: Soup) -> None:
+    """Print that nothing was run, if the soup had been finished before, and its notes."""
+    if soup.was_complete:
+        say(f"{soup.out} is complete; nothing was run. To check it: ray-soup verify {soup.out}")
     for note in soup.notes:
         say(note)
 
@@ -384,7 +378,7 @@ def _print_series(record: Mapping[str, Any]) -> None:
     measures = measures_in(record)
     for which, key, name in series:
         for split in judged(record["examples"]) if record[name] else ():
-            echo(f"{series_title(record[name], split, measures)}, {which}:")
+            echo(f"{series_title(record[name], split, measures)}, {which}{of_seed(record)}:")
             print_table(*series_table(record[name], key, split, measures))
 
 
