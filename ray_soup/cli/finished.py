@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ray_soup.cli.group import main, out_argument, overrides_argument, recipe_argument
+from ray_soup.cli.group import main, out_argument, overrides_argument, overwrite_option, recipe_argument
 from ray_soup.exits import common_options, run_task
 from ray_soup.recipe import load_recipe
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_evaluation, print_json, print_soup
@@ -36,8 +36,9 @@ def evaluate(recipe: str, model: str, overrides: tuple[str, ...], split: str, as
 @main.command()
 @out_argument
 @click.argument("newout", type=click.Path())
+@overwrite_option
 @common_options
-def bake(out: str, newout: str, as_json: bool) -> None:
+def bake(out: str, newout: str, overwrite: bool, as_json: bool) -> None:
     """Rebuild the soup in OUT and write it to NEWOUT.
 
     The model is computed from its coefficients and ingredients alone.
@@ -46,7 +47,7 @@ def bake(out: str, newout: str, as_json: bool) -> None:
     def task(progress: ProgressBar) -> Any:
         from ray_soup.soups.finished import bake_copy
 
-        return bake_copy(out, newout, progress)
+        return bake_copy(out, newout, progress, overwrite)
 
     print_soup(run_task(task), as_json)
 

@@ -12,6 +12,9 @@ from ray_soup.recipe import Recipe
 require_improvement_option = click.option(
     "--require-improvement", is_flag=True, help="Exit with code 4 if the soup does not beat the best ingredient on select."
 )
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace what an earlier run of ray_soup wrote in OUT; other files are never deleted."
+)
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 recipe_argument = click.argument("recipe", type=click.Path())
 out_argument = click.argument("out", type=click.Path())

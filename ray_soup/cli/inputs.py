@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from ray_soup.cli.group import main, out_argument, overrides_argument, recipe_argument
+from ray_soup.cli.group import main, out_argument, overrides_argument, overwrite_option, recipe_argument
 from ray_soup.exits import common_options, run_task
 from ray_soup.recipe import RESERVED_NAMES, load_recipe
-from ray_soup.soups.report.terminal import ProgressBar, echo, print_ingredients, print_json, print_zoo, say
+from ray_soup.soups.report.terminal import ProgressBar, echo, print_ingredients, print_json, say
+from ray_soup.soups.report.zoo import print_zoo
 
 
 @main.command()
@@ -63,8 +64,9 @@ def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> N
 @recipe_argument
 @out_argument
 @overrides_argument
+@overwrite_option
 @common_options
-def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def finetune(recipe: str, out: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
     """Fine-tune checkpoints by random search (Ray Tune).
 
     The checkpoints, and manifest.json with their hyperparameters, are written to OUT.
@@ -73,15 +75,22 @@ def finetune(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool) -
     def task(progress: ProgressBar) -> Any:
         from ray_soup.tune.finetune import finetune as run_finetune
 
-        return run_finetune(load_recipe(recipe, overrides), out, progress)
+        return run_finetune(load_recipe(recipe, overrides), out, progress, overwrite)
 
-    entries = run_task(task)
+    was_complete = not overwrite and (Path(out).expanduser() / "manifest.json").exists()
+    show_zoo(run_task(task), out, was_complete, as_json)
+
+
+def show_zoo(entries: Any, out: str, was_complete: bool, as_json: bool) -> None:
+    """Print the fine-tuned checkpoints in OUT, and whether this command made them."""
+    if was_complete:
+        say(f"{out} is complete; nothing was run.")
     if as_json:
         print_json({"out": out, "ingredients": entries})
-    else:
-        from ray_soup.tune.records import read_failures
+        return
+    from ray_soup.tune.records import read_failures
 
-        print_zoo(entries, read_failures(Path(out) / "state" / "failures.json"), out)
+    print_zoo(entries, read_failures(Path(out).expanduser() / "state" / "failures.json"), out, was_complete)
 
 
 @main.command()

@@ -11,19 +11,22 @@ from ray_soup.cli.group import (
     main,
     out_argument,
     overrides_argument,
+    overwrite_option,
     recipe_argument,
     require_improvement_option,
 )
 from ray_soup.errors import RecipeError
 from ray_soup.exits import check_improvement, common_options, run_task
 from ray_soup.recipe import LEARNED, METHODS, SCHEDULES, load_recipe, method_info
-from ray_soup.soups.report.terminal import ProgressBar, echo, print_comparison, print_soup, print_trials, say
+from ray_soup.soups.report.marks import check_marks
+from ray_soup.soups.report.terminal import ProgressBar, echo, print_comparison, print_soup, print_trials
 
 
 @main.command()
 @click.argument("out", default="ray-soup-demo", type=click.Path())
+@overwrite_option
 @common_options
-def demo(out: str, as_json: bool) -> None:
+def demo(out: str, overwrite: bool, as_json: bool) -> None:
     """Fine-tune 12 small models on digits and compare their soups.
 
     The data, checkpoints, recipe and soups are written to OUT. This takes several minutes on two cores.
@@ -32,7 +35,7 @@ def demo(out: str, as_json: bool) -> None:
     def task(progress: ProgressBar) -> Any:
         from ray_soup.tune.demo import demo as run_demo
 
-        return run_demo(out, progress)
+        return run_demo(out, progress, overwrite)
 
     soup = run_task(task)
     print_comparison(soup, as_json)
@@ -48,8 +51,9 @@ def _soup_command(name: str, methods: tuple[str, ...], text: str) -> None:
     @recipe_argument
     @out_argument
     @overrides_argument
+    @overwrite_option
     @common_options
-    def command(recipe: str, out: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    def command(recipe: str, out: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool, **options: Any) -> None:
         required = options.get("require_improvement", False)
 
         def task(progress: ProgressBar) -> Any:
@@ -61,7 +65,7 @@ def _soup_command(name: str, methods: tuple[str, ...], text: str) -> None:
                     f"`ray-soup {name}` supports the methods {', '.join(methods)}; the recipe has {loaded.method}. Run "
                     f"`ray-soup {_command_for(loaded.method)}`, or choose a method with --method."
                 )
-            return run(loaded, out, progress)
+            return run(loaded, out, progress, overwrite=overwrite)
 
         soup = run_task(task)
         print_soup(soup, as_json)
@@ -118,6 +122,7 @@ def _integers(context: click.Context, option: click.Parameter, value: str) -> tu
 @require_improvement_option
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--into", type=click.Path(), help="Write the tables into a file, between two lines <!-- ray-soup compare -->.")
+@overwrite_option
 @common_options
 def compare(
     recipe: str,
@@ -130,6 +135,7 @@ def compare(
     require_improvement: bool,
     markdown: bool,
     into: str | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Make every soup and compare them in one table.
@@ -138,7 +144,7 @@ def compare(
     is also made with model batches. If all ingredients are steps of one run, schedules and the last step are added. The row
     `trained` is no soup: all weights, trained on the same data from the uniform soup. OUT/report.html has the tables and
     figures. The soup that is best on select, by NLL unless select_by names another figure, is written to OUT. Test data is
-    used for reporting only.
+    used for reporting only. Rerun it with more seeds, or another N, to add these to a finished comparison.
     """
 
     def task(progress: ProgressBar) -> Any:
@@ -146,11 +152,11 @@ def compare(
         from ray_soup.soups.comparison import CompareOptions
 
         loaded = comparable(load_recipe(recipe, overrides), require_improvement)
-        return run_compare(loaded, out, CompareOptions(seeds, drop_top, by_count, trained), progress)
+        return run_compare(loaded, out, CompareOptions(seeds, drop_top, by_count, trained), progress, overwrite)
 
+    if into:
+        check_marks(into)
     soup = run_task(task)
-    if soup.was_complete:
-        say(f"{soup.out} is complete; nothing was run.")
     print_comparison(soup, as_json, markdown, into)
     check_improvement(require_improvement, soup)
 
@@ -160,8 +166,11 @@ def compare(
 @out_argument
 @overrides_argument
 @require_improvement_option
+@overwrite_option
 @common_options
-def search(recipe: str, out: str, overrides: tuple[str, ...], require_improvement: bool, as_json: bool) -> None:
+def search(
+    recipe: str, out: str, overrides: tuple[str, ...], require_improvement: bool, overwrite: bool, as_json: bool
+) -> None:
     """Search over recipe keys with Ray Tune.
 
     Varies learn.lr and learn.model_batch, or the keys in the section `search`, and writes the best soup to OUT.
@@ -170,7 +179,7 @@ def search(recipe: str, out: str, overrides: tuple[str, ...], require_improvemen
     def task(progress: ProgressBar) -> Any:
         from ray_soup.tune.search import search as run_search
 
-        return run_search(comparable(load_recipe(recipe, overrides), require_improvement), out, progress)
+        return run_search(comparable(load_recipe(recipe, overrides), require_improvement), out, progress, overwrite)
 
     soup = run_task(task)
     if not as_json:

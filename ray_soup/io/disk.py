@@ -27,7 +27,7 @@ from ray_soup.io.redact import redact, redact_uris
 
 LARGEST_RECORD = 1 << 28
 """Bytes of the largest JSON file that is read."""
-READ_AGAIN = ("recipe", "ingredients", "path", "name", "model_name")
+READ_AGAIN = ("recipe", "ingredients", "path", "name", "model_name", "folder", "source")
 """Keys of JSON files with paths, names and recipes, which must be read as they were written."""
 
 

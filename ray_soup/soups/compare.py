@@ -21,6 +21,7 @@ from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, POLISHED, TRAINED, Recipe, for_method
 from ray_soup.soups.baseline import improvement, significance
+from ray_soup.soups.clock import Clock
 from ray_soup.soups.comparison import (
     NOT_LEARNED,
     REFERENCES,
@@ -41,11 +42,13 @@ from ray_soup.soups.comparison import (
 from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, reported
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
+from ray_soup.soups.identity import begun
+from ray_soup.soups.kept_soups import check_examples, drop_states
 from ray_soup.soups.make import make
 from ray_soup.soups.methods.results import Model
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.outlook import Outlook, expected_work
-from ray_soup.soups.output import BOARD, COEFFICIENTS, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.output import BOARD, COEFFICIENTS, Output, Soup, open_output, versions
 from ray_soup.soups.own_evaluation import (
     check_same_names,
     figures_of_soup,
@@ -86,10 +89,12 @@ def compare(
     out: str | Path,
     options: CompareOptions = CompareOptions(),
     progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
 ) -> Soup:
     """Make every soup; write the table, the report and the soup that is best on select to `out`.
 
-    Resumes an interrupted comparison, and returns a finished one without running anything. Raises SoupError.
+    Resumes an interrupted comparison, adds to one with fewer seeds or subsets, and returns a finished one without running
+    anything, unless it is to `overwrite` an earlier run. Raises SoupError.
     """
     recipe = resolved_recipe(recipe)
     check_place_of_training(recipe, out)
@@ -98,7 +103,7 @@ def compare(
     rows = open_rows(recipe, inputs)
     identities = {"rows": {name: opened.identity for name, opened in rows.items()}} if rows else {}
     options.check(len(inputs.ingredients))
-    with open_output(out, progress, recipe.ingredients) as output:
+    with open_output(out, progress, recipe.ingredients, overwrite) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, compare=options.recorded, **inputs.started, **identities))
         if soup is None:
             with output.recording_failures():
@@ -116,6 +121,7 @@ def _compare(
 ) -> Soup:
     clock, staging, progress = Clock(), output.staging(), Outlook(progress)
     with open_session(recipe, inputs, output, True, progress) as session:
+        check_examples(session, output)
         session.open_store(inputs.everything, "tensor")
         clock.lap("start and directions")
         progress.expect(expected_work(session, options))
@@ -147,13 +153,15 @@ def _compare(
     if recipe.evaluate is not None:
         clock.lap("evaluate")
     record = _record(recipe, inputs, made, label, sha256)
+    record["compare"] = options.recorded
     record["notes"] += [*foreign.notes, *trained.notes, *about_data]
     record["preprocessing"] = preprocessing
     record |= {"mesh": mesh, "wall_s": clock.total(), "seconds": clock.laps}  # type: ignore[typeddict-item]
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
     write_descriptions(staging, recipe, coefficients, record["table"], record, model_of(recipe))
     rows = with_kinds(made.rows(inputs.names), record)
-    output.publish(recipe, rows, record, staging)
+    output.publish(recipe, rows, record, staging, kept=("soups", "evaluate"))
+    drop_states(output)
     return Soup(output.folder, rows, record, record["notes"])
 
 

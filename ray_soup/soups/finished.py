@@ -40,7 +40,8 @@ from ray_soup.soups.finished_adapters import about_digest, compare_products, com
 from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
 from ray_soup.soups.finished_own import bake_own, has_no_coefficients, verify_own
 from ray_soup.soups.finished_polished import difference_in, of_model, rebuild
-from ray_soup.soups.output import COEFFICIENTS, DIFFERENCE, MODEL, TABLE, Soup, begun, open_output
+from ray_soup.soups.identity import begun
+from ray_soup.soups.output import COEFFICIENTS, DIFFERENCE, MODEL, TABLE, Soup, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder
 from ray_soup.soups.place import check_new, local_folder
 from ray_soup.soups.proof import compare_sample
@@ -147,23 +148,26 @@ def _is_whole_folder(path: str, key: str) -> bool:
 
 
 @shown_in_notebooks
-def bake_copy(out: str | Path, new_out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
+def bake_copy(
+    out: str | Path, new_out: str | Path, progress: ProgressCallback = no_progress, overwrite: bool = False
+) -> Soup:
     """Rebuild the soup in `out` from its coefficients and ingredients alone, in the new folder `new_out`.
 
     Raises IngredientError if an ingredient has changed, RecipeError if `out` is not a finished soup or `new_out` is not
-    empty.
+    empty, unless it is to `overwrite` an earlier run.
     """
     source = _local_folder(out, progress)
-    check_new(new_out, source)
+    check_new(new_out, source, overwrite)
     record = finished_record(source)
     if has_no_coefficients(record):
         check_files(source, record)
-        return bake_own(source, record, new_out, progress)
+        return bake_own(source, record, new_out, progress, overwrite)
     recipe, record, coefficients, ingredients = _open_finished(source)
     rows = with_kinds(read_results(source), record)
-    with open_output(new_out, progress) as output:
+    with open_output(new_out, progress, overwrite=overwrite) as output:
         try:
-            soup = output.begin(begun(recipe, ingredients))
+            at = str(out) if storage.is_remote(str(out)) else str(source)
+            soup = output.begin(begun(recipe, ingredients, source=at))
             if soup is not None:
                 raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()

@@ -16,10 +16,11 @@ from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.recipe import load_recipe
+from ray_soup.soups.identity import begun
 from ray_soup.soups.make import make_without_data
 from ray_soup.soups.methods.interface import NeedsDataError
 from ray_soup.soups.methods.results import Model
-from ray_soup.soups.output import COEFFICIENTS, MODEL, Soup, begun, open_output
+from ray_soup.soups.output import COEFFICIENTS, MODEL, Soup, open_output
 from ray_soup.soups.records import RunRecord, read_results
 from ray_soup.soups.session import Inputs, open_inputs
 from ray_soup.soups.write import write_descriptions, write_library_files
@@ -45,13 +46,15 @@ def verify_own(out: Path, record: RunRecord, progress: ProgressCallback) -> list
     return [*lines, f"{len(model.tensors)} tensors are bit-identical to those that {function} returns for these ingredients"]
 
 
-def bake_own(source: Path, record: RunRecord, new_out: str | Path, progress: ProgressCallback) -> Soup:
+def bake_own(
+    source: Path, record: RunRecord, new_out: str | Path, progress: ProgressCallback, overwrite: bool = False
+) -> Soup:
     """Rebuild the model in `source` by its function, in the new folder `new_out`; copy it if the function needs data."""
     recipe, rows = load_recipe(source / "recipe.yaml"), read_results(source)
     model, inputs = _again(source, record, progress)
-    with open_output(new_out, progress) as output:
+    with open_output(new_out, progress, overwrite=overwrite) as output:
         try:
-            if output.begin(begun(recipe, inputs.ingredients)) is not None:
+            if output.begin(begun(recipe, inputs.ingredients, source=str(source))) is not None:
                 raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()
             if model is None:

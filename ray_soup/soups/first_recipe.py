@@ -195,16 +195,14 @@ def _model(spec: str, here: str) -> str:
     """Return the recipe key `model`; the folder of a model of transformers is relative to that of the recipe."""
     library, _, rest = spec.partition(":")
     folder, mark, options = rest.partition("?")
-    return (
-        f"{library}:{_relative(folder, here)}{mark}{options}"
-        if library == "transformers" and os.path.isdir(folder)
-        else spec
-    )
+    is_folder = library == "transformers" and os.path.isdir(folder)
+    return f"{library}:{_relative(folder, here)}{mark}{options}" if is_folder else spec
 
 
 def _quoted(text: str) -> str:
     """Return a text as YAML on one line."""
-    if resolve(text) is text and re.fullmatch(r"[\w./][\w./:+?=&,* -]*", text) and ": " not in text:
+    is_text: bool = resolve(text) is text
+    if is_text and re.fullmatch(r"[\w./][\w./:+?=&,* -]*", text) and ": " not in text:
         return text
     quoted: str = yaml.safe_dump(text, default_style="'", width=10_000)
     return quoted.strip()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,34 +12,95 @@ from typing import Any
 import yaml
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.redact import redact_uris
-from ray_soup.recipe import DEFAULT_METHOD, dump_recipe, make_recipe, method_info
+from ray_soup.recipe import DEFAULT_METHOD, METHODS, Learn, Recipe, dump_recipe, make_recipe, method_info
+from ray_soup.recipe.explain import takes_text_only
+from ray_soup.recipe.yaml_reader import parse_yaml
 from ray_soup.soups.records import BegunRecord, damaged
 from ray_soup.task.functions import MOVED
 
 
+class OtherRunError(RecipeError):
+    """A folder was begun by another command, or with another recipe, ingredients or options."""
+
+
+def begun(recipe: Recipe, ingredients: Sequence[Ingredient], **options: Any) -> BegunRecord:
+    """Return the record of a started folder: the recipe, identities of the ingredients, and options of the command."""
+    record: BegunRecord = {
+        "recipe": redact_uris(dump_recipe(recipe)), "ingredients": [i.identity for i in ingredients], "folder": os.getcwd(),
+    }  # fmt: skip
+    return {**record, **options}  # type: ignore[typeddict-item]
+
+
+def begun_zoo(recipe: Recipe) -> BegunRecord:
+    """Return the record of a started folder of fine-tuned checkpoints: the parts of the recipe that `finetune` uses."""
+    values = yaml.safe_load(redact_uris(dump_recipe(recipe)))
+    used = {key: values[key] for key in ("model", "finetune", "precision", "ignore") if key in values}
+    used |= {"data": {key: values["data"][key] for key in ("train", "fit")}, "actors": values["actors"]}
+    text = yaml.safe_dump(used, sort_keys=False)
+    return {"recipe": text, "ingredients": [], "kind": "finetune", "folder": os.getcwd()}
+
+
 def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
-    """Check that the folder was started with the same recipe, ingredients and options. Raises RecipeError."""
-    difference = _difference(out, before["recipe"], now["recipe"])
+    """Check that the folder was started with the same command, recipe, ingredients and `start`.
+
+    Raises OtherRunError, or RecipeError if begun.json is damaged.
+    """
+    difference = _difference(out, before["recipe"], now)
     if difference:
-        raise RecipeError(f"{out} belongs to another recipe: {difference}. Choose a new folder, or use the old recipe.")
+        raise OtherRunError(
+            f"{out} belongs to another recipe: {difference}. Choose a new folder, use the old recipe, or add --overwrite to "
+            "replace what is there."
+        )
     if before["ingredients"] != now["ingredients"]:
         old, new = (
             {file[0]: file for one in d["ingredients"] for file in one if isinstance(file, list) and file}
             for d in (before, now)
         )
         which = [path for path in {**old, **new} if old.get(path) != new.get(path)]
-        raise RecipeError(
+        raise OtherRunError(
             f"{out} was started with ingredients that have changed since: {', '.join(map(str, which[:3]))}. Choose a new "
-            "folder that is not inside the ingredients' folder."
+            "folder that is not inside the ingredients' folder, or add --overwrite to replace what is there."
         )
-    old_options, new_options = dict(before), dict(now)
-    for key in [*old_options, *new_options]:
-        if key not in ("recipe", "version") and old_options.get(key) != new_options.get(key):
-            raise RecipeError(
-                f"{out} was started with {key} {old_options.get(key)}, but this command has {new_options.get(key)}. Choose "
-                "a new folder, or use the old options."
-            )
+    begun_by, command = command_of(before), command_of(now)
+    if begun_by != command:
+        raise OtherRunError(
+            f"{out} was begun by `ray-soup {begun_by}`, and this command is `{command}`. Choose a new folder, or add "
+            "--overwrite to replace what is there."
+        )
+    if before.get("start") != now.get("start"):
+        raise OtherRunError(
+            f"{out} was started with start {before.get('start')}, but this command has {now.get('start')}. Choose a new "
+            "folder, restore the old soup, or add --overwrite to replace what is there."
+        )
+
+
+def command_of(begun: BegunRecord) -> str:
+    """Return the command that begins a folder with this record; `learn` stands for all that make one soup."""
+    return begun.get("kind") or ("compare" if "compare" in begun else "learn")
+
+
+def check_extends(out: Path, done: Sequence[Any], now: Sequence[Any]) -> None:
+    """Check that options of `compare` include those of the finished comparison in a folder. Raises RecipeError."""
+    seeds, dropped, counted, *flags = done
+    lacks = now[0] < seeds or set(dropped) - set(now[1]) or set(counted) - set(now[2]) or (set(now[3:]) - set(flags))
+    if lacks:
+        raise RecipeError(
+            f"{out} has the finished comparison with {_options(done)}; this command has {_options(now)}, and would replace "
+            "it by a smaller one. Repeat the old options, choose a new folder, or add --overwrite to start over."
+        )
+
+
+def _options(compared: Sequence[Any]) -> str:
+    """Return options of `compare` in the form of the command line, from what begun.json says."""
+    seeds, dropped, counted, *flags = compared
+    lists = (
+        f"{name} {','.join(map(str, values))}"
+        for name, values in (("--drop-top", dropped), ("--by-count", counted))
+        if values
+    )
+    return " ".join([f"--seeds {seeds}", *lists, *(f"--{flag}" for flag in flags)])
 
 
 _CHANGED = {
@@ -56,8 +119,42 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "learn": {**before, **learn}}
 
 
-def _difference(out: Path, old: str, new: str) -> str:
-    """Describe what differs between two recipes, apart from `actors`, which may change; empty if nothing does."""
+def _unused(values: Mapping[str, Any], now: BegunRecord) -> tuple[str, ...]:
+    """Return the keys of a recipe, or their sections, that have no influence on what a command makes of it.
+
+    `actors` is among them: it says where the work is done.
+    """
+    kind = now.get("kind")
+    if kind == "finetune":
+        return ("actors",)
+    found: tuple[str, ...] = ("actors", "finetune", "data.train")
+    found += () if kind == "search" else ("search",)
+    if "compare" in now:
+        return found
+    found += ("compare",)
+    method, data = METHODS.get(values.get("method", DEFAULT_METHOD)), values.get("data") or {}
+    if method is None:
+        return found
+    found += () if method.name == "greedy" else ("greedy",)
+    found += () if method.kind == "schedule" else ("schedule",)
+    if method.kind in ("selection", "schedule"):
+        found += ("blocks", "directions")
+        if not values.get("polish"):
+            used = {"seed", "batch_size", "micro_batch"} if data.get("fit") is not None else set()
+            found += ("precision", *(f"learn.{key}" for key in Learn.model_fields if key not in used))
+    return found
+
+
+def recipe_of(file: str, begun: BegunRecord) -> Recipe:
+    """Return the recipe that a folder was begun with, as read from `file`. Raises RecipeError."""
+    values = parse_yaml(begun["recipe"], f"The recipe in {file}", takes_text_only(Recipe))
+    if not isinstance(values, dict):
+        raise damaged(file, f"recipe: found {values!r:.40}; expected keys")
+    return make_recipe(_completed(values), f"The recipe in {file}")
+
+
+def _difference(out: Path, old: str, now: BegunRecord) -> str:
+    """Describe what differs between two recipes in the keys that the command uses; empty if nothing does."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         lines: dict[str, Any] = {}
@@ -70,13 +167,15 @@ def _difference(out: Path, old: str, new: str) -> str:
         if not isinstance(values, dict):
             raise TypeError(f"recipe: found {values!r:.40}; expected keys")
         values.update({"model": MOVED.get(values["model"], values["model"])} if "model" in values else {})
-        a, b = flat(values), flat(yaml.safe_load(new))
+        wanted = yaml.safe_load(now["recipe"])
+        a, b, unused = flat(values), flat(wanted), _unused(wanted, now)
         with suppress(RecipeError):  # keys that are newer than the folder are what they were before
             whole = flat(yaml.safe_load(redact_uris(dump_recipe(make_recipe(_completed(values))))))
             a = {**{key: whole[key] for key in whole if key in b}, **a}
     except (yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
         raise damaged(out / "state" / "begun.json", str(error)) from error
-    changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and not key.startswith("actors.")]
+    changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    changed = [key for key in changed if not any(f"{key}.".startswith(f"{one}.") for one in unused)]
     if changed and all((a.get(key), b.get(key)) == _CHANGED.get(key) for key in changed):
         keys = " ".join(f"{key}={json.dumps(a[key])}" for key in changed).replace('"', "")
         return f"it has the defaults of version 0.1, which have changed. To resume it, append {keys} to the command"

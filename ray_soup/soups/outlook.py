@@ -39,7 +39,7 @@ def expected_work(session: Session, options: CompareOptions) -> list[Work]:
     """Return the work on each part of a comparison in order: on all ingredients, on each soup, on training all weights."""
     learn, count = session.recipe.learn, len(session.inputs.ingredients)
     model_batch = -(-count // 4) if learn.model_batch == "auto" else min(learn.model_batch, count)
-    methods = methods_for(session.inputs.steps)
+    methods = methods_for(session.inputs.steps, session.recipe)
     entries = [e for n in range(options.seeds) for e in table_entries(count, model_batch, learn.seed + n, methods)]
     for series, sizes in (("dropped", [count - n for n in options.drop_top]), ("counted", options.by_count)):
         entries += [SoupEntry(m, tuple(range(n)), learn.seed, n) for n in sizes for m in methods_on(series)]

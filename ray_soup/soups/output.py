@@ -17,9 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from ray_soup import __version__
@@ -32,14 +30,14 @@ from ray_soup.io.distributed import METADATA, is_metadata
 from ray_soup.io.find import check_apart
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX
 from ray_soup.io.hashing import sha256_file
-from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lease import Lease
 from ray_soup.io.mirror import Mirror
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.io.redact import check_uri, redact_uris
 from ray_soup.io.signals import last_words, uninterrupted
 from ray_soup.recipe import Recipe, dump_recipe
-from ray_soup.soups.identity import check_same
+from ray_soup.soups.identity import OtherRunError, check_extends, check_same
+from ray_soup.soups.own_files import STARTED, clear, contents, has_work, put_back, replace_run, restore
 from ray_soup.soups.place import HELD, check_own, check_place, local_folder
 from ray_soup.soups.records import (
     BegunRecord,
@@ -63,8 +61,7 @@ MODEL, COEFFICIENTS, TABLE = "model.safetensors", "coefficients.safetensors", "c
 DIFFERENCE = "difference.safetensors"
 """The difference between the soup and the model, if all weights were trained."""
 BOARD = "tensorboard"
-KEPT_STATE = ("begun.json", "resolved.json", *HELD)  # of a finished run; the rest of state/ is removed
-STARTED = ("begun.json", "resolved.json")  # what a run writes into state/ before it has learned anything
+KEPT_STATE = (*STARTED, *HELD)  # of a finished run; the rest of state/ is removed
 
 
 @dataclass(repr=False)
@@ -105,12 +102,16 @@ class Output:
     lease: Lease
     mirror: Mirror | None = None
     """None for a local OUT."""
+    overwrite: bool = False
+    """Whether this run replaces what an earlier one wrote."""
     before: dict[str, bytes] = field(default_factory=dict)
-    """The files of state/ when this run began: the content of those in STARTED, size and time of the others."""
+    """The `contents` of state/ when this run began."""
     moved: list[Path] = field(default_factory=list)
     """The files that `publish` has moved into OUT."""
     finished: bool = False
     """True once run.json says that the run has finished."""
+    extends: bool = False
+    """True if run.json says that a smaller comparison has finished, which this run adds to."""
 
     # Places
 
@@ -151,29 +152,62 @@ class Output:
     def begin(self, now: BegunRecord) -> Soup | None:
         """Start the folder for this record, or find the finished run that was started with the same one.
 
-        Returns None if there is work to do. Raises RecipeError if the folder belongs to something else.
+        Returns None if there is work to do. A folder that was begun by another command, which never got to work, is started
+        afresh. Raises RecipeError if the folder belongs to something else.
         """
         check_own(self.folder, zoo="kind" in now)
+        if self.overwrite:
+            self._replace()
         file = self.state("begun.json")
-        self.before = self._contents()
+        self.before = contents(self.state())
         if file.name not in self.before:
             write_begun(now, file)
             return None
-        check_same(self.folder, read_begun(file), now)
-        record = read_run_record(self.folder)
-        if record is None or record["exit"] != 0:
+        before = read_begun(file)
+        try:
+            check_same(self.folder, before, now)
+        except OtherRunError:
+            if has_work(self.folder):
+                raise
+            clear(self.folder)
+            self.before = {}
+            write_begun(now, file)
             return None
+        record = read_run_record(self.folder)
+        if record is not None and record["exit"] == 0:
+            done = record.get("compare", before.get("compare"))
+            if done is None or done == now["compare"]:
+                return self._finished()
+            check_extends(self.folder, done, now["compare"])
+            self.extends = True
+            if "compare" not in record:  # an earlier ray_soup wrote it
+                write_run_record({**record, "compare": done}, self.folder / "run.json")
+        if before.get("compare") != now.get("compare"):
+            seen = file.stat().st_mtime_ns
+            write_begun(now, file)
+            os.utime(file, ns=(seen, seen))  # the run keeps its token
+        return None
+
+    def _finished(self) -> Soup:
+        """Return the finished run in the folder. Raises SoupError if its files are not as they were written."""
         self.finished = True
         record = finished_record(self.folder)
         if self.mirror is None:  # which has no models
             check_files(self.folder, record)
         return Soup(self.folder, read_results(self.folder), record, record.get("notes", []), was_complete=True)
 
+    def _replace(self) -> None:
+        """Put aside what an earlier run wrote; of remote storage it is deleted at once, as only small files are here."""
+        replace_run(self.folder, self.mirror is not None)
+        if self.mirror is not None:
+            self.mirror.push()
+
     @contextmanager
     def recording_failures(self) -> Iterator[None]:
         """If the run fails inside this context, write how it ended into run.json.
 
-        A run that was refused before it learned anything leaves the folder as it was, and a finished one stays finished.
+        A run that was refused before it got to work leaves the folder as it was, one that was to replace another puts that
+        back, and a finished run stays finished.
         """
         try:
             with last_words(self._record_stop):
@@ -182,54 +216,36 @@ class Output:
             text, code = explain(error)
             with suppress(OSError, SoupError):
                 self._clear(self.state("out"))
-                if not self.finished and not (code in (2, 3) and self._undo()):
-                    write_run_record({"exit": code, "error": text}, self.folder / "run.json")
+                if not ((code in (2, 3) or self.overwrite) and self._undo()):
+                    self._record_end(text, code)
             raise
 
     @contextmanager
     def discarding_refused(self) -> Iterator[None]:
-        """If the run is refused inside this context before it has learned anything, leave the folder as it was."""
+        """If the run is refused inside this context before it got to work, leave the folder as it was."""
         try:
             yield
         except BaseException as error:
-            if explain(error)[1] in (2, 3):
+            if explain(error)[1] in (2, 3) or self.overwrite:
                 with suppress(OSError, SoupError):
                     self._undo()
             raise
 
     def _record_stop(self) -> None:
         """Write into run.json that a signal ended this run."""
-        if not self.finished:
-            text, code = explain(Stopped())
+        self._record_end(*explain(Stopped()))
+
+    def _record_end(self, text: str, code: int) -> None:
+        """Write into run.json how this run ended, unless the run.json there is that of a finished one."""
+        if not (self.finished or self.extends):
             write_run_record({"exit": code, "error": text}, self.folder / "run.json")
 
-    def _contents(self) -> dict[str, bytes]:
-        """Return the files of state/ that a run keeps there, with what tells whether they changed."""
-        found = {}
-        for file in self.state().rglob("*"):
-            name = str(file.relative_to(self.state()))
-            if not name.startswith("out/") and name not in HELD and not name.endswith(".tmp"):
-                with suppress(FileNotFoundError):  # removed just now
-                    seen = file.stat()
-                    if stat.S_ISREG(seen.st_mode):
-                        known = file.name in STARTED
-                        found[name] = file.read_bytes() if known else f"{seen.st_size} {seen.st_mtime_ns}".encode()
-        return found
-
     def _undo(self) -> bool:
-        """Restore the folder as it was before `begin`, unless the run has learned something; return whether it did."""
-        now = self._contents()
-        changed = {name for name in (*now, *self.before) if now.get(name) != self.before.get(name)}
-        if any(Path(name).name not in STARTED for name in changed):
+        """Restore the folder as it was before `begin`, unless the run got to work; return whether it did."""
+        if self.finished or not restore(self.state(), self.before):
             return False
-        for name in changed:
-            if name in self.before:
-                write_bytes(self.state(name), self.before[name])
-            else:
-                self.state(name).unlink(missing_ok=True)
-        for folder in sorted(self.state().rglob("*"), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        if self.overwrite and self.mirror is None:
+            put_back(self.folder)
         return True
 
     def discard(self) -> None:
@@ -239,6 +255,8 @@ class Output:
             with suppress(OSError):
                 for path in (*self.moved, *map(self.state, started)):
                     self._clear(path)
+                if self.overwrite and self.mirror is None:
+                    put_back(self.folder)
 
     @staticmethod
     def _clear(path: Path) -> None:
@@ -256,10 +274,13 @@ class Output:
             folder.mkdir()
         return folder
 
-    def publish(self, recipe: Recipe, rows: Sequence[ResultRow], record: RunRecord, staging: Path) -> None:
+    def publish(
+        self, recipe: Recipe, rows: Sequence[ResultRow], record: RunRecord, staging: Path, kept: Sequence[str] = ()
+    ) -> None:
         """Add recipe, results and run.json to the files in `staging`, then move all of them into OUT, run.json last.
 
-        Raises SoupError if another run took over the folder, or if it cannot be written.
+        Of state/, what is in KEPT_STATE and `kept` stays. Raises SoupError if another run took over the folder, or if it
+        cannot be written.
         """
         self.lease.check()
         with writing(self.folder):
@@ -267,36 +288,28 @@ class Output:
             write_results(rows, staging / "results.jsonl")
             record["files"] = {f.name: sha256_file(str(f)) for f in sorted(staging.iterdir())}
             write_run_record(record, staging / "run.json")
+            usual = stat.S_IMODE((staging / "run.json").stat().st_mode)
             with uninterrupted():
+                (self.folder / "run.json").unlink(missing_ok=True)  # of a failed run, or of what this one adds to
                 for file in sorted(staging.iterdir(), key=lambda f: (f.name == "run.json", f.name == METADATA)):
+                    file.chmod(usual)  # some libraries let nobody else read what they write
                     self.moved.append(file.replace(self.folder / file.name))
                 self.finished = True
         with suppress(OSError):  # the soup is finished, whatever is left
             staging.rmdir()
             for left in self.state().iterdir():
-                if left.name not in KEPT_STATE:
+                if left.name not in (*KEPT_STATE, *kept):
                     self._clear(left)
-
-
-def begun(recipe: Recipe, ingredients: Sequence[Ingredient], **options: Any) -> BegunRecord:
-    """Return the record of a started folder: the recipe, identities of the ingredients, and options of the command."""
-    record: BegunRecord = {"recipe": redact_uris(dump_recipe(recipe)), "ingredients": [i.identity for i in ingredients]}
-    return {**record, **options}  # type: ignore[typeddict-item]
-
-
-def begun_zoo(recipe: Recipe) -> BegunRecord:
-    """Return the record of a started folder of fine-tuned checkpoints: the parts of the recipe that `finetune` uses."""
-    values = yaml.safe_load(redact_uris(dump_recipe(recipe)))
-    used = {key: values[key] for key in ("model", "finetune", "precision", "ignore") if key in values}
-    used["data"] = {key: values["data"][key] for key in ("train", "fit")}
-    return {"recipe": yaml.safe_dump(used, sort_keys=False), "ingredients": [], "kind": "finetune"}
 
 
 @contextmanager
 def open_output(
-    out: str | Path, progress: ProgressCallback = no_progress, ingredients: str | Sequence[str] | None = None
+    out: str | Path,
+    progress: ProgressCallback = no_progress,
+    ingredients: str | Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Iterator[Output]:
-    """Hold the output folder or URI `out` for one run.
+    """Hold the output folder or URI `out` for one run, which replaces an earlier one there if it is to `overwrite` it.
 
     A URI is worked on in a local mirror, whose state is uploaded at every heartbeat and which is uploaded whole at the end.
 
@@ -304,24 +317,24 @@ def open_output(
     """
     if storage.is_remote(str(out)):
         check_apart(ingredients, str(out))
-        with _open_remote(str(out).rstrip("/"), progress) as output:
+        with _open_remote(str(out).rstrip("/"), progress, overwrite) as output:
             yield output
     else:
         folder = local_folder(out)
         check_apart(ingredients, str(folder))
         check_place(folder)
-        with _open_local(folder, progress) as output:
+        with _open_local(folder, progress, overwrite) as output:
             yield output
 
 
 @contextmanager
-def _open_remote(uri: str, progress: ProgressCallback) -> Iterator[Output]:
+def _open_remote(uri: str, progress: ProgressCallback, overwrite: bool) -> Iterator[Output]:
     check_uri(uri)
     mirror = Mirror(uri)
     with Lease(f"{uri}/state/lease", progress, lambda: mirror.push("state/")) as lease:
         mirror.fetch()
         try:
-            yield Output(mirror.folder, lease, mirror)
+            yield Output(mirror.folder, lease, mirror, overwrite)
         except BaseException as error:
             with suppress(SoupError, OSError):
                 lease.check()
@@ -339,7 +352,7 @@ def _open_remote(uri: str, progress: ProgressCallback) -> Iterator[Output]:
 
 
 @contextmanager
-def _open_local(out: Path, progress: ProgressCallback) -> Iterator[Output]:
+def _open_local(out: Path, progress: ProgressCallback, overwrite: bool) -> Iterator[Output]:
     """Hold a local folder by a file lock, which ends with its process, and a lease for machines that share the disk."""
     state, lock_file = out / "state", out / "state" / "lock"
     new = [path for path in (lock_file, state, out, *out.parents) if not os.path.lexists(path)]
@@ -355,7 +368,7 @@ def _open_local(out: Path, progress: ProgressCallback) -> Iterator[Output]:
         raise RecipeError(f"The output folder {out} cannot be created: {reason}. Choose another.") from error
     try:
         with Lease(str(state / "lease"), progress) as lease:
-            yield Output(out, lease)
+            yield Output(out, lease, overwrite=overwrite)
     finally:
         _remove_new(new)  # a run that left nothing leaves no trace
         with suppress(OSError):  # the lock ends in any case
@@ -379,22 +392,3 @@ def versions() -> dict[str, str]:
     names = ["ray", "torch", "open_clip_torch", "numpy", "safetensors", "numba"]
     names += [name for name in ("timm", "torchvision", "transformers") if name in sys.modules]
     return {"ray_soup": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-class Clock:
-    """A stopwatch for the parts of a run, in seconds."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> float:
-        """Add the seconds since the last lap to `name`, and return them."""
-        now = time.monotonic()
-        self.laps[name] = round(self.laps.get(name, 0) + now - self._last, 3)
-        passed, self._last = now - self._last, now
-        return passed
-
-    def total(self) -> float:
-        """Return the seconds since the start."""
-        return round(time.monotonic() - self._start, 3)

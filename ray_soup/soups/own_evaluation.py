@@ -26,8 +26,9 @@ from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, own_function
 from ray_soup.recipe.plain import shown
+from ray_soup.soups.evaluated import read_evaluated, write_evaluated
 from ray_soup.soups.output import Output
-from ray_soup.soups.records import FunctionRecord, read_evaluated, write_evaluated
+from ray_soup.soups.records import FunctionRecord
 from ray_soup.soups.report.tables import EVALUATE
 from ray_soup.soups.write import bake_model, write_library_files
 from ray_soup.task import identity

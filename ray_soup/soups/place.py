@@ -115,8 +115,14 @@ def is_within(path: Path, folder: Path) -> bool:
     return f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
 
 
-def check_new(out: str | Path, source: Path) -> None:
-    """Check that `out` is a new or empty folder apart from `source`, for a copy of the soup there. Raises RecipeError."""
+def check_new(out: str | Path, source: Path, overwrite: bool = False) -> None:
+    """Check that `out` is a folder apart from `source`, for a copy of the soup there. Raises RecipeError.
+
+    Args:
+        out: the folder or URI of the copy.
+        source: the folder of the soup.
+        overwrite: True if the folder may hold an earlier run; otherwise it must be new or empty.
+    """
     if storage.is_remote(str(out)):
         return
     folder = local_folder(out)
@@ -124,5 +130,5 @@ def check_new(out: str | Path, source: Path) -> None:
         raise RecipeError(f"{out} is inside {source}, the soup that is to be rebuilt. Choose a folder outside of it.")
     check_place(folder)
     unfinished = os.path.lexists(folder / "state" / "begun.json") and not os.path.lexists(folder / "run.json")
-    if folder.is_dir() and not unfinished and any(f.name != "state" for f in folder.iterdir()):
-        raise RecipeError(f"{out} is not empty. Choose a new folder.")
+    if folder.is_dir() and not (unfinished or overwrite) and any(f.name != "state" for f in folder.iterdir()):
+        raise RecipeError(f"{out} is not empty. Choose a new folder, or add --overwrite to replace what is there.")

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 from typing_extensions import NotRequired, TypedDict
 
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io.disk import json_text, json_value, read_json, write_json, write_text, writing
+from ray_soup.io.disk import json_text, json_value, read_json, write_json, write_text
 from ray_soup.io.hashing import sha256_file
 
 RUN_VERSION = 3  # with a seal; 2: without
@@ -24,7 +24,6 @@ RESULTS_VERSION = 3  # with kinds, names, means and series; 2: without
 BEGUN_VERSION = 2
 RESOLVED_VERSION = 2
 ENTRY_VERSION = 2
-EVALUATED_VERSION = 2
 
 START_OVER = "Choose a new folder, or empty this one."
 """What to do about a damaged record that the rest of the folder depends on."""
@@ -119,10 +118,14 @@ class RunRecord(TypedDict, total=False):
     trajectory: dict[str, Any]
     polish: dict[str, Any]
     trained: dict[str, Any]
+    compare: list[Any]
 
 
 class BegunRecord(TypedDict, total=False):
-    """state/begun.json: the recipe, ingredients and options that the folder was started with; `start` is a digest."""
+    """state/begun.json: the recipe, ingredients and options that the folder was started with; `start` is a digest.
+
+    `folder` is the current folder of the command, and `source` the soup that `bake` rebuilds there.
+    """
 
     version: int
     recipe: str
@@ -131,6 +134,8 @@ class BegunRecord(TypedDict, total=False):
     kind: str
     start: str
     rows: dict[str, Any]
+    folder: str
+    source: str
 
 
 class ResolvedRecord(TypedDict, total=False):
@@ -155,20 +160,10 @@ class EntryRecord(TypedDict, total=False):
     seal: str
 
 
-class EvaluatedRecord(TypedDict, total=False):
-    """state/evaluate/NAME.json: what the recipe's function `evaluate` returned for one model."""
-
-    version: int
-    identity: str
-    values: dict[str, float]
-    seal: str
-
-
 _RUN = TypeAdapter(RunRecord)
 _BEGUN = TypeAdapter(BegunRecord)
 _RESOLVED = TypeAdapter(ResolvedRecord)
 _ENTRY = TypeAdapter(EntryRecord)
-_EVALUATED = TypeAdapter(EvaluatedRecord)
 
 
 def read_record(
@@ -225,15 +220,16 @@ def _sealed(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _write_sealed(record: Mapping[str, Any], file: Path, indent: int | None = None) -> None:
+def write_sealed(record: Mapping[str, Any], file: Path, indent: int | None = None) -> None:
+    """Write a record with a digest of its content."""
     plain = json_value(json_text(record))  # as it will be read
     write_json(file, {**plain, "seal": _sealed(plain)}, indent)
 
 
-def _read_sealed(
+def read_sealed(
     file: Path, adapter: TypeAdapter[Any], version: int, required: Sequence[str], remedy: str, since: int = 2
 ) -> Any:
-    """Read a record that `_write_sealed` wrote, or one of a version before `since`, without a seal. Raises RecipeError."""
+    """Read a record that `write_sealed` wrote, or one of a version before `since`, without a seal. Raises RecipeError."""
     found = read_record(file, adapter, version, required, remedy)
     seal = found.pop("seal", None)
     if (seal is not None or found.get("version", 1) >= since) and seal != _sealed(found):
@@ -247,7 +243,7 @@ def _read_sealed(
 def write_run_record(record: RunRecord, file: Path) -> None:
     """Write run.json atomically, and set the versions in `record`."""
     record["version"], record["results_version"] = RUN_VERSION, RESULTS_VERSION
-    _write_sealed(record, file, indent=1)
+    write_sealed(record, file, indent=1)
 
 
 def read_run_record(out: Path) -> RunRecord | None:
@@ -255,7 +251,7 @@ def read_run_record(out: Path) -> RunRecord | None:
     file = out / "run.json"
     if not os.path.lexists(file):
         return None
-    record: RunRecord = _read_sealed(file, _RUN, RUN_VERSION, ("exit",), RUN_REMEDY, since=3)
+    record: RunRecord = read_sealed(file, _RUN, RUN_VERSION, ("exit",), RUN_REMEDY, since=3)
     return record
 
 
@@ -347,7 +343,7 @@ def read_begun(file: Path) -> BegunRecord:
 
 def write_resolved(record: ResolvedRecord, file: Path) -> None:
     """Write state/resolved.json."""
-    _write_sealed({**record, "version": RESOLVED_VERSION}, file)
+    write_sealed({**record, "version": RESOLVED_VERSION}, file)
 
 
 def read_resolved(file: Path) -> ResolvedRecord | None:
@@ -355,7 +351,7 @@ def read_resolved(file: Path) -> ResolvedRecord | None:
     if not os.path.lexists(file):
         return None
     keys = ("mesh", "cpus", "model_batch", "actors")
-    record: ResolvedRecord = _read_sealed(file, _RESOLVED, RESOLVED_VERSION, keys, START_OVER)
+    record: ResolvedRecord = read_sealed(file, _RESOLVED, RESOLVED_VERSION, keys, START_OVER)
     return record
 
 
@@ -363,13 +359,13 @@ def write_entry(record: EntryRecord, file: Path) -> None:
     """Write how a soup of a comparison was made, with the digests of its outcomes and coefficients beside `file`."""
     parts = [part for end in ("npz", "safetensors") if (part := file.with_name(f"{file.stem}.{end}")).exists()]
     files = {part.name: sha256_file(str(part)) for part in parts}
-    _write_sealed({**record, "name": file.name, "files": files, "version": ENTRY_VERSION}, file)
+    write_sealed({**record, "name": file.name, "files": files, "version": ENTRY_VERSION}, file)
 
 
 def read_entry(file: Path) -> EntryRecord:
     """Read how a soup of a comparison was made. Raises RecipeError if this file or one that it lists is damaged."""
     remedy = f"Remove {file} to compute this soup again."
-    record: EntryRecord = _read_sealed(file, _ENTRY, ENTRY_VERSION, ("figures", "notes"), remedy)
+    record: EntryRecord = read_sealed(file, _ENTRY, ENTRY_VERSION, ("figures", "notes"), remedy)
     if record.pop("name", file.name) != file.name:
         raise damaged(file, "it belongs to another soup", remedy)
     for name, digest in record.pop("files", {}).items():
@@ -377,22 +373,3 @@ def read_entry(file: Path) -> EntryRecord:
         if not part.is_file() or sha256_file(str(part)) != digest:
             raise damaged(part, "it is missing, or not as it was written", remedy)
     return record
-
-
-def write_evaluated(record: EvaluatedRecord, file: Path) -> None:
-    """Write what the recipe's function `evaluate` returned for a model."""
-    with writing(file.parent):
-        file.parent.mkdir(exist_ok=True)
-    _write_sealed({**record, "version": EVALUATED_VERSION}, file)
-
-
-def read_evaluated(file: Path, identity: str) -> dict[str, float] | None:
-    """Read what `evaluate` returned for the model and the code that `identity` stands for; None if it was not called so.
-
-    Raises RecipeError if the file is damaged.
-    """
-    if not os.path.lexists(file):
-        return None
-    remedy = f"Remove {file} to call the function again."
-    record: EvaluatedRecord = _read_sealed(file, _EVALUATED, EVALUATED_VERSION, ("identity", "values"), remedy)
-    return record["values"] if record["identity"] == identity else None

@@ -17,11 +17,13 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE, Data, Recipe, with_changes
 from ray_soup.soups.baking import bakers
 from ray_soup.soups.baseline import NOTHING_TO_COMPARE_WITH, Baseline, compare_with_best_single
+from ray_soup.soups.clock import Clock
 from ray_soup.soups.evaluations import cosines, figures_of, reported
+from ray_soup.soups.identity import begun
 from ray_soup.soups.make import make, make_without_data
 from ray_soup.soups.methods.results import Model
 from ray_soup.soups.mixture import Mixture, mean_coefficients
-from ray_soup.soups.output import BOARD, MODEL, MODEL_FILES, Clock, Output, Soup, begun, open_output, versions
+from ray_soup.soups.output import BOARD, MODEL, MODEL_FILES, Output, Soup, open_output, versions
 from ray_soup.soups.own_evaluation import (
     Figures,
     check_same_names,
@@ -58,10 +60,17 @@ from ray_soup.task.preprocess_key import model_of
 
 
 @shown_in_notebooks
-def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, state: Path | None = None) -> Soup:
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    progress: ProgressCallback = no_progress,
+    state: Path | None = None,
+    overwrite: bool = False,
+) -> Soup:
     """Make the soup that `recipe` describes in the folder or URI `out`.
 
-    Resumes an interrupted run, or one whose learning state is the file `state`; returns a finished run without changes.
+    Resumes an interrupted run, or one whose learning state is the file `state`; returns a finished run without changes, or
+    replaces any earlier run if it is to `overwrite` it.
 
     Raises SoupError.
     """
@@ -69,7 +78,7 @@ def run(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progres
     check_place_of_training(recipe, out)
     progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe)
-    with open_output(out, progress, recipe.ingredients) as output:
+    with open_output(out, progress, recipe.ingredients, overwrite) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, **inputs.started))
         if soup is None:
             with output.recording_failures():

@@ -70,10 +70,11 @@ def write_digits(folder: Path) -> None:
             np.savez_compressed(file, images=rows[:, :-1].reshape(-1, 28, 28), labels=rows[:, -1].astype(np.int64))
 
 
-def demo(out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
+def demo(out: str | Path, progress: ProgressCallback = no_progress, overwrite: bool = False) -> Soup:
     """Write the data, fine-tune the zoo and compare all soups in the folder `out`; what already exists is reused.
 
-    The recipe is written once: a recipe.yaml that was edited since is used unchanged.
+    The recipe is written once: a recipe.yaml that was edited since is used unchanged. If it is to `overwrite` an earlier
+    run, the zoo and the soups are made from the start.
 
     Raises RecipeError if `out` holds anything but a demo.
     """
@@ -84,8 +85,8 @@ def demo(out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
     if not (out / "data" / "test.npz").exists():
         write_digits(out / "data")
     with connect():
-        finetune(recipe, out / "zoo", progress)
-        return compare(recipe, out / "soups", progress=progress)
+        finetune(recipe, out / "zoo", progress, overwrite)
+        return compare(recipe, out / "soups", progress=progress, overwrite=overwrite)
 
 
 def _recipe_in(out: Path) -> Recipe:

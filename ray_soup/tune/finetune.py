@@ -23,7 +23,8 @@ from ray_soup.io.hugging_face import pinned_recipe
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, drain, no_progress
 from ray_soup.recipe import Data, Recipe
-from ray_soup.soups.output import Output, begun_zoo, open_output
+from ray_soup.soups.identity import begun_zoo
+from ray_soup.soups.output import Output, open_output
 from ray_soup.task import identity
 from ray_soup.task.evidence import check_start
 from ray_soup.task.evidence_files import PREPROCESSING, RECORD
@@ -66,17 +67,19 @@ def make_configs(recipe: Recipe) -> list[Hyperparameters]:
 
 
 @shown_in_notebooks
-def finetune(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress) -> list[ManifestEntry]:
+def finetune(
+    recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, overwrite: bool = False
+) -> list[ManifestEntry]:
     """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`.
 
     Returns the manifest: file name, hyperparameters, metrics and SHA-256 of each checkpoint. Rerun to resume: each trial
-    continues from its last finished epoch. Raises RecipeError if the recipe cannot be run on this cluster, SoupError if
-    fewer than two trials succeed.
+    continues from its last finished epoch, unless it is to `overwrite` an earlier run. Raises RecipeError if the recipe
+    cannot be run on this cluster, SoupError if fewer than two trials succeed.
     """
     _check_recipe(recipe, out)
     recipe = pinned_recipe(recipe)
     configs = make_configs(recipe)
-    with open_output(out, progress) as output:
+    with open_output(out, progress, overwrite=overwrite) as output:
         output.begin(begun_zoo(recipe))
         identity.in_run(output.token())
         manifest = output.folder / "manifest.json"

@@ -23,7 +23,8 @@ from ray_soup.io.disk import write_bytes, writing
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
-from ray_soup.soups.output import BOARD, Output, Soup, begun, open_output
+from ray_soup.soups.identity import begun
+from ray_soup.soups.output import BOARD, Output, Soup, open_output
 from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.run import make_soup_in
 from ray_soup.soups.session import Inputs, open_inputs, open_session
@@ -114,10 +115,11 @@ def make_configs(recipe: Recipe, ingredients: int) -> list[Config]:
 
 
 @shown_in_notebooks
-def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress) -> Soup:
+def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, overwrite: bool = False) -> Soup:
     """Search, then make the best soup in the folder `out` as `run` does, with the trials in its run.json and report.
 
-    Rerun to resume; a finished search is returned without running anything. Raises SoupError if every trial fails, and its
+    Rerun to resume; a finished search is returned without running anything, unless it is to `overwrite` an earlier run.
+    Raises SoupError if every trial fails, and its
     subclasses for errors in the recipe and the ingredients.
     """
     recipe = resolved_recipe(recipe)
@@ -128,7 +130,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     configs = make_configs(recipe, len(inputs.ingredients))
     for config in configs:
         check_trajectory(with_changes(recipe, config), inputs.ingredients)
-    with open_output(out, progress, recipe.ingredients) as output:
+    with open_output(out, progress, recipe.ingredients, overwrite) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, kind="search", **inputs.started))
         if soup is None:
             progress("connecting to Ray", 0, 1)

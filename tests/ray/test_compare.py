@@ -202,8 +202,27 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
     timing = ("seconds", "peak_memory_bytes", "seconds_sd")
     for ours, theirs in zip(cut.record["table"], whole.record["table"], strict=True):
         assert {k: v for k, v in ours.items() if k not in timing} == {k: v for k, v in theirs.items() if k not in timing}
-    with pytest.raises(RecipeError, match="was started with compare"):
-        compare(recipe, tmp_path / "cut", CompareOptions(seeds=2))
+    made.clear()
+    monkeypatch.setattr("ray_soup.soups.compare.make", lambda session: made.append(session.recipe.method) or make(session))
+    larger = CompareOptions(seeds=2, drop_top=(1,))
+    added = compare(recipe, tmp_path / "cut", larger)  # only what is missing is made
+    assert made == [*LABELS[3:7], "best_single", "uniform", "greedy", "mehl+"]
+    assert json.loads(json.dumps(added.record["compare"])) == [2, [1], []]
+    at_once = compare(recipe, tmp_path / "at_once", larger)
+    for key in ("table", "eliminations"):
+        for ours, theirs in zip(added.record[key], at_once.record[key], strict=True):
+            assert {k: v for k, v in ours.items() if k not in timing} == {k: v for k, v in theirs.items() if k not in timing}
+    assert not [*(tmp_path / "cut" / "state").rglob("*.pt"), *(tmp_path / "cut" / "state").rglob("*.difference.*")]
+    assert len(verify(tmp_path / "cut")) == 5
+    with pytest.raises(RecipeError, match="with --seeds 2 --drop-top 1; this command has --seeds 1, and would replace it"):
+        compare(recipe, tmp_path / "cut")
+    contents = tmp_path / "cut" / "state" / "soups" / "contents.json"
+    contents.write_text(contents.read_text().replace('"fit": "', '"fit": "0'))
+    with pytest.raises(
+        RecipeError, match=r"started with other examples: those of fit have changed since\. Choose a new folder"
+    ):
+        compare(recipe, tmp_path / "cut", CompareOptions(seeds=3, drop_top=(1,)))
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["exit"] == 0
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from ray_soup.recipe import make_recipe
 from ray_soup.soups.compare import compare
 from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.output import Soup
-from ray_soup.soups.report.tables import MARK, comparison_markdown, insert
+from ray_soup.soups.report.marks import MARK, insert
+from ray_soup.soups.report.tables import comparison_markdown
 from tests.conftest import values
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -111,11 +111,7 @@ def test_a_fault_is_named_and_leaves_no_partial_output(own: Path, fault: str) ->
     assert result.exit_code == code
     assert "Traceback" not in result.output
     assert not (own / "was_run").exists()
-    if (own / "out").exists():
-        left = {f.name for f in (own / "out").iterdir()}
-        assert left <= {"run.json", "state"}
-        assert json.loads((own / "out" / "run.json").read_text())["exit"] == code
-        assert not (own / "out" / "state" / "out").exists()
+    assert not (own / "out").exists()
 
 
 def test_wrong_keys_models_and_files_of_a_recipe_are_named(own: Path) -> None:
@@ -146,13 +142,30 @@ def test_rerunning_a_finished_command_runs_nothing_and_another_recipe_is_refused
     second = call("learn", recipe, own / "out")
     assert second.exit_code == 0
     assert "is complete; nothing was run" in second.stderr
+    assert "Wrote" not in second.output
+    resumed = call("resume", own / "out")
+    assert (resumed.exit_code, resumed.output) == (0, second.output)
     other = call("learn", recipe, own / "out", "learn.lr=0.5")
     assert other.exit_code == 2
     assert "belongs to another recipe: learn.lr was 0.01 and is now 0.5" in other.stderr
     (own / "notes").mkdir()
     (own / "notes" / "thesis.tex").touch()
-    foreign = call("learn", recipe, own / "notes")
-    assert (foreign.exit_code, "thesis.tex" in foreign.stderr) == (2, True)
+    for more in ((), ("--overwrite",)):
+        foreign = call("learn", recipe, own / "notes", *more)
+        assert (foreign.exit_code, "thesis.tex" in foreign.stderr) == (2, True)
+    none = call("resume", own / "notes")
+    assert (none.exit_code, "notes has no run to resume: state/begun.json does not exist." in none.stderr) == (2, True)
+    before = (own / "out" / "model.safetensors").read_bytes()
+    refused = call(
+        "learn", recipe, own / "out", "--overwrite", "learn.batch_size=60", f"data.fit={own / 'zoo' / 'model_1.safetensors'}"
+    )
+    assert refused.exit_code == 2, refused.output
+    replaced = call("uniform", recipe, own / "out", "--overwrite")
+    assert (replaced.exit_code, "Wrote" in replaced.output) == (0, True)
+    assert (own / "out" / "model.safetensors").read_bytes() != before
+    assert call("learn", recipe, own / "out", "--overwrite").exit_code == 0
+    assert (own / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(f.name for f in (own / "out" / "state").iterdir() if f.name != "lock") == ["begun.json", "resolved.json"]
     assert [f.name for f in (own / "notes").iterdir() if f.name != "state"] == ["thesis.tex"]
     assert call("verify", own / "out").exit_code == 0
     with open(own / "out" / "model.safetensors", "r+b") as file:
@@ -240,7 +253,7 @@ def test_help_lists_the_commands_and_the_exit_codes() -> None:
     assert result.exit_code == 0
     for verb in (
         "demo", "fetch", "inspect", "plan", "finetune", "uniform", "greedy", "best-single", "learn", "compare", "search",
-        "evaluate", "bake", "verify", "completion",
+        "evaluate", "bake", "verify", "completion", "resume",
     ):  # fmt: skip
         assert verb in result.output
         assert call(verb, "--help").exit_code == 0

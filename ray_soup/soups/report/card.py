@@ -20,6 +20,7 @@ from ray_soup.soups.report.text import (
     markdown_code,
     markdown_paragraph,
     markdown_text,
+    number,
     preprocessing_text,
 )
 
@@ -138,7 +139,7 @@ def _front_matter(recipe: Recipe, adapter: bool) -> str:
 def _shares(coefficients: Coefficients) -> str:
     """Format one table row per ingredient, the largest mean coefficient first."""
     order = sorted(zip(coefficients.shares(), coefficients.ingredients, strict=True), reverse=True)
-    return "\n".join(f"| {markdown_text(name)} | {share:+.4f} |" for share, name in order)
+    return "\n".join(f"| {markdown_text(name)} | {number('{:+.4f}', share)} |" for share, name in order)
 
 
 def _card_without_coefficients(recipe: Recipe, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:

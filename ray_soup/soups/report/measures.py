@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from ray_soup.recipe import Recipe, is_function
 from ray_soup.recipe.schema import ObjectiveName
+from ray_soup.soups.report.text import number
 
 BUILT_IN = get_args(ObjectiveName)[1:]
 """The objectives whose loss is known here; the others are the user's own."""
@@ -80,8 +81,8 @@ class Measures:
     def shown(self, figure: str, value: float, sign: str = "") -> str:
         """Format a value of `accuracy`, `metric` or `nll`; a difference has the sign "+"."""
         if figure != "accuracy":
-            return f"{value:{sign}{self.loss_format if figure == 'nll' else '.4f'}}"
-        return f"{100 * value:+.2f} points" if sign else f"{value:.2%}"
+            return number(f"{{:{sign}{self.loss_format if figure == 'nll' else '.4f'}}}", value)
+        return f"{number('{:+.2f}', 100 * value)} points" if sign else number("{:.2%}", value)
 
     # The figures that make choices
 

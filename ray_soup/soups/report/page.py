@@ -12,6 +12,7 @@ from ray_soup.soups.report.plots import plots
 from ray_soup.soups.report.settings import ingredients_table
 from ray_soup.soups.report.tables import (
     legend,
+    of_seed,
     paired_legend,
     paired_table,
     results_in_parts,
@@ -72,7 +73,7 @@ def _sections(report: Report) -> Iterator[Section]:
         ):
             if record.get(name):
                 found = series_table(record[name], key, split, measures)
-                yield Section(f"{title}{where}", found, series_legend(record[name], key, split, measures))
+                yield Section(f"{title}{where}", found, series_legend(record[name], key, split, measures, of_seed(record)))
     search = record.get("search")
     if search:
         yield Section("Trials of the search", trials_table(search, "trials", measures), TRIALS_LEGEND)

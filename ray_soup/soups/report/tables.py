@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ray_soup.errors import RecipeError
-from ray_soup.io.disk import write_bytes
 from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS, PEFT_MERGES, TRAINED
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import (
@@ -20,6 +17,7 @@ from ray_soup.soups.report.text import (
     capital,
     markdown_paragraph,
     markdown_text,
+    number,
 )
 from ray_soup.task.outcomes import judged, test_sets
 
@@ -47,8 +45,6 @@ REFIT = "refit_steps"
 
 UNBIASED = ("uniform", "last", MEAN_SINGLE, ENSEMBLE, *PEFT_MERGES)
 """Rows that nothing was learned or chosen for: their figures are honest on any data that their ingredients did not see."""
-MARK = "<!-- ray-soup compare -->"
-"""The line before and after the tables in a Markdown file."""
 
 
 def is_reference(name: str) -> bool:
@@ -109,7 +105,7 @@ def steps_table(trajectory: Row, most: int = 20) -> Table:
     shown = range(len(steps) - 1, first - 1, -every)[::-1]
     return (
         [trajectory["unit"], "weight", "learning rate"],
-        [[f"{steps[n]:,}", f"{weights[n]:+.4f}", f"{rates[n]:.4f}"] for n in shown],
+        [[f"{steps[n]:,}", number("{:+.4f}", weights[n]), number("{:.4f}", rates[n])] for n in shown],
     )
 
 
@@ -156,10 +152,10 @@ def _cell(row: Row, key: str, form: str) -> str:
     elif isinstance(value, dict):  # blocks: {tensor: 4}
         text = f"{{{', '.join(f'{name}: {one}' for name, one in value.items())}}}"
     else:
-        text = form.format(value if scale == 1 else value * scale)
+        text = number(form, value if scale == 1 else value * scale)
     mark = OPTIMISTIC if value is not None and is_optimistic(row, key) else ""
     mark += BEFORE_REFIT if value is not None and is_before_refit(row, key) else ""
-    return f"{text}{mark} ±{form.format(spread * scale)}" if spread else f"{text}{mark}"
+    return f"{text}{mark} ±{number(form, spread * scale)}" if spread else f"{text}{mark}"
 
 
 def is_optimistic(row: Row, key: str) -> bool:
@@ -211,7 +207,8 @@ def _difference(figure: str, measures: Measures, test: Row) -> str:
     """Format the difference in a figure with its interval; that of accuracy in percentage points."""
     difference, low, high = (test[key] for key in (figure, f"{figure}_low", f"{figure}_high"))
     if figure == "accuracy":
-        return f"{100 * difference:+.2f} ({100 * low:+.2f}, {100 * high:+.2f})"
+        shown = [number("{:+.2f}", 100 * value) for value in (difference, low, high)]
+        return f"{shown[0]} ({shown[1]}, {shown[2]})"
     shown = [measures.shown(figure, value, "+") for value in (difference, low, high)]
     return f"{shown[0]} ({shown[1]}, {shown[2]})"
 
@@ -257,12 +254,18 @@ def series_title(rows: Sequence[Row], split: str, measures: Measures) -> str:
     return f"{capital(name)} on {titled(split)}{' in percent' if figure == 'accuracy' else ''}"
 
 
-def series_legend(rows: Sequence[Row], key: str, split: str, measures: Measures = Measures()) -> str:
-    """Return the legend of `series_table`."""
+def of_seed(record: Row) -> str:
+    """Return which seed the series over subsets show, for the end of a title; empty if the run has only one."""
+    seeds = record.get("seeds", [])
+    return f" (seed {seeds[0]} only)" if len(seeds) > 1 else ""
+
+
+def series_legend(rows: Sequence[Row], key: str, split: str, measures: Measures = Measures(), seed: str = "") -> str:
+    """Return the legend of `series_table`; `seed` is from `of_seed`."""
     figure = measures.leading(rows, split)
     name = measures.name_of(figure) + (" in percent" if figure == "accuracy" else "")
     which = "without the N best ingredients" if key == "dropped" else "with the first N ingredients of a shuffled list"
-    return f"{capital(name)} {which}; each column is one N."
+    return f"{capital(name)} {which}{seed}; each column is one N."
 
 
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -295,7 +298,7 @@ def comparison_parts(record: Mapping[str, Any]) -> Iterator[Table | str]:
     for name, key in (("eliminations", "dropped"), ("counts", "count")):
         if record[name]:
             yield from each(partial(series_table, record[name], key, measures=measures))
-            yield series_legend(record[name], key, splits[0], measures)
+            yield series_legend(record[name], key, splits[0], measures, of_seed(record))
 
 
 def as_markdown(parts: Iterable[Table | str]) -> str:
@@ -306,27 +309,6 @@ def as_markdown(parts: Iterable[Table | str]) -> str:
 def comparison_markdown(record: Mapping[str, Any]) -> str:
     """Format all tables of the comparison in run.json as Markdown, each followed by its legend."""
     return as_markdown(comparison_parts(record))
-
-
-def insert(text: str, file: str) -> None:
-    """Replace the text between the two lines MARK of a file.
-
-    Raises RecipeError if the file cannot be read or does not contain exactly two such lines.
-    """
-    path = Path(file).resolve()  # a link stays a link
-    try:
-        parts = path.read_bytes().decode().split(MARK)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} cannot be read: {error}. Use a text file with two lines {MARK}.") from error
-    if len(parts) != 3:
-        raise RecipeError(
-            f"{file} has {len(parts) - 1} lines {MARK}; expected 2. Mark the place for the tables with one such line before "
-            "and one after it."
-        )
-    before, _, after = parts
-    mode = path.stat().st_mode
-    write_bytes(path, f"{before}{MARK}\n\n{text}\n\n{MARK}{after}".encode())
-    path.chmod(mode)
 
 
 def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ray_soup.recipe import BEST_SINGLE
 from ray_soup.soups.report.console import echo, name_of, print_json, say
 from ray_soup.soups.report.ending import how_good, how_to_load, what_was_made
+from ray_soup.soups.report.marks import insert
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.progress_bar import ProgressBar
-from ray_soup.soups.report.tables import comparison_markdown, insert, steps_table
+from ray_soup.soups.report.tables import comparison_markdown, steps_table
 from ray_soup.soups.report.terminal_tables import comparison_text, figures_text, table_text, trials_text
 from ray_soup.soups.report.text import preprocessing_text
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ProgressBar", "echo", "print_comparison", "print_evaluation", "print_ingredients", "print_json", "print_row",
-    "print_soup", "print_table", "print_trials", "print_zoo", "say",
+    "print_soup", "print_table", "print_trials", "say",
 ]  # fmt: skip
 
 
@@ -56,8 +57,6 @@ def _rows_of(soup: Soup) -> list[Mapping[str, Any]]:
 
 def print_soup(soup: Soup, as_json: bool) -> None:
     """Print the figures of a soup, where it was written, and how to load it."""
-    if soup.was_complete:
-        say(f"{soup.out} is complete; nothing was run. To check it: ray-soup verify {soup.out}")
     _print_notes(soup)
     if as_json:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
@@ -120,16 +119,6 @@ def print_trials(record: Mapping[str, Any]) -> None:
     echo(trials_text(record))
 
 
-def print_zoo(entries: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], out: str) -> None:
-    """Print the fine-tuned checkpoints, and how many training runs failed."""
-    for entry in entries:
-        accuracy = f"  held-out accuracy {entry['accuracy']:.2%}" if "accuracy" in entry else ""
-        echo(f"{entry['file']}  lr {entry['lr']:.1e}  epochs {entry['epochs']}{accuracy}")
-    if failures:
-        echo(f"{len(failures)} more failed ({out}/state/failures.json). The first error: {failures[0]['error']}")
-    echo(f"Wrote {len(entries)} checkpoints and manifest.json to {out}.")
-
-
 def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], as_json: bool) -> None:
     """Print the tensors `names`, which all ingredients have, and the size and path of each ingredient."""
     tensors = ingredients[0].tensors
@@ -151,5 +140,8 @@ def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], a
 
 
 def _print_notes(soup: Soup) -> None:
+    """Print that nothing was run, if the soup had been finished before, and its notes."""
+    if soup.was_complete:
+        say(f"{soup.out} is complete; nothing was run. To check it: ray-soup verify {soup.out}")
     for note in soup.notes:
         say(note)

@@ -16,6 +16,7 @@ from ray_soup.soups.report.tables import (
     Row,
     Table,
     cost,
+    of_seed,
     paired_table,
     quality,
     results_in_parts,
@@ -146,7 +147,7 @@ def _series(record: Mapping[str, Any]) -> Iterator[str]:
     measures = measures_in(record)
     for which, key, name in series:
         for split in judged(record["examples"]) if record[name] else ():
-            yield f"{series_title(record[name], split, measures)}, {which}:\n"
+            yield f"{series_title(record[name], split, measures)}, {which}{of_seed(record)}:\n"
             yield table_text(*series_table(record[name], key, split, measures))
 
 

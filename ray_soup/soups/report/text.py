@@ -35,6 +35,13 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 _BLOCK = re.compile(r"[-+#=\s]|\d+[.)]")
 
 
+def number(form: str, value: float) -> str:
+    """Format a number, as with "{:.4f}"; one that rounds to zero has no minus sign."""
+    text = form.format(value)
+    is_zero = "0" in text and not re.search("[1-9]", text)
+    return text.replace("-", "+" if "+" in form else "", 1) if is_zero else text
+
+
 def plain(text: str) -> str:
     """Return a text for a page or a figure: printable, in characters of XML, without credentials. Newlines stay."""
     return _NO_XML.sub(lambda found: ascii(found[0])[1:-1], printable(redact(text)))

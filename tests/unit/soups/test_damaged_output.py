@@ -21,7 +21,8 @@ from ray_soup.mixing.coefficients import Coefficients, load_coefficients, save_c
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups import finished, records
 from ray_soup.soups.finished import bake_copy, evaluate, verify
-from ray_soup.soups.output import begun, open_output
+from ray_soup.soups.identity import begun
+from ray_soup.soups.output import open_output
 from ray_soup.soups.run import run
 from ray_soup.soups.session import open_inputs
 from ray_soup.soups.state import LearnState, load_state, save_state

@@ -19,6 +19,7 @@ from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.report.tables import (
     cost,
     legend,
+    of_seed,
     paired_legend,
     paired_table,
     quality,
@@ -27,6 +28,7 @@ from ray_soup.soups.report.tables import (
     series_title,
     table,
 )
+from ray_soup.soups.report.text import number
 from ray_soup.soups.report.trials import trials_table
 from ray_soup.task.objective import OBJECTIVES, Objective
 from ray_soup.task.outcomes import Outcome
@@ -185,6 +187,18 @@ def test_a_series_shows_the_figure_that_ranks(select_by: str, figure: str, title
     assert series_legend(rows, "count", "test_v2", measures).startswith(title.replace(" on v2", ""))
     without = [{"model_name": "a", "count": 2, "test_v2_nll": 0.5}]
     assert measures.leading(without, "test_v2") == "nll"
+    shown = of_seed({"seeds": [1, 2, 3]})
+    assert " list (seed 1 only); each" in series_legend(rows, "count", "test_v2", measures, shown)
+    assert of_seed({"seeds": [1]}) == of_seed({}) == ""
+
+
+def test_a_number_that_rounds_to_zero_has_no_minus_sign() -> None:
+    forms = {"{:.4f}": "0.0000", "{:+.4f}": "+0.0000", "{:.4g}": "0", "{:.2%}": "0.00%"}
+    assert {form: number(form, -0.0) for form in forms} == forms
+    assert number("{:.4f}", -1e-9) == "0.0000"
+    assert (number("{:.4g}", -1e-9), number("{:+.2f}", -0.01)) == ("-1e-09", "-0.01")
+    assert (number("{:.4f}", float("-inf")), number("{:.4f}", float("nan"))) == ("-inf", "nan")
+    assert table([{"model_name": "a", "test_nll_scaled": -0.0}], quality([{"test_nll": 0.0}]))[1] == [["a", "0.0000"]]
 
 
 NLL = Measures("causal_lm", "token", "auto")

@@ -20,8 +20,9 @@ from markdown_it import MarkdownIt
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.report.card import model_card
+from ray_soup.soups.report.marks import MARK
 from ray_soup.soups.report.page import Report, html
-from ray_soup.soups.report.tables import MARK, markdown
+from ray_soup.soups.report.tables import markdown
 from ray_soup.soups.report.text import (
     label,
     markdown_block,

@@ -6,20 +6,25 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.recipe import Recipe, make_recipe, with_changes
+from ray_soup.recipe import Recipe, for_method, make_recipe, with_changes
 from ray_soup.soups import records
-from ray_soup.soups.output import KEPT_STATE, Output, Soup, begun, open_output
+from ray_soup.soups.identity import begun
+from ray_soup.soups.output import KEPT_STATE, Output, Soup, open_output
+from ray_soup.soups.state import LearnState, save_state, task_of
 from tests.conftest import values
 
 ROWS = [{"model_name": "mehl+", "test_nll": 0.25, "steps": 3}]
@@ -64,7 +69,19 @@ def test_only_a_resumed_run_has_the_token_of_an_earlier_one(tmp_path: Path, reci
 def finish(out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
     with open_output(out) as output:
         assert output.begin(begun(recipe, ingredients_of(recipe), **options)) is None
-        return publish(output, recipe)
+        more = {key: options[key] for key in ("compare",) if key in options}
+        return publish(output, recipe, **more)
+
+
+def work_in(out: Path, recipe: Recipe, **options: Any) -> None:
+    """Begin a run that leaves the state of a soup."""
+    begin(out, recipe, **options)
+    (out / "state" / "learn.pt").write_bytes(b"a state")
+
+
+def token_of(out: Path) -> str:
+    with open_output(out) as output:
+        return output.token()
 
 
 def names(folder: Path) -> list[str]:
@@ -119,7 +136,7 @@ def test_a_finished_run_that_lost_a_file_is_not_complete(tmp_path: Path, recipe:
 
 def test_another_recipe_is_refused_and_its_keys_are_named(tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
-    begin(out, recipe)
+    work_in(out, recipe)
     other = with_changes(recipe, {"learn.lr": 0.5, "learn.epochs": 9})
     message = (
         rf"{out} belongs to another recipe: (learn\.epochs was 2 and is now 9; learn\.lr was \S+ and is now 0\.5|"
@@ -132,22 +149,52 @@ def test_another_recipe_is_refused_and_its_keys_are_named(tmp_path: Path, recipe
 
 def test_changed_ingredients_are_refused_and_named(tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
-    begin(out, recipe)
+    work_in(out, recipe)
     os.utime(tmp_path / "zoo" / "model_1.safetensors", ns=(1, 1))
     with pytest.raises(RecipeError, match=r"ingredients that have changed since: \S+/zoo/model_1\.safetensors\. Choose"):
         begin(out, recipe)
 
 
-def test_other_options_are_refused_and_named(tmp_path: Path, recipe: Recipe) -> None:
+def test_another_command_is_refused_and_named(tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
-    begin(out, recipe, compare=[1, [], []])
-    with pytest.raises(RecipeError, match=r"was started with compare \[1, \[\], \[\]\], but this command has \[2, \[\], "):
-        begin(out, recipe, compare=[2, [], []])
-    with pytest.raises(RecipeError, match=r"was started with compare \[1, \[\], \[\]\], but this command has None"):
+    work_in(out, recipe, compare=[1, [], []])
+    message = r"was begun by `ray-soup compare`, and this command is `{}`\. Choose a new folder, or add --overwrite"
+    with pytest.raises(RecipeError, match=message.format("learn")):
         begin(out, recipe)
-    with pytest.raises(RecipeError, match=r"was started with kind None, but this command has search"):
-        begin(out, recipe, compare=[1, [], []], kind="search")
+    with pytest.raises(RecipeError, match=message.format("search")):
+        begin(out, recipe, kind="search")
     assert begin(out, recipe, compare=[1, [], []]) is None
+
+
+def test_a_comparison_takes_more_seeds_and_subsets_and_a_finished_one_no_fewer(tmp_path: Path, recipe: Recipe) -> None:
+    out, finished = tmp_path / "out", [2, [0, 2], []]
+    work_in(out, recipe, compare=[3, [], []])
+    token = token_of(out)
+    assert begin(out, recipe, compare=finished) is None  # nothing is lost
+    assert records.read_begun(out / "state" / "begun.json")["compare"] == finished
+    finish(out, recipe, compare=finished)
+    smaller = (
+        ([1, [0, 2], []], "--seeds 1 --drop-top 0,2"),
+        ([3, [0], [4]], "--seeds 3 --drop-top 0 --by-count 4"),
+        ([2, [0, 2], [], "no-trained"], "--seeds 2 --drop-top 0,2 --no-trained"),
+    )
+    for options, typed in smaller:
+        with pytest.raises(RecipeError, match=rf"comparison with --seeds 2 --drop-top 0,2; this command has {typed}, and"):
+            begin(out, recipe, compare=options)
+    larger = [3, [0, 2, 1], [2]]
+    for _ in range(2):
+        with open_output(out) as output:
+            assert output.begin(begun(recipe, ingredients_of(recipe), compare=larger)) is None
+            output.state("soups").mkdir(exist_ok=True)
+            output.state("soups", "a.json").write_text("{}")
+            fail_with(output, KeyboardInterrupt(), lambda: None)
+    soup = begin(out, recipe, compare=finished)  # which stays finished until the larger one is
+    assert soup is not None and soup.record["compare"] == finished  # noqa: PT018
+    assert token_of(out) == token
+    finish(out, recipe, compare=larger)
+    assert begin(out, recipe, compare=larger) is not None
+    with pytest.raises(RecipeError, match="would replace it by a smaller one"):
+        begin(out, recipe, compare=finished)
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, recipe: Recipe) -> None:
@@ -397,6 +444,135 @@ def test_state_that_cannot_be_removed_does_not_fail_a_finished_run(
     assert begin(tmp_path / "out", recipe) is not None
 
 
+# Left by a mistake, and replaced
+
+
+def learned(steps: int) -> bytes:
+    """The state of a soup after this many steps."""
+    state = LearnState(torch.zeros(2, 1, dtype=torch.float64), steps=steps)
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(state, Path(folder, "learn.pt"))
+        return Path(folder, "learn.pt").read_bytes()
+
+
+def test_a_folder_whose_run_never_got_to_work_is_begun_afresh(tmp_path: Path, recipe: Recipe) -> None:
+    out, mended = tmp_path / "out", with_changes(recipe, {"learn.lr": 0.5})
+    begin(out, recipe, compare=[1, [], []])
+    for name in ("learn.pt", "soups/mehl.pt", "soups/cosines.npy", "tune/trial/params.json", "out/model.safetensors"):
+        (out / "state" / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / "state" / name).write_bytes(learned(0) if name.endswith(".pt") else b"nothing")
+    (out / "state" / "resolved.json").write_text("{}")
+    records.write_run_record({"exit": 1, "error": "no Ray"}, out / "run.json")
+    (out / "mine.txt").write_text("mine")
+    assert begin(out, mended) is None
+    assert names(out) == ["mine.txt", "state"]
+    assert names(out / "state") == ["begun.json"]
+    for name in ("learn.pt", "soups/mehl.pt"):
+        (out / "state" / name).parent.mkdir(exist_ok=True)
+        (out / "state" / name).write_bytes(learned(1))
+        with pytest.raises(RecipeError, match=r"another recipe: learn\.lr was 0\.5 .* or add --overwrite to replace"):
+            begin(out, recipe)
+        (out / "state" / name).unlink()
+    assert begin(out, recipe) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "unused", "used"),
+    [
+        ("uniform", {}, {"learn.lr": 0.5, "blocks": "layer", "greedy.keep": ">", "finetune.trials": 2}, {"learn.seed": 7}),
+        ("uniform", {"data": {}}, {"learn.seed": 7, "precision": "bfloat16"}, {"out_dtype": "float16"}),
+        ("uniform", {"polish": {"epochs": 1}}, {"schedule.window": 2}, {"precision": "bfloat16"}),
+        ("greedy", {}, {"learn.epochs": 9, "data.train": "more.npz", "directions.dtype": "float32"}, {"greedy.keep": ">"}),
+        ("ema", {}, {"learn.epochs": 9}, {"schedule.window": 2}),
+        ("mehl+", {}, {"data.train": "more.npz", "search.trials": 3, "actors.cpus": 2}, {"blocks": "layer"}),
+    ],
+)
+def test_only_keys_that_the_method_uses_make_another_recipe(
+    tmp_path: Path, recipe: Recipe, method: str, more: dict[str, Any], unused: dict[str, Any], used: dict[str, Any]
+) -> None:
+    out, values = tmp_path / "out", {**for_method(recipe, method).model_dump(), **more}
+    recipe = make_recipe(values)
+    finish(out, recipe)
+    assert begin(out, with_changes(recipe, unused)) is not None
+    with pytest.raises(RecipeError, match=rf"belongs to another recipe: {next(iter(used))} was"):
+        begin(out, with_changes(recipe, used))
+
+
+def test_the_state_of_learning_does_not_depend_on_training_data(recipe: Recipe) -> None:
+    assert task_of(recipe) == task_of(with_changes(recipe, {"data.train": "more.npz"}))
+
+
+def overwrite(out: Path, recipe: Recipe, work: Callable[[Output], Any]) -> None:
+    with open_output(out, overwrite=True) as output:
+        assert output.begin(begun(recipe, ingredients_of(recipe))) is None
+        work(output)
+
+
+def test_overwriting_replaces_what_runs_wrote_once_the_new_run_is_finished(tmp_path: Path, recipe: Recipe) -> None:
+    out, other = tmp_path / "out", with_changes(recipe, {"learn.lr": 0.5})
+    finish(out, recipe)
+    (out / "tensorboard" / "mehl+").mkdir(parents=True)
+    (out / "tensorboard" / "mehl+" / "events.out.tfevents.1.host").touch()
+    before = tree(out)
+
+    def fails(output: Output, error: BaseException, *made: str) -> None:
+        assert names(out) == ["state"]
+        assert names(out / "state") == ["begun.json", "lease", "replaced"]
+        fail_with(output, error, lambda: [output.state(name).write_bytes(learned(1)) for name in made])
+
+    for error in (RecipeError("a label"), SoupError("no Ray"), KeyboardInterrupt()):
+        overwrite(out, other, lambda output: fails(output, error))  # noqa: B023
+        assert tree(out) == before  # none of them got to work
+    overwrite(out, other, lambda output: fails(output, SoupError("a loss"), "learn.pt"))
+    assert names(out) == ["run.json", "state"]
+    overwrite(out, recipe, lambda output: None)  # the one that failed is deleted, not kept
+    assert names(out / "state") == ["begun.json", "replaced"]
+    overwrite(out, other, lambda output: publish(output, other))
+    assert names(out) == ["model.safetensors", "recipe.yaml", "results.jsonl", "run.json", "state"]
+    assert names(out / "state") == ["begun.json"]
+    assert begin(out, other) is not None
+
+
+def test_overwriting_refuses_other_and_changed_files_by_name(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    (out / "mine").mkdir()
+    for name in ("mine/notes.txt", "state/mine", "model_1.safetensors"):
+        (out / name).write_text("mine")
+    (out / "results.jsonl").write_text("edited")
+    before = tree(out)
+    message = "mine/notes.txt, model_1.safetensors, results.jsonl, state/mine. Move them elsewhere, or choose a new folder."
+    with pytest.raises(RecipeError) as error:
+        overwrite(out, recipe, lambda output: None)
+    assert str(error.value) == (
+        f"--overwrite deletes only what ray_soup wrote, but {out} has other files, or files that were changed since: "
+        f"{message}"
+    )
+    assert tree(out) == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(RecipeError, match="was not written by ray_soup"):
+        overwrite(foreign, recipe, lambda output: None)
+    assert names(foreign) == ["thesis.tex"]
+
+
+def test_published_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+
+    def closed(output: Output) -> None:
+        staging = output.staging()
+        (staging / "model.safetensors").touch(0o600)
+        output.publish(recipe, ROWS, {"method": "mehl+", "exit": 0, "ingredients": []}, staging)
+
+    before = os.umask(0o022)
+    try:
+        overwrite(out, recipe, closed)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((out / name).stat().st_mode) for name in names(out) if name != "state"} == {0o644}
+
+
 # Where OUT may be
 
 
@@ -483,7 +659,7 @@ def test_a_linked_file_is_replaced_and_its_target_left_alone(tmp_path: Path, rec
 
 def test_keys_that_are_newer_than_the_folder_have_their_defaults(tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
-    begin(out, recipe)
+    work_in(out, recipe)
     file = out / "state" / "begun.json"
     record = json.loads(file.read_text())
     old = yaml.safe_load(record["recipe"])

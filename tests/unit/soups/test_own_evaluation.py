@@ -22,7 +22,8 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.hashing import sha256_file
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, dump_recipe, make_recipe, with_changes
-from ray_soup.soups.output import Soup, begun, open_output
+from ray_soup.soups.identity import begun
+from ray_soup.soups.output import Soup, open_output
 from ray_soup.soups.own_evaluation import figures_of_folder, figures_of_soup
 from ray_soup.soups.report.tables import legend, quality, table
 from ray_soup.soups.run import run

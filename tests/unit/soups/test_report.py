@@ -18,7 +18,8 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import METHODS, make_recipe
 from ray_soup.soups.report import figures
 from ray_soup.soups.report.heat_map import rank_correlation
-from ray_soup.soups.report.tables import ENSEMBLE, MARK, MEAN_SINGLE, insert, is_reference, legend, series_table, table
+from ray_soup.soups.report.marks import MARK, insert
+from ray_soup.soups.report.tables import ENSEMBLE, MEAN_SINGLE, is_reference, legend, series_table, table
 from ray_soup.task.outcomes import Outcome
 
 

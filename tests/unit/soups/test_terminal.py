@@ -16,9 +16,10 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.progress import WHOLE_RUN
 from ray_soup.soups.output import Soup
 from ray_soup.soups.report import console, progress_bar, terminal
-from ray_soup.soups.report.tables import MARK
-from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_row, print_soup, print_zoo
+from ray_soup.soups.report.marks import MARK
+from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_row, print_soup
 from ray_soup.soups.report.terminal_tables import comparison_text, table_text
+from ray_soup.soups.report.zoo import print_zoo
 
 SENTENCES = ("Made", "On ", "Wrote")
 """How lines begin that are no tables."""
@@ -180,6 +181,11 @@ def test_a_finished_soup_is_not_said_to_have_run(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"out": "out", "results": soup.rows, "run": soup.record}
     assert shown.err == "out is complete; nothing was run. To check it: ray-soup verify out\nA note.\n"
+    for show in (print_soup, print_comparison):
+        show(soup, as_json=False)
+        shown = capsys.readouterr()
+        assert shown.err.count("out is complete; nothing was run.") == 1
+        assert "Wrote" not in shown.out
 
 
 @pytest.mark.parametrize("tests", [("test",), ("test_v1", "test_v2"), ()])
@@ -187,12 +193,14 @@ def test_a_comparison_has_all_tables_in_80_columns(
     tests: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    print_comparison(comparison(*tests), as_json=False)
+    soup = comparison(*tests)
+    soup.record["seeds"] = [3, 4, 5]
+    print_comparison(soup, as_json=False)
     shown = capsys.readouterr()
     names = [split.removeprefix("test_") for split in tests] or ["select"]
     for name in names:
-        assert f"Accuracy on {name} in percent, without the N best ingredients:" in shown.out
-        assert f"Accuracy on {name} in percent, with N ingredients:" in shown.out
+        assert f"Accuracy on {name} in percent, without the N best ingredients (seed 3 only):" in shown.out
+        assert f"Accuracy on {name} in percent, with N ingredients (seed 3 only):" in shown.out
         if tests:
             for baseline in ("best_single", "greedy"):
                 assert f"Paired tests against {baseline} on {name}:" in shown.out
@@ -221,6 +229,8 @@ def test_failed_trainings_are_counted_with_the_first_error(capsys: pytest.Captur
         "1 more failed (zoo/state/failures.json). The first error: NaN loss",
         "Wrote 1 checkpoints and manifest.json to zoo.",
     ]
+    print_zoo(entries, [], "zoo", was_complete=True)
+    assert "Wrote" not in capsys.readouterr().out
 
 
 def test_the_best_single_stands_beside_a_soup_and_beside_a_copy_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:

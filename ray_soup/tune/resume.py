@@ -1,0 +1,104 @@
+"""Rerun the command that an output folder was begun with, as its own records say."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_soup.errors import RecipeError
+from ray_soup.io import storage
+from ray_soup.io.disk import write_bytes
+from ray_soup.io.progress import ProgressCallback, no_progress
+from ray_soup.recipe import Recipe, parse_overrides, with_changes
+from ray_soup.soups.compare import compare
+from ray_soup.soups.comparison import CompareOptions
+from ray_soup.soups.finished import bake_copy
+from ray_soup.soups.identity import command_of, recipe_of
+from ray_soup.soups.output import Soup
+from ray_soup.soups.place import local_folder
+from ray_soup.soups.records import BegunRecord, RunRecord, read_begun, read_results, read_run_record
+from ray_soup.soups.run import run
+from ray_soup.tune.finetune import finetune
+from ray_soup.tune.records import ManifestEntry, read_manifest
+from ray_soup.tune.search import search
+
+_READ = ("state/begun.json", "run.json", "results.jsonl")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What an output folder holds at the end: a soup, or fine-tuned checkpoints."""
+
+    command: str
+    """The command that the folder was begun with: learn (which stands for all that make one soup), compare, search,
+    finetune or bake."""
+    soup: Soup | None = None
+    """The soup; None for finetune."""
+    entries: Sequence[ManifestEntry] = ()
+    """The checkpoints of finetune."""
+    was_complete: bool = False
+    """True if nothing was run."""
+
+
+def resume(out: str | Path, overrides: Sequence[str] = (), progress: ProgressCallback = no_progress) -> Resumed:
+    """Finish the run in the folder or URI `out`; a finished run is returned without running anything.
+
+    Args:
+        out: the folder or URI.
+        overrides: keys of the recipe to change, as in "actors.cpus=2"; only those that do not change the result.
+        progress: called with what is being done, the units done so far, and the units in total.
+
+    Raises RecipeError if no run was begun in `out`, and what the command itself raises.
+    """
+    place = str(out) if storage.is_remote(str(out)) else str(local_folder(out))
+    begun, record, rows = _records_in(place)
+    command = "bake" if "source" in begun else command_of(begun)
+    if command == "finetune" and os.path.lexists(Path(place) / "manifest.json"):
+        return Resumed(command, entries=read_manifest(Path(place) / "manifest.json"), was_complete=True)
+    if record is not None and record["exit"] == 0 and record.get("compare", begun.get("compare")) == begun.get("compare"):
+        at: Path | str = place if storage.is_remote(place) else Path(place)
+        return Resumed(command, Soup(at, rows, record, record.get("notes", []), was_complete=True), was_complete=True)
+    recipe = with_changes(recipe_of(storage.join(place, "state", "begun.json"), begun), parse_overrides(overrides))
+    if os.path.isdir(begun.get("folder", "")):
+        os.chdir(begun["folder"])  # where the recipe's modules are found
+    if command == "finetune":
+        return Resumed(command, entries=finetune(recipe, place, progress))
+    return Resumed(command, _make(command, recipe, begun, place, progress))
+
+
+def _make(command: str, recipe: Recipe, begun: BegunRecord, out: str, progress: ProgressCallback) -> Soup:
+    if command == "bake":
+        return bake_copy(begun["source"], out, progress)
+    if command == "search":
+        return search(recipe, out, progress)
+    if command == "compare":
+        seeds, dropped, counted, *flags = begun["compare"]
+        return compare(recipe, out, CompareOptions(seeds, tuple(dropped), tuple(counted), not flags), progress)
+    return run(recipe, out, progress)
+
+
+def _records_in(out: str) -> tuple[BegunRecord, RunRecord | None, list[dict[str, Any]]]:
+    """Return begun.json, run.json and the rows of a folder or URI; of an unfinished run there are no rows.
+
+    Raises RecipeError if no run was begun there.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(out)
+        if storage.is_remote(out):
+            folder = Path(temporary)
+            (folder / "state").mkdir()
+            for name in _READ:
+                if storage.exists(found := storage.join(out, name)):
+                    write_bytes(folder / name, storage.read_bytes(found))
+        file = folder / "state" / "begun.json"
+        if not os.path.lexists(file):
+            raise RecipeError(
+                f"{out} has no run to resume: state/begun.json does not exist. Check the folder, or run the command itself."
+            )
+        record = read_run_record(folder)
+        finished = record is not None and record["exit"] == 0
+        return read_begun(file), record, read_results(folder) if finished else []
