@@ -54,7 +54,7 @@ class Diagnosis:
     rows: dict[str, str] = field(default_factory=dict)
     """Texts by their names, in order."""
     missing: list[str] = field(default_factory=list)
-    """What the recipe needs and is not there, each with what to do."""
+    """What the recipe needs and is missing, each with what to do."""
     warnings: list[str] = field(default_factory=list)
     """What may go wrong."""
 

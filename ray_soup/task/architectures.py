@@ -32,6 +32,9 @@ MODULES, BUILT = 12, 200
 """Modules of a library that are searched, and models that are built."""
 OTHERS, AFTER = 3, 16
 """Further models that are listed if they fit as well, and models that are built to find them."""
+ALIKE = 0.7  # share of the parts of names that a module must define
+DEFINED = re.compile(r"\bself\.(\w+)|[\"'](\w+)[\"']")
+OF_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 PROBE = 7  # a number of classes, by which the tensors of a head are found
 SIZES = re.compile(r"\b(?:embed_dims?|width|dims|depths?|layers|patch_size|stem_width)=([\[(]?\d[\d, ]*)")
 """Arguments in the functions of timm whose numbers are sizes of tensors, or numbers of layers."""
@@ -42,7 +45,6 @@ def installed() -> list[str]:
     return [library for library in LIBRARIES if importlib.util.find_spec(library) is not None]
 
 
-@functools.cache
 def names_in(library: str) -> tuple[str, ...]:
     """Return the names of the models of a library."""
     module: Any = importlib.import_module(library)
@@ -123,7 +125,7 @@ def _likely(library: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str
     modules = _modules(library)
     scores = {module: len(parts & words) for module, (words, _) in modules.items()}
     for module in sorted(modules, key=lambda one: -scores[one])[:MODULES]:
-        if scores[module] * 2 >= len(parts):
+        if scores[module] >= ALIKE * len(parts):
             yield from (name for name in sorted(modules[module][1], key=len) if _numbers(library, name) <= sizes)
 
 
@@ -142,11 +144,11 @@ def _modules(library: str) -> dict[str, tuple[set[str], list[str]]]:
 
 
 def _words(file: Path) -> set[str]:
-    """Return the words in a source file, and in the files of blocks that it imports, such as `._efficientnet_blocks`."""
-    text = file.read_text()
+    """Return the names of attributes in a source file, and in the files of blocks that it imports, such as `._blocks`."""
+    text = file.read_text("utf-8")
     blocks = [file.with_name(f"{name}.py") for name in re.findall(r"^from \.(_\w+) import", text, re.MULTILINE)]
-    texts = [text, *(block.read_text() for block in blocks if block.exists())]
-    return {word for one in texts for word in re.findall(r"\w+", one)}
+    texts = [text, *(block.read_text("utf-8") for block in blocks if block.exists())]
+    return OF_TENSORS | {word for one in texts for pair in DEFINED.findall(one) for word in pair}
 
 
 @functools.cache

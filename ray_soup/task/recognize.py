@@ -50,12 +50,11 @@ def recognize(ingredients: Sequence[Ingredient]) -> Recognized:
     for library in sorted(installed(), key=lambda one: one != "timm" or not _of_timm(first)):
         for name in mentioned(library, words):
             model = fitted(library, name, first)
+            if not model and not (library == "open_clip" and whole_clip(name, first)):
+                continue
             place = next(place for place, word in said if name in mentioned(library, [word]))
             why = f"{first.path}: {place} names {name}, and its tensors are those of {library}'s model."
-            if model:
-                return Recognized(model, why)
-            if library == "open_clip" and whole_clip(name, first):
-                return _zero_shot(name, why)
+            return Recognized(model, why) if model else _zero_shot(name, why)
     return _by_tensors(first, [first.path])
 
 

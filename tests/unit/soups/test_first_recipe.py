@@ -1,4 +1,4 @@
-"""The recipe of `ray-soup init`: the model that it recognizes, the data that it finds, and what is left to fill in."""
+"""The recipe that `ray-soup init` writes: the model that it recognizes, the data that it finds, and what is left open."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ def test_a_model_named_by_timms_arguments_has_their_preprocessing_and_the_recipe
         "train": f"{data}/train", "fit": f"{data}/val", "select": 0.2, "test": f"{data}/test"
     }  # fmt: skip
     assert len(open_inputs(recipe).ingredients) == 2
-    assert "# " + f"{zoo}/run_0.pth.tar: its args names test_vit" in made.text.replace("\n# ", " ")
+    assert f"{zoo}/run_0.pth.tar: its args names test_vit" in made.text.replace("\n# ", " ")
 
 
+@pytest.mark.slow
 def test_bare_tensors_are_those_of_a_model_of_a_library(tmp_path: Path) -> None:
     import timm
     import torchvision
@@ -74,7 +75,6 @@ def test_bare_tensors_are_those_of_a_model_of_a_library(tmp_path: Path) -> None:
     for name, made, expected in (
         ("timm", timm.create_model("test_efficientnet", num_classes=4), "timm:test_efficientnet?classes=4"),
         ("torchvision", torchvision.models.resnet18(num_classes=5), "torchvision:resnet18?classes=5"),
-        ("clip", timm.create_model("test_vit", num_classes=4, img_size=96), "timm:test_vit?classes=4"),
     ):
         found = recognize(open_ingredients(str(save(tmp_path / name, made))))
         assert (found.model, found.missing) == (expected, "")
@@ -198,4 +198,4 @@ def test_the_doctor_names_credentials_only_and_what_a_recipe_lacks(tmp_path: Pat
     (tmp_path / "r.yaml").write_text(f"model: {SPEC}\ningredients: nothing/*.pt\ndata: {{fit: none.npz}}\n")
     lacking = run(main, ["doctor", str(tmp_path / "r.yaml")])
     assert lacking.exit_code == 2
-    assert f"missing: data.fit: {tmp_path}/none.npz does not exist" in lacking.stderr
+    assert f"missing: data.fit: {tmp_path}/none.npz: does not exist" in lacking.stderr
