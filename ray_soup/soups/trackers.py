@@ -85,9 +85,9 @@ def _to_wandb(run: TrackedRun) -> str:
     ) as session:
         for line in run.curve:
             session.log(line)
-        columns: list[str | int] = list(dict.fromkeys(key for row in run.rows for key in row))
+        columns = list(dict.fromkeys(key for row in run.rows for key in row))
         data = [[row.get(column) for column in columns] for row in run.rows]
-        session.log({"results": wandb.Table(columns, data, allow_mixed_types=True)})
+        session.log({"results": wandb.Table([*columns], data, allow_mixed_types=True)})
         session.summary.update(run.figures)
         artifact = wandb.Artifact(f"soup-{run.identity}", "soup")
         for name in FILES:
