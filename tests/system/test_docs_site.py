@@ -45,7 +45,7 @@ SMALLER = {
 """What stands in the pages, and what is run instead, so that it takes seconds."""
 MIXES = ("learn", "compare", "search", "schedule")
 """Commands that take minutes: their OUT is made by `uniform`, without data. tests/ray runs them."""
-READS = ("inspect", "verify")
+READS = ("inspect", "verify", "keys", "doctor", "export", "resume")
 """Commands that are run as they stand."""
 
 
@@ -124,6 +124,13 @@ def of_own_model() -> None:
     write_zoo([nn.Sequential(*layers) for _ in range(2)], "zoo/{}.pt")
 
 
+def of_finished_runs() -> None:
+    """A soup in `out`, and one in `soups`, of the digits."""
+    of_digits()
+    for out in ("out", "soups"):
+        assert call("uniform", "recipe.yaml", out, "data.fit=null", "data.test=null").exit_code == 0
+
+
 def of_digits() -> None:
     """A zoo of digits, the function model:build, and a recipe for both."""
     Path("zoo").mkdir()
@@ -141,6 +148,7 @@ def nothing() -> None:
 WORKSPACES: dict[str, Callable[[], None]] = {
     "README.md": of_open_clip,
     "docs/data.md": nothing,
+    "docs/keys.md": nothing,
     "docs/libraries/causal-lm.md": of_language_models,
     "docs/libraries/lightning.md": of_lightning,
     "docs/libraries/lora.md": of_adapters,
@@ -151,6 +159,7 @@ WORKSPACES: dict[str, Callable[[], None]] = {
     "docs/libraries/transformers-text.md": of_texts,
     "docs/methods.md": nothing,
     "docs/one-run.md": of_one_run,
+    "docs/output.md": of_finished_runs,
     "docs/own-methods.md": of_digits,
     "docs/own-tuner.md": of_digits,
     "docs/python-api.md": of_digits,
@@ -192,7 +201,7 @@ def run_command(words: list[str]) -> None:
         return
     if words[0] == "ray-soup" and words[1] in MIXES and Path(words[2]).exists() and not Path(words[3]).exists():
         done = call("uniform", words[2], words[3], "data.fit=null", "data.test=null")
-    elif words[0] == "ray-soup" and words[1] in READS:
+    elif words[0] == "ray-soup" and words[1] in READS and words[1] in main.commands:
         done = call(*words[1:])
     else:
         return
