@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ray_soup.mixing.coefficients import Coefficients, load_coefficients
     from ray_soup.recipe import Recipe, load_recipe
     from ray_soup.soups.in_memory import MixedSoup, mix_state_dicts
+    from ray_soup.soups.methods.interface import Session
     from ray_soup.soups.output import Soup
     from ray_soup.task.models import load_model
     from ray_soup.task.objective import Objective
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 installed_first()  # before torch and others are imported: in a worker process of Ray the current folder comes first
 __version__ = "0.2.0"
 __all__ = [
-    "Coefficients", "MixedSoup", "Objective", "Recipe", "Soup", "SoupError", "bake", "compare", "greedy", "learn",
+    "Coefficients", "MixedSoup", "Objective", "Recipe", "Session", "Soup", "SoupError", "bake", "compare", "greedy", "learn",
     "load_coefficients", "load_model", "load_recipe", "mix_state_dicts", "search", "uniform",
 ]  # fmt: skip
 _MODULES = {
     "Coefficients": "mixing.coefficients", "MixedSoup": "soups.in_memory", "Objective": "task.objective",
-    "Recipe": "recipe", "Soup": "soups.output", "SoupError": "errors", "load_coefficients": "mixing.coefficients",
+    "Recipe": "recipe", "Session": "soups.methods.interface", "Soup": "soups.output", "SoupError": "errors",
+    "load_coefficients": "mixing.coefficients",
     "load_model": "task.models", "load_recipe": "recipe", "mix_state_dicts": "soups.in_memory",
 }  # fmt: skip
 
