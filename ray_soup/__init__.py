@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from ray_soup.mixing.coefficients import Coefficients, load_coefficients
     from ray_soup.recipe import Recipe, load_recipe
     from ray_soup.soups.in_memory import MixedSoup, mix_state_dicts
+    from ray_soup.soups.methods.interface import Session
     from ray_soup.soups.output import Soup
     from ray_soup.soups.results import load_results
     from ray_soup.task.models import load_model
@@ -32,15 +33,15 @@ if _TYPE_CHECKING:
 _installed_first()  # before torch and others are imported: in a worker process of Ray the current folder comes first
 __version__ = "0.2.0"
 __all__ = [
-    "Coefficients", "MixedSoup", "Objective", "Recipe", "Soup", "SoupError", "bake", "best_single", "compare", "evaluate",
-    "finetune", "greedy", "inspect", "learn", "load_coefficients", "load_model", "load_recipe", "load_results",
+    "Coefficients", "MixedSoup", "Objective", "Recipe", "Session", "Soup", "SoupError", "bake", "best_single", "compare",
+    "evaluate", "finetune", "greedy", "inspect", "learn", "load_coefficients", "load_model", "load_recipe", "load_results",
     "mix_state_dicts", "plan", "search", "uniform", "verify",
 ]  # fmt: skip
 _MODULES = {
     "Coefficients": "mixing.coefficients", "MixedSoup": "soups.in_memory", "Objective": "task.objective",
-    "Recipe": "recipe", "Soup": "soups.output", "SoupError": "errors", "load_coefficients": "mixing.coefficients",
-    "load_model": "task.models", "load_recipe": "recipe", "load_results": "soups.results",
-    "mix_state_dicts": "soups.in_memory",
+    "Recipe": "recipe", "Session": "soups.methods.interface", "Soup": "soups.output", "SoupError": "errors",
+    "load_coefficients": "mixing.coefficients", "load_model": "task.models", "load_recipe": "recipe",
+    "load_results": "soups.results", "mix_state_dicts": "soups.in_memory",
 }  # fmt: skip
 
 
