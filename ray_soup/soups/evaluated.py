@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypedDict
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from ray_soup.io.disk import writing
 from ray_soup.soups.records import read_sealed, write_sealed

@@ -201,8 +201,8 @@ def _model(spec: str, here: str) -> str:
 
 def _quoted(text: str) -> str:
     """Return a text as YAML on one line."""
-    is_text: bool = resolve(text) is text
-    if is_text and re.fullmatch(r"[\w./][\w./:+?=&,* -]*", text) and ": " not in text:
+    plain = resolve(text) is text and re.fullmatch(r"[\w./][\w./:+?=&,* -]*", text) and ": " not in text
+    if plain and not text.endswith((" ", ":")):
         return text
     quoted: str = yaml.safe_dump(text, default_style="'", width=10_000)
     return quoted.strip()

@@ -145,9 +145,9 @@ def _modules(library: str) -> dict[str, tuple[set[str], list[str]]]:
 
 def _words(file: Path) -> set[str]:
     """Return the names of attributes in a source file, and in the files of blocks that it imports, such as `._blocks`."""
-    text = file.read_text("utf-8")
+    text = file.read_text(encoding="utf-8")
     blocks = [file.with_name(f"{name}.py") for name in re.findall(r"^from \.(_\w+) import", text, re.MULTILINE)]
-    texts = [text, *(block.read_text("utf-8") for block in blocks if block.exists())]
+    texts = [text, *(block.read_text(encoding="utf-8") for block in blocks if block.exists())]
     return OF_TENSORS | {word for one in texts for pair in DEFINED.findall(one) for word in pair}
 
 

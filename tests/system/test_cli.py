@@ -253,7 +253,7 @@ def test_help_lists_the_commands_and_the_exit_codes() -> None:
     assert result.exit_code == 0
     for verb in (
         "demo", "fetch", "inspect", "plan", "finetune", "uniform", "greedy", "best-single", "learn", "compare", "search",
-        "evaluate", "bake", "verify", "completion", "resume",
+        "evaluate", "bake", "verify", "completion", "init", "keys", "doctor", "export", "resume",
     ):  # fmt: skip
         assert verb in result.output
         assert call(verb, "--help").exit_code == 0
