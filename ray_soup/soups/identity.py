@@ -63,11 +63,11 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
             f"{out} was started with ingredients that have changed since: {', '.join(map(str, which[:3]))}. Choose a new "
             "folder that is not inside the ingredients' folder, or add --overwrite to replace what is there."
         )
-    old, new = command_of(before), command_of(now)
-    if old != new:
+    begun_by, command = command_of(before), command_of(now)
+    if begun_by != command:
         raise OtherRunError(
-            f"{out} was begun by `ray-soup {old}`, and this command is `{new}`. Choose a new folder, or add --overwrite to "
-            "replace what is there."
+            f"{out} was begun by `ray-soup {begun_by}`, and this command is `{command}`. Choose a new folder, or add "
+            "--overwrite to replace what is there."
         )
     if before.get("start") != now.get("start"):
         raise OtherRunError(

@@ -111,7 +111,9 @@ def own_files(out: Path, hashed: bool = True) -> tuple[list[str], list[str]]:
         out: the folder.
         hashed: True if a finished file must still have the SHA-256 that its record lists.
     """
-    listed, own, others = _listed(out), [], []
+    listed = _listed(out)
+    own: list[str] = []
+    others: list[str] = []
     for file in sorted(out.rglob("*")):
         if file.is_dir() and not file.is_symlink():
             continue
