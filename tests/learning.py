@@ -20,6 +20,7 @@ from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state
 from ray_soup.task.data import Split, batch_positions, calibration_batches, cut_splits
+from ray_soup.tune.resume import resume
 from tests import tiny
 from tests.conftest import InProcess, values
 
@@ -76,7 +77,9 @@ def whole_and_stopped(recipe: Recipe, folder: Path) -> tuple[Soup, Soup]:
 
     with pytest.raises(KeyboardInterrupt):
         run(recipe, folder / "stopped", progress=stop)
-    return whole, run(recipe, folder / "stopped")
+    found = resume(folder / "stopped").soup
+    assert found is not None
+    return whole, found
 
 
 def same(found: LearnState, expected: LearnState) -> None:

@@ -194,6 +194,7 @@ def replace_run(out: Path, is_mirror: bool) -> None:
                 (kept / name).parent.mkdir(parents=True, exist_ok=True)
                 (out / name).replace(kept / name)
         _remove_empty(out)
+        kept.parent.mkdir(exist_ok=True)  # a mirror has neither lock nor lease there
 
 
 def put_back(out: Path) -> None:

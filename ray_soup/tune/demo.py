@@ -85,7 +85,7 @@ def demo(out: str | Path, progress: ProgressCallback = no_progress, overwrite: b
     if not (out / "data" / "test.npz").exists():
         write_digits(out / "data")
     with connect():
-        finetune(recipe, out / "zoo", progress, overwrite)
+        finetune(recipe, out / "zoo", progress, overwrite=overwrite)
         return compare(recipe, out / "soups", progress=progress, overwrite=overwrite)
 
 

@@ -26,7 +26,8 @@ from ray_soup.soups.report.tables import comparison_markdown, quality, table
 from ray_soup.soups.results import KINDS, load_results
 from ray_soup.soups.run import run
 from ray_soup.soups.session import Session
-from tests.conftest import values
+from ray_soup.tune.resume import resume
+from tests.conftest import ROOT, values
 
 LABELS = ["best_single", "uniform", "greedy", "learned", "learned+", "mehl", "mehl+", "mehl-m3", "mehl+-m3"]
 OPTIONS = CompareOptions(seeds=2, drop_top=(0, 2), by_count=(3, 8))
@@ -197,7 +198,10 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         compare(recipe, tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["exit"] == 130
-    cut = compare(recipe, tmp_path / "cut")
+    monkeypatch.chdir(tmp_path)
+    cut = resume("cut").soup
+    assert cut is not None
+    assert Path.cwd() == ROOT  # where the comparison was begun
     assert made == [*LABELS[:5], "interrupt", *LABELS[5:7]]
     timing = ("seconds", "peak_memory_bytes", "seconds_sd")
     for ours, theirs in zip(cut.record["table"], whole.record["table"], strict=True):

@@ -706,6 +706,17 @@ def test_a_uri_is_published_from_a_local_mirror(s3: str, tmp_path: Path, recipe:
         assert output.begin(begun(recipe, ingredients_of(recipe))) is not None
 
 
+def test_overwriting_at_a_uri_deletes_the_earlier_run_at_once(s3: str, recipe: Recipe) -> None:
+    uri, other = f"{s3}/out", with_changes(recipe, {"learn.lr": 0.5})
+    for which, overwrites in ((recipe, False), (other, True)):
+        with open_output(uri, overwrite=overwrites) as output:
+            assert output.begin(begun(which, ingredients_of(which))) is None
+            assert not storage.exists(f"{uri}/run.json")
+            publish(output, which)
+    with open_output(uri) as output:
+        assert output.begin(begun(other, ingredients_of(other))) is not None
+
+
 def test_a_local_folder_is_where_actors_see_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with open_output(out) as output:

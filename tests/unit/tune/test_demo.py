@@ -21,8 +21,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         def __exit__(self, *error: object) -> None: ...
 
     monkeypatch.setattr(demo, "connect", Connected)
-    monkeypatch.setattr(demo, "finetune", lambda recipe, out, progress: recipes.append(recipe))
-    monkeypatch.setattr(demo, "compare", lambda recipe, out, progress: recipes.append(recipe))
+    monkeypatch.setattr(demo, "finetune", lambda recipe, out, progress, overwrite: recipes.append(recipe))
+    monkeypatch.setattr(demo, "compare", lambda recipe, out, progress, overwrite: recipes.append(recipe))
     monkeypatch.setattr(demo, "write_digits", lambda folder: folder.mkdir(exist_ok=True))
     return recipes
 
