@@ -45,6 +45,7 @@ SMALLER = {
 """What stands in the pages, and what is run instead, so that it takes seconds."""
 MIXES = ("learn", "compare", "search", "schedule")
 """Commands that take minutes: their OUT is made by `uniform`, without data. tests/ray runs them."""
+WITHOUT_DATA = ("data.fit=null", "data.select=0.2", "data.test=null")
 READS = ("inspect", "verify", "keys", "doctor", "export", "resume")
 """Commands that are run as they stand."""
 
@@ -128,7 +129,7 @@ def of_finished_runs() -> None:
     """A soup in `out`, and one in `soups`, of the digits."""
     of_digits()
     for out in ("out", "soups"):
-        assert call("uniform", "recipe.yaml", out, "data.fit=null", "data.test=null").exit_code == 0
+        assert call("uniform", "recipe.yaml", out, *WITHOUT_DATA).exit_code == 0
 
 
 def of_digits() -> None:
@@ -200,7 +201,7 @@ def run_command(words: list[str]) -> None:
         run_process(ray_soup(*words[1:]))
         return
     if words[0] == "ray-soup" and words[1] in MIXES and Path(words[2]).exists() and not Path(words[3]).exists():
-        done = call("uniform", words[2], words[3], "data.fit=null", "data.test=null")
+        done = call("uniform", words[2], words[3], *WITHOUT_DATA)
     elif words[0] == "ray-soup" and words[1] in READS and words[1] in main.commands:
         done = call(*words[1:])
     else:
