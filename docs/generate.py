@@ -7,7 +7,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -15,11 +14,7 @@ import click
 import ray_soup
 from ray_soup import errors
 from ray_soup.cli import main
-
-try:
-    from ray_soup.recipe.keys import keys
-except ImportError:
-    from schema_keys import keys
+from ray_soup.recipe.keys import keys
 
 COMMON = {"--json", "--traceback", "--log-format", "--help"}
 """Options of every command, which the page explains once."""
@@ -97,8 +92,6 @@ def _directive(kind: str, name: str) -> str:
 
 def session_of_methods() -> str:
     """Return the directive that documents what a method works with."""
-    if find_spec("ray_soup.soups.methods") is None:
-        return ""
     name = "ray_soup.soups.methods.interface"
     classes = "\n".join(f".. autoclass:: {name}.{one}\n   :members:\n" for one in ("Session", "IngredientInfo"))
     return f"## The session\n\n```{{eval-rst}}\n{classes}```\n"
