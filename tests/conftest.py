@@ -43,8 +43,8 @@ LONGEST = (
     "system/test_signals.py", "ray/test_learn.py", "ray/test_disk_faults.py", "system/test_jobs.py", "ray/test_any_task.py",
     "ray/test_compare.py", "system/test_fuzz.py", "ray/test_memory.py", "system/test_improvement.py",
     "ray/test_language_models.py", "unit/soups/test_disk_faults.py", "system/test_hub_adapters.py",
-    "system/test_pretrainer.py", "ray/test_by_layer.py", "users/test_texts.py", "users/test_images.py", "system/test_docs_site.py",
-    "ray/test_adapters.py", "unit/io/test_distributed_runs.py",
+    "system/test_pretrainer.py", "ray/test_by_layer.py", "users/test_texts.py", "users/test_images.py",
+    "system/test_docs_site.py", "ray/test_adapters.py", "unit/io/test_distributed_runs.py",
 )  # fmt: skip
 """Files whose tests take a minute or more, slowest first."""
 
