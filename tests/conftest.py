@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ LONGEST = (
     "system/test_signals.py", "ray/test_learn.py", "ray/test_disk_faults.py", "system/test_jobs.py", "ray/test_any_task.py",
     "ray/test_compare.py", "system/test_fuzz.py", "ray/test_memory.py", "system/test_improvement.py",
     "ray/test_language_models.py", "unit/soups/test_disk_faults.py", "system/test_hub_adapters.py",
-    "system/test_pretrainer.py", "ray/test_by_layer.py", "ray/test_adapters_user.py", "ray/test_adapters.py",
-    "unit/io/test_distributed_runs.py",
+    "system/test_pretrainer.py", "ray/test_by_layer.py", "users/test_texts.py", "users/test_images.py",
+    "ray/test_adapters.py", "unit/io/test_distributed_runs.py",
 )  # fmt: skip
 """Files whose tests take a minute or more, slowest first."""
 
@@ -98,17 +98,20 @@ def conv_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def cluster(endpoint: dict[str, str]) -> Iterator[None]:
     """Start a local Ray for all tests that need one in this process.
 
-    Its actors return arrays of 1 MB and more to the system at once, so that their memory can be measured.
+    Its actors return arrays of 1 MB and more to the system at once, so that their memory can be measured, and find s3:// at
+    the tests' endpoint.
     """
     from ray_soup.actors.ray_session import connect
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
-        with connect():
-            yield
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**endpoint, "MALLOC_MMAP_THRESHOLD_": "1000000"}.items():
+                patch.setenv(name, value)
+            stack.enter_context(connect())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -122,3 +124,33 @@ def assert_figures(made: tuple[Recipe, Soup], zoo: list[nn.Module], written: nn.
             continue
         group = np.arange(len(outcome)) if outcome.group is None else np.unique(outcome.group, return_inverse=True)[1]
         np.testing.assert_array_equal(np.bincount(group, outcome.correct), own.correct)
+
+
+# Images of three colors
+
+NAMES = ("blue", "green", "red")
+
+
+def image_folders(folder: Path) -> dict[str, str]:
+    """Folders of noisy images of three colors, of several sizes."""
+    random = np.random.default_rng(0)
+    for split, count in (("fit", 14), ("test", 8), ("train", 12)):
+        for label, name in enumerate(NAMES):
+            (folder / split / name).mkdir(parents=True)
+            for n in range(count):
+                height, width = random.integers(50, 110, 2)
+                pixels = random.integers(0, 200, (height, width, 3))
+                pixels[..., 2 - label] += 55
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{n}.png")
+    return {"fit": str(folder / "fit"), "test": str(folder / "test")}
+
+
+@torch.inference_mode()
+def class_figures(model: nn.Module, batches: Batches) -> Figures:
+    loss, right = 0.0, []
+    for images, target in batches:
+        output = model(images)
+        loss += F.cross_entropy(output, target, reduction="sum").item()
+        right.append((output.argmax(1) == target).numpy())
+    correct = np.concatenate(right)
+    return Figures(loss, len(correct), correct)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.run import run
 from ray_soup.task.data import Split
 from tests.adapters import ATTENTION, EVERYTHING, loaded, values, write_adapters, write_texts
-from tests.conftest import InProcess, put, ray_soup
+from tests.conftest import InProcess, put
 from tests.ray.test_language_models import by_library, docstrings, train, words_of
 from tests.ray.test_language_models import write_texts as write_documents
 from tests.system.command import call, write_recipe
@@ -130,8 +129,8 @@ def test_two_shards_learn_what_one_does(made: Path, learned: Path, tmp_path: Pat
 def test_adapters_and_soup_in_a_bucket(made: Path, s3: str, tmp_path: Path) -> None:
     put(made / "runs", f"{s3}/runs")
     recipe = write_recipe(tmp_path, {**values(made, method="uniform"), "ingredients": f"{s3}/runs/*"})
-    done = subprocess.run(ray_soup("uniform", str(recipe), f"{s3}/soup"), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = call("uniform", recipe, f"{s3}/soup")
+    assert done.exit_code == 0, done.stderr
     lines = verify(f"{s3}/soup")
     assert any("29 tensors are bit-identical" in line for line in lines)
     run(make_recipe(values(made, method="uniform")), tmp_path / "local")

@@ -1,8 +1,7 @@
-"""Language models and classifiers of texts: compared, each model has the figures of transformers' own loss and logits."""
+"""A masked language model: compared, each model has the figures of transformers' own loss and logits."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tests.ray.own_loops import Figures, assert_figures, compared, fine_tuned, rows_of
-from tests.unit.task.language_models import byte_tokenizer, llama
+from tests.unit.task.language_models import byte_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 WORDS = ("river", "stone", "paper", "cloud", "window", "garden", "summer", "engine", "letter", "market")
@@ -66,63 +64,17 @@ def library_soup(auto: str, out: Path) -> nn.Module:
     return getattr(transformers, auto).from_pretrained(out)
 
 
-# Classes of texts
-
-
-def test_a_classifier_of_texts_of_256_tokens(tmp_path: Path) -> None:
-    """Half of the texts are longer than 128 tokens, and some longer than the model's 256, which is the default."""
-    words = tokenizer()
-    made = {name: texts(count, seed, 400) for seed, (name, count) in enumerate({"fit": 30, "test": 24, "train": 30}.items())}
-    for name, rows in made.items():
-        pq.write_table(pa.Table.from_pylist([{"text": t, "label": y} for t, y in rows]), tmp_path / f"{name}.parquet")
-
-    def batch_of(rows: list[tuple[str, int]]) -> tuple[Any, torch.Tensor]:
-        batch = words([text for text, _ in rows], truncation=True, max_length=256, padding=True, return_tensors="pt")
-        return batch, torch.tensor([label for _, label in rows])
-
-    lengths = [len(words(text)["input_ids"]) for text, _ in made["test"]]
-    assert sum(length > 256 for length in lengths) > 3
-    assert sum(128 < length <= 256 for length in lengths) > 6
-
-    def step(model: nn.Module, seed: int, number: int) -> torch.Tensor:
-        batch, labels = batch_of([made["train"][n] for n in rows_of(seed, number, 30, 8)])
-        return model(**batch, labels=labels).loss
-
-    zoo = fine_tuned(lambda: bert("ForSequenceClassification", 256, num_labels=3, initializer_range=0.2), step, 3e-3)
-    ingredients = saved(zoo, words, tmp_path)
-
-    @torch.inference_mode()
-    def loop(model: nn.Module) -> Figures:
-        loss, right = 0.0, []
-        for first in range(0, 24, 7):
-            batch, labels = batch_of(made["test"][first : first + 7])
-            logits = model(**batch).logits
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            right.append((logits.argmax(1) == labels).numpy())
-        return Figures(loss, 24, np.concatenate(right))
-
-    data = {name: str(tmp_path / f"{name}.parquet") for name in ("fit", "test")}
-    found = compared(tmp_path, f"transformers:{tmp_path}/zoo/run_0", ingredients, data)
-    cut = sum(length > 256 for length in lengths)
-    assert any(f"data.test: {cut} of 24 texts ({cut / 24:.1%}) were cut at 256 tokens" in note for note in found[1].notes)
-    assert_figures(found, zoo, library_soup("AutoModelForSequenceClassification", found[1].out), loop)
-
-
-# Language models
-
-
-def by_own_loss(examples: list[dict[str, torch.Tensor]], shift: int) -> Callable[[nn.Module], Figures]:
-    """The library's own loss of each example, [1, tokens], and its right predictions; labels follow `shift` places later."""
+def by_own_loss(examples: list[dict[str, torch.Tensor]]) -> Callable[[nn.Module], Figures]:
+    """The library's own loss of each example, [1, tokens], and its right predictions."""
 
     @torch.inference_mode()
     def loop(model: nn.Module) -> Figures:
         loss, units, right = 0.0, 0, []
         for example in examples:
-            labels, out = example["labels"][:, shift:], model(**example)
+            labels, out = example["labels"], model(**example)
             count = int((labels != -100).sum())
             loss, units = loss + out.loss.item() * count, units + count
-            predicted = out.logits[:, : labels.shape[1]].argmax(2)
-            right.append(int((predicted == labels).sum()))
+            right.append(int((out.logits.argmax(2) == labels).sum()))
         return Figures(loss, units, np.array(right))
 
     return loop
@@ -153,24 +105,4 @@ def test_a_masked_language_model(tmp_path: Path) -> None:
     found = compared(tmp_path, f"transformers:{tmp_path}/zoo/run_0", ingredients, data)
     assert found[0].objective == "auto"
     test = [example for example in made["test"] if (example["labels"] != -100).any()]
-    assert_figures(found, zoo, library_soup("AutoModelForMaskedLM", found[1].out), by_own_loss(test, 0))
-
-
-def test_a_causal_language_model(tmp_path: Path) -> None:
-    """Each document is one window; test_language_models has longer ones."""
-    words = byte_tokenizer([text for text, _ in texts(60, 9, 40)])
-    made = {}
-    for seed, (name, count) in enumerate({"fit": 30, "test": 24, "train": 30}.items()):
-        documents = [text for text, _ in texts(count, seed, 30)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
-        ids = [torch.tensor([words(text)["input_ids"]]) for text in documents]
-        made[name] = [{"input_ids": tokens, "labels": tokens} for tokens in ids]
-
-    def step(model: nn.Module, seed: int, number: int) -> torch.Tensor:
-        return torch.stack([model(**made["train"][n]).loss for n in rows_of(seed, number, 30, 4)]).mean()
-
-    zoo = fine_tuned(lambda: llama(std=0.02), step, 1e-2)
-    ingredients = saved(zoo, words, tmp_path)
-    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("fit", "test")}
-    found = compared(tmp_path, f"transformers:{tmp_path}/zoo/run_0", ingredients, data)
-    assert_figures(found, zoo, library_soup("AutoModelForCausalLM", found[1].out), by_own_loss(made["test"], 1))
+    assert_figures(found, zoo, library_soup("AutoModelForMaskedLM", found[1].out), by_own_loss(test))

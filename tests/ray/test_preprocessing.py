@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ray.test_any_task import NAMES, class_figures, image_folders
+from tests.ray.own_loops import NAMES, class_figures, image_folders
 from tests.system.command import call, write_recipe
 from tests.unit.task.library_models import TEXTS, bert, tokenizer
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.find import find_sweeps, open_ingredients
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.run import run
-from tests.conftest import ROOT, put, ray_soup, values
+from tests.conftest import put, values
 from tests.tiny import Tiny
 
 
@@ -132,18 +130,6 @@ def test_a_damaged_experiment_is_named(experiment: Path, zoo: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_sweep_becomes_a_soup(experiment: Path, zoo: Path, tmp_path: Path) -> None:
-    recipe = {**values(zoo), "ingredients": f"{experiment}?metric=accuracy", "learn": {"epochs": 1, "batch_size": 150}}
-    soup = run(make_recipe(recipe), tmp_path / "out")
-    assert [i["hyperparameters"]["seed"] for i in soup.record["ingredients"]] == [0, 1, 3]
-    assert [i["metrics"]["accuracy"] for i in soup.record["ingredients"]] == pytest.approx([0.7, 0.7, 0.5])
-    assert any("left out: 1 failed" in note for note in soup.notes)
-    by_path = [i.path for i in open_ingredients(f"{experiment}?metric=accuracy")]
-    same = run(make_recipe({**recipe, "ingredients": by_path}), tmp_path / "same")
-    assert same.rows[0]["test_nll"] == soup.rows[0]["test_nll"]
-
-
-@pytest.mark.slow
 def test_a_sweep_in_a_bucket_makes_the_same_soup(experiment: Path, zoo: Path, s3: str, tmp_path: Path) -> None:
     put(experiment, f"{s3}/sweeps/experiment")
     ours, theirs = (open_ingredients(f"{base}?metric=accuracy") for base in (experiment, f"{s3}/sweeps/experiment"))
@@ -151,12 +137,8 @@ def test_a_sweep_in_a_bucket_makes_the_same_soup(experiment: Path, zoo: Path, s3
         (i.name, i.trial.config, i.trial.metrics) for i in theirs
     ]
     assert [s.note() for s in find_sweeps(f"{s3}/sweeps")] == [f"{s3}/sweeps/experiment: 3 trials used, left out: 1 failed."]
-    recipe = values(zoo, ingredients=f"{experiment}?metric=accuracy", learn={"epochs": 1, "batch_size": 150})
-    run(make_recipe(recipe), tmp_path / "ours")
-    recipe["ingredients"] = f"{s3}/sweeps/experiment?metric=accuracy"
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    command = ray_soup("learn", str(tmp_path / "r.yaml"), str(tmp_path / "theirs"))  # its actors inherit the endpoint
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for name, folder in (("ours", experiment), ("theirs", f"{s3}/sweeps/experiment")):
+        recipe = values(zoo, ingredients=f"{folder}?metric=accuracy", learn={"epochs": 1, "batch_size": 150})
+        run(make_recipe(recipe), tmp_path / name)
     one, other = (load_coefficients(tmp_path / name / "coefficients.safetensors").values for name in ("ours", "theirs"))
     np.testing.assert_array_equal(one, other)

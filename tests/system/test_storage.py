@@ -184,7 +184,7 @@ def test_a_soup_from_a_bucket_into_a_bucket_is_bit_identical_to_one_on_disk(
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_from_the_bucket_on_another_machine(zoo: Path, s3: str, tmp_path: Path, cluster: None) -> None:
-    local, remote = in_the_bucket(zoo, s3, tmp_path, learn={"batch_size": 4, "epochs": 20})
+    local, remote = in_the_bucket(zoo, s3, tmp_path, learn={"batch_size": 8, "epochs": 12})
     command = ray_soup("learn", str(remote), f"{s3}/out")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
     try:
@@ -200,9 +200,11 @@ def test_a_killed_run_resumes_from_the_bucket_on_another_machine(zoo: Path, s3: 
 
 
 @pytest.mark.slow
-def test_a_search_into_a_bucket_keeps_no_trials(zoo: Path, s3: str, tmp_path: Path) -> None:
+def test_a_search_into_a_bucket_keeps_no_trials(zoo: Path, s3: str, tmp_path: Path, cluster: None) -> None:
     _, remote = in_the_bucket(zoo, s3, tmp_path, search={"learn.lr": {"grid": [0.03]}, "scheduler": "none"})
-    found = call("search", str(remote), f"{s3}/out")["run"]["search"]
+    done = here_call("search", remote, f"{s3}/out", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["run"]["search"]
     assert [t["error"] for t in found["trials"]] == [None, None]
     assert here_call("verify", f"{s3}/out").exit_code == 0
     assert not [name for name in storage.walk(f"{s3}/out/state") if name.startswith(("trials/", "tune/"))]
@@ -252,8 +254,8 @@ def test_a_run_that_is_stopped_while_it_uploads_resumes_to_the_same_bits(
                 wait_for(stalled.is_set, process)
                 stop(process, number)
         assert not storage.exists(f"{s3}/out/run.json")
-    found = call("learn", str(recipe), f"{s3}/out")
+    found = run(load_recipe(recipe), f"{s3}/out").rows
     assert torch.equal(coefficients(f"{s3}/out"), coefficients(str(soup)))
     alone = json.loads((soup / "results.jsonl").read_text().splitlines()[0])
-    assert found["results"][0]["test_nll"] == alone["test_nll"]
+    assert found[0]["test_nll"] == alone["test_nll"]
     assert here_call("verify", f"{s3}/out").exit_code == 0

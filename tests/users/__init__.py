@@ -1,0 +1,1 @@
+"""Nine users: from the ordinary training script of their library to the soup loaded there, with the same figure."""
