@@ -1,4 +1,4 @@
-"""The demo, as a user runs it, with a recipe in its folder that fine-tunes fewer models for fewer epochs."""
+"""The demo, as a user runs it, with half of its data and a recipe in its folder that fine-tunes fewer models."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from ray_soup.tune import demo
 from tests.conftest import ROOT, ray_soup
+from tests.system.command import call as here
 
 
 def call(*arguments: str) -> dict:
-    done = subprocess.run(ray_soup(*arguments, "--json"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = here(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
+def test_the_demo_runs_end_to_end(tmp_path: Path, cluster: None) -> None:
     out = tmp_path / "demo"
     demo._recipe_in(out)
+    demo.write_digits(out / "data")
+    for file in (out / "data").iterdir():
+        arrays = np.load(file)
+        np.savez(file, **{name: array[: len(array) // 2] for name, array in arrays.items()})
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe["finetune"] |= {"trials": 6, "epochs": {"randint": [3, 6]}, "trunk": {"epochs": 8}}
     recipe["precision"] = "float32"  # auto measures which is faster, each command for itself
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shown = call("demo", str(out))
+    done = subprocess.run(ray_soup("demo", str(out), "--json"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout.splitlines()[-1])
     table = {row["model_name"]: row for row in shown["run"]["table"]}
     assert set(table) >= {
         "mean single",
