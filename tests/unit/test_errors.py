@@ -152,6 +152,26 @@ def test_an_error_of_an_actor_is_explained_by_its_cause() -> None:
     assert explain(remote.as_instanceof_cause())[0].startswith("/x/a: No space left on device.")
 
 
+@pytest.mark.parametrize("option", [["--log-format", "json"], ["--log-format=json"]])
+def test_a_command_that_fails_says_so_in_json(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    @click.group(cls=exits.Shell)
+    def shell() -> None: ...
+
+    @shell.command()
+    @exits.common_options
+    def read(as_json: bool) -> None:
+        exits.run_task(lambda progress: Path("/nothing").read_text())
+
+    with pytest.raises(SystemExit):
+        shell.main(["read", *option])
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["phase"] for line in lines[:-1]] == ["starting", "starting"]
+    assert lines[-1]["message"].startswith("ray-soup: /nothing: No such file")
+    with pytest.raises(SystemExit):
+        shell.main(["read"])  # the next command in this process logs text again
+    assert capsys.readouterr().err.startswith("ray-soup: /nothing: No such file")
+
+
 @pytest.mark.parametrize("end", ["raise", "usage", "group"])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_command_that_fails_prints_a_sentence_and_json(
