@@ -1,9 +1,10 @@
 """The commands as Python functions.
 
 A recipe is a Recipe, a mapping of its keys, or the path of a YAML file. Keyword arguments in `changes` override its keys, as
-in learn={"lr": 0.02} or **{"learn.lr": 0.02}. Every function that writes an output folder resumes an interrupted run. All
-of them raise SoupError on failure. They connect to the Ray that the caller has started with `ray.init`, and leave it
-running; otherwise to the cluster at RAY_ADDRESS, or they start a local Ray for as long as the call lasts.
+in learn={"lr": 0.02} or **{"learn.lr": 0.02}. Every function that writes an output folder resumes an interrupted run; with
+overwrite=True, it replaces an earlier one. All of them raise SoupError on failure. They connect to the Ray that the caller
+has started with `ray.init`, and leave it running; otherwise to the cluster at RAY_ADDRESS, or they start a local Ray for as
+long as the call lasts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def learn(
     method: str | None = None,
     *,
     progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
     **changes: Any,
 ) -> Soup:
     """Learn the coefficients of a soup and write the soup to the folder or URI `out`.
@@ -44,27 +46,48 @@ def learn(
     """
     loaded = as_recipe(recipe)
     chosen = method or (loaded.method if loaded.info.learns or loaded.info.is_own else DEFAULT_METHOD)
-    return run(with_changes(loaded, {"method": chosen, **changes}), out, progress)
+    return run(with_changes(loaded, {"method": chosen, **changes}), out, progress, overwrite=overwrite)
 
 
-def greedy(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any) -> Soup:
+def greedy(
+    recipe: AnyRecipe,
+    out: str | Path,
+    *,
+    progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
+    **changes: Any,
+) -> Soup:
     """Write the greedy soup to the folder or URI `out`."""
-    return learn(recipe, out, "greedy", progress=progress, **changes)
+    return learn(recipe, out, "greedy", progress=progress, overwrite=overwrite, **changes)
 
 
-def uniform(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any) -> Soup:
+def uniform(
+    recipe: AnyRecipe,
+    out: str | Path,
+    *,
+    progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
+    **changes: Any,
+) -> Soup:
     """Write the uniform soup to the folder or URI `out`.
 
     >>> soup = ray_soup.uniform("recipe.yaml", "soup", data={"test": "test.npz"})
     >>> round(soup.rows[0]["test_accuracy"], 1)
     0.8
     """
-    return learn(recipe, out, "uniform", progress=progress, **changes)
+    return learn(recipe, out, "uniform", progress=progress, overwrite=overwrite, **changes)
 
 
-def best_single(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any) -> Soup:
+def best_single(
+    recipe: AnyRecipe,
+    out: str | Path,
+    *,
+    progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
+    **changes: Any,
+) -> Soup:
     """Write the best single ingredient, chosen on held-out data, to the folder or URI `out` as if it were a soup."""
-    return learn(recipe, out, BEST_SINGLE, progress=progress, **changes)
+    return learn(recipe, out, BEST_SINGLE, progress=progress, overwrite=overwrite, **changes)
 
 
 def compare(
@@ -76,6 +99,7 @@ def compare(
     by_count: Sequence[int] = (),
     trained: bool = True,
     progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
     **changes: Any,
 ) -> Soup:
     """Make every soup and write the one that is best on select to the folder or URI `out`.
@@ -90,24 +114,37 @@ def compare(
         by_count: repeat with only N ingredients, for each of these N.
         trained: also train all weights on the same data, as a reference.
         progress: called with what is being done, the units done so far, and the units in total.
+        overwrite: replace an earlier run in `out`.
         **changes: recipe keys to override.
     """
     options = CompareOptions(seeds, tuple(drop_top), tuple(by_count), trained)
-    return run_compare(with_changes(as_recipe(recipe), changes), out, options, progress)
+    return run_compare(with_changes(as_recipe(recipe), changes), out, options, progress, overwrite)
 
 
-def search(recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any) -> Soup:
+def search(
+    recipe: AnyRecipe,
+    out: str | Path,
+    *,
+    progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
+    **changes: Any,
+) -> Soup:
     """Search over the keys in the recipe's section `search` with Ray Tune, and write the best soup to `out`."""
     from ray_soup.tune.search import search as run_search
 
-    return run_search(with_changes(as_recipe(recipe), changes), out, progress)
+    return run_search(with_changes(as_recipe(recipe), changes), out, progress, overwrite)
 
 
 # Ingredients
 
 
 def finetune(
-    recipe: AnyRecipe, out: str | Path, *, progress: ProgressCallback = no_progress, **changes: Any
+    recipe: AnyRecipe,
+    out: str | Path,
+    *,
+    progress: ProgressCallback = no_progress,
+    overwrite: bool = False,
+    **changes: Any,
 ) -> list[dict[str, Any]]:
     """Fine-tune checkpoints by random search into the folder `out`, as the recipe's section `finetune` says.
 
@@ -115,7 +152,8 @@ def finetune(
     """
     from ray_soup.tune.finetune import finetune as run_finetune
 
-    return [dict(entry) for entry in run_finetune(with_changes(as_recipe(recipe), changes), out, progress)]
+    entries = run_finetune(with_changes(as_recipe(recipe), changes), out, progress, overwrite)
+    return [dict(entry) for entry in entries]
 
 
 def inspect(ingredients: str | Path | Sequence[str | Path], model: str | None = None) -> dict[str, Any]:
@@ -192,14 +230,14 @@ def evaluate(
     return finished.evaluate(with_changes(as_recipe(recipe), changes), str(model), split, progress)
 
 
-def bake(out: str | Path, new_out: str | Path, *, progress: ProgressCallback = no_progress) -> Soup:
+def bake(out: str | Path, new_out: str | Path, *, progress: ProgressCallback = no_progress, overwrite: bool = False) -> Soup:
     """Rebuild the soup in `out` from its coefficients and ingredients alone, and write it to `new_out`.
 
     >>> again = ray_soup.bake("soup", "again")
     >>> again.rows[0]["name"]
     'uniform'
     """
-    return finished.bake_copy(out, new_out, progress)
+    return finished.bake_copy(out, new_out, progress, overwrite)
 
 
 def verify(out: str | Path, *, progress: ProgressCallback = no_progress) -> list[str]:
