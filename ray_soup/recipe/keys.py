@@ -23,6 +23,7 @@ from ray_soup.recipe.tuning import KINDS_OF_FINETUNE, Finetune, Trunk
 FUNCTION = "module:function"
 _is_text = takes_text_only(Recipe)
 EXAMPLES: dict[str, Any] = {
+    "compare.rows": {"ties": "ties.safetensors"},
     "ingredients": "zoo/*.safetensors", "ignore": ["criterion.*"], "model": "open_clip:ViT-B-32?classes=1000",
     "base_model": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "data.train": "train.parquet", "data.fit": "heldout.parquet",
     "data.select": "select.parquet", "data.test": {"v2": "v2.parquet", "sketch": "sketch.parquet"}, "method": "greedy",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ray_soup.io.progress import WHOLE_RUN, ProgressCallback
-from ray_soup.recipe import TRAINED, for_method
+from ray_soup.recipe import DEFAULT_METHOD, TRAINED, for_method
 from ray_soup.soups.comparison import SEEDLESS, CompareOptions, SoupEntry, methods_for, methods_on, table_entries
 from ray_soup.soups.session import CALIBRATION, Session
 from ray_soup.task.outcomes import test_sets
@@ -49,7 +49,7 @@ def expected_work(session: Session, options: CompareOptions) -> list[Work]:
     works = [Work(count * sum(session.setup.sizes.values()))]
     works += [_work_on(session, entry, splits) for entry in entries]
     if options.trained:
-        epochs, epoch = for_method(session.recipe, "mehl").learn.epochs, STEP * splits["fit"] + splits["select"]
+        epochs, epoch = for_method(session.recipe, DEFAULT_METHOD).learn.epochs, STEP * splits["fit"] + splits["select"]
         works.append(Work(0, options.seeds * 3 * epochs * epoch))
     return works
 

@@ -53,11 +53,12 @@ def test_a_secret_parameter_is_hidden(name: str, secret: str) -> None:
 def test_a_uri_with_a_password_is_refused_without_repeating_it(scheme: str, user: str, password: str, host: str) -> None:
     assume(scheme not in ("http", "https", "hdfs") or not password[0].isdigit())
     uri = f"{scheme}://{user}:{password}@{host}/model.pt"
-    with pytest.raises(RecipeError, match="must not contain credentials") as refused:
-        check_uri(uri)
-    assume(password not in str(refused.value).replace(f"{HIDDEN}@{host}", "").partition(": a URI")[2])
-    assume(all(password not in part for part in (f"{scheme}://", f"{HIDDEN}@{host}/model.pt", host)))
-    assert password not in str(refused.value)
+    said = []
+    for one in (uri, f"{scheme}://{user}:another@{host}/model.pt"):
+        with pytest.raises(RecipeError, match="must not contain credentials") as refused:
+            check_uri(one)
+        said.append(str(refused.value))
+    assert said[0] == said[1]  # whatever the password
 
 
 KEPT = [

@@ -53,7 +53,7 @@ def how_good(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def how_to_load(record: Mapping[str, Any]) -> list[str]:
     """Return lines that say how to load the model, as its model card does; none if run.json does not know."""
     lines = record.get("load", "").splitlines()
-    return ["To load it, in its folder:", *(f"    {line}" if line else "" for line in lines)] if lines else []
+    return ["To load it from its folder:", *(f"    {line}" if line else "" for line in lines)] if lines else []
 
 
 def _name(record: Mapping[str, Any]) -> str:

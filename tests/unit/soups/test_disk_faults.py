@@ -77,7 +77,7 @@ def test_a_disk_that_fails_from_some_write_on(commands: dict[str, Command], tmp_
 def test_every_failed_write_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its own: what follows is `finetune` and `compare`."""
     monkeypatch.setattr(demo.np, "loadtxt", lambda *_, **__: np.zeros((30, 785), np.uint8))
-    monkeypatch.setattr(demo, "finetune", lambda *_: None)
+    monkeypatch.setattr(demo, "finetune", lambda *_, **__: None)
     monkeypatch.setattr(demo, "compare", lambda *_, **__: None)
 
     def command(folder: Path) -> dict[str, bytes]:
