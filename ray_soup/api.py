@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.recipe import BEST_SINGLE, DEFAULT_METHOD, RESERVED_NAMES, Recipe, as_recipe, with_changes
+from ray_soup.recipe import BEST_SINGLE, DEFAULT_METHOD, Recipe, as_recipe, with_changes
 from ray_soup.soups import finished
 from ray_soup.soups.compare import compare as run_compare
 from ray_soup.soups.comparison import CompareOptions
@@ -175,22 +175,9 @@ def inspect(ingredients: str | Path | Sequence[str | Path], model: str | None = 
 
     Raises RecipeError if there are none, IngredientError if one is broken or does not fit.
     """
-    from ray_soup.io.check import left_out_notes
-    from ray_soup.io.find import open_ingredients
-    from ray_soup.task.adapters import bound_to
+    from ray_soup.task.inspection import inspect as run_inspect
 
-    spec = [str(one) for one in ([ingredients] if isinstance(ingredients, (str, Path)) else ingredients)]
-    notes: list[str] = []
-    opened = open_ingredients(spec if len(spec) != 1 else spec[0], RESERVED_NAMES, notes)
-    bound, names = bound_to(opened, model)
-    tensors = {name: bound[0].tensors[name] for name in names}
-    return {
-        "ingredients": [{"name": i.name, "path": i.path, "bytes": i.nbytes} for i in bound],
-        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
-        "numbers": sum(tensor.numel for tensor in tensors.values()),
-        "bytes": sum(ingredient.nbytes for ingredient in bound),
-        "notes": [*notes, *left_out_notes(bound)],
-    }
+    return run_inspect([str(one) for one in ([ingredients] if isinstance(ingredients, (str, Path)) else ingredients)], model)
 
 
 def plan(recipe: AnyRecipe, *, progress: ProgressCallback = no_progress, **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import click
 
 from ray_soup.cli.group import main, out_argument, overrides_argument, overwrite_option, recipe_argument
 from ray_soup.exits import common_options, run_task
-from ray_soup.recipe import RESERVED_NAMES, load_recipe
+from ray_soup.recipe import load_recipe
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_ingredients, print_json, say
 from ray_soup.soups.report.zoo import print_zoo
 
@@ -46,18 +46,9 @@ def inspect(ingredients: tuple[str, ...], model: str | None, as_json: bool) -> N
 
     Shows names, shapes, dtypes and sizes. Reads headers only.
     """
-    from ray_soup.io.check import left_out_notes
-    from ray_soup.io.find import find_sweeps, open_ingredients
-    from ray_soup.task.adapters import bound_to
+    from ray_soup.task.inspection import inspect as run_inspect
 
-    spec: Any = list(ingredients) if len(ingredients) > 1 else ingredients[0]
-    notes: list[str] = []
-    found = open_ingredients(spec, RESERVED_NAMES, notes)
-    notes += [note for sweep in find_sweeps(spec) if (note := sweep.note())]
-    bound, names = bound_to(found, model)
-    print_ingredients(bound, names, as_json)
-    for note in (*notes, *left_out_notes(bound)):
-        say(note)
+    print_ingredients(run_inspect(ingredients, model), as_json)
 
 
 @main.command()

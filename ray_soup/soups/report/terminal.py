@@ -16,7 +16,6 @@ from ray_soup.soups.report.terminal_tables import comparison_text, figures_text,
 from ray_soup.soups.report.text import preprocessing_text
 
 if TYPE_CHECKING:
-    from ray_soup.io.ingredient import Ingredient
     from ray_soup.soups.output import Soup
 
 __all__ = [
@@ -119,24 +118,22 @@ def print_trials(record: Mapping[str, Any]) -> None:
     echo(trials_text(record))
 
 
-def print_ingredients(ingredients: Sequence[Ingredient], names: Sequence[str], as_json: bool) -> None:
-    """Print the tensors `names`, which all ingredients have, and the size and path of each ingredient."""
-    tensors = ingredients[0].tensors
-    elements = sum(tensors[name].numel for name in names)
-    nbytes = sum(ingredient.nbytes for ingredient in ingredients)
+def print_ingredients(found: Mapping[str, Any], as_json: bool) -> None:
+    """Print the tensors that all ingredients have, the size and path of each ingredient, and notes."""
+    ingredients, tensors = found["ingredients"], found["tensors"]
     if as_json:
-        shown = {name: [str(tensors[name].dtype).removeprefix("torch."), list(tensors[name].shape)] for name in names}
-        listed = [{"name": i.name, "path": i.path, "bytes": i.nbytes} for i in ingredients]
-        print_json({"ingredients": listed, "tensors": shown, "numbers": elements, "bytes": nbytes})
-        return
-    for name in names:
-        echo(f"{name_of(name, 60)} {tensors[name]}")
-    for ingredient in ingredients:
-        echo(f"{name_of(ingredient.name, 40)} {ingredient.nbytes:>15,} bytes  {name_of(ingredient.path, longest=4096)}")
-    echo(
-        f"{len(ingredients)} ingredients fit together: {len(names)} tensors with {elements:,} elements each, "
-        f"{nbytes:,} bytes in total."
-    )
+        print_json({key: value for key, value in found.items() if key != "notes"})
+    else:
+        for name, (dtype, shape) in tensors.items():
+            echo(f"{name_of(name, 60)} {dtype} {shape}")
+        for one in ingredients:
+            echo(f"{name_of(one['name'], 40)} {one['bytes']:>15,} bytes  {name_of(one['path'], longest=4096)}")
+        echo(
+            f"{len(ingredients)} ingredients fit together: {len(tensors)} tensors with {found['numbers']:,} elements each, "
+            f"{found['bytes']:,} bytes in total."
+        )
+    for note in found["notes"]:
+        say(note)
 
 
 def _print_notes(soup: Soup) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import time
@@ -250,19 +249,10 @@ def test_the_best_single_stands_beside_a_soup_and_beside_a_copy_of_a_comparison(
 HOSTILE = "a\x1b[2J\r\x07\u202e\udc80\nb[red]漢" + "x" * 5000
 
 
-@dataclasses.dataclass
-class Named:
-    name: str
-    path: str
-    tensors: dict[str, Any]
-    nbytes: int = 8
-
-
-@dataclasses.dataclass
-class Info:
-    dtype: str = "torch.float32"
-    numel: int = 2
-    shape: tuple[int, ...] = (2,)
+INSPECTED = {
+    "ingredients": [{"name": HOSTILE, "path": HOSTILE, "bytes": 8}], "tensors": {HOSTILE: ["float32", [2]]}, "numbers": 2,
+    "bytes": 8, "notes": [HOSTILE],
+}  # fmt: skip
 
 
 def hostile_soup() -> Soup:
@@ -281,8 +271,8 @@ def show_a_bar() -> None:
 @pytest.mark.parametrize(
     "show",
     [
-        lambda: terminal.print_ingredients([Named(HOSTILE, HOSTILE, {HOSTILE: Info()})], [HOSTILE], False),  # type: ignore[list-item]
-        lambda: terminal.print_ingredients([Named(HOSTILE, HOSTILE, {HOSTILE: Info()})], [HOSTILE], True),  # type: ignore[list-item]
+        lambda: terminal.print_ingredients(INSPECTED, False),
+        lambda: terminal.print_ingredients(INSPECTED, True),
         lambda: print_zoo([{"file": HOSTILE, "lr": 1e-4, "epochs": 3}], [{"error": HOSTILE}], HOSTILE),
         lambda: print_row(row(HOSTILE)),
         lambda: terminal.print_table([HOSTILE, "b"], [[HOSTILE, HOSTILE]]),
