@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_soup.recipe import BASELINES
+from ray_soup.soups.report.console import LONGEST_NAME, NARROWEST
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.tables import (
     Row,
@@ -29,10 +30,6 @@ from ray_soup.soups.report.text import MARKS, one_line, shortened
 from ray_soup.soups.report.trials import searched_for, trials_table
 from ray_soup.task.outcomes import judged
 
-NARROWEST = 20
-"""Terminal columns below which a width cannot be true."""
-LONGEST = 120
-"""Characters of the longest name that is shown whole."""
 WIDEST_NUMBER = 40
 """Characters that no number, with its interval and marks, exceeds."""
 GAP = "  "
@@ -57,13 +54,13 @@ def table_text(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     from rich.cells import cell_len
 
     columns = [[one_line(text) for text in column] for column in zip(head, *cells, strict=True)]
-    names = [shortened(text, min(LONGEST, max(NARROWEST, width() // 2))) for text in columns[0]]
+    names = [shortened(text, min(LONGEST_NAME, max(NARROWEST, width() // 2))) for text in columns[0]]
     room = width() - max(map(cell_len, names)) - len(GAP)
     others = []
     for heading, *values in columns[1:]:
-        values = [shortened(text, min(LONGEST, max(room, WIDEST_NUMBER))) for text in values]
+        values = [shortened(text, min(LONGEST_NAME, max(room, WIDEST_NUMBER))) for text in values]
         longest = max(map(cell_len, values), default=0)
-        others.append([shortened(heading, min(LONGEST, max(room, longest))), *values])
+        others.append([shortened(heading, min(LONGEST_NAME, max(room, longest))), *values])
     parts: list[list[list[str]]] = [[]]
     for unit in _units(others):
         if parts[-1] and sum(_width(column) + len(GAP) for column in (*parts[-1], *unit)) > room + len(GAP):
