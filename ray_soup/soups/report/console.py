@@ -45,13 +45,8 @@ def logs_json() -> bool:
 
 def echo(text: str) -> None:
     """Print a text to stdout. Raises OutputClosed if its reader has ended, SoupError if it cannot be written."""
-    echo_styled(printable(redact(text)))
-
-
-def echo_styled(text: str) -> None:
-    """Print a text whose terminal escapes are ours. Raises as `echo` does."""
     try:
-        click.echo(text)
+        click.echo(printable(redact(text)))
     except (OSError, ValueError) as error:
         raise unwritable(error) from error
 

@@ -66,7 +66,8 @@ def print_soup(soup: Soup, as_json: bool) -> None:
         echo("Weights are means over blocks; learning rate: the factor that they amount to, on the updates before a step.")
     names = (name for name in soup.record["files"] if name.startswith(("model", "adapter_model")))
     model = _distributed(soup) or max(names, default="model.safetensors")
-    _print_ending(soup, f"{soup.out}/{model}, its coefficients, and README.md (the model card)")
+    is_sum = soup.record.get("own_method", {}).get("returned") != "model"
+    _print_ending(soup, f"{soup.out}/{model}{', its coefficients,' if is_sum else ''} and README.md (the model card)")
 
 
 def _print_ending(soup: Soup, files: str) -> None:
