@@ -118,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             exists = place.exists()
             place.mkdir(parents=True, exist_ok=True)
             if not exists:
+                (place / "commits" / "empty").mkdir(parents=True)
+                (place / "refs").mkdir()
+                (place / "refs" / "main").write_text("empty")
                 (place / "visibility").write_text(str(wanted.get("visibility", wanted.get("private"))))
             return self.answer_json({"url": f"{self.address}/{repo}"}, 409 if exists else 200)
         found = POSTED.fullmatch(path)
@@ -145,8 +148,11 @@ class Handler(BaseHTTPRequestHandler):
         folder, head = place / "commits" / digest, place / "refs" / "main"
         if head.exists() and head.read_text() != digest:
             shutil.copytree(place / "commits" / head.read_text(), folder, dirs_exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for line in lines:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                (folder / value["path"]).unlink()
             if line["key"] in ("file", "lfsFile"):
                 file = folder / value["path"]
                 file.parent.mkdir(parents=True, exist_ok=True)

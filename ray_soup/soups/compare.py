@@ -43,7 +43,7 @@ from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, repor
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.identity import begun
-from ray_soup.soups.kept_soups import check_examples, drop_states
+from ray_soup.soups.kept_soups import check_unchanged, drop_states
 from ray_soup.soups.make import make
 from ray_soup.soups.methods.results import Model
 from ray_soup.soups.mixture import Mixture
@@ -121,7 +121,7 @@ def _compare(
 ) -> Soup:
     clock, staging, progress = Clock(), output.staging(), Outlook(progress)
     with open_session(recipe, inputs, output, True, progress) as session:
-        check_examples(session, output)
+        check_unchanged(session, output)
         session.open_store(inputs.everything, "tensor")
         clock.lap("start and directions")
         progress.expect(expected_work(session, options))

@@ -165,11 +165,11 @@ def bake_copy(
     recipe, record, coefficients, ingredients = _open_finished(source)
     rows = with_kinds(read_results(source), record)
     with open_output(new_out, progress, overwrite=overwrite) as output:
+        at = str(out) if storage.is_remote(str(out)) else str(source)
+        soup = output.begin(begun(recipe, ingredients, source=at))
+        if soup is not None:
+            raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
         try:
-            at = str(out) if storage.is_remote(str(out)) else str(source)
-            soup = output.begin(begun(recipe, ingredients, source=at))
-            if soup is not None:
-                raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()
             with bakers(recipe, ingredients, output, progress) as pool:
                 sha256 = hash_ingredients(ingredients, progress) if pool is None else pool.hash(progress)

@@ -53,13 +53,13 @@ def bake_own(
     recipe, rows = load_recipe(source / "recipe.yaml"), read_results(source)
     model, inputs = _again(source, record, progress)
     with open_output(new_out, progress, overwrite=overwrite) as output:
+        if output.begin(begun(recipe, inputs.ingredients, source=str(source))) is not None:
+            raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
         try:
-            if output.begin(begun(recipe, inputs.ingredients, source=str(source))) is not None:
-                raise RecipeError(f"{new_out} is not empty. Choose a new folder.")
             staging = output.staging()
             if model is None:
                 write_bytes(staging / MODEL, (source / MODEL).read_bytes())
-                record["notes"] = [*record["notes"], f"This is a copy of the model in {source}: {_not_called(record)}."]
+                record["notes"] = [*record["notes"], f"This is a copy of a finished model: {_not_called(record)}."]
             else:
                 _compare(source, record, model)
                 model.write(staging / MODEL)

@@ -36,8 +36,8 @@ def begun(recipe: Recipe, ingredients: Sequence[Ingredient], **options: Any) -> 
 def begun_zoo(recipe: Recipe) -> BegunRecord:
     """Return the record of a started folder of fine-tuned checkpoints: the parts of the recipe that `finetune` uses."""
     values = yaml.safe_load(redact_uris(dump_recipe(recipe)))
-    used = {key: values[key] for key in ("model", "finetune", "precision", "ignore") if key in values}
-    used |= {"data": {key: values["data"][key] for key in ("train", "fit")}, "actors": values["actors"]}
+    keys = ("model", "preprocess", "data", "finetune", "precision", "ignore", "actors")  # all data: they number the classes
+    used = {key: values[key] for key in keys if key in values}
     text = yaml.safe_dump(used, sort_keys=False)
     return {"recipe": text, "ingredients": [], "kind": "finetune", "folder": os.getcwd()}
 
@@ -68,6 +68,16 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
         raise OtherRunError(
             f"{out} was begun by `ray-soup {begun_by}`, and this command is `{command}`. Choose a new folder, or add "
             "--overwrite to replace what is there."
+        )
+    if before.get("rows") != now.get("rows"):
+        raise OtherRunError(
+            f"{out} was started with files under compare.rows that have changed since. Choose a new folder, restore them, "
+            "or add --overwrite to replace what is there."
+        )
+    if "source" in before and before["source"] != now.get("source"):
+        raise OtherRunError(
+            f"{out} was begun by `ray-soup bake {before['source']}`. Choose a new folder, or add --overwrite to replace "
+            "what is there."
         )
     if before.get("start") != now.get("start"):
         raise OtherRunError(
@@ -127,7 +137,7 @@ def _unused(values: Mapping[str, Any], now: BegunRecord) -> tuple[str, ...]:
     kind = now.get("kind")
     if kind == "finetune":
         return ("actors",)
-    found: tuple[str, ...] = ("actors", "finetune", "data.train")
+    found: tuple[str, ...] = ("actors", "finetune")
     found += () if kind == "search" else ("search",)
     if "compare" in now:
         return found
@@ -169,6 +179,8 @@ def _difference(out: Path, old: str, now: BegunRecord) -> str:
         values.update({"model": MOVED.get(values["model"], values["model"])} if "model" in values else {})
         wanted = yaml.safe_load(now["recipe"])
         a, b, unused = flat(values), flat(wanted), _unused(wanted, now)
+        if now.get("kind") == "finetune":  # an earlier ray_soup did not record these
+            unused += tuple(f"data.{key}" for key in ("select", "test") if key not in (values.get("data") or {}))
         with suppress(RecipeError):  # keys that are newer than the folder are what they were before
             whole = flat(yaml.safe_load(redact_uris(dump_recipe(make_recipe(_completed(values))))))
             a = {**{key: whole[key] for key in whole if key in b}, **a}

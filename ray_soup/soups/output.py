@@ -156,10 +156,10 @@ class Output:
         afresh. Raises RecipeError if the folder belongs to something else.
         """
         check_own(self.folder, zoo="kind" in now)
+        file, self.before = self.state("begun.json"), contents(self.state())
         if self.overwrite:
             self._replace()
-        file = self.state("begun.json")
-        self.before = contents(self.state())
+            self.before = contents(self.state())
         if file.name not in self.before:
             write_begun(now, file)
             return None
@@ -245,6 +245,8 @@ class Output:
         if self.finished or not restore(self.state(), self.before):
             return False
         if self.overwrite and self.mirror is None:
+            for path in self.moved:  # by a publication that failed
+                self._clear(path)
             put_back(self.folder)
         return True
 

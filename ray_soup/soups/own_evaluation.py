@@ -47,7 +47,7 @@ Files = dict[str, tuple[int, int]]
 
 def recorded_function(recipe: Recipe) -> dict[str, FunctionRecord]:
     """Return what run.json says about the function: its name and the SHA-256 of its file; empty if there is none."""
-    return {} if recipe.evaluate is None else {"evaluate": _record_of(recipe.evaluate, "evaluate")}
+    return {} if recipe.evaluate is None else {"evaluate": function_record(recipe.evaluate, "evaluate")}
 
 
 def recorded_method(recipe: Recipe, linear: bool) -> dict[str, FunctionRecord]:
@@ -58,10 +58,10 @@ def recorded_method(recipe: Recipe, linear: bool) -> dict[str, FunctionRecord]:
     spec = own_function(recipe.method)
     if spec is None:
         return {}
-    return {"own_method": {**_record_of(spec, "method"), "returned": "coefficients" if linear else "model"}}
+    return {"own_method": {**function_record(spec, "method"), "returned": "coefficients" if linear else "model"}}
 
 
-def _record_of(spec: str, key: str) -> FunctionRecord:
+def function_record(spec: str, key: str) -> FunctionRecord:
     """Return the name of a function and the SHA-256 of its file."""
     function = inspect.unwrap(import_function(spec, key))
     found: FunctionRecord = {"function": spec}

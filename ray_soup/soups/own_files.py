@@ -57,9 +57,8 @@ def contents(state: Path) -> dict[str, bytes]:
 def has_work(out: Path) -> bool:
     """Return whether a folder holds a finished run, or a finished step or figure of an unfinished one."""
     with suppress(RecipeError):
-        record = read_run_record(out)
-        if (record is None or record["exit"] != 0) and not os.path.lexists(out / "manifest.json"):
-            return any(_is_work(out / "state", name) for name in contents(out / "state"))
+        read_run_record(out)
+        return _is_finished(out) or any(_is_work(out / "state", name) for name in contents(out / "state"))
     return True
 
 
@@ -130,7 +129,7 @@ def _is_own(file: Path, name: str, listed: dict[str, str | None], hashed: bool) 
         first = inside.partition("/")[0]
         return first in _STATE or first.startswith(("polish.", "polish_"))
     if inside:
-        return ".tfevents." in file.name or f"{top}/" in listed
+        return (top == "tensorboard" and ".tfevents." in file.name) or f"{top}/" in listed
     digest = listed.get(name)
     return name in listed and (not hashed or digest is None or (file.is_file() and sha256_file(str(file)) == digest))
 
@@ -158,12 +157,15 @@ def _listed(out: Path) -> dict[str, str | None]:
 
 # Replacing an earlier run
 
+_LAST_MOVED = ("run.json", "manifest.json", "state/begun.json")
+"""What stays in place until everything else has been moved, so that an interrupted move can be repeated."""
+
 
 def clear(out: Path) -> None:
-    """Delete what runs of ray_soup wrote in a folder that this run holds, and nothing else."""
+    """Delete what runs of ray_soup wrote in a folder that this run holds, and nothing else; what waits there stays."""
     with writing(out):
         for name in own_files(out)[0]:
-            if not _is_held(name):
+            if not _is_held(name) and not name.startswith(f"state/{REPLACED}/"):
                 (out / name).unlink(missing_ok=True)
         _remove_empty(out / "state")
 
@@ -185,7 +187,10 @@ def replace_run(out: Path, is_mirror: bool) -> None:
     kept = out / "state" / REPLACED
     again = (kept / "state" / "begun.json").exists()
     with writing(kept):
-        for name in sorted(own, key=lambda name: name == "state/begun.json"):  # it is the last to be moved
+        if again and _is_finished(out):  # what waits there was to go when this one was finished
+            shutil.rmtree(kept)
+            again = False
+        for name in sorted(own, key=lambda name: _LAST_MOVED.index(name) if name in _LAST_MOVED else -1):
             if _is_held(name) or name.startswith(f"state/{REPLACED}/"):
                 continue
             if is_mirror or again:
@@ -195,6 +200,14 @@ def replace_run(out: Path, is_mirror: bool) -> None:
                 (out / name).replace(kept / name)
         _remove_empty(out)
         kept.parent.mkdir(exist_ok=True)  # a mirror has neither lock nor lease there
+
+
+def _is_finished(out: Path) -> bool:
+    """Return whether a folder has a finished soup, or finished checkpoints."""
+    with suppress(RecipeError):
+        record = read_run_record(out)
+        return (record is not None and record["exit"] == 0) or os.path.lexists(out / "manifest.json")
+    return False
 
 
 def put_back(out: Path) -> None:

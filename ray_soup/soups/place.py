@@ -13,8 +13,8 @@ from ray_soup.io import storage
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of a Ray job's working directory, which is deleted some time after the job."""
 HELD = ("lock", "lease")  # files in state/ while a run holds the folder
-BEFORE_BEGUN = re.compile(r"lock|out|lease|(lease|begun\.json)\..*tmp")
-"""What a run that failed before it wrote begun.json may leave in state/."""
+BEFORE_BEGUN = re.compile(r"lock|out|lease|replaced|(lease|begun\.json)\..*tmp")
+"""What a run that failed before it wrote begun.json may leave in state/, and what it was to replace."""
 ZOO_STATE = ("init.safetensors", "tune", "trials", "train", "failures.json")  # of `finetune` in ray_soup 0.1
 
 

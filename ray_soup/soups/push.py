@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import glob
+import json
+import os
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
+from ray_soup.io.checkpoint_files import ADAPTER_CONFIG
+from ray_soup.io.disk import read_json
 from ray_soup.io.hub_errors import constants, explained, hub_utils, status_of
 from ray_soup.io.hub_path import HubPath
 from ray_soup.io.progress import ProgressCallback, no_progress
@@ -46,7 +51,7 @@ def push(out: str | Path, repo: str, private: bool = False, progress: ProgressCa
     progress("hashing", 0, 1)
     check_files(folder, record)
     names = [name for name in record["files"] if name not in AT_HOME]
-    where = HubPath("model", repo, "main", "")
+    where, changed = HubPath("model", repo, "main", ""), _without_paths(folder, names)
     with suppress(Exception):
         hub_utils().disable_progress_bars()
     progress(f"uploading {len(names)} files", 0, 1)
@@ -58,9 +63,12 @@ def push(out: str | Path, repo: str, private: bool = False, progress: ProgressCa
             done = hub.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
-                allow_patterns=[glob.escape(name) for name in names],
+                allow_patterns=[glob.escape(name) for name in names if name not in changed],
+                delete_patterns=["model*.safetensors*", "adapter_model*"],  # of an earlier soup
                 commit_message=f"A model soup of {len(record['ingredients'])} ingredients",
             )
+            for name, content in changed.items():
+                done = hub.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo)
     except Exception as error:
         status = status_of(error)
         if status in (401, 403, 404):
@@ -71,3 +79,15 @@ def push(out: str | Path, repo: str, private: bool = False, progress: ProgressCa
         raise explained(error, where, downloading=True) from error  # an error of the network
     progress(f"uploading {len(names)} files", 1, 1)
     return str(done.commit_url)
+
+
+def _without_paths(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Return the files that would name a folder of this machine, as they are to be pushed: the name of the base is left."""
+    if ADAPTER_CONFIG not in names:
+        return {}
+    config = read_json(folder / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path") or ""
+    if not os.path.isabs(base):
+        return {}
+    config["base_model_name_or_path"] = os.path.basename(base.rstrip("/"))
+    return {ADAPTER_CONFIG: json.dumps(config, indent=2, sort_keys=True).encode()}

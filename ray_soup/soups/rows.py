@@ -20,6 +20,7 @@ from ray_soup.soups.session import Inputs, Session
 from ray_soup.task.adapters import lift_one
 from ray_soup.task.other_models import advice_for
 from ray_soup.task.outcomes import load_outcomes, save_outcomes
+from ray_soup.task.preprocessing import examine
 
 
 def open_rows(recipe: Recipe, inputs: Inputs) -> dict[str, Ingredient]:
@@ -46,6 +47,8 @@ def open_rows(recipe: Recipe, inputs: Inputs) -> dict[str, Ingredient]:
                 shapes, names = inputs.layout.state_shapes, inputs.layout.known_names
                 ignore: Ignored = (*recipe.ignore, *inputs.layout.in_files.unsaved)
                 found[name] = check_fits(opened, shapes, names, ignore, advise=advice_for(recipe.model))
+                found[name].check_copies()
+                examine(recipe, [found[name]])
         except SoupError as error:
             raise type(error)(f"{key}: {error}") from error
     return found

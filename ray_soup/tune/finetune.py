@@ -25,6 +25,7 @@ from ray_soup.io.progress import ProgressCallback, drain, no_progress
 from ray_soup.recipe import Data, Recipe
 from ray_soup.soups.identity import begun_zoo
 from ray_soup.soups.output import Output, open_output
+from ray_soup.soups.own_files import REPLACED
 from ray_soup.task import identity
 from ray_soup.task.evidence import check_start
 from ray_soup.task.evidence_files import PREPROCESSING, RECORD
@@ -129,7 +130,7 @@ def _publish(
             file.replace(target)
         entries.append({"file": target.name, **hyper, **metrics, "sha256": sha256_file(str(target))})
     write_manifest(entries, manifest)
-    for left in ("tune", "train", "trials"):
+    for left in ("tune", "train", "trials", REPLACED):
         shutil.rmtree(output.state(left), ignore_errors=True)
     return entries
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.recipe import Recipe, parse_overrides, with_changes
+from ray_soup.io.redact import redact_uris
+from ray_soup.recipe import Recipe, dump_recipe, is_function, parse_overrides, with_changes
 from ray_soup.soups.compare import compare
 from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.finished import bake_copy
-from ray_soup.soups.identity import command_of, recipe_of
+from ray_soup.soups.identity import begun_zoo, check_same, command_of, recipe_of
 from ray_soup.soups.output import Soup
 from ray_soup.soups.place import local_folder
 from ray_soup.soups.records import BegunRecord, RunRecord, read_begun, read_results, read_run_record
@@ -63,11 +66,36 @@ def resume(out: str | Path, overrides: Sequence[str] = (), progress: ProgressCal
         at: Path | str = place if storage.is_remote(place) else Path(place)
         return Resumed(command, Soup(at, rows, record, record.get("notes", []), was_complete=True), was_complete=True)
     recipe = with_changes(recipe_of(storage.join(place, "state", "begun.json"), begun), parse_overrides(overrides))
-    if os.path.isdir(begun.get("folder", "")):
-        os.chdir(begun["folder"])  # where the recipe's modules are found
+    text = begun_zoo(recipe)["recipe"] if command == "finetune" else redact_uris(dump_recipe(recipe))
+    check_same(Path(place), begun, {**begun, "recipe": text})
+    _enter(begun, place)
     if command == "finetune":
         return Resumed(command, entries=finetune(recipe, place, progress))
     return Resumed(command, _make(command, recipe, begun, place, progress))
+
+
+def _enter(begun: BegunRecord, out: str) -> None:
+    """Enter the folder that a run was begun in, where the recipe's modules are. Raises RecipeError if they need it."""
+    folder = begun.get("folder", "")
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    elif functions := [one for one in _texts(yaml.safe_load(begun["recipe"])) if is_function(one)]:
+        raise RecipeError(
+            f"{out} was begun in the folder {folder or '?'}, which does not exist here, and {functions[0]} may be a module "
+            "there. Run the command itself, where the module is."
+        )
+
+
+def _texts(values: object) -> Iterator[str]:
+    """Yield the texts among the values of a recipe."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _texts(value)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value)
 
 
 def _make(command: str, recipe: Recipe, begun: BegunRecord, out: str, progress: ProgressCallback) -> Soup:

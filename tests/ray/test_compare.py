@@ -222,9 +222,7 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
         compare(recipe, tmp_path / "cut")
     contents = tmp_path / "cut" / "state" / "soups" / "contents.json"
     contents.write_text(contents.read_text().replace('"fit": "', '"fit": "0'))
-    with pytest.raises(
-        RecipeError, match=r"started with other examples: those of fit have changed since\. Choose a new folder"
-    ):
+    with pytest.raises(RecipeError, match=r"was begun before the examples of fit changed\. Choose a new folder"):
         compare(recipe, tmp_path / "cut", CompareOptions(seeds=3, drop_top=(1,)))
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["exit"] == 0
 

@@ -145,7 +145,7 @@ def check_evaluate(zoo: Path, tmp_path: Path, module: Module, recipe: Recipe, ro
     found = json.loads(evaluate(str(tmp_path / "out"), "--json").stdout.splitlines()[-1])
     assert {key: found[key] for key in own} == own
     assert found["test_nll"] == pytest.approx(row["test_nll"], rel=1e-6)
-    assert re.search(rf"own loss +{own['evaluate_own loss']:.4g} ", evaluate(str(tmp_path / "out")).stdout)
+    assert re.search(rf"own loss +{own['evaluate_own loss']:.4g}\b", evaluate(str(tmp_path / "out")).stdout)
     for model in (f"{zoo}/zoo/model_0.safetensors", f"{tmp_path}/out/model.safetensors"):
         done = evaluate(model)
         assert (

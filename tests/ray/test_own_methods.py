@@ -103,7 +103,7 @@ def test_own_methods_and_foreign_models_are_rows_of_a_comparison(
     assert soup.record["chosen"] not in (*rows, f"{OWN}:median")
     assert len(verify(soup.out)) == 5
     save_file(load_file(zoo / "zoo" / "model_0.safetensors"), tmp_path / "copy.safetensors")
-    with pytest.raises(RecipeError, match="was started with rows"):
+    with pytest.raises(RecipeError, match=r"was started with files under compare\.rows that have changed"):
         compare(recipe, tmp_path / "out", options)
 
 

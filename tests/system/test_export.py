@@ -65,6 +65,10 @@ def test_a_soup_is_pushed_to_the_hub_without_paths_of_this_machine(out: Path, tm
         assert (
             load_file(repo / "commits" / commit / "model.safetensors").keys() == load_file(out / "model.safetensors").keys()
         )
+        (repo / "commits" / commit / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier soup")
+        assert export(out, "--push", "someone/soup", **environment).returncode == 0
+        now = (repo / "refs" / "main").read_text()
+        assert {f.name for f in (repo / "commits" / now).iterdir()} == {*names}
         (out / "README.md").write_text("changed")
         changed = export(out, "--push", "someone/soup", **environment)
         assert changed.returncode == 2

@@ -23,7 +23,9 @@ from ray_soup.task.choices import ranking
 from ray_soup.task.data import Split, batch_positions
 
 OFF = 1e-6
-"""How far the sum of a user's coefficients may be from 1: they may come from float32."""
+"""How far the sum of a user's coefficients may be from 1, for each unit of their size: they may come from float32."""
+LARGEST_OFF = 1e-3
+"""How far it may be at most."""
 
 
 class NeedsDataError(RecipeError):
@@ -228,7 +230,7 @@ class Session:
             raise RecipeError(f"method: {self.recipe.method}: a coefficient is not finite. {cure}")
         sums = values.sum(axis=0)
         size = np.maximum(np.abs(values).sum(axis=0), 1)
-        wrong = np.flatnonzero(np.abs(sums - 1) > OFF * size)
+        wrong = np.flatnonzero(np.abs(sums - 1) > np.minimum(OFF * size, LARGEST_OFF))
         if len(wrong):
             block = blocks.names[wrong[0]]
             raise RecipeError(

@@ -57,15 +57,17 @@ def result_of(session: Session, found: Any) -> Mixture | Model:
         return _model(session, dict(found))
     if isinstance(found, (str, os.PathLike)):
         return _model(session, _read(session, os.fspath(found)))
-    values = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else found
-    if not isinstance(values, (np.ndarray, list, tuple)):
+    if not isinstance(found, (torch.Tensor, np.ndarray, list, tuple)):
         raise RecipeError(
             f"method: {method} returned a {type(found).__name__}; expected coefficients [K] or [K, B], a dictionary of "
             "tensors, or the path of a model file. Change what the function returns."
         )
     try:
-        values = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        values = found.detach().cpu().double().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        if np.iscomplexobj(values):
+            raise TypeError("they are complex")
+        values = values.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"method: {method} returned coefficients that are no numbers ({error}). Return floats.") from error
     checked, blocks = session.checked(values), session.partition
     if values.ndim == 1:
@@ -82,6 +84,7 @@ def _read(session: Session, path: str) -> dict[str, torch.Tensor]:
     bound: Ingredient = check_fits(
         opened, layout.state_shapes, layout.known_names, recipe.ignore, advise=advice_for(recipe.model)
     )
+    bound.check_copies()
     tensors = {name: bound.read(name).view(info.shape).clone() for name, info in bound.tensors.items()}
     bound.close()
     return tensors
@@ -97,6 +100,32 @@ def _model(session: Session, found: dict[str, Any]) -> Model:
         raise RecipeError(f"{start}, and out_format is {recipe.out_format}; expected safetensors. Change the key.")
     if recipe.polish is not None:
         raise RecipeError(f"{start}, and polish starts from a soup's coefficients. Remove the key `polish`.")
+    _check_names(session, found, start, cure)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in layout.state_shapes.items():
+        value = found.get(name)
+        if value is None:
+            value = mixed_buffer([session.inputs.ingredients[k] for k in session.subset], name, recipe.buffers).view(shape)
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+            have = list(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise RecipeError(f"{start} in which {name} is {have}; expected a tensor {list(shape)}. {cure}")
+        dtype = value.dtype
+        if dtype.is_floating_point and recipe.out_dtype != "keep":
+            dtype = getattr(torch, recipe.out_dtype)
+        made = value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+        if name not in layout.buffers and not torch.isfinite(made).all():
+            raise RecipeError(f"{start} in which {name} is not finite in {str(dtype).removeprefix('torch.')}. {cure}")
+        tensors[name] = made
+    notes = [*session.notes, f"{recipe.method} returned a model: it is no weighted sum of the ingredients, and there are no "
+             "coefficients."]  # fmt: skip
+    if session.inputs.recalibrated(recipe):
+        notes.append("Its running statistics are those that the method returned: none were re-estimated.")
+    return Model(tensors, dict(layout.tied), session.figures, notes)
+
+
+def _check_names(session: Session, found: Mapping[str, Any], start: str, cure: str) -> None:
+    """Check which tensors a method returned. Raises RecipeError, with `start` and `cure` as its beginning and its end."""
+    layout, recipe = session.inputs.layout, session.recipe
     shapes, names = layout.state_shapes, layout.known_names
     unknown = [name for name in found if name not in shapes and name not in names]
     missing = [name for name in layout.names if name not in found]
@@ -106,22 +135,15 @@ def _model(session: Session, found: dict[str, Any]) -> Model:
                 f"{start} that {what} {', '.join(map(shown, which[:3]))}; expected the {len(shapes)} tensors of the model. "
                 f"{cure}"
             )
-    tensors: dict[str, torch.Tensor] = {}
-    for name, shape in shapes.items():
-        value = found.get(name)
-        if value is None:
-            value = mixed_buffer([session.inputs.ingredients[k] for k in session.subset], name, recipe.buffers).view(shape)
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-            have = list(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            raise RecipeError(f"{start} in which {name} is {have}; expected a tensor {list(shape)}. {cure}")
-        if name not in layout.buffers and not torch.isfinite(value).all():
-            raise RecipeError(f"{start} in which {name} is not finite. {cure}")
-        dtype = value.dtype
-        if dtype.is_floating_point and recipe.out_dtype != "keep":
-            dtype = getattr(torch, recipe.out_dtype)
-        tensors[name] = value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-    notes = [*session.notes, f"{recipe.method} returned a model: it is no weighted sum of the ingredients, and there are no "
-             "coefficients."]  # fmt: skip
-    if session.inputs.recalibrated(recipe):
-        notes.append("Its running statistics are those that the method returned: none were re-estimated.")
-    return Model(tensors, dict(layout.tied), session.figures, notes)
+    for alias, first in names.items():
+        ours, theirs = found.get(alias), found.get(first)
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and not torch.equal(ours, theirs):
+            raise RecipeError(f"{start} in which {alias} and {first} differ, but they are one tensor in the model. {cure}")
+    layers = [f"{layer}." for layer in session.inputs.recalibrated(recipe)]
+    vectors = {name for norm in layout.spectral for name in (norm.u, norm.v)}
+    for name in shapes:
+        if name not in found and (name in vectors or name.startswith(tuple(layers))):
+            raise RecipeError(
+                f"{start} without {name}, which depends on the weights, so that those of the ingredients do not fit. Return "
+                "it, too."
+            )

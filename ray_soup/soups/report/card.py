@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -58,7 +57,7 @@ def model_card(
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     summed = "each tensor is a weighted sum of the same tensor in"
     adapter = "base" in record and not recipe.adapter.merge
-    shorten = partial(_without, common=_common_folder(recipe))
+    shorten = _shortener(recipe)
     model = markdown_code(shorten(recipe.model))
     notes = "".join(f"\n\n{markdown_paragraph(shorten(note))}" for note in record["notes"])
     is_trained = bool(record.get("polish", {}).get("best_epoch"))
@@ -100,23 +99,30 @@ model from them{", this difference" if is_trained else ""} and the ingredients.
 """
 
 
-def _common_folder(recipe: Recipe) -> str:
-    """Return the folder that contains all local files that a recipe names; empty if there is none below the root."""
+def _shortener(recipe: Recipe) -> Callable[[str], str]:
+    """Return a function that removes folders from the local paths in a text, as far as the recipe names them.
+
+    What a model card shows says nothing about the machine it was made on: the folder that all paths have in common is
+    removed, or, if there is none, the whole folder of each.
+    """
     in_model = re.findall(r"[:=](/[^/&?][^&?]*)", recipe.model)
     paths = [*in_model, *(text for text in _texts(recipe.model_dump(mode="json")) if text.startswith("/"))]
-    folders = [os.path.dirname(re.split(r"[*?[]", path)[0]) for path in paths]
-    return os.path.commonpath(folders).rstrip("/") if folders else ""
+    folders = {os.path.dirname(re.split(r"[*?[]", path)[0]).rstrip("/") for path in paths} - {""}
+    common = os.path.commonpath(folders).rstrip("/") if folders else ""
+    removed = [common] if common else sorted(folders, key=len, reverse=True)
+
+    def shorten(text: str) -> str:
+        for folder in removed:
+            text = text.replace(f"{folder}/", "")
+        return text
+
+    return shorten
 
 
 def _texts(value: Any) -> list[str]:
     if isinstance(value, (list, dict)):
         return [text for one in (value.values() if isinstance(value, dict) else value) for text in _texts(one)]
     return [value] if isinstance(value, str) else []
-
-
-def _without(text: str, common: str) -> str:
-    """Remove a folder from the paths in a text: what a model card shows says nothing about the machine it was made on."""
-    return text.replace(f"{common}/", "") if common else text
 
 
 def _preprocessing(record: Mapping[str, Any]) -> str:
@@ -145,14 +151,15 @@ def _shares(coefficients: Coefficients) -> str:
 def _card_without_coefficients(recipe: Recipe, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:
     """Return the model card of a model that is no weighted sum of its ingredients."""
     measures, names = measures_in(record), [ingredient["name"] for ingredient in record["ingredients"]]
-    notes = "".join(f"\n\n{markdown_paragraph(note)}" for note in record["notes"])
+    shorten = _shortener(recipe)
+    notes = "".join(f"\n\n{markdown_paragraph(shorten(note))}" for note in record["notes"])
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     return f"""{_front_matter(recipe, False)}
 # A model made of {len(names)} ingredients
 
 Made by [ray_soup](https://pypi.org/project/ray_soup/) with the method `{record["method"]}`, a function that is no part of
-ray_soup, for the model {markdown_code(recipe.model)}: it is computed from {len(names)} fine-tuned checkpoints, and is no
-weighted sum of them. To load it from its folder:
+ray_soup, for the model {markdown_code(shorten(recipe.model))}: it is computed from {len(names)} fine-tuned checkpoints, and
+is no weighted sum of them. To load it from its folder:
 
 {markdown_block(load, "python")}
 
@@ -174,5 +181,5 @@ weighted sum of them. To load it from its folder:
 
 ## Recipe
 
-{markdown_block(dump_recipe(recipe).strip(), "yaml")}
+{markdown_block(shorten(dump_recipe(recipe).strip()), "yaml")}
 """

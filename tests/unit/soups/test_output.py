@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -482,9 +484,10 @@ def test_a_folder_whose_run_never_got_to_work_is_begun_afresh(tmp_path: Path, re
         ("uniform", {}, {"learn.lr": 0.5, "blocks": "layer", "greedy.keep": ">", "finetune.trials": 2}, {"learn.seed": 7}),
         ("uniform", {"data": {}}, {"learn.seed": 7, "precision": "bfloat16"}, {"out_dtype": "float16"}),
         ("uniform", {"polish": {"epochs": 1}}, {"schedule.window": 2}, {"precision": "bfloat16"}),
-        ("greedy", {}, {"learn.epochs": 9, "data.train": "more.npz", "directions.dtype": "float32"}, {"greedy.keep": ">"}),
+        ("greedy", {}, {"learn.epochs": 9, "directions.dtype": "float32"}, {"greedy.keep": ">"}),
         ("ema", {}, {"learn.epochs": 9}, {"schedule.window": 2}),
-        ("mehl+", {}, {"data.train": "more.npz", "search.trials": 3, "actors.cpus": 2}, {"blocks": "layer"}),
+        ("mehl+", {}, {"search.trials": 3, "actors.cpus": 2}, {"blocks": "layer"}),
+        ("mehl+", {}, {"finetune.trials": 2}, {"data.train": "more.npz"}),  # its class folders number those of all data
     ],
 )
 def test_only_keys_that_the_method_uses_make_another_recipe(
@@ -555,6 +558,90 @@ def test_overwriting_refuses_other_and_changed_files_by_name(tmp_path: Path, rec
     with pytest.raises(RecipeError, match="was not written by ray_soup"):
         overwrite(foreign, recipe, lambda output: None)
     assert names(foreign) == ["thesis.tex"]
+
+
+def test_overwriting_loses_nothing_wherever_it_is_interrupted(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old run waits until a new one has finished, through crashes between any two moves, refusals and plain reruns."""
+    out, other, moves = tmp_path / "out", with_changes(recipe, {"learn.lr": 0.5}), 0
+    finish(out, recipe)
+    before, move = tree(out), Path.replace
+    waiting = out / "state" / "replaced"
+
+    for crash in range(6):
+
+        def moved(file: Path, target: Path) -> Path:
+            nonlocal moves
+            if waiting in Path(target).parents:
+                moves += 1
+                if moves > crash:  # noqa: B023
+                    raise MemoryError
+            return move(file, target)
+
+        moves = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", moved)
+            patch.setattr("ray_soup.soups.output.put_back", lambda out: None)  # the process is gone
+            patch.setattr("ray_soup.soups.output.restore", lambda state, before: True)
+            with suppress(MemoryError):
+                overwrite(out, other, lambda output: None)
+        found = {name.removeprefix("state/replaced/"): content for name, content in tree(out).items()}
+        assert found.items() >= before.items(), crash
+    overwrite(out, other, lambda output: fail_with(output, RecipeError("a label"), lambda: None))
+    assert tree(out) == before
+    overwrite(out, other, lambda output: None)  # killed before it got to work
+    begin(out, with_changes(recipe, {"learn.lr": 0.25}))  # without --overwrite
+    assert (waiting / "model.safetensors").exists()
+
+
+def test_files_of_the_users_in_folders_are_not_overwritten(tmp_path: Path, recipe: Recipe) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    (out / "mine").mkdir()
+    (out / "mine" / "events.out.tfevents.1").touch()
+    with pytest.raises(RecipeError, match=r"has other files, .*: mine/events\.out\.tfevents\.1\."):
+        overwrite(out, recipe, lambda output: None)
+
+
+def test_a_refused_overwrite_changes_nothing_and_a_new_soup_is_the_one_that_is_put_back(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    out, other = tmp_path / "out", with_changes(recipe, {"learn.lr": 0.5})
+    assert begin(out, recipe) is None
+    (out / "notes.txt").touch()
+    before = tree(out)
+    with pytest.raises(RecipeError, match=r"notes\.txt"):
+        overwrite(out, recipe, lambda output: None)
+    assert tree(out) == before
+    (out / "notes.txt").unlink()
+    finish(out, recipe)
+    overwrite(out, other, lambda output: publish(output, other))
+    (out / "state" / "replaced" / "state").mkdir(parents=True)  # as if the run had been killed while it cleaned up
+    (out / "state" / "replaced" / "state" / "begun.json").write_text("{}")
+    newest = (out / "run.json").read_bytes()
+    overwrite(out, recipe, lambda output: fail_with(output, RecipeError("a label"), lambda: None))
+    assert (out / "run.json").read_bytes() == newest
+    assert begin(out, other) is not None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"rows": {"a": [1]}}, {"rows": {"a": [2]}}, "files under compare.rows that have changed"),
+        ({"source": "a"}, {"source": "b"}, "was begun by `ray-soup bake a`"),
+        ({"source": "a"}, {}, "was begun by `ray-soup bake a`"),
+    ],
+)
+def test_other_rows_and_another_source_make_another_run(
+    tmp_path: Path, recipe: Recipe, before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    options: dict[str, Any] = {} if "source" in before else {"compare": [1, [], []]}
+    with open_output(tmp_path / "out") as output:
+        output.begin(begun(recipe, ingredients_of(recipe), **options, **before))
+        publish(output, recipe)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        begin(tmp_path / "out", recipe, **options, **now)
 
 
 def test_published_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, recipe: Recipe) -> None:

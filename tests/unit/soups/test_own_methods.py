@@ -159,6 +159,8 @@ REFUSED: list[tuple[Callable[[Session], Any], str]] = [
     (lambda session: [0.5, 0.5, float("nan")], "a coefficient is not finite."),
     (lambda session: None, "returned a NoneType; expected coefficients [K] or [K, B], a dictionary of tensors"),
     (lambda session: ["a", "b", "c"], "returned coefficients that are no numbers"),
+    (lambda session: [1 + 1j, 0, 0], "returned coefficients that are no numbers (they are complex)"),
+    (lambda session: [5e5, -499998.1, 0.0], "the coefficients of the block model sum to 1.9; expected 1."),
     (lambda session: {"head.weight": torch.zeros(1)}, "returned a model that lacks 'unused', 'embed.weight', 'embed.bias'"),
     (lambda session: {"other": torch.zeros(1)}, "returned a model that has 'other'; expected the 19 tensors"),
     (lambda session: {n: torch.zeros(2) for n in session.parameters}, "in which unused is [2]; expected a tensor [7]"),
@@ -176,6 +178,18 @@ def test_what_a_method_may_not_return_is_refused(folder: Path, method: Callable[
     session = without_data(folder)
     with pytest.raises(SoupError, match=re.escape(message)):
         result_of(session, method(session))
+
+
+def test_a_model_that_overflows_the_dtype_of_the_soup_is_refused(folder: Path) -> None:
+    session = without_data(folder, out_dtype="float16")
+    large = {name: torch.full(shape, 1e5) for name, shape in session.parameters.items()}
+    with pytest.raises(RecipeError, match="in which unused is not finite in float16"):
+        result_of(session, large)
+
+
+def test_coefficients_may_be_a_tensor_of_any_float_dtype_with_a_gradient(folder: Path) -> None:
+    returned = torch.tensor([0.25, 0.25, 0.5], dtype=torch.bfloat16, requires_grad=True)
+    assert result_of(without_data(folder), returned).coefficients.values[:, 0].tolist() == [0.25, 0.25, 0.5]
 
 
 def test_a_sum_near_one_becomes_one(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_published_checkpoints_of_model_soups_are_loaded_and_written_again(
     assert {"token_embedding.weight", "logit_scale", "text_projection"} <= set(bound[0].left_out)
     model = load_model(spec, str(tmp_path / "model_1.pt"))
     line = written_again(model, tmp_path / "out", spec)
-    assert line == f"ray_soup.load_model('{spec}', '.')"
+    assert line == f"import ray_soup\n\nmodel = ray_soup.load_model('{spec}', '.')"
     with torch.inference_mode():
         assert_same(model(IMAGES), zoo[1](IMAGES))
         assert_same(loaded_by(line, tmp_path / "out", monkeypatch)(IMAGES), zoo[1](IMAGES))
@@ -114,7 +114,7 @@ def test_timm_checkpoints_are_loaded_and_written_again(tmp_path: Path, name: str
     spec, file = f"timm:{name}?classes=3", str(tmp_path / "1" / "model_best.pth.tar")
     model, ema = load_model(spec, file), load_model(spec, f"{file}?key=state_dict_ema")
     line = written_again(model, tmp_path / "out", spec)
-    assert line.startswith("timm.create_model(")
+    assert line.startswith("import timm\n\nmodel = timm.create_model(")
     with torch.inference_mode():
         assert_same(model(LARGE), zoo[1](LARGE))
         assert_same(ema(LARGE), zoo[0](LARGE))
@@ -154,7 +154,7 @@ def test_transformers_image_checkpoints_are_loaded_and_written_again(
     spec = f"transformers:{tmp_path}/run_0"
     model = load_model(spec, str(tmp_path / "run_0"))
     line = written_again(model, tmp_path / "out", spec)
-    assert line == "transformers.ViTForImageClassification.from_pretrained('.')"
+    assert line == "import transformers\n\nmodel = transformers.ViTForImageClassification.from_pretrained('.')"
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
     with torch.inference_mode():
         expected = theirs(pixel_values=IMAGES).logits
