@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
-from ray_soup.io.checkpoint_files import ADAPTER_CONFIG
 from ray_soup.io.disk import read_json
 from ray_soup.io.hub_errors import constants, explained, hub_utils, status_of
 from ray_soup.io.hub_path import HubPath
@@ -82,7 +81,9 @@ def push(out: str | Path, repo: str, private: bool = False, progress: ProgressCa
 
 
 def _without_paths(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Return the files that would name a folder of this machine, as they are to be pushed: the name of the base is left."""
+    """Return the files that would name a folder of this machine, changed for the Hub: of the base's path, its name stays."""
+    from ray_soup.io.checkpoint_files import ADAPTER_CONFIG  # needs torch
+
     if ADAPTER_CONFIG not in names:
         return {}
     config = read_json(folder / ADAPTER_CONFIG)

@@ -45,8 +45,8 @@ def test_functions_stay_functions_after_modules_of_the_same_name_are_imported() 
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Record the recipes that would be run."""
     recipes: list[Recipe] = []
-    monkeypatch.setattr(api, "run", lambda recipe, out, progress: recipes.append(recipe))
-    monkeypatch.setattr(api, "run_compare", lambda recipe, out, options, progress: recipes.append(recipe))
+    monkeypatch.setattr(api, "run", lambda recipe, out, progress, **more: recipes.append(recipe))
+    monkeypatch.setattr(api, "run_compare", lambda recipe, out, options, progress, overwrite: recipes.append(recipe))
     return recipes
 
 
