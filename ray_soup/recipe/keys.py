@@ -180,9 +180,10 @@ def json_schema() -> dict[str, Any]:
 def _as_it_is_read(one: dict[str, Any], keys: tuple[str, ...]) -> None:
     """Let the schema of a key accept what a recipe may have there: a section without keys, and unquoted text."""
     one.pop("title", None)
-    if "$ref" in one:
+    whole = one.pop("allOf", [one])  # older versions of pydantic wrap a reference that has a description
+    if "$ref" in whole[0]:
         one.pop("default", None)
-        one["anyOf"] = [{"$ref": one.pop("$ref")}, {"type": "null"}]
+        one["anyOf"] = [{"$ref": whole[0].pop("$ref")}, {"type": "null"}]
     if _is_text(keys):
         parts = [one, *one.get("anyOf", [])]
         for part in [

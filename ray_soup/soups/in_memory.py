@@ -24,6 +24,7 @@ from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io.cache import cache_at
+from ray_soup.io.formats import check_dtype
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Layout
@@ -250,6 +251,9 @@ def _write_state_dict(state: Mapping[str, torch.Tensor], path: Path) -> str:
     odd = next((name for name, t in state.items() if t.is_meta or t.layout != torch.strided or t.is_quantized), None)
     if odd is not None:
         raise IngredientError(f"{where}: {odd} is a meta, sparse or quantized tensor; expected a dense one. Convert it.")
+    for name, tensor in state.items():
+        if tensor.dtype.is_complex:  # which only some versions of safetensors can store
+            check_dtype(where, name, str(tensor.dtype).removeprefix("torch."))
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
     return str(path)
 

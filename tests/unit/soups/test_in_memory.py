@@ -105,7 +105,7 @@ def test_a_message_says_what_is_wrong_with_the_arguments(zoo: Path) -> None:
         ({"state_dicts": [{"weight": torch.zeros(2).to_sparse()}]}, "State dict 0: weight is a meta, sparse or quantized"),
         (
             {"state_dicts": [{"weight": torch.zeros(2, dtype=torch.complex64)}] * 2},
-            "state dict 0: the tensor weight has dtype",
+            "State dict 0: the tensor weight has dtype complex64; expected one of",
         ),
         ({"progress": 3}, "progress is of type int; expected a function of (what, done, total)"),
     ],
