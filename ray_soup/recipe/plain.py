@@ -88,3 +88,10 @@ class _Plain:
             f"found {name} of {place}, which other processes cannot import. Expected a function at the top level of a "
             "module. Move it into a file, and pass it from there, or write its name, as in my_package.module:function.",
         )
+
+
+def texts_in(value: object) -> list[str]:
+    """Return the texts among the values of nested lists and dictionaries."""
+    if isinstance(value, (list, dict)):
+        return [text for one in (value.values() if isinstance(value, dict) else value) for text in texts_in(one)]
+    return [value] if isinstance(value, str) else []

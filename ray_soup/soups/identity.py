@@ -49,41 +49,36 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
     """
     difference = _difference(out, before["recipe"], now)
     if difference:
-        raise OtherRunError(
-            f"{out} belongs to another recipe: {difference}. Choose a new folder, use the old recipe, or add --overwrite to "
-            "replace what is there."
-        )
+        raise _other_run(f"{out} belongs to another recipe: {difference}", "Choose a new folder, use the old recipe")
     if before["ingredients"] != now["ingredients"]:
         old, new = (
             {file[0]: file for one in d["ingredients"] for file in one if isinstance(file, list) and file}
             for d in (before, now)
         )
         which = [path for path in {**old, **new} if old.get(path) != new.get(path)]
-        raise OtherRunError(
-            f"{out} was started with ingredients that have changed since: {', '.join(map(str, which[:3]))}. Choose a new "
-            "folder that is not inside the ingredients' folder, or add --overwrite to replace what is there."
+        raise _other_run(
+            f"{out} was started with ingredients that have changed since: {', '.join(map(str, which[:3]))}",
+            "Choose a new folder that is not inside the ingredients' folder",
         )
     begun_by, command = command_of(before), command_of(now)
     if begun_by != command:
-        raise OtherRunError(
-            f"{out} was begun by `ray-soup {begun_by}`, and this command is `{command}`. Choose a new folder, or add "
-            "--overwrite to replace what is there."
-        )
+        raise _other_run(f"{out} was begun by `ray-soup {begun_by}`, and this command is `{command}`")
     if before.get("rows") != now.get("rows"):
-        raise OtherRunError(
-            f"{out} was started with files under compare.rows that have changed since. Choose a new folder, restore them, "
-            "or add --overwrite to replace what is there."
+        raise _other_run(
+            f"{out} was started with files under compare.rows that have changed since", "Choose a new folder, restore them"
         )
     if "source" in before and before["source"] != now.get("source"):
-        raise OtherRunError(
-            f"{out} was begun by `ray-soup bake {before['source']}`. Choose a new folder, or add --overwrite to replace "
-            "what is there."
-        )
+        raise _other_run(f"{out} was begun by `ray-soup bake {before['source']}`")
     if before.get("start") != now.get("start"):
-        raise OtherRunError(
-            f"{out} was started with start {before.get('start')}, but this command has {now.get('start')}. Choose a new "
-            "folder, restore the old soup, or add --overwrite to replace what is there."
+        raise _other_run(
+            f"{out} was started with start {before.get('start')}, but this command has {now.get('start')}",
+            "Choose a new folder, restore the old soup",
         )
+
+
+def _other_run(what: str, remedy: str = "Choose a new folder") -> OtherRunError:
+    """Return the error for a folder of another run: what differs, and what to do instead of replacing it."""
+    return OtherRunError(f"{what}. {remedy}, or add --overwrite to replace what is there.")
 
 
 def command_of(begun: BegunRecord) -> str:

@@ -11,6 +11,7 @@ from ray_soup.io.progress import WHOLE_RUN, ProgressCallback
 from ray_soup.recipe import DEFAULT_METHOD, TRAINED, for_method
 from ray_soup.soups.comparison import SEEDLESS, CompareOptions, SoupEntry, methods_for, methods_on, table_entries
 from ray_soup.soups.session import CALIBRATION, Session
+from ray_soup.soups.trained import RATES
 from ray_soup.task.outcomes import test_sets
 
 STEP = 3
@@ -50,7 +51,7 @@ def expected_work(session: Session, options: CompareOptions) -> list[Work]:
     works += [_work_on(session, entry, splits) for entry in entries]
     if options.trained:
         epochs, epoch = for_method(session.recipe, DEFAULT_METHOD).learn.epochs, STEP * splits["fit"] + splits["select"]
-        works.append(Work(0, options.seeds * 3 * epochs * epoch))
+        works.append(Work(0, options.seeds * len(RATES) * epochs * epoch))
     return works
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ray_soup.io.disk import write_bytes
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.io.redact import redact_uris
 from ray_soup.recipe import Recipe, dump_recipe, is_function, parse_overrides, with_changes
+from ray_soup.recipe.plain import texts_in
 from ray_soup.soups.compare import compare
 from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.finished import bake_copy
@@ -79,23 +80,11 @@ def _enter(begun: BegunRecord, out: str) -> None:
     folder = begun.get("folder", "")
     if os.path.isdir(folder):
         os.chdir(folder)
-    elif functions := [one for one in _texts(yaml.safe_load(begun["recipe"])) if is_function(one)]:
+    elif functions := [one for one in texts_in(yaml.safe_load(begun["recipe"])) if is_function(one)]:
         raise RecipeError(
             f"{out} was begun in the folder {folder or '?'}, which does not exist here, and {functions[0]} may be a module "
             "there. Run the command itself, where the module is."
         )
-
-
-def _texts(values: object) -> Iterator[str]:
-    """Yield the texts among the values of a recipe."""
-    if isinstance(values, str):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _texts(value)
-    elif isinstance(values, list):
-        for value in values:
-            yield from _texts(value)
 
 
 def _make(command: str, recipe: Recipe, begun: BegunRecord, out: str, progress: ProgressCallback) -> Soup:

@@ -12,6 +12,7 @@ import yaml
 from ray_soup.io.redact import redact
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, dump_recipe
+from ray_soup.recipe.plain import texts_in
 from ray_soup.soups.report.measures import measures_in
 from ray_soup.soups.report.tables import Row, cost, legend, markdown, quality, table
 from ray_soup.soups.report.text import (
@@ -106,7 +107,7 @@ def _shortener(recipe: Recipe) -> Callable[[str], str]:
     removed, or, if there is none, the whole folder of each.
     """
     in_model = re.findall(r"[:=](/[^/&?][^&?]*)", recipe.model)
-    paths = [*in_model, *(text for text in _texts(recipe.model_dump(mode="json")) if text.startswith("/"))]
+    paths = [*in_model, *(text for text in texts_in(recipe.model_dump(mode="json")) if text.startswith("/"))]
     folders = {os.path.dirname(re.split(r"[*?[]", path)[0]).rstrip("/") for path in paths} - {""}
     common = os.path.commonpath(folders).rstrip("/") if folders else ""
     removed = [common] if common else sorted(folders, key=len, reverse=True)
@@ -117,12 +118,6 @@ def _shortener(recipe: Recipe) -> Callable[[str], str]:
         return text
 
     return shorten
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, (list, dict)):
-        return [text for one in (value.values() if isinstance(value, dict) else value) for text in _texts(one)]
-    return [value] if isinstance(value, str) else []
 
 
 def _preprocessing(record: Mapping[str, Any]) -> str:
