@@ -27,7 +27,7 @@ if _TYPE_CHECKING:
     from ray_soup.soups.methods.interface import Session
     from ray_soup.soups.output import Soup
     from ray_soup.soups.results import load_results
-    from ray_soup.task.models import load_model
+    from ray_soup.task.loading import load_model
     from ray_soup.task.objective import Objective
 
 _installed_first()  # before torch and others are imported: in a worker process of Ray the current folder comes first
@@ -40,7 +40,7 @@ __all__ = [
 _MODULES = {
     "Coefficients": "mixing.coefficients", "MixedSoup": "soups.in_memory", "Objective": "task.objective",
     "Recipe": "recipe", "Session": "soups.methods.interface", "Soup": "soups.output", "SoupError": "errors",
-    "load_coefficients": "mixing.coefficients", "load_model": "task.models", "load_recipe": "recipe",
+    "load_coefficients": "mixing.coefficients", "load_model": "task.loading", "load_recipe": "recipe",
     "load_results": "soups.results", "mix_state_dicts": "soups.in_memory",
 }  # fmt: skip
 

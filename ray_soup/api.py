@@ -180,11 +180,37 @@ def inspect(ingredients: str | Path | Sequence[str | Path], model: str | None = 
     return run_inspect([str(one) for one in ([ingredients] if isinstance(ingredients, (str, Path)) else ingredients)], model)
 
 
-def plan(recipe: AnyRecipe, *, progress: ProgressCallback = no_progress, **changes: Any) -> dict[str, Any]:
-    """Estimate the memory, traffic and time of `learn`: what `ray-soup plan --json` prints, in bytes and seconds."""
+def plan(
+    recipe: AnyRecipe,
+    *,
+    cluster: str | None = None,
+    nodes: Sequence[int] = (1,),
+    price: float | None = None,
+    ingredient_count: int | None = None,
+    example_count: int | None = None,
+    progress: ProgressCallback = no_progress,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Estimate the memory, traffic and time of `learn`: what `ray-soup plan --json` prints, in bytes and seconds.
+
+    Args:
+        recipe: a Recipe, its keys, or the path of a YAML file.
+        cluster: a node of a cluster that need not exist, as in "8 x H100-80GB, 100 Gbit"; None: measure on this cluster.
+        nodes: numbers of nodes of that cluster.
+        price: of one of its nodes, per hour.
+        ingredient_count: number of ingredients, to plan without checkpoints. Needs `cluster`.
+        example_count: number of examples of each source, to plan without data. Needs `cluster`.
+        progress: called with what is being done, the units done so far, and the units in total.
+        **changes: recipe keys to override.
+    """
+    changed = with_changes(as_recipe(recipe), changes)
+    if cluster is not None:
+        from ray_soup.soups.cluster_plan.predict import plan_cluster
+
+        return plan_cluster(changed, cluster, nodes, price, ingredient_count, example_count, progress)
     from ray_soup.soups.plan import plan as run_plan
 
-    return run_plan(with_changes(as_recipe(recipe), changes), progress)
+    return run_plan(changed, progress)
 
 
 # Finished soups

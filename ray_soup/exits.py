@@ -6,22 +6,25 @@ traceback is shown unless --traceback asks for it.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from ray_soup.errors import OutputClosed, RecipeError, Stopped, explain
 from ray_soup.io.environment import check_environment, wants_traceback
 from ray_soup.io.signals import catching_signals
-from ray_soup.soups.report.console import LOG_FORMATS, flush, log_as, print_json, say, unwritable
-from ray_soup.soups.report.measures import measures_in
+from ray_soup.soups.report.console import LOG_FORMATS, as_said, flush, log_as, print_json, say, unwritable
+from ray_soup.soups.report.json_log import json_log
 from ray_soup.soups.report.progress_bar import ProgressBar
+from ray_soup.soups.trackers import given_up
 
 if TYPE_CHECKING:
     from ray_soup.soups.output import Soup
@@ -67,6 +70,8 @@ def check_improvement(required: bool, soup: Soup) -> None:
     """
     if not required:
         return
+    from ray_soup.soups.report.measures import measures_in
+
     change, measures = soup.record.get("improvement"), measures_in(soup.record)
     if not change:
         raise RecipeError(
@@ -103,8 +108,9 @@ class Shell(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         arguments = sys.argv[1:] if args is None else list(args)
         _open_standard_files()
-        log_as("json" if _json_log_wanted(arguments) else "text")
-        with catching_signals():
+        as_json = _json_log_wanted(arguments)
+        log_as("json" if as_json else "text")
+        with catching_signals(as_said), json_log() if as_json else nullcontext():
             try:
                 code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0
                 flush()
@@ -116,7 +122,7 @@ class Shell(click.Group):
                 code = _report(error, arguments)
             with suppress(Exception):
                 flush()
-            if Stopped.signal is not None:
+            if Stopped.signal is not None or given_up:
                 os._exit(code)  # at once: everything is saved, and libraries would take their time
         sys.exit(code)
 
@@ -128,6 +134,21 @@ class Shell(click.Group):
             raise
         except BaseException as error:
             raise _Failure(error) from error
+
+
+def end_process(code: Any) -> NoReturn:
+    """End the process with the code of a SystemExit after all that its libraries want to do at its end.
+
+    What is left out is to take the interpreter down object by object, which takes half a second with torch.
+    """
+    if not (code is None or isinstance(code, int)):
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined] # both as the interpreter does at its end
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code or 0)
 
 
 def _open_standard_files() -> None:

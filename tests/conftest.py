@@ -24,22 +24,26 @@ os.environ["RAY_SOUP_CACHE"] = str(SHORT / "cache")
 os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT / "numba")
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # with more processes than cores, threads that spin cost ten times the time
 ROOT = Path(__file__).parent.parent
 
 from ray_soup.actors.in_process import InProcessPool  # noqa: E402
 from ray_soup.actors.messages import Mesh, StoreInfo  # noqa: E402
 from ray_soup.errors import SoupError  # noqa: E402
 from ray_soup.io import storage  # noqa: E402
+from ray_soup.io.lease import state_folder  # noqa: E402
 from ray_soup.io.progress import no_progress  # noqa: E402
 from ray_soup.mixing.blocks import Blocks  # noqa: E402
 from ray_soup.recipe import Recipe, make_recipe  # noqa: E402
+from ray_soup.soups.inputs import open_inputs  # noqa: E402
 from ray_soup.soups.run import run  # noqa: E402
-from ray_soup.soups.session import open_inputs  # noqa: E402
 from ray_soup.soups.state import load_state  # noqa: E402
+from ray_soup.task.preprocessing import completed  # noqa: E402
 from tests import tiny  # noqa: E402
 
 LONGEST = (
-    "ray/test_search.py", "ray/test_train.py", "system/test_storage.py", "ray/test_hosts.py", "system/test_demo.py",
+    "ray/test_uris.py", "system/test_chaos.py", "ray/test_search.py", "ray/test_train.py", "system/test_storage.py",
+    "ray/test_hosts.py", "system/test_demo.py",
     "system/test_signals.py", "ray/test_learn.py", "ray/test_disk_faults.py", "system/test_jobs.py", "ray/test_any_task.py",
     "ray/test_compare.py", "system/test_fuzz.py", "ray/test_memory.py", "system/test_improvement.py",
     "ray/test_language_models.py", "unit/soups/test_disk_faults.py", "system/test_hub_adapters.py",
@@ -75,6 +79,17 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where `tests.tiny:build` is found, by actors too
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with as many threads as an actor with one CPU does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +180,6 @@ def s3(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
 
     for name, value in endpoint.items():
         monkeypatch.setenv(name, value)
-    storage._s3.cache_clear()
     bucket = f"b{time.monotonic_ns()}"
     address = endpoint["AWS_ENDPOINT_URL"].removeprefix("http://")
     fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True).create_dir(bucket)
@@ -184,7 +198,7 @@ class InProcess(InProcessPool):
     def __init__(self, recipe: Recipe, size: int = 1) -> None:
         self.inputs = open_inputs(recipe)
         self.layout = self.inputs.layout
-        super().__init__(recipe, self.inputs.ingredients, Mesh(size, 1), 1)
+        super().__init__(completed(recipe, self.inputs.adopted), self.inputs.ingredients, Mesh(size, 1), 1)
         self.setup_info = self.setup(no_progress)
 
     def open_all(self, blocks: Blocks) -> StoreInfo:
@@ -228,7 +242,7 @@ def ray_soup(*arguments: str) -> list[str]:
 
 def steps_saved(out: Path | str) -> int:
     """Return the steps that a run in progress could resume from: 0 before its first epoch is saved."""
-    state = f"{out}/state/learn.pt"
+    state = f"{state_folder(str(out))}/learn.pt"
     try:
         return load_state(io.BytesIO(storage.read_bytes(state))).steps if storage.exists(state) else 0
     except (RuntimeError, SoupError):

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ray_soup.actors import on_ray, ray_session
 from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import explain
@@ -27,13 +28,13 @@ from ray_soup.io.cache import cache_at
 from ray_soup.io.progress import drain
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import Recipe, make_recipe
-from ray_soup.soups import finished, session
+from ray_soup.soups import finished, model_batch, session
 from ray_soup.soups.compare import compare
 from ray_soup.soups.finished import bake_copy, evaluate, verify
 from ray_soup.soups.output import COEFFICIENTS
 from ray_soup.soups.report import figures
 from ray_soup.soups.run import run
-from ray_soup.tune import demo, finetune, search, trainable
+from ray_soup.tune import finetune, search, trainable
 from ray_soup.tune.train import train
 from tests import tiny
 from tests.conftest import values
@@ -60,15 +61,16 @@ def in_this_process(beat_s: float = 3600) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "BEAT_S", beat_s)
         patch.setattr(figures, "drawn", lambda *_: "<svg></svg>")
-        for module in (session, finished, search, finetune, demo):
+        for module in (session, finished, search, finetune, ray_session):
             patch.setattr(module, "connect", nullcontext)
         for module in (session, finished, trainable):
-            patch.setattr(module, "RayPool", pool)
             patch.setattr(module, "resolve_mesh", mesh)
-        patch.setattr(session, "has_room", lambda *_: True)
-        patch.setattr(session, "memory_of_each", lambda *_: 1 << 40)
+        for module in (session, on_ray, trainable):
+            patch.setattr(module, "RayPool", pool)
+        patch.setattr(model_batch, "memory_of_each", lambda *_: 1 << 40)
         for module in (search, finetune):
             patch.setattr(module, "settle", lambda: None)
+            patch.setattr(module, "check_seen", lambda *_: None)
             patch.setattr(module, "wait_for_room", lambda *_: None)
         patch.setattr(search, "_run_trials", _search_trials)
         patch.setattr(finetune, "room_for", lambda _: 1)
@@ -90,16 +92,20 @@ def _search_trials(recipe: Recipe, configs: list[Any], output: Any, states: str,
     return trials
 
 
-def _initialization(recipe: Recipe, file: Path, progress: Any) -> str:
+def _initialization(recipe: Recipe, file: str, progress: Any) -> str:
     drain(train(recipe, {**recipe.finetune.trunk.model_dump(), "seed": 0}, None, file))  # type: ignore[typeddict-item]
-    return str(file)
+    return file
 
 
-def _training_runs(recipe: Recipe, configs: list[Any], init: str, state: Path, *_: Any, **__: Any) -> list[Any]:
-    trials = state / "trials"
-    trials.mkdir(exist_ok=True)
-    files = [trials / f"{number}.safetensors" for number in range(len(configs))]
-    return [(hyper, drain(train(recipe, hyper, init, file)), file) for hyper, file in zip(configs, files, strict=True)]
+def _training_runs(recipe: Recipe, configs: list[Any], init: str, output: Any, *_: Any, **__: Any) -> list[Any]:
+    output.state("trials").mkdir(exist_ok=True)
+    found = []
+    for number, hyper in enumerate(configs):
+        name = f"trials/{number}.safetensors"
+        metrics = drain(train(recipe, hyper, init, str(output.state(name))))
+        digest = metrics.pop("sha256")
+        found.append(finetune._FineTuned(hyper, metrics, name, digest))
+    return found
 
 
 # The commands
@@ -165,6 +171,8 @@ def on(folder: Path) -> Iterator[None]:
         patch.setattr(tempfile, "tempdir", str(folder / "tmp"))
         patch.setattr(storage, "_HELD", {})  # the copies of remote files in the cache
         yield
+    while trainable._KEPT:  # as the end of a worker does
+        trainable._KEPT.pop().pool.close()
 
 
 def fail(command: Command, folder: Path, number: int, fails_at: int, lasts: int = 1) -> tuple[FaultyDisk, str | None, Any]:

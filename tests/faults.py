@@ -1,4 +1,4 @@
-"""A disk that fails: every call that writes below some folders is counted, and one of them fails."""
+"""Faults on purpose: a disk on which one of the calls that write below some folders fails; a training that ends early."""
 
 from __future__ import annotations
 
@@ -183,3 +183,17 @@ def build() -> torch.nn.Module:
             disk = FaultyDisk([Path(wanted["folder"])], errno.ENOSPC, wanted["fails_at"], wanted["lasts"])
             _STARTED.enter_context(faulty(disk))
     return tiny.build()
+
+
+class Killed(Exception):
+    """Ends a training run in the middle."""
+
+
+def killing(at: int) -> Callable[[str, int, int], None]:
+    """Report to this until step `at` of a training, which then raises Killed."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if (what, done) == ("training", at):
+            raise Killed
+
+    return progress

@@ -81,6 +81,18 @@ class Flat(nn.Module):
         return self.head(torch.tanh(self.hidden(x)))
 
 
+class TwoHeads(nn.Module):
+    """Logits [n, 5] and a number [n], as a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.of_class, self.of_number = nn.Linear(6, 8), nn.Linear(8, CLASSES), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.tanh(self.hidden(x))
+        return self.of_class(features), self.of_number(features)[:, 0]
+
+
 def labels_model() -> nn.Module:
     return Flat(CLASSES)
 
@@ -104,6 +116,30 @@ class Poisson(Objective):
 
     def weights(self, targets: torch.Tensor) -> torch.Tensor:
         return torch.full((len(targets),), 2)
+
+
+class ClassAndNumber(Objective):
+    """A class and a number for each example: outputs [n, 5 + 1], targets float [n, 2]; the class counts twice."""
+
+    name = "class_and_number"
+
+    def outputs(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        logits, number = model(inputs)
+        return torch.cat([logits, number[:, None]], 1)
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        of_class = F.cross_entropy(outputs[:, :CLASSES], targets[:, 0].long(), reduction="none")
+        return 2 * of_class + (outputs[:, CLASSES] - targets[:, 1]) ** 2
+
+    def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs[:, :CLASSES].argmax(1) == targets[:, 0]
+
+    def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"top-2": in_top_2(outputs, targets), "distance": (outputs[:, CLASSES] - targets[:, 1]).abs()}
+
+
+def in_top_2(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs[:, :CLASSES].topk(2).indices == targets[:, :1]).any(1)
 
 
 # Examples
@@ -155,6 +191,11 @@ def counted(count: int, random: np.random.Generator) -> Arrays:
     return {"x": random.standard_normal((count, 6)).astype(np.float32), "targets": random.integers(9, size=(count, 2))}
 
 
+def classes_and_numbers(count: int, random: np.random.Generator) -> Arrays:
+    targets = np.stack([random.integers(CLASSES, size=count), random.standard_normal(count)], 1).astype(np.float32)
+    return {"x": random.standard_normal((count, 6)).astype(np.float32), "targets": targets}
+
+
 # Their losses, as torch computes them: [n], summed over the units
 
 
@@ -186,6 +227,14 @@ def by_counts(outputs: torch.Tensor, targets: torch.Tensor, smoothing: float = 0
     return F.poisson_nll_loss(outputs, targets, reduction="none").sum(1)
 
 
+def by_heads(outputs: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    each = [
+        2 * F.cross_entropy(logits, target[0].long()) + F.mse_loss(number, target[1].to(number.dtype))
+        for logits, number, target in zip(outputs[:, :-1], outputs[:, -1], targets, strict=True)
+    ]
+    return torch.stack(each)
+
+
 def by_class(outputs: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
 
@@ -204,11 +253,18 @@ class Kind:
     smooth: bool = True
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether a factor multiplies the outputs."""
+        return self.objective != "regression" and not self.objective.startswith("tests.kinds:")
+
+    @property
     def model(self) -> str:
         return f"tests.kinds:{self.build.__name__}"
 
     def outputs(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         found = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        if isinstance(model, TwoHeads):
+            return torch.cat([found[0], found[1][:, None]], 1)
         if isinstance(found, dict):
             found = found.get("logits", found.get("out"))
         return found[0] if isinstance(found, tuple) else getattr(found, "logits", found)
@@ -236,7 +292,7 @@ class Kind:
         torch.manual_seed(0)
         trunk = self.build().state_dict()
         for k in range(count):
-            state = {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in trunk.items()}
+            state = {n: t + 0.2 * torch.randn_like(t) if t.is_floating_point() else t for n, t in trunk.items()}
             save_file(state, folder / "zoo" / f"model_{k}.safetensors")
 
 
@@ -256,5 +312,8 @@ KINDS = {
     "segmentation": Kind("segmentation", Pixels, segmented, by_units),
     "multi_label": Kind("multi_label", labels_model, labeled, by_labels, _known, False),
     "regression": Kind("regression", one_number, numbers, by_numbers, lambda t: (~t.isnan()).long(), False),
+    "two_heads": Kind(
+        "tests.kinds:ClassAndNumber", TwoHeads, classes_and_numbers, by_heads, lambda t: torch.ones(len(t)), False
+    ),
     "own": Kind("tests.kinds:Poisson", counts_model, counted, by_counts, lambda t: torch.full((len(t),), 2), False),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,15 @@ def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
     finally:
         if process.poll() is None:
             kill_tree(process)
+
+
+def freeze(process: subprocess.Popen[str], name: str) -> None:
+    """Suspend those of its actors whose title contains `name`, so that it waits for them."""
+    found = [child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())]
+    assert found
+    for child in found:
+        child.suspend()
+    time.sleep(0.5)  # until it has sent the next call, and waits
 
 
 def stop(process: subprocess.Popen[str], number: signal.Signals) -> None:

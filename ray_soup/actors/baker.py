@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ray_soup.actors.messages import ModelFiles, SetupInfo, Stream
+from ray_soup.actors.versions import own_versions
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
-from ray_soup.io.hashing import hash_ingredients
+from ray_soup.io.cache import scratch
+from ray_soup.io.hashing import hash_ingredients, sha256_written
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.bake import bake_files, plan_baking
+from ray_soup.mixing.shard_files import ShardFiles
 
 HEARTBEAT_S = 0.5
 """Seconds between two reports of an actor."""
@@ -32,7 +35,7 @@ class Baker:
     def setup(self, seen: tuple[str, ...] = ()) -> Stream[SetupInfo]:
         """Check that this node sees the ingredients and the local files `seen` by the driver. Raises RecipeError."""
         check_paths(self.ingredients, seen)
-        yield SetupInfo({}, None, {}, "", socket.gethostname())
+        yield SetupInfo({}, None, {}, "", socket.gethostname(), versions=own_versions())
 
     def bake(self, model: ModelFiles) -> Stream[int]:
         """Write files of a model, as `bake` in this module does."""
@@ -54,17 +57,37 @@ def bake(ingredients: Sequence[Ingredient], model: ModelFiles, threads: int | No
         model: the files to write.
         threads: number of threads that read and mix; None: as many as CPUs and memory allow.
     """
-    chosen = [ingredients[k] for k in model.subset]
-    planned = plan_baking(model.coefficients, chosen, Path(model.path), model.out_dtype, model.shard_size)
-    files = planned.part(model.first, model.stop)
     read, at = 0, time.monotonic()
-    for nbytes in bake_files(model.coefficients, chosen, files, threads):
+    for nbytes in _written(ingredients, model, threads):
         read += nbytes
         if time.monotonic() - at >= HEARTBEAT_S:
             yield "mixing", read, 0
             at = time.monotonic()
     yield "mixing", read, 0
     yield read
+
+
+def _written(ingredients: Sequence[Ingredient], model: ModelFiles, threads: int | None) -> Iterator[int]:
+    """Write the files, and upload them if they go to a URI; yield the bytes read since the last time."""
+    chosen = [ingredients[k] for k in model.subset]
+
+    def planned(path: Path) -> ShardFiles:
+        return plan_baking(model.coefficients, chosen, path, model.out_dtype, model.shard_size)
+
+    if not model.uri:
+        yield from bake_files(model.coefficients, chosen, planned(Path(model.path)).part(model.first, model.stop), threads)
+        return
+    with scratch() as folder:
+        files = planned(folder / Path(model.path).name)
+        for number in range(model.first, model.stop):  # one at a time: the disk need not hold more
+            part = files.part(number, number + 1)
+            yield from bake_files(model.coefficients, chosen, part, threads)
+            for file in part.files:
+                target = storage.join(model.uri, file.name)
+                storage.upload(file, target)
+                storage.write_bytes(sha256_written(file).encode(), f"{target}.sha256")
+            part.remove()
+            yield 0
 
 
 def check_paths(ingredients: Sequence[Ingredient], seen: tuple[str, ...]) -> None:
@@ -76,7 +99,12 @@ def check_paths(ingredients: Sequence[Ingredient], seen: tuple[str, ...]) -> Non
         found = os.path.getsize(path) if os.path.exists(path) else None
         if found is None or size not in (None, found):
             what = "does not exist" if found is None else f"has {found:,} bytes instead of {size:,} (on the driver)"
-            raise RecipeError(
-                f"{path} {what} on the node {socket.gethostname()}. Put ingredients, data and OUT where every node sees "
-                "them: a shared disk, or a URI such as s3://BUCKET/...."
-            )
+            raise not_seen(path, what, socket.gethostname())
+
+
+def not_seen(path: str, what: str, host: str) -> RecipeError:
+    """Return the error for a file of the driver that another node does not see."""
+    return RecipeError(
+        f"{path} {what} on the node {host}. Put ingredients, data and OUT where every node sees them: a shared disk, or a "
+        "URI such as s3://BUCKET/...."
+    )

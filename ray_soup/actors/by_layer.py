@@ -8,6 +8,8 @@ the head, are held, with their gradient. The parameters of a layer that does not
 elsewhere has a loss that is not finite, which is an error.
 
 Parameters come from a source: the coordinates, or a parameter vector, which for a checkpoint or a mixture is on the disk.
+They are float32; those that the model has in bfloat16, as `dtype=bfloat16` asks for, are rounded, and their gradients are
+added up in float32.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.cache import cache_folder
 from ray_soup.io.check import common_dtype
 from ray_soup.io.disk import writing
+from ray_soup.io.formats import dtype_of
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.hyperplane import Hyperplane
+from ray_soup.task.attention import FastAttention
 from ray_soup.task.checkpointing import repeated_layers
+from ray_soup.task.model_spec import in_bfloat16
 
 M_MMAP_THRESHOLD = -3  # of mallopt in glibc
 HELD = -1
@@ -101,14 +106,16 @@ class ByLayer:
                 self._places.setdefault(id(parameter), []).append((module, key))
         self._threads, self._pool = threads, ThreadPoolExecutor(threads)
         self._nothing = torch.full((), float("nan"), device=device)
+        self._rounds = in_bfloat16(spec)
         self._held = {span.low: torch.zeros(span.high - span.low, device=device) for span in self._of(HELD)}
         self._source: Source = _zeros
         self._kept: torch.Tensor | None = None
         self._planes: dict[int, Hyperplane] = {}
         self._sums: np.ndarray | float | None = None
         for span in self.spans:
-            for _, parameter, _, _ in span.tensors:
-                parameter.register_post_accumulate_grad_hook(partial(self._accumulated, span))  # type: ignore[no-untyped-call]
+            for _, parameter, start, stop in span.tensors:
+                hook = partial(self._accumulated, span, start, stop)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._set(span, self._held.get(span.low))
         self.use(_zeros)
         for number, layer in enumerate(layers):
@@ -121,6 +128,8 @@ class ByLayer:
         self._source = source
         for span in self._of(HELD):
             source(span, self._held[span.low])
+            if self._rounds:
+                self._set(span, self._held[span.low])
 
     def use_vector(self, vector: torch.Tensor) -> None:
         """Take the parameters from a parameter vector, float32 [N]."""
@@ -149,7 +158,7 @@ class ByLayer:
             total = torch.zeros(numel, dtype=torch.float64)
             for ingredient in ingredients:
                 total += ingredient.read(name).view(-1)
-            return (total / len(ingredients)).to(common_dtype(ingredients, name))
+            return (total / len(ingredients)).to(dtype_of(common_dtype(ingredients, name)))
 
         self.use_tensors(mean)
         for ingredient in ingredients:
@@ -216,20 +225,24 @@ class ByLayer:
         return np.asarray(sums)
 
     def _gather(self, span: Span) -> None:
-        """Let the gradients of a span be views of one vector."""
+        """Let the gradients of a span be views of one vector, or be added to it if they are bfloat16."""
         if span.gradient is not None or not any(p.requires_grad for _, p, _, _ in span.tensors):
             return
         span.gradient = torch.zeros(span.high - span.low, device=self.device)
         for _, parameter, start, stop in span.tensors:
             if parameter.requires_grad:
-                parameter.grad = span.gradient[start:stop].view(parameter.shape)
+                if parameter.dtype == span.gradient.dtype:
+                    parameter.grad = span.gradient[start:stop].view(parameter.shape)
                 span.awaited.add(id(parameter))
 
-    def _accumulated(self, span: Span, parameter: torch.nn.Parameter) -> None:
+    def _accumulated(self, span: Span, start: int, stop: int, parameter: torch.nn.Parameter) -> None:
         """Project the gradient of a layer once all of it is there."""
         if self._sums is None:  # a backward pass that is only timed
             parameter.grad = None
             return
+        if span.gradient is not None and parameter.grad is not None and parameter.dtype != span.gradient.dtype:
+            span.gradient[start:stop] += parameter.grad.reshape(-1)
+            parameter.grad = None
         span.awaited.discard(id(parameter))
         if not span.awaited and span.layer != HELD:
             self._project(span)
@@ -252,14 +265,16 @@ class ByLayer:
         return (span for span in self.spans if span.layer == layer)
 
     def _set(self, span: Span, vector: torch.Tensor | None) -> None:
-        """Let the parameters of a span be views of a vector; None: NaN, which takes no memory.
+        """Let the parameters of a span be views of a vector, or of it rounded; None: NaN, which takes no memory.
 
         In a layer, a parameter without a gradient is replaced by another one: checkpointing keeps it itself for the backward
         pass, and of the others a view.
         """
+        source = self._nothing if vector is None else vector
+        rounded = source.bfloat16() if self._rounds else source
         for _, parameter, start, stop in span.tensors:
-            nothing = self._nothing.expand(parameter.shape)
-            values = nothing if vector is None else vector[start:stop].view(parameter.shape)
+            of = rounded if parameter.dtype == rounded.dtype else source
+            values = of.expand(parameter.shape) if vector is None else of[start:stop].view(parameter.shape)
             shown = parameter
             if parameter.requires_grad or span.layer == HELD or vector is None:
                 parameter.data = values
@@ -294,8 +309,10 @@ class ByLayer:
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
-class _Filled:
+class _Filled(FastAttention):
     """A context in which the parameters of a layer are there; what a backward pass needs of them stays until it ends.
+
+    A layer's two runs have to keep the same tensors for the backward pass, so attention is fast in both.
 
     If it `gathers`, the gradients of the layer are collected from here on.
     """
@@ -305,8 +322,10 @@ class _Filled:
 
     def __enter__(self) -> None:
         self.layers.fill(self.number, self.gathers)
+        super().__enter__()
 
     def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self.layers.empty(self.number)
 
 

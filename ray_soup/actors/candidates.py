@@ -12,9 +12,10 @@ import torch
 
 from ray_soup.actors.replica import Replica
 from ray_soup.io.check import common_dtype
+from ray_soup.io.formats import dtype_of
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import drain
-from ray_soup.mixing.bake import mix_range, written_dtype
+from ray_soup.mixing.bake import as_tensor, mix_range, written_dtype
 from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.mixing.running_statistics import averaged
 from ray_soup.task.data import Split
@@ -55,7 +56,7 @@ class CandidateMixer:
 
         def mixed(name: str, numel: int) -> torch.Tensor:
             dtype = written_dtype(self._ingredients, name, out_dtype)
-            return mix_range(chosen, name, weights[used], 0, numel, dtype)
+            return as_tensor(mix_range(chosen, name, weights[used], 0, numel, dtype))
 
         if self._replica.layers is not None:
             self._replica.layers.use_tensors(mixed)
@@ -97,13 +98,13 @@ class CandidateMixer:
         chosen = [self._ingredients[k] for k in (*kept, candidate)]
         for name, start, stop in self._replica.layout.spans():
             mean = (self._sum[start:stop] + self._candidate[start:stop]) / count
-            self._replica.theta[start:stop] = mean.to(common_dtype(chosen, name))
+            self._replica.theta[start:stop] = mean.to(dtype_of(common_dtype(chosen, name)))
 
     def _mix_buffers(self, chosen: Sequence[Ingredient]) -> None:
         """Set the buffers of the model for a mixture of the ingredients `chosen`, after its parameters."""
         layout, policy = self._replica.layout, self._replica.recipe.buffers
         self._replica.copy_buffers({name: mixed_buffer(chosen, name, policy) for name in layout.mixed_buffers})
-        self._replica.update_computed_buffers()
+        self._replica.theta_changed()
 
     def _vector_of(self, k: int) -> torch.Tensor:
         """Read the parameter vector of ingredient k, float32 [N]."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,18 @@ import torch.nn.functional as F
 
 from ray_soup.actors.messages import Heartbeat
 from ray_soup.actors.replica import Replica
+from ray_soup.io import kept, storage
+from ray_soup.io.state_archive import check_archive
 from ray_soup.task.data import Split
 from ray_soup.task.objective import Classification, Objective
-from ray_soup.task.outcomes import LOG_FACTORS, Outcome, Score, join_outcomes
+from ray_soup.task.outcomes import LOG_FACTORS, Outcome, Score, join_outcomes, joined_names
 from ray_soup.task.own_functions import Function
 
 FLOAT32 = nullcontext()
 """Forward passes in the dtype of the model."""
 UNFINISHED = ("",)  # never equal to a list of paths
+SAVING = 0.1
+"""Share of the time that saving the sum of an ensemble may take."""
 
 
 def score(replica: Replica, split: Split, factor: float = 1.0) -> Score:
@@ -29,7 +34,7 @@ def score(replica: Replica, split: Split, factor: float = 1.0) -> Score:
     has_accuracy = True
     with torch.inference_mode():
         for inputs, targets in replica.micro_batches(split):
-            outputs = replica.model(inputs).float()
+            outputs = replica.outputs(inputs).float()
             loss += replica.loss(objective.scaled(outputs, factor), targets, 0.0)
             weight += objective.weights(targets).sum()
             correct = objective.correct(outputs, targets)
@@ -64,7 +69,8 @@ def outcome_of(
     if type(objective) is not Classification:  # a class derived from it may have other losses
         correct, confidence = objective.correct(outputs, targets), objective.confidence(outputs)
         losses, weights = objective.losses(outputs, targets).double(), objective.weights(targets).double()
-        return _outcome(losses, correct, confidence, None, scores, weights)
+        found = _outcome(losses, correct, confidence, None, scores, weights)
+        return _with_scores(found, objective.scores(outputs, targets))
     log_p = F.log_softmax(outputs, dim=1)
     loss = F.nll_loss(log_p, targets, reduction="none")
     best = log_p.max(dim=1)
@@ -80,6 +86,12 @@ def _outcome(loss: torch.Tensor, *columns: torch.Tensor | None, **named: torch.T
     """Make an outcome of tensors on any device."""
     arrays = [None if column is None else column.cpu().numpy() for column in columns]
     return Outcome(loss.cpu().numpy(), *arrays, **{name: column.cpu().numpy() for name, column in named.items()})
+
+
+def _with_scores(outcome: Outcome, scores: Mapping[str, torch.Tensor]) -> Outcome:
+    """Add what the objective's `scores` returned."""
+    named = joined_names({name: found.detach().cpu().numpy() for name, found in scores.items()})
+    return outcome if named is None else replace(outcome, named=named)
 
 
 def _about(replica: Replica, split: Split, outcome: Outcome) -> Outcome:
@@ -124,7 +136,7 @@ def evaluate_model(
         for piece in replica.pieces(split):
             with precision, torch.inference_mode():
                 for inputs, targets in replica.micro_batches(piece):
-                    outputs = replica.model(inputs).float()
+                    outputs = replica.outputs(inputs).float()
                     parts.append(outcome_of(replica.objective, outputs, targets, factored, replica.metric))
                     if totals is not None:
                         _add(totals[number], len(parts) - 1, replica.objective.member(outputs, targets))
@@ -142,28 +154,63 @@ def _add(totals: list[torch.Tensor], place: int, member: torch.Tensor) -> None:
 
 
 class Ensemble:
-    """The sum of the outputs of several checkpoints, kept between calls, so that each checkpoint is evaluated once.
+    """The sum of the outputs of several checkpoints on the examples of one rank, kept between calls.
 
-    Every call names all members so far: an actor that replaces a lost one evaluates the earlier members first.
+    So each checkpoint is evaluated once. Every call names all members so far: an actor that begins to serve the rank, or a
+    run that is resumed, continues with what was saved, and evaluates members that are not in there.
+
+    Args:
+        replica: the replica whose model and data are used.
+        file: where the sum is saved; empty: nowhere.
+        task: digest of everything that outputs depend on, without which a saved sum is not used.
     """
 
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
+    def __init__(self, replica: Replica, file: str = "", task: str = "") -> None:
+        self._replica, self._file, self._task = replica, file, f"{task} {replica.micro_batch}"
         self._members: tuple[str, ...] = ()
         self._totals: list[list[torch.Tensor]] = []
+        self._last: list[Outcome] = []
+        """Outcomes of the last member."""
+        self._saved, self._saving_s = time.monotonic(), 0.0
 
     def add(self, paths: tuple[str, ...], splits: list[Split]) -> Generator[Heartbeat, None, list[Outcome]]:
         """Evaluate the last of the checkpoints `paths` on each split, and add its outputs to those of the earlier ones."""
-        if self._members != paths[:-1]:
-            self._members = ()
-            for end in range(1, len(paths)):
-                yield from self.add(paths[:end], splits)
-        if not self._members:
-            self._totals = [[] for _ in splits]
-        before, self._members = self._members, UNFINISHED
-        outcomes = yield from evaluate_checkpoint(self._replica, paths[-1], splits, False, self._totals)
-        self._members = (*before, paths[-1])
-        return outcomes
+        if not self._members or self._members != paths[: len(self._members)]:
+            self._load(paths)
+        for end in range(len(self._members) + 1, len(paths) + 1):
+            if not self._members:
+                self._totals = [[] for _ in splits]
+            before, self._members = self._members, UNFINISHED
+            self._last = yield from evaluate_checkpoint(self._replica, paths[end - 1], splits, False, self._totals)
+            self._members = (*before, paths[end - 1])
+            self._save()
+        return self._last
+
+    def _save(self) -> None:
+        """Save the sum, unless this is too soon after the last time. Raises SoupError."""
+        begun = time.monotonic()
+        if not self._file or self._saving_s > SAVING * (begun - self._saved):
+            return
+        last = [{name: torch.from_numpy(array) for name, array in one.columns().items()} for one in self._last]
+        with kept.replacing(self._file) as stream:
+            torch.save({"task": self._task, "members": list(self._members), "totals": self._totals, "last": last}, stream)
+        self._saved = time.monotonic()
+        self._saving_s = self._saved - begun
+
+    def _load(self, paths: tuple[str, ...]) -> None:
+        """Continue with the sum that was saved, if its members are the first of these; otherwise with none."""
+        self._members = ()
+        if not self._file or not storage.isfile(self._file):
+            return
+        with suppress(Exception):  # torch raises errors of many kinds for a damaged file, which counts as missing
+            with kept.local(self._file) as file:
+                check_archive(file)
+                found = torch.load(file, map_location=self._replica.device, weights_only=True)
+            members = tuple(found["members"])
+            if found["task"] == self._task and members == paths[: len(members)]:
+                last = [{name: column.cpu().numpy() for name, column in one.items()} for one in found["last"]]
+                self._last = [Outcome.of_columns(columns) for columns in last]
+                self._totals, self._members = found["totals"], members
 
     def evaluate(self, paths: tuple[str, ...], splits: list[Split]) -> Generator[Heartbeat, None, list[Outcome]]:
         """Evaluate the mean of what the checkpoints `paths` predict for each split."""
@@ -183,7 +230,3 @@ class Ensemble:
             return outcome_of(objective, mean, targets, True, self._replica.metric)
         losses, correct = objective.of_members(mean, targets)
         return _outcome(losses.double(), correct, weight=objective.weights(targets).double())
-
-    def forget(self) -> None:
-        """Free the sums and start over."""
-        self._members, self._totals = (), []

@@ -4,6 +4,9 @@ Replicas that train one model together form a group of the same kind.
 
 Each shard owns one slice for every direction. Before a forward pass the shards gather the whole vector; after the backward
 pass they reduce-scatter the gradient, so that each gets its slice of the sum.
+
+Members meet at a rendezvous of the first one, which admits only processes of the same run and closes when all have joined.
+The connections that gloo or NCCL then opens between the members are neither authenticated nor encrypted.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
+
+from ray_soup.actors import rendezvous
+from ray_soup.actors.rendezvous import Member, Rendezvous
 
 T = TypeVar("T")
 
@@ -32,7 +38,7 @@ class GroupLost(Exception):
 def _group_errors() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise GroupLost(str(error).partition("\n")[0]) from error
 
 
@@ -49,25 +55,44 @@ class ShardGroup:
         self.padded = self._slice * shards
         self.low = min(shard * self._slice, parameters)
         self.high = min(self.low + self._slice, parameters)
-        self._meeting: Any = None
+        self._meeting: Rendezvous | None = None
+        self._member: Member | None = None
 
     def open(self, host: str) -> int:
         """Open the rendezvous of the group on shard 0, at its node `host`, and return the port."""
-        self._meeting = _store_at(host, 0, self.shards, is_master=True, wait_for_workers=False)
-        return int(self._meeting.port)
+        self._meeting = Rendezvous(host, rendezvous.SECRET)
+        return self._meeting.port
 
     def join(self, host: str, port: int) -> None:
-        """Form the group with the other shards of this replica.
+        """Form the group with the other members.
 
-        Raises GroupLost if one of them does not arrive in time.
+        Raises GroupLost if one of them does not arrive in time; this process has then left the group, and may join another.
         """
         name = interface_towards(host, port)
         if name is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # otherwise gloo may choose 127.0.0.1
-        with _group_errors():
-            store = self._meeting if self.shard == 0 else _store_at(host, port, self.shards)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.shard, world_size=self.shards, timeout=DEADLINE)
+        on_gpu = self.device.type == "cuda"
+        try:
+            with _group_errors():
+                self._member = Member(host, port, rendezvous.SECRET, DEADLINE)
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=self._member, rank=self.shard, world_size=self.shards, timeout=DEADLINE,
+                )  # fmt: skip
+                dist.all_reduce(torch.zeros(1))  # returns after everyone has joined
+        except BaseException:
+            self.leave()
+            raise
+        finally:
+            if not on_gpu:  # NCCL connects at the first collective, and asks the store as long as the group lives
+                self._close_meeting()
+
+    def _close_meeting(self) -> None:
+        if self._member is not None:
+            self._member.close()
+        if self._meeting is not None:
+            self._meeting.close()
+        self._member = self._meeting = None
 
     def gather(self, vector: torch.Tensor) -> None:
         """Fill in the whole vector, in place, from the slices of all shards.
@@ -100,10 +125,43 @@ class ShardGroup:
     # Replicas that train together
 
     def sum(self, values: torch.Tensor) -> None:
-        """Replace values by their sum over the group, in place. Raises GroupLost."""
+        """Replace values by their sum over the group, in place, in any order. Raises GroupLost."""
         if self.shards > 1:
             with _group_errors():
                 dist.all_reduce(values)
+
+    def add_in_order(self, total: torch.Tensor | None, vector: torch.Tensor, count: int) -> torch.Tensor:
+        """Add the vectors of the first `count` members, one after another, to this member's slice of a total.
+
+            total + v[0] + v[1] + ...      from left to right, whatever the size of the group
+
+        Args:
+            total: what was summed before; None: nothing.
+            vector: float32 [n], of this member; of equal length on all members.
+            count: how many members have something to add.
+
+        Returns the new total, float32; for a group of one, all of it. Raises GroupLost.
+        """
+        pieces: Sequence[torch.Tensor] = [vector]
+        if self.shards > 1:
+            slices = vector.tensor_split(self.shards)
+            mine = len(slices[self.shard])
+            found = vector.new_empty(mine * self.shards)
+            with _group_errors():
+                dist.all_to_all_single(found, vector, [mine] * self.shards, [len(one) for one in slices])
+            pieces = found.view(self.shards, mine).unbind()
+        for piece in pieces[:count]:
+            total = piece.clone() if total is None else total.add_(piece)
+        assert total is not None
+        return total
+
+    def gather_slices(self, total: torch.Tensor, vector: torch.Tensor) -> None:
+        """Fill in a vector from the members' slices of a total, as `add_in_order` returns them. Raises GroupLost."""
+        vector.tensor_split(self.shards)[self.shard].copy_(total)
+        if self.shards > 1:
+            with _group_errors():
+                for member, piece in enumerate(vector.tensor_split(self.shards)):
+                    dist.broadcast(piece, member)
 
     def share(self, values: torch.Tensor) -> None:
         """Replace values by those of the first member, in place. Raises GroupLost."""
@@ -121,13 +179,9 @@ class ShardGroup:
 
     def leave(self) -> None:
         """End the group."""
-        if self.shards > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _store_at(host: str, port: int, shards: int, **options: bool) -> Any:
-    """Return the rendezvous store of the shards of a replica."""
-    return dist.TCPStore(host, port, shards, timeout=DEADLINE, **options)  # type: ignore[attr-defined]
+        self._close_meeting()
 
 
 def interface_towards(host: str, port: int) -> str | None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_soup.actors.calls import Hear, Loss
+from ray_soup.actors.mesh_pool import MeshPool
 from ray_soup.actors.messages import Mesh
-from ray_soup.actors.pool import MeshPool
-from ray_soup.actors.recovery import Hear, Loss
 from ray_soup.actors.shard import Shard
+from ray_soup.actors.teams import Team
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.recipe import Recipe
 
@@ -66,8 +67,6 @@ class _Method:
 class InProcessPool(MeshPool):
     """Replicas in this process, with `threads` threads. Raises ValueError if a replica has several shards."""
 
-    handles: list[LocalHandle | None]
-
     def __init__(self, recipe: Recipe, ingredients: Sequence[Ingredient], mesh: Mesh, threads: int) -> None:
         if mesh.shards != 1:
             raise ValueError(f"mesh: found {mesh.shards} shards; a replica in one process has 1.")
@@ -79,21 +78,21 @@ class InProcessPool(MeshPool):
         """The shards by rank, after `setup`."""
         return [handle.shard for handle in self.handles if handle is not None]
 
-    def _create(self, ranks: list[int]) -> None:
-        for rank in ranks:
-            self.handles[rank] = LocalHandle(Shard(self._recipe, self._ingredients, self.mesh, rank, self._threads))
+    def _create(self, team: Team) -> None:
+        team.actors = [LocalHandle(Shard(self._recipe, self._ingredients, self.mesh, 0, self._threads))]
 
-    def _kill(self, rank: int) -> None:
-        handle = self.handles[rank]
-        if handle is not None:
+    def _kill(self, team: Team) -> None:
+        for handle in team.actors:
             handle.kill()
 
-    def _collect(self, calls: dict[int, Any], answers: dict[int, Any], hear: Hear | None = None) -> Loss | None:
+    def _collect(
+        self, calls: dict[int, Any], answers: dict[int, Any], hear: Hear | None = None, wait: bool = True
+    ) -> Loss | None:
         lost, reason = set(), ""
-        for rank, run in calls.items():
+        for key, run in calls.items():
             try:
-                answers[rank] = run(rank, hear)
+                answers[key] = run(key, hear)
             except HandleKilled as error:
-                lost.add(rank)
+                lost.add(key)
                 reason = str(error)
         return Loss(frozenset(lost), reason) if lost else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ray_soup.mixing.blocks import Partition
-from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.task.data import Split
+if TYPE_CHECKING:
+    from ray_soup.mixing.blocks import Partition
+    from ray_soup.mixing.coefficients import Coefficients
+    from ray_soup.task.data import Split
 
 T = TypeVar("T")
 
@@ -22,23 +24,61 @@ Stream = Iterator[Heartbeat | T]
 
 
 @dataclass(frozen=True)
+class KeptEnsemble:
+    """Where actors save the sum of the outputs of an ensemble's members, so that a resumed run does not start over."""
+
+    stem: str = ""
+    """Path or URI that every node sees, without the number of a rank; empty: nothing is saved."""
+    task: str = ""
+    """Digest of everything that outputs depend on: members, model, data and parts of the data."""
+
+    def file_of(self, rank: int) -> str:
+        """Return the file of a rank; empty if nothing is saved."""
+        return f"{self.stem}.{rank}.pt" if self.stem else ""
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """Replicas x shards actors; rank r is shard r % shards of replica r // shards."""
+    """Replicas x shards ranks; rank r is shard r % shards of replica r // shards.
+
+    It is logical, and fixed for a run: an actor serves one rank or several, one after another.
+    """
 
     replicas: int
-    """Number of whole models; they split every batch."""
+    """Number of parts of every batch; each is computed by a whole model."""
     shards: int
-    """Number of actors that together hold one replica."""
+    """Number of actors that together hold one model."""
 
     @property
     def size(self) -> int:
-        """The number of actors."""
+        """The number of ranks, and the largest number of actors."""
         return self.replicas * self.shards
 
 
 @dataclass(frozen=True)
+class MeshCounts:
+    """What has happened to the actors of a mesh since setup. All but `actors` only grow."""
+
+    lost: int = 0
+    """Actors that died or did not answer."""
+    created: int = 0
+    """Actors that began to serve after the start: replacements, and those on nodes that joined."""
+    moved: int = 0
+    """Ranks that went from one actor to another."""
+    drained: int = 0
+    """Actors whose ranks moved away before their node left."""
+    slowed: int = 0
+    """Times that an actor was found to be much slower than the others."""
+    actors: int = 0
+    """Actors that serve the mesh now."""
+
+
+@dataclass(frozen=True)
 class Partial:
-    """One actor's part of a step, as sums over its examples; the driver divides once, by the sum of the weights."""
+    """The part of one rank in a step, or of a group of ranks, as sums over its examples.
+
+    The driver divides once, by the sum of the weights. The times of a group are those of its slowest rank.
+    """
 
     gradient: np.ndarray
     """float64 [m, B]: sum over the examples of dL/dx."""
@@ -49,7 +89,34 @@ class Partial:
     weight: float
     """Sum of the weights of the examples: their number, or that of their tokens or pixels."""
     seconds: float
-    """Time that the actor took."""
+    """Time from the actor's first work on this step to the end of its work on this part."""
+    combine_s: float = 0.0
+    """The part of it that went into combining; mixing by layer counts as passes."""
+    project_s: float = 0.0
+    """The part of it that went into projecting."""
+    ranks: int = 1
+    """How many ranks it is the part of; not packed."""
+
+    def packed(self) -> bytes:
+        """Return all numbers as float64, as an object takes longer to send: the gradient, then the fields in their order."""
+        rest = (self.by_factor, self.loss, self.weight, self.seconds, self.combine_s, self.project_s)
+        return np.concatenate([self.gradient.ravel(), rest]).tobytes()
+
+    @staticmethod
+    def unpacked(numbers: np.ndarray, shape: tuple[int, ...]) -> Partial:
+        """Return what was packed, with a gradient of this shape."""
+        gradient, rest = numbers[: math.prod(shape)], numbers[math.prod(shape) :]
+        return Partial(gradient.reshape(shape), *rest.tolist())
+
+
+@dataclass(frozen=True)
+class ComparedExamples:
+    """What is known of the examples after no two sources were found to share any."""
+
+    fit_digests: np.ndarray | None
+    """uint64 [n]: a hash of each example of fit."""
+    contents: dict[str, str]
+    """A hash of the inputs and labels of each source."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +126,9 @@ class SetupInfo:
     sizes: dict[str, int]
     """Number of examples in each source."""
     fit_digests: np.ndarray | None
-    """uint64 [n]: a hash of each example of fit. Only the first actor reports it."""
+    """As in ComparedExamples, which the pool adds."""
     contents: dict[str, str]
-    """A hash of the inputs and labels of each source. Only the first actor reports it."""
+    """As in ComparedExamples."""
     fingerprint: str
     """A hash of the model's structure and of the source files of its function and of the metric. Equal fingerprints and
     equal parameters mean the same model."""
@@ -71,6 +138,10 @@ class SetupInfo:
     """What was left out of the data, and what was assumed about its labels."""
     cut: Mapping[str, float] = field(default_factory=dict)
     """Of sources of text: the share of the texts or documents that have more tokens than fit into one example."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """The versions of ray_soup, torch and Python on the node."""
+    node_id: str = ""
+    """Ray's identifier of the node."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +169,7 @@ class ModelFiles:
     coefficients: Coefficients
     """The coefficients of the soup."""
     path: str
-    """The file of a model that is not split, on a disk that all nodes share."""
+    """The file of a model that is not split, on a disk that all nodes share; with a `uri`, only its name counts."""
     out_dtype: str
     """Dtype of the floats, or `keep`."""
     shard_size: int | None
@@ -107,6 +178,8 @@ class ModelFiles:
     """Number of the first file to write."""
     stop: int = 0
     """End of the files to write (excluded)."""
+    uri: str = ""
+    """Where actors upload the files, each followed by its SHA-256 in a file NAME.sha256; empty: they stay at `path`."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +189,9 @@ class TrainingJob:
     what: str
     """What is being done, for progress."""
     start: str
-    """The soup's file, or index, on a disk that all actors share."""
+    """The soup's file, or index, at a path or URI that all actors see."""
     stem: str
-    """Path without a suffix, on the same disk, of the files that the actors keep until the job is done."""
+    """Path or URI without a suffix, that they also see, of the files that they keep until the job is done."""
     task: str
     """Identifies everything that the result depends on: a state of another task is not resumed from."""
     lr: float
@@ -170,7 +243,9 @@ class StepTimings:
     images: int
     """Number of examples in the timed passes."""
     forward_s: float
-    """Seconds of a forward pass over `images` examples."""
+    """Seconds of a forward pass over `images` examples, as select is evaluated while learning."""
+    exact_s: float
+    """Seconds of a forward pass over `images` examples in float32, as results are evaluated."""
     step_s: float
     """Seconds of a forward and backward pass over `images` examples."""
     combine_s: float

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.environment import deadline_s
 from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.mixing.hyperplane import ITEMSIZE
+from ray_soup.mixing.store_format import ITEMSIZE
 from ray_soup.recipe import Recipe
+from ray_soup.task.model_spec import in_bfloat16
 
 SETTLE_S = 5.0  # until the CPUs and GPUs of actors that have just ended count as free
 PROCESS_BYTES = 1_200_000_000  # of an actor's process, without the model's parameters
+LIBRARY_BYTES = 340_000_000  # of these: of the library that a model comes from
 
 MOMENTS_BYTES = 8  # of the optimizer that trains all weights, per parameter
 
@@ -23,37 +27,47 @@ class NoRoom(SoupError):
 
 
 def resolve_mesh(
-    recipe: Recipe, parameters: int, ingredients: int, progress: ProgressCallback = no_progress, now: bool = False
+    recipe: Recipe,
+    parameters: int,
+    ingredients: int,
+    progress: ProgressCallback = no_progress,
+    now: bool = False,
+    kept: tuple[Mesh, float] | None = None,
 ) -> tuple[Mesh, float]:
     """Resolve the recipe's `auto` on this cluster: return the mesh and the CPUs per actor.
 
     `auto` is one actor per GPU, or per two cores (per core if there are fewer than four), and as few shards as fit into
-    memory. Waits for nodes up to `actors.wait_s` seconds; then raises RecipeError if the cluster cannot place the mesh.
+    memory; on a cluster that grows, for as many nodes as it may have; no more actors than `learn.batch_size`, so that each
+    has an example in every step. The mesh is logical: room for one replica is enough.
+    Waits for that up to `actors.wait_s` seconds; then raises RecipeError.
 
     Args:
         recipe: the recipe.
         parameters: elements of the parameter vector.
         ingredients: how many directions an actor holds.
         progress: called with the seconds waited.
-        now: count what is free now; otherwise everything counts, as for trials of Ray Tune, which wait for each other.
+        now: there must be room in what is free now; otherwise in the cluster, as for trials of Ray Tune, which wait for each
+            other.
+        kept: what a run that is resumed was started with: it is kept, and only room for it is waited for.
     """
     found: list[tuple[Mesh, float]] = []
     settle(now)
 
     def missing() -> list[dict[str, float]]:
-        have = free_resources() if now else _cluster_resources()
-        found[:] = [_mesh_now(recipe, parameters, ingredients, have)]
+        may_have = largest_resources() if now else _cluster_resources()
+        found[:] = [kept or _mesh_on(recipe, parameters, ingredients, may_have)]
         mesh, cpus = found[0]
-        return [] if _fits(mesh.size, cpus, recipe.actors.gpus, have) else _bundles(recipe, mesh.size, cpus)
+        have = free_resources() if now else _cluster_resources()
+        return [] if _fits(mesh.shards, cpus, recipe.actors.gpus, have) else _bundles(recipe, mesh.shards, cpus)
 
     def complaint() -> str:
         have, free, (mesh, cpus), gpus = _cluster_resources(), free_resources(), found[0], recipe.actors.gpus
+        one = "an actor" if mesh.shards == 1 else f"a replica of {mesh.shards} shards"
         needs = (
-            f"actors: {mesh.replicas} replicas x {mesh.shards} shards with {cpus:g} CPUs and {gpus:g} GPUs each need "
-            f"{mesh.size * cpus:g} CPUs and {mesh.size * gpus:g} GPUs; the cluster has {have.get('CPU', 0):g} and "
-            f"{have.get('GPU', 0):g}"
+            f"actors: {one} needs {mesh.shards * cpus:g} CPUs and {mesh.shards * gpus:g} GPUs; the cluster has "
+            f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}"
         )
-        if now and _fits(mesh.size, cpus, gpus, have):
+        if now and _fits(mesh.shards, cpus, gpus, have):
             return f"{needs}, but {_held_by_others(have, free)}"
         return (
             f"{needs}. Request fewer resources (actors.gpus=0 runs on CPUs), or set actors.wait_s to wait for nodes that "
@@ -133,12 +147,12 @@ def wait_for_nodes(
         request_resources(bundles=[])  # from now on, the actors keep the nodes
 
 
-def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str, float]) -> tuple[Mesh, float]:
-    """Return the mesh and the CPUs per actor for a cluster with the resources `have`."""
+def _mesh_on(recipe: Recipe, parameters: int, ingredients: int, have: dict[str, float]) -> tuple[Mesh, float]:
+    """Return the mesh and the CPUs per actor for a cluster that may have the resources `have`."""
     cores, gpus, memory = int(have.get("CPU", 0)), have.get("GPU", 0.0), have.get("memory", 0.0)
     wanted = recipe.actors
-    cpus = wanted.cpus if wanted.cpus != "auto" else 1 if cores < 4 or wanted.gpus else 2
-    most = max(1, int(min(cores // cpus if cpus else cores, gpus / wanted.gpus if wanted.gpus else float("inf"))))
+    cpus = cpus_of_each(recipe, cores)
+    most = max(1, int(min(cores // cpus if cpus else cores, actors_on(gpus, wanted.gpus) if wanted.gpus else sys.maxsize)))
     shards = wanted.shards
     if wanted.by_layer:
         shards = 1
@@ -150,8 +164,24 @@ def _mesh_now(recipe: Recipe, parameters: int, ingredients: int, have: dict[str,
             and (shards + 1) * (1 if wanted.replicas == "auto" else wanted.replicas) <= most
         ):
             shards += 1
-    replicas = wanted.replicas if wanted.replicas != "auto" else max(1, most // shards)
-    return Mesh(replicas, shards), cpus
+    return Mesh(replicas_on(recipe, most, shards), shards), cpus
+
+
+def replicas_on(recipe: Recipe, actors: int, shards: int) -> int:
+    """Return the replicas of a mesh for this many actors; `auto`: no more ranks than a batch has examples."""
+    wanted = recipe.actors.replicas
+    return wanted if wanted != "auto" else max(1, min(actors, recipe.learn.batch_size) // shards)
+
+
+def actors_on(devices: float, each: float) -> int:
+    """Return for how many actors devices have room; those that need less than a device share one, never parts of two."""
+    return int(devices * int(1 / each + 1e-6) if each < 1 else devices / each)
+
+
+def cpus_of_each(recipe: Recipe, cores: int) -> float:
+    """Return the CPUs of an actor on a cluster with this many cores."""
+    wanted = recipe.actors
+    return wanted.cpus if wanted.cpus != "auto" else 1 if cores < 4 or wanted.gpus else 2
 
 
 def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, fixed: float = PROCESS_BYTES) -> float:
@@ -159,32 +189,63 @@ def actor_bytes(recipe: Recipe, parameters: int, model_batch: int, shards: int, 
 
     By layer, it holds about an eighth of the parameters, and a layer, with their gradients; `plan` measures this. Otherwise
     every shard holds all parameters and the whole gradient; center, base and the directions of a model batch are split
-    among the shards. To train all weights, it also holds two moments of each.
+    among the shards. Weights in bfloat16 come on top. To train all weights, it also holds two moments of each.
     """
     if recipe.actors.by_layer:
         return fixed + parameters
-    whole = 8 if recipe.polish is None else 8 + MOMENTS_BYTES
+    whole = 8 + 2 * in_bfloat16(recipe.model) + (0 if recipe.polish is None else MOMENTS_BYTES)
     return fixed + parameters * whole + parameters * (8 + ITEMSIZE[recipe.directions.dtype] * model_batch) / shards
 
 
-def memory_of_each(mesh: Mesh) -> float:
+def memory_of_each(recipe: Recipe, mesh: Mesh) -> float:
     """Return the bytes of memory that the cluster has for each actor of a mesh; infinite without a cluster."""
     import ray
 
     if not ray.is_initialized():
         return float("inf")
-    return _cluster_resources().get("memory", float("inf")) / mesh.size
+    have = _cluster_resources()
+    teams = whole_teams(recipe, mesh.shards, cpus_of_each(recipe, int(have.get("CPU", 0))), have)
+    return have.get("memory", float("inf")) / (mesh.shards * max(1, min(mesh.replicas, teams)))
 
 
-def has_room(recipe: Recipe, mesh: Mesh, cpus: float) -> bool:
-    """Return whether this mesh can be placed now."""
-    settle(True)
-    return _fits(mesh.size, cpus, recipe.actors.gpus, free_resources())
+def teams_with_room(recipe: Recipe, shards: int, cpus: float) -> int:
+    """Return how many teams of this many actors can be placed now; within a placement group, those that it has room for."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        return max(1, sum(bool(bundle) for bundle in group.bundle_specs) // shards)
+    return whole_teams(recipe, shards, cpus, free_resources())
 
 
-def missing_bundles(recipe: Recipe, actors: int, cpus: float) -> list[dict[str, float]]:
-    """Return the bundles of this many actors if the cluster has no room for them now, otherwise none."""
-    return [] if _fits(actors, cpus, recipe.actors.gpus, free_resources()) else _bundles(recipe, actors, cpus)
+def whole_teams(recipe: Recipe, shards: int, cpus: float, have: dict[str, float]) -> int:
+    """Return how many teams of this many actors fit into resources, all nodes together; sys.maxsize if they need none."""
+    needs = {"CPU": cpus * shards, "GPU": recipe.actors.gpus * shards}
+    return min((int((have.get(name, 0) + 1e-6) / need) for name, need in needs.items() if need), default=sys.maxsize)
+
+
+def leaving_nodes() -> frozenset[str]:
+    """Return the identifiers of the nodes that will leave the cluster: drained, preempted, or told to end.
+
+    Ray has no public function for this; Ray Train asks the same one.
+    """
+    import ray
+
+    state = ray._private.state.state
+    with suppress(Exception):  # a head that is busy, or another version of Ray: a loss is noticed later, too
+        return frozenset(state.get_draining_nodes())
+    return frozenset()
+
+
+def largest_resources() -> dict[str, float]:
+    """Return the CPUs, GPUs and memory that the cluster may have: an autoscaler's limits, but no less than there is now."""
+    import ray
+
+    have, most = _cluster_resources(), None
+    with suppress(Exception):  # as in leaving_nodes
+        most = ray._private.state.state.get_max_resources_from_cluster_config()
+    limits = {name: float(most.get(name) or 0) for name in ("CPU", "GPU", "memory")} if most else {}
+    return have | {name: limit for name, limit in limits.items() if have.get(name, 0) < limit < sys.maxsize}
 
 
 def _fits(actors: int, cpus: float, gpus: float, have: dict[str, float]) -> bool:

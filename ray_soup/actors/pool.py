@@ -1,20 +1,19 @@
-"""Pools of actors: the interface that the driver uses, and the calls behind it.
+"""The interfaces of a pool of actors: `StepPool` for the learning loop, and `ActorPool` for a run.
 
-In a step, coordinates and row numbers go to the actors, and projected gradients come back. `StepPool` and `ActorPool` are
-the interfaces; `MeshPool` implements their calls, and its subclasses add a transport: Ray, or this process.
+In a step, coordinates and row numbers go to the actors, and projected gradients come back.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ray_soup.actors.messages import (
+    KeptEnsemble,
     Mesh,
+    MeshCounts,
     ModelFiles,
     Partial,
     SetupInfo,
@@ -23,13 +22,12 @@ from ray_soup.actors.messages import (
     TrainingJob,
     TrainingResult,
 )
-from ray_soup.actors.recovery import RecoveringMesh, of_all, of_each, unheard
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.blocks import Blocks
-from ray_soup.mixing.running_statistics import Statistics, averaged
+from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.shard_files import ShardFiles
 from ray_soup.task.data import Split
-from ray_soup.task.outcomes import Outcome, Score, join_outcomes
+from ray_soup.task.outcomes import Outcome, Score
 
 
 class StepPool(Protocol):
@@ -48,9 +46,10 @@ class StepPool(Protocol):
         ...
 
     def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
-        """Return each actor's partial projected gradient at x, float32 [m, B], on one batch split over the actors.
+        """Return the partial projected gradients at x, float32 [m, B], on one batch split over the ranks.
 
-        `factor` multiplies the logits.
+        `factor` multiplies the logits. There is one for each rank; in a mesh of more than `relays.GROUP` ranks, one for each
+        run of as many ranks, added in their order.
         """
         ...
 
@@ -75,6 +74,7 @@ class ActorPool(StepPool, Protocol):
     """The pool interface of a run. Answers come in the order of ranks."""
 
     mesh: Mesh
+    counts: MeshCounts
 
     @property
     def nodes(self) -> int:
@@ -82,7 +82,7 @@ class ActorPool(StepPool, Protocol):
         ...
 
     def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
-        """Start all actors and wait until they are set up. They must see the files `seen`."""
+        """Start the actors that there is room for and wait until they are set up. They must see the files `seen`."""
         ...
 
     def open_store(self, subset: tuple[int, ...], blocks: Blocks, progress: ProgressCallback) -> StoreInfo:
@@ -108,12 +108,18 @@ class ActorPool(StepPool, Protocol):
         ...
 
     def evaluate_member(
-        self, paths: tuple[str, ...], splits: list[Split], progress: ProgressCallback = no_progress
+        self,
+        paths: tuple[str, ...],
+        splits: list[Split],
+        progress: ProgressCallback = no_progress,
+        keep: KeptEnsemble = KeptEnsemble(),
     ) -> list[Outcome]:
         """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
         ...
 
-    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
+    def evaluate_ensemble(
+        self, paths: tuple[str, ...], splits: list[Split], keep: KeptEnsemble = KeptEnsemble()
+    ) -> list[Outcome]:
         """Evaluate the mean of the logits of the checkpoints `paths` on each split."""
         ...
 
@@ -133,7 +139,7 @@ class ActorPool(StepPool, Protocol):
     def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
         """Train all weights from a written soup on, not by layer.
 
-        All actors do this together; without Ray the first one; if replicas have several shards, those of the first replica.
+        All actors do this together; if replicas have several shards, those of one replica.
         """
         ...
 
@@ -146,7 +152,7 @@ class ActorPool(StepPool, Protocol):
         ...
 
     def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
-        """Time the parts of a step on at most `most` examples on the first actor's node."""
+        """Time the parts of a step on at most `most` examples, on all actors at once; return what the slowest measured."""
         ...
 
     def reset_peak(self) -> None:
@@ -160,241 +166,3 @@ class ActorPool(StepPool, Protocol):
     def close(self) -> None:
         """Kill the actors and free what they held."""
         ...
-
-
-class MeshPool(RecoveringMesh):
-    """An ActorPool on a mesh of actors; subclasses provide the transport.
-
-    Calls recover from the loss of actors. Raises SoupError after ATTEMPTS attempts at one call.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__(mesh)
-        self._precision = ""
-
-    @property
-    def nodes(self) -> int:
-        """The number of nodes that the actors run on."""
-        return len(set(self._nodes.values()))
-
-    def setup(self, progress: ProgressCallback, seen: tuple[str, ...] = ()) -> SetupInfo:
-        """Start all actors and wait until they are set up; their answers are equal."""
-        self._seen = seen
-        return self._start_all(progress)
-
-    def open_store(self, subset: tuple[int, ...], blocks: Blocks, progress: ProgressCallback) -> StoreInfo:
-        """Open the directions of the ingredients `subset` around their mean, for blocks of this kind."""
-        self._opened, self._begun, self._used = None, None, {}
-        call = (subset, blocks)
-        answers = self._ask("open_store", lambda actor, rank: actor.open_store.remote(*call), hear=of_each(progress))
-        info: StoreInfo = answers[0]
-        self._opened, self._held = call, info.held
-        return info
-
-    def choose_precision(self) -> str:
-        """Choose float32 or bfloat16 for learning, on the first actor's hardware, once."""
-        if not self._precision:
-            self._precision = self._ask("choose_precision", lambda actor, rank: actor.choose_precision.remote(), [0])[0]
-        return self._precision
-
-    def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
-        """Begin a model batch: the ingredients `chosen`, int64 [m], move; the others stay at x, float32 [K, B]."""
-        self._begun = (chosen, x, precision)
-        self._ask("begin", lambda actor, rank: actor.begin.remote(chosen, x, precision))
-
-    def step(self, x: np.ndarray, factor: float, batch: Split) -> list[Partial]:
-        """Return each actor's partial projected gradient at x, float32 [m, B], on one batch split over the actors."""
-        parts = batch.parts(self.mesh.size)
-        return self._ask("step", lambda actor, rank: actor.step.remote(x, factor, parts[rank]))
-
-    def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Score:
-        """Score the model batch on a split at x float32 [m, B], the examples split over the actors."""
-        parts = split.parts(self.mesh.size)
-        scores: list[Score] = self._ask(
-            "evaluate", lambda actor, rank: actor.evaluate.remote(x, factor, parts[rank]), hear=unheard
-        )
-        return sum(scores, Score())
-
-    def evaluate_each(self, x: np.ndarray, split: Split) -> Outcome:
-        """Evaluate the model batch on a split at x float32 [m, B] example by example, the examples split over the actors."""
-        parts = split.parts(self.mesh.size)
-        return join_outcomes(self._ask(
-            "evaluate_each", lambda actor, rank: actor.evaluate_each.remote(x, parts[rank]), hear=unheard
-        ))  # fmt: skip
-
-    def recalibrate(self, x: np.ndarray, batches: list[Split]) -> Statistics:
-        """Re-estimate running statistics at x float32 [m, B] on these batches, spread over the actors, and use them."""
-        size = self.mesh.size
-        parts = self._ask(
-            "sum_statistics",
-            lambda actor, rank: actor.sum_statistics.remote(x, batches[rank::size]),
-            hear=unheard,
-        )
-        self.use(averaged(parts))
-        return self._used
-
-    def use(self, statistics: Statistics) -> None:
-        """Use these running statistics from here on."""
-        self._used = statistics
-        self._ask("use", lambda actor, rank: actor.use.remote(statistics))
-
-    def statistics_of_file(self, path: str, batches: list[Split], progress: ProgressCallback = no_progress) -> Statistics:
-        """Re-estimate running statistics of the checkpoint at `path` on these batches, spread over the actors."""
-        size = self.mesh.size
-        parts = self._ask(
-            "sum_statistics_of_file",
-            lambda actor, rank: actor.sum_statistics_of_file.remote(path, batches[rank::size]),
-            hear=of_all(progress, len(batches)),
-        )
-        return averaged(parts)
-
-    def gram(self) -> np.ndarray:
-        """Return the inner products of the open directions, float64 [K, K]."""
-        shards, replicas = self.mesh.shards, self.mesh.replicas
-        total: np.ndarray = sum(self._ask("gram", lambda actor, rank: actor.gram.remote((rank // shards, replicas))))
-        return total
-
-    def gram_of_blocks(self) -> np.ndarray:
-        """Return the inner products of the open directions in each block, float64 [B, K, K]."""
-        shards, replicas = self.mesh.shards, self.mesh.replicas
-        parts = self._ask("gram_of_blocks", lambda actor, rank: actor.gram_of_blocks.remote((rank // shards, replicas)))
-        total: np.ndarray = sum(parts)
-        return total
-
-    def evaluate_file(self, path: str, splits: list[Split], progress: ProgressCallback = no_progress) -> list[Outcome]:
-        """Evaluate the checkpoint at `path` on each split, the examples split over the actors."""
-        parts = self._parts(splits)
-        return _joined(self._ask(
-            "evaluate_file", lambda actor, rank: actor.evaluate_file.remote(path, parts[rank], factored=True),
-            hear=of_all(progress, _count(splits)),
-        ))  # fmt: skip
-
-    def evaluate_member(
-        self, paths: tuple[str, ...], splits: list[Split], progress: ProgressCallback = no_progress
-    ) -> list[Outcome]:
-        """Evaluate the last of the checkpoints `paths`, and add its logits to those of the earlier ones."""
-        parts = self._parts(splits)
-        return _joined(self._ask(
-            "evaluate_member", lambda actor, rank: actor.evaluate_member.remote(paths, parts[rank]),
-            hear=of_all(progress, _count(splits)),
-        ))  # fmt: skip
-
-    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> list[Outcome]:
-        """Evaluate the mean of the logits of the checkpoints `paths` on each split."""
-        parts = self._parts(splits)
-        return _joined(self._ask(
-            "evaluate_ensemble", lambda actor, rank: actor.evaluate_ensemble.remote(paths, parts[rank]),
-            hear=unheard,
-        ))  # fmt: skip
-
-    def _parts(self, splits: list[Split]) -> list[list[Split]]:
-        """Return the part of each split for each rank, [ranks][splits]."""
-        parts = [split.parts(self.mesh.size) for split in splits]
-        return [[part[rank] for part in parts] for rank in range(self.mesh.size)]
-
-    def evaluate_files(
-        self, paths: list[str], splits: list[Split], progress: ProgressCallback = no_progress
-    ) -> Iterator[list[Outcome]]:
-        """Evaluate each checkpoint on each split, one checkpoint per actor at a time; yield the outcomes in order."""
-        each = _count(splits)
-        for first in range(0, len(paths), self.mesh.size):
-
-            def count(what: str, done: int, total: int, before: int = first * each) -> None:
-                progress(what, before + done, len(paths) * each)
-
-            yield from self._evaluate_whole(paths[first : first + self.mesh.size], splits, count)
-
-    def _evaluate_whole(self, paths: list[str], splits: list[Split], progress: ProgressCallback) -> list[list[Outcome]]:
-        """Let each actor evaluate one checkpoint."""
-        return self._ask(
-            "evaluate_file", lambda actor, rank: actor.evaluate_file.remote(paths[rank], splits, factored=False),
-            range(len(paths)), of_all(progress, len(paths) * _count(splits)),
-        )  # fmt: skip
-
-    def try_candidate(
-        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
-    ) -> Score:
-        """Score the mean of the ingredients `kept` and `candidate` on splits.
-
-        Every actor takes each mesh.size-th example.
-        """
-        size = self.mesh.size
-
-        def call(actor: Any, rank: int) -> Any:
-            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
-            return actor.try_candidate.remote(kept, candidate, mine, calibration)
-
-        return sum(self._ask("try_candidate", call), Score())
-
-    def try_mixture(self, weights: np.ndarray, splits: list[Split], calibration: Sequence[Split] = ()) -> Score:
-        """Score the mixture of all ingredients with these weights, float64 [K], on splits, as `try_candidate` does."""
-        size = self.mesh.size
-
-        def call(actor: Any, rank: int) -> Any:
-            mine = [Split(s.source, s.rows[rank::size]) for s in splits]
-            return actor.try_mixture.remote(weights, mine, calibration)
-
-        return sum(self._ask("try_mixture", call), Score())
-
-    def train(self, job: TrainingJob, progress: ProgressCallback) -> TrainingResult:
-        """Train all weights from a written soup on, not by layer.
-
-        All actors do this together; without Ray the first one; if replicas have several shards, those of the first replica.
-        """
-        found: TrainingResult = self._ask_together("train", lambda actor, place: actor.train.remote(job, place), progress)
-        return found
-
-    def forget(self) -> None:
-        """Free what the actors kept for an ensemble or a greedy search."""
-        self._ask("forget", lambda actor, rank: actor.forget.remote())
-
-    def bake(self, model: ModelFiles, files: ShardFiles, progress: Callable[[int], None]) -> int:
-        """Write all files of a model, neighbouring ones on one actor.
-
-        Args:
-            model: what to write.
-            files: the files, planned from it.
-            progress: called with the bytes of ingredients that all actors have read so far.
-
-        Returns how many bytes of the ingredients' parameters the actors have read. Raises SoupError if a file is missing
-        afterwards.
-        """
-        count = min(self.mesh.size, len(files.files))
-        bounds = [len(files.files) * rank // count for rank in range(count + 1)]
-
-        def call(actor: Any, rank: int) -> Any:
-            return actor.bake.remote(replace(model, first=bounds[rank], stop=bounds[rank + 1]))
-
-        answers = self._ask("bake", call, range(count), of_all(lambda what, read, most: progress(read), sys.maxsize))
-        files.check_sizes()
-        return sum(answers)
-
-    def time_step(self, model_batch: int, most: int, progress: ProgressCallback) -> StepTimings:
-        """Time the parts of a step on at most `most` examples on the first actor's node."""
-        timings: StepTimings = self._ask(
-            "time_step", lambda actor, rank: actor.time_step.remote(model_batch, most), [0], of_each(progress)
-        )[0]
-        return timings
-
-    def reset_peak(self) -> None:
-        """Restart the measurement of the actors' peak memory."""
-        self._ask("reset_peak", lambda actor, rank: actor.reset_peak.remote())
-
-    def peak_memory(self) -> list[int]:
-        """Return each actor's peak memory in bytes since `reset_peak`."""
-        return self._ask("peak_memory", lambda actor, rank: actor.peak_memory.remote())
-
-    def close(self) -> None:
-        """Kill the actors and free what they held."""
-        for rank in range(self.mesh.size):
-            self._kill(rank)
-
-
-def _count(splits: Sequence[Split]) -> int:
-    """Return the number of examples of all splits together."""
-    return sum(map(len, splits))
-
-
-def _joined(answers: list[list[Outcome]]) -> list[Outcome]:
-    """Join the actors' outcomes, [ranks][splits], into one outcome per split."""
-    return [join_outcomes(outcomes) for outcomes in zip(*answers, strict=True)]

@@ -1,17 +1,26 @@
-"""Precision and size of forward and backward passes: float32 or bfloat16, and examples per micro-batch."""
+"""Precision and size of forward and backward passes: float32 or bfloat16, and examples per micro-batch.
+
+A model in float32 computes in bfloat16 under autocast, which converts its weights in every pass. A model with weights in
+bfloat16 computes without autocast, so that its figures are those of its library.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
 from ray_soup.recipe import Recipe
+from ray_soup.task.attention import FastAttention
 from ray_soup.task.logits import MOST_OUTPUTS
+from ray_soup.task.model_spec import in_bfloat16
 from ray_soup.task.objective import Inputs
 
+IN_WEIGHTS = "weights in bfloat16"
+"""The precision of a model that has such weights, which needs no autocast."""
 LARGE_MODEL = 5_000_000  # parameters
 MICRO_BATCH_LARGE = 16
 MICRO_BATCH_SMALL = 128
@@ -46,7 +55,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device, keeps: bool = True) -> AbstractContextManager[object]:
-    """Return the context for forward passes in float32 or bfloat16. It may be entered more than once.
+    """Return the context for forward passes: autocast for bfloat16, otherwise none. It may be entered more than once.
 
     If it `keeps` them, the parameters in bfloat16 stay until the context ends.
     """
@@ -55,18 +64,20 @@ def autocast(precision: str, device: torch.device, keeps: bool = True) -> Abstra
     return contextlib.nullcontext()
 
 
-def choose_precision(recipe: Recipe, model: torch.nn.Module, images: Inputs) -> str:
-    """Choose between float32 and bfloat16, as the recipe's `precision` says.
+def choose_precision(recipe: Recipe, model: Callable[[Inputs], torch.Tensor], images: Inputs) -> str:
+    """Choose between float32 and bfloat16, as the recipe's `precision` says; IN_WEIGHTS if the model has such weights.
 
     With `auto`, a GPU that supports bfloat16 uses it. A CPU that supports it uses it only if forward and backward passes of
     these inputs take at least a tenth less time: some CPUs have the instructions but are slower with them.
 
     Args:
         recipe: the recipe of the run.
-        model: the model to time, on the device of `images`.
+        model: returns the outputs of the model to time, which is on the device of `images`.
         images: a batch of the model's inputs, any dtype [n, ...].
     """
     device = next(iter(images.values())).device if isinstance(images, dict) else images.device
+    if in_bfloat16(recipe.model):
+        return IN_WEIGHTS
     if recipe.precision != "auto":
         return recipe.precision
     if not has_bfloat16(device):
@@ -79,9 +90,10 @@ def choose_precision(recipe: Recipe, model: torch.nn.Module, images: Inputs) -> 
     for turn in range(5):  # alternating, so that a disturbance affects both; the first turn also warms up
         for precision in ("float32", "bfloat16"):
             start = time.perf_counter()
-            with autocast(precision, device):
-                logits = model(images)
-            logits.float().sum().backward()
+            with FastAttention():
+                with autocast(precision, device):
+                    logits = model(images)
+                torch.autograd.backward(logits.float().sum())
             best[precision] = min(best[precision], time.perf_counter() - start)
         if turn and time.perf_counter() - begun > 0.3:
             break

@@ -6,9 +6,10 @@ import logging
 import os
 import re
 import socket
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False
 
 
 @contextmanager
-def connect() -> Iterator[None]:
-    """Connect to Ray for as long as the context lasts.
+def connect(about: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Connect to Ray for as long as the context lasts; `about` becomes the metadata that `ray job list` shows.
 
     Uses the Ray session that is already open, or the cluster at RAY_ADDRESS; otherwise starts Ray locally, without a
     dashboard. Raises RecipeError if RAY_ADDRESS is wrong or no cluster answers there, SoupError if Ray does not start.
@@ -47,7 +48,7 @@ def connect() -> Iterator[None]:
     with keeping_handler():
         try:
             if address and address != "local":
-                _join_cluster(address)
+                _join_cluster(address, {} if about is None else about)
             else:
                 _start_local()
         except BaseException:
@@ -61,12 +62,11 @@ def connect() -> Iterator[None]:
 
 def has_cluster() -> bool:
     """Return whether this process is connected to Ray, or RAY_ADDRESS names a cluster to connect to."""
-    import ray
+    ray = sys.modules.get("ray")  # not imported to learn that nobody has connected to it
+    return (ray is not None and ray.is_initialized()) or os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
 
-    return ray.is_initialized() or os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
 
-
-def _join_cluster(address: str) -> None:
+def _join_cluster(address: str, about: Mapping[str, str]) -> None:
     """Connect to the cluster at `address`, HOST:PORT or auto."""
     if address != "auto":
         _check_answers(*parse_address(address))
@@ -74,9 +74,10 @@ def _join_cluster(address: str) -> None:
 
     def join() -> None:
         import ray
+        from ray.job_config import JobConfig
 
         try:
-            ray.init(address, **_QUIET)
+            ray.init(address, job_config=JobConfig(metadata=dict(about)), **_QUIET)
         except BaseException as error:
             failures.append(error)
 

@@ -1,253 +1,293 @@
-"""Calls to a mesh of actors that survive the loss of actors.
+"""Calls to a mesh of actors whose number changes during a run.
 
-Lost actors are re-created and their calls retried; errors in the code are raised. A replica that loses an actor is
-re-created as a whole and brought to the state of the others: `open_store`, `begin`, `use`. An actor's answer depends only on
-these and on the call itself, so the answer to a retried call is bit-identical.
+The replicas of lost actors move to the others in the same call; errors in the code are raised. An actor that starts is
+brought to the state of the others in the background and takes its replicas between two calls. An answer depends only on
+this state, on the rank and on the call itself, so it is bit-identical whichever actor gives it.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from ray_soup.actors.messages import Mesh, SetupInfo
+from ray_soup.actors.calls import Call, Hear, Loss, LostAgain, of_each
+from ray_soup.actors.messages import Mesh
+from ray_soup.actors.teams import ATTEMPTS, RESUME, Team, TeamMesh, joined, listed
+from ray_soup.actors.versions import compare_versions
 from ray_soup.errors import SoupError
-from ray_soup.io.progress import ProgressCallback, no_progress
-from ray_soup.mixing.blocks import Blocks
-from ray_soup.mixing.running_statistics import Statistics
+from ray_soup.io.progress import ProgressCallback, tell
 
-ATTEMPTS = 5  # at one call, before a run that keeps losing its actors gives up
-RESUME = "Rerun the same command to resume"
-
-Call = Callable[[Any, int], Any]
-"""Maps (handle, rank) to a pending call of an actor's method, as in `lambda actor, rank: actor.step.remote(...)`."""
-Hear = Callable[[int, str, int, int], None]
-"""Called with the rank of an actor and its heartbeat: what it does, the units done so far, and the units in total."""
+LOOK_EVERY_S = 0.1  # between two looks at the actors that start
+DRAINS_EVERY_S = 1.0  # between two looks at the nodes that will leave
+LONGEST_PAUSE_S = 60.0  # before an actor is started again that could not be started
+SLOW = 3.0  # times the median of the others: the pace of a team that gets fewer replicas
+SLOW_STEPS = 5  # in a row
+LEAST_DELAY_S = 0.05  # behind the others in a step, below which a slow team costs nothing
+FORGIVEN_S = 600.0  # until a slow team gets its share again
 
 
-def of_each(progress: ProgressCallback) -> Hear:
-    """Report the heartbeats of actors that all do the same work: those of the first one heard of."""
-    first = math.inf
-
-    def hear(rank: int, what: str, done: int, total: int) -> None:
-        nonlocal first
-        first = min(first, rank)
-        if rank == first:
-            progress(what, done, total)
-
-    return hear
-
-
-def of_all(progress: ProgressCallback, total: int) -> Hear:
-    """Report the heartbeats of actors that share work of `total` units, as the sum of what they have done."""
-    done_by: dict[int, int] = {}
-
-    def hear(rank: int, what: str, done: int, its_total: int) -> None:
-        done_by[rank] = done
-        progress(what, min(sum(done_by.values()), total), total)
-
-    return hear
-
-
-def unheard(rank: int, what: str, done: int, total: int) -> None:
-    """Ignore a heartbeat."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The actors that were lost during a call."""
-
-    ranks: frozenset[int]
-    """The lost ranks."""
-    reason: str
-    """What the transport reported."""
-    silent: bool = False
-    """True if the actors did not answer within the deadline, False if they died."""
-
-
-class LostAgain(Exception):
-    """An actor was lost while it was started or brought to the state of the others."""
-
-
-class RecoveringMesh(ABC):
-    """The actors of a mesh, on a transport that subclasses provide.
-
-    `handles` are the actors by rank, None before `setup`.
-    """
+class RecoveringMesh(TeamMesh):
+    """The calls to the actors of a mesh, by rank, and what happens between calls."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.handles: list[Any] = [None] * mesh.size
-        self._seen: tuple[str, ...] = ()
-        self._opened: tuple[tuple[int, ...], Blocks] | None = None
-        self._begun: tuple[np.ndarray, np.ndarray, str] | None = None
-        self._used: Statistics = {}
-        self._lost: set[int] = set()  # replicas that must be re-created before the next call
-        self._nodes: dict[int, str] = {}
-        self._held = 0
-
-    # The transport
-
-    @abstractmethod
-    def _create(self, ranks: list[int]) -> None:
-        """Put new actors into `handles`."""
-
-    @abstractmethod
-    def _kill(self, rank: int) -> None:
-        """Kill the actor of a rank, if it has one."""
-
-    @abstractmethod
-    def _collect(self, calls: dict[int, Any], answers: dict[int, Any], hear: Hear | None = None) -> Loss | None:
-        """Wait for pending calls, by rank, and fill in their answers; return the actors that were lost, if any.
-
-        If `hear` is given, the calls are streams, and it is called with their heartbeats. An error in an actor's code is
-        raised here.
-        """
-
-    def _check_room(self, ranks: list[int], progress: ProgressCallback) -> None:  # noqa: B027
-        """Wait until the cluster has room for these actors. Raises SoupError if it does not get any."""
-
-    def _room(self) -> str:
-        """Describe the free resources, in a sentence for messages."""
-        return ""
+        super().__init__(mesh)
+        self._looked = self._drains_looked = 0.0
+        self._begin_at = 0.0  # when teams that are missing may be started
+        self._failures, self._told = 0, ""
 
     # Calls
 
-    def _ask(self, what: str, call: Call, ranks: Iterable[int] | None = None, hear: Hear | None = None) -> list[Any]:
-        """Call actors and return their answers in the order of ranks.
+    def _ask(
+        self,
+        what: str,
+        call: Call,
+        ranks: Iterable[int] | None = None,
+        hear: Hear | None = None,
+        through: Callable[[Sequence[int], Call, dict[int, Any]], Loss | None] | None = None,
+    ) -> list[Any]:
+        """Call the actors that serve these ranks and return the answers in the order of ranks.
 
-        Raises SoupError if actors are lost at every attempt.
+        An actor that serves several ranks answers one after another. Raises SoupError after ATTEMPTS
+        attempts without any answer.
 
         Args:
             what: the name of the call, for messages.
             call: makes the call for a rank.
-            ranks: the actors to call; None: all of them.
+            ranks: the ranks to call; None: all of them.
             hear: if given, the calls are streams, and it is called with their heartbeats.
+            through: if given, it makes and collects the calls for these ranks, as `_in_turns` does.
         """
-        wanted = list(range(self.mesh.size)) if ranks is None else list(ranks)
-        missing, answers, reason = wanted, dict[int, Any](), ""
-        for _ in range(ATTEMPTS):
-            try:
-                self._restore()
-            except LostAgain as error:
-                reason = str(error)
-                continue
-            loss = self._collect({rank: call(self.handles[rank], rank) for rank in missing}, answers, hear)
+        wanted, answers, attempts = list(range(self.mesh.size) if ranks is None else ranks), dict[int, Any](), 0
+        shards = self.mesh.shards
+        while True:
+            self._prepare()
+            left = {rank // shards for rank in wanted if rank not in answers}
+            missing = [rank for rank in wanted if rank // shards in left]  # the shards of a replica answer together
+            for rank in missing:
+                answers.pop(rank, None)
+            known, asked = len(answers), list(self._team_of)
+            loss = self._in_turns(missing, call, answers, hear) if through is None else through(missing, call, answers)
             if loss is None:
                 return [answers[rank] for rank in wanted]
-            reason = f"lost {self._described(loss.ranks)}: {loss.reason}"
-            lost = {rank // self.mesh.shards for rank in loss.ranks}
-            self._lost |= lost
-            missing = [rank for rank in wanted if rank // self.mesh.shards in lost]
-        raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
+            attempts = 1 if len(answers) > known else attempts + 1
+            self._lose_or_give_up(what, attempts, loss, {asked[rank // shards] for rank in loss.keys})
 
-    def _meeting_place(self) -> tuple[str, int] | None:
-        """Open a rendezvous for all actors; None if they cannot form a group. Raises LostAgain."""
-        return None
+    def _in_turns(self, ranks: Sequence[int], call: Call, answers: dict[int, Any], hear: Hear | None = None) -> Loss | None:
+        """Call the actors of these ranks at once, and collect the answers to the first call of each, to the second, ...
+
+        So an actor has the same time for each of its answers, however many it gives.
+        """
+        shards, turns = self.mesh.shards, list[dict[int, Any]]()
+        replicas: dict[Team, list[int]] = {}
+        for rank in ranks:
+            replica, shard = divmod(rank, shards)
+            team = self._team_of[replica]
+            mine = replicas.setdefault(team, [])
+            if replica not in mine:
+                mine.append(replica)
+            turns += [{} for _ in range(len(mine) - len(turns))]
+            turns[len(mine) - 1][rank] = call(team.actors[shard], rank)
+        lost: set[int] = set()
+        reason, alone = "", set[int]()
+        for turn in turns:
+            gone = {self._team_of[rank // shards] for rank in lost}
+            calls = {rank: pending for rank, pending in turn.items() if self._team_of[rank // shards] not in gone}
+            loss = self._collect(calls, answers, hear)
+            if loss is not None:
+                lost |= loss.keys
+                alone |= loss.alone
+                reason = reason or loss.reason
+        return Loss(frozenset(lost), reason, frozenset(alone)) if lost else None
+
+    def _ask_each(self, what: str, call: Callable[[Any], Any], hear: Hear | None = None) -> list[Any]:
+        """Call every actor once, whatever it serves, and return the answers; those of lost actors are missing.
+
+        Raises SoupError as `_ask` does.
+        """
+        answers: dict[tuple[int, int], Any] = {}
+        attempts, shards = 0, self.mesh.shards
+        while True:
+            self._prepare()
+            teams = {team.number: team for team in self._teams if team.serves}
+            answers = {key: answer for key, answer in answers.items() if key[0] in teams}
+            keys = [(number, shard) for number in teams for shard in range(shards) if (number, shard) not in answers]
+            found: dict[int, Any] = {}
+            loss = self._collect(
+                {number * shards + shard: call(teams[number].actors[shard]) for number, shard in keys}, found, hear
+            )
+            answers |= {divmod(key, shards): answer for key, answer in found.items()}
+            if loss is not None:
+                attempts = 1 if found else attempts + 1
+                self._lose_or_give_up(what, attempts, loss, {teams[key // shards] for key in loss.keys})
+            elif {team.number for team in self._teams if team.serves} <= {number for number, _ in answers}:
+                return [answers[key] for key in sorted(answers)]
+
+    def _lose_or_give_up(self, what: str, attempts: int, loss: Loss, teams: Iterable[Team]) -> None:
+        """Replace lost teams. Raises SoupError after ATTEMPTS attempts at a call."""
+        named = joined(sorted(str(team) for team in teams))
+        if attempts == ATTEMPTS:
+            raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts (lost {named}: {loss.reason}). {RESUME}.")
+        self._lose(teams, len(loss.keys - loss.alone) or len(loss.keys), loss.reason)
+
+    # Training together
+
+    def _meeting_place(self, team: Team, count: int) -> tuple[str, int]:
+        """Open a rendezvous for `count` actors on the actor of a team. Raises LostAgain."""
+        raise NotImplementedError
 
     def _ask_together(
-        self, what: str, call: Callable[[Any, tuple[str, int] | None], Any], progress: ProgressCallback
+        self, what: str, call: Callable[[Any, tuple[str, int] | None, int, int], Any], progress: ProgressCallback
     ) -> Any:
-        """Call all actors, which work in one group, and return the answer of the first one.
+        """Call actors that work in one group, and return the answer of the first one.
 
-        If one is lost, all of them are re-created and called again. Without a rendezvous, only the shards of the first
-        replica are called, which form a group anyway.
+        These are all actors; if replicas have several shards, those of one team, which form a group anyway. If one is lost,
+        the others are called again.
 
-        Raises SoupError as `_ask` does. `call` maps (handle, rendezvous) to a pending call, a stream.
+        Raises SoupError as `_ask` does. `call` maps (handle, rendezvous, place in the group, size of the group) to a pending
+        call, a stream.
         """
-        reason, everything = "", set(range(self.mesh.replicas))
-        for _ in range(ATTEMPTS):
+        attempts, shards, furthest = 0, self.mesh.shards, dict[str, int]()
+
+        def hear(what: str, done: int, total: int) -> None:
+            nonlocal attempts
+            if done > furthest.get(what, -1):
+                attempts, furthest[what] = 0, done
+            progress(what, done, total)
+
+        while True:
+            self._prepare()
+            teams = list(dict.fromkeys(self._team_of))[: None if shards == 1 else 1]
+            members = [(team, actor) for team in teams for actor in team.actors]
             answers: dict[int, Any] = {}
             try:
-                self._restore()
-                place = self._meeting_place()
+                place = self._meeting_place(teams[0], len(teams)) if len(teams) > 1 else None
             except LostAgain as error:
-                self._lost, reason = set(everything), str(error)
-                continue
-            ranks = range(self.mesh.shards if place is None else self.mesh.size)
-            loss = self._collect({rank: call(self.handles[rank], place) for rank in ranks}, answers, of_each(progress))
-            if loss is None:
-                return answers[0]
-            self._lost, reason = set(everything), f"lost {self._described(loss.ranks)}: {loss.reason}"
-        raise SoupError(f"'{what}' failed: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
-
-    def _ask_once(self, ranks: list[int], when: str, call: Call, hear: Hear | None = None) -> list[Any]:
-        """Call actors without a retry. Raises LostAgain if one dies, SoupError if one does not answer."""
-        answers: dict[int, Any] = {}
-        loss = self._collect({rank: call(self.handles[rank], rank) for rank in ranks}, answers, hear)
-        if loss is None:
-            return [answers[rank] for rank in ranks]
-        if loss.silent:
-            raise SoupError(
-                f"{self._described(loss.ranks)}: {loss.reason} while {when}. Is the cluster busy, or has it lost a node? "
-                f"{self._room()} {RESUME}, with fewer actors if there is less room."
-            )
-        raise LostAgain(f"lost {self._described(loss.ranks)} while {when}: {loss.reason}")
-
-    def _described(self, ranks: Iterable[int]) -> str:
-        """Name actors with their nodes and the size of the directions that they held."""
-        named = [f"actor {r} on {self._nodes.get(r, 'no node yet')}" for r in sorted(ranks)]
-        return f"{', '.join(named)} (holding {self._held / 1e6:,.0f} MB of directions)"
-
-    # Starting and recovering
-
-    def _start_all(self, progress: ProgressCallback) -> SetupInfo:
-        """Start all actors, up to ATTEMPTS times."""
-        self._opened, self._begun, self._used = None, None, {}
-        reason = ""
-        for _ in range(ATTEMPTS):
-            try:
-                info = self._start(list(range(self.mesh.size)), progress)
-            except LostAgain as error:
-                reason = str(error)
+                loss = Loss(frozenset({0}), str(error))
             else:
-                self._lost.clear()
-                return info
-        raise SoupError(f"The actors could not be started: gave up after {ATTEMPTS} attempts ({reason}). {RESUME}.")
+                calls = {n: call(actor, place, n, len(members)) for n, (_, actor) in enumerate(members)}
+                found = self._collect(calls, answers, of_each(hear))
+                if found is None:
+                    return answers[0]
+                loss = found
+            attempts += 1
+            dead = loss.keys if shards > 1 else loss.keys - loss.alone or loss.keys
+            self._lose_or_give_up(what, attempts, loss, {members[n][0] for n in dead})
 
-    def _restore(self) -> None:
-        """Re-create lost replicas and bring them to the state of the others. Raises LostAgain."""
-        if not self._lost:
+    # Changes during a run
+
+    def _prepare(self) -> None:
+        """Adapt to what has changed since the last call; if no actor is left, wait for one."""
+        if not self._serving():
+            if not self._teams:
+                self._begin()
+            self._await(1, self._progress, "waiting for an actor")
+            self._welcome()
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY_S:
             return
-        shards = self.mesh.shards
-        ranks = [replica * shards + shard for replica in sorted(self._lost) for shard in range(shards)]
-        self._start(ranks, no_progress)
-        when = "being replaced"
-        if self._opened is not None:
-            subset, blocks = self._opened
-            self._ask_once(ranks, when, lambda actor, rank: actor.open_store.remote(subset, blocks), unheard)
-        if self._begun is not None:
-            chosen, x, precision = self._begun
-            self._ask_once(ranks, when, lambda actor, rank: actor.begin.remote(chosen, x, precision))
-        if self._used:
-            statistics = self._used
-            self._ask_once(ranks, when, lambda actor, rank: actor.use.remote(statistics))
-        self._lost.clear()
+        self._looked = now
+        self._retire(now)
+        self._forgive(now)
+        for team in self._starting():
+            try:
+                self._advance(team)
+            except Exception as error:  # the run continues without it
+                self._postpone(team, error)
+        if now >= self._begin_at:
+            for _ in range(self._missing()):
+                self._begin()
+        self._welcome()
 
-    def _start(self, ranks: list[int], progress: ProgressCallback) -> SetupInfo:
-        """Create these actors, replacing existing ones, and set them up. Raises LostAgain."""
-        for rank in ranks:
-            self._kill(rank)
-        self._check_room(ranks, progress)
-        self._create(ranks)
-        progress("starting actors", 0, len(ranks))
-        infos = self._ask_once(ranks, "starting", lambda actor, rank: actor.setup.remote(self._seen), of_each(progress))
-        progress("starting actors", len(ranks), len(ranks))
-        self._nodes |= {rank: info.node for rank, info in zip(ranks, infos, strict=True)}
-        if self.mesh.shards > 1:
-            self._join(ranks)
-        first: SetupInfo = infos[0]
-        return first
+    def _welcome(self) -> None:
+        """Let teams that have become ready take replicas."""
+        new = [team for team in self._teams if team.serves and not team.joined]
+        if not new:
+            return
+        self._failures, self._told = 0, ""
+        self._count(created=len(new) * self.mesh.shards)
+        self._reassign()
+        for team in new:
+            team.joined = True
+            mine = [replica for replica, other in enumerate(self._team_of) if other is team]
+            tell(self._progress, f"{team} has joined the run{f' and serves {listed(mine)}' if mine else ''}.")
+            for note in compare_versions(team.infos):
+                tell(self._progress, note)
 
-    def _join(self, ranks: list[int]) -> None:
-        """Let the shards of each replica form a group, with the rendezvous on the replica's first shard."""
-        shards = self.mesh.shards
-        firsts = [rank for rank in ranks if rank % shards == 0]
-        places = self._ask_once(firsts, "opening a group", lambda actor, rank: actor.serve_group.remote())
-        place_of = dict(zip(firsts, places, strict=True))
-        self._ask_once(ranks, "joining", lambda actor, rank: actor.join.remote(*place_of[rank - rank % shards]))
+    def _postpone(self, team: Team, error: Exception) -> None:
+        """Give up the start of a team, and begin another one after a while."""
+        self._drop(team)
+        self._failures += 1
+        pause = min(LONGEST_PAUSE_S, 2.0**self._failures)
+        self._begin_at = time.monotonic() + pause
+        if str(error) != self._told:
+            self._told = str(error)
+            tell(self._progress, f"An actor could not be started, and the run continues without it: {error}")
+
+    def _lose(self, teams: Iterable[Team], count: int, reason: str) -> None:
+        """Give the replicas of lost teams, of which `count` actors were lost, to others, and begin to start others."""
+        lost = list(teams)
+        mine = {replica for replica, team in enumerate(self._team_of) if team in lost}
+        for team in lost:
+            self._drop(team)
+        self._count(lost=count, actors=len(self._serving()) * self.mesh.shards)
+        if time.monotonic() >= self._begin_at or not self._teams:
+            for _ in range(self._missing()):
+                self._begin()
+        moved = mine.intersection(self._reassign())
+        where = f": {self._where(sorted(moved))}" if moved else "" if self._serving() else ": no other is left"
+        names = joined([str(team) for team in lost])
+        tell(self._progress, f"Lost {names} ({reason}){where}. Another one starts when the cluster has room.")
+
+    def _retire(self, now: float) -> None:
+        """Let teams on nodes that will leave give their replicas away; those of the last ones move when others are ready."""
+        if now - self._drains_looked < DRAINS_EVERY_S:
+            return
+        self._drains_looked = now
+        nodes = self._leaving_nodes()
+        new = [t for t in self._serving() if not t.leaving and nodes.intersection(info.node_id for info in t.infos)]
+        for team in new:
+            team.leaving = True
+        mine = {replica for replica, team in enumerate(self._team_of) if team in new}
+        moved = mine.intersection(self._reassign()) if new else ()
+        if new:
+            kept = "they serve until others are ready" if mine else "no replica has to move"
+            where = self._where(sorted(moved)) if moved else kept
+            tell(self._progress, f"The cluster will lose the node of {joined([str(team) for team in new])}: {where}.")
+
+    def _forgive(self, now: float) -> None:
+        """Give slow teams their share again after a while."""
+        slow = [team for team in self._teams if team.pace != 1.0 and now - team.slow_since > FORGIVEN_S]
+        for team in slow:
+            team.pace = 1.0
+        if slow:
+            self._reassign()
+
+    def _compare_paces(self, seconds: Sequence[float]) -> None:
+        """Note how long each replica took in a step; a team that is much slower than the others gets fewer of them."""
+        taken: dict[Team, list[float]] = {}
+        for replica, team in enumerate(self._team_of):
+            taken.setdefault(team, []).append(max(seconds[replica * self.mesh.shards : (replica + 1) * self.mesh.shards]))
+        means = {team: sum(values) / len(values) for team, values in taken.items()}
+        ordered = sorted(means.values())
+        for team, mean in means.items() if len(means) > 1 else ():
+            usual = median_without(ordered, mean)
+            behind = mean > SLOW * usual and mean > usual + LEAST_DELAY_S and team.pace == 1.0
+            team.behind = team.behind + 1 if behind else 0
+            if team.behind == SLOW_STEPS:
+                team.pace, team.slow_since, team.behind = mean / usual, time.monotonic(), 0
+                moved = self._reassign()
+                if moved:
+                    self._count(slowed=1)
+                    tell(
+                        self._progress,
+                        f"{team} takes {team.pace:.1f} times as long for a replica as the others: {self._where(moved)}.",
+                    )
+
+
+def median_without(ordered: Sequence[float], value: float) -> float:
+    """Return the median of at least two ordered numbers without `value`, which is one of them."""
+    place, count = bisect_left(ordered, value), len(ordered) - 1
+    middle = [ordered[n + (n >= place)] for n in ((count - 1) // 2, count // 2)]
+    return (middle[0] + middle[1]) / 2

@@ -1,7 +1,10 @@
 """The model of one actor, with its data, loss and buffers.
 
 The parameters of the model are views of one flat vector `theta`, and their gradients are views of `gradient`: the model
-computes with whatever is written into the vector.
+computes with whatever is written into the vector. Parameters in bfloat16, which `dtype=bfloat16` asks for, follow it:
+
+    weights = round(theta)          after theta has changed
+    gradient += dL/dweights         in float32, in each backward pass
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.cache import content_key
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import labelled
-from ray_soup.mixing import running_statistics
 from ray_soup.mixing.blocks import Layout, flatten, layout_of
 from ray_soup.mixing.buffers import differing_layers
+from ray_soup.mixing.recalibration import summed
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.mixing.spectral import update_singular_vectors
 from ray_soup.recipe import Recipe, is_function
@@ -33,7 +36,8 @@ from ray_soup.task.empty_models import build_empty
 from ray_soup.task.functions import import_function
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.logits import hold_back, sampled
-from ray_soup.task.objective import OBJECTIVES, Inputs, Objective
+from ray_soup.task.model_spec import in_bfloat16
+from ray_soup.task.objective import OBJECTIVES, Inputs, Objective, has_own_outputs
 from ray_soup.task.own_functions import loss_of, metric_of, objective_of
 from ray_soup.task.peft_models import with_adapters
 from ray_soup.task.preprocess import preprocess_identity
@@ -59,9 +63,13 @@ class Replica:
         self.ingredients = ingredients
         self.model = built.model
         self.theta = self.gradient = torch.empty(0)
+        self.weights: torch.Tensor | None = None
         self.layers: ByLayer | None = None
         self.objective = objective_of(recipe, built.objective)
         outputs, targets = check_examples(recipe, self.objective, self.model, examples, device)
+        if has_own_outputs(self.objective):
+            for some in examples.values():
+                self._check_rows(some)
         at = self.objective.classes_at
         self.classes = None if at is None else outputs.shape[at]
         self.loss = loss_of(recipe, self.objective, outputs, targets)
@@ -90,6 +98,28 @@ class Replica:
         found: torch.nn.Module = getattr(self.model, "computing", self.model)
         return found
 
+    def outputs(self, inputs: Inputs) -> torch.Tensor:
+        """Return the outputs of the model for a batch, as the objective says: [n, ...]."""
+        return self.objective.outputs(self.model, inputs)
+
+    def _check_rows(self, examples: Examples) -> None:
+        """Check that the objective's own `outputs` for an example are the same among others. Raises RecipeError."""
+        count = min(3, len(examples))
+        with torch.inference_mode():
+            alone, among = (self.outputs(examples.batch(np.arange(n), self.device)[0]).float() for n in (1, count))
+        own = f"objective: the outputs of {type(self.objective).__name__}"
+        cure = "Return one row for each example, computed from its own inputs only."
+        if len(among) != count:
+            raise RecipeError(f"{own} have {len(among)} rows for {count} examples of {examples.spec}. {cure}")
+        if among.shape[1:] != alone.shape[1:]:  # texts are padded to the longest
+            return
+        change, largest = (t.nan_to_num().abs().amax().item() for t in (among[:1] - alone, alone))
+        if change > 0.05 * largest:  # a model in bfloat16 rounds differently for another number of rows
+            raise RecipeError(
+                f"{own} for the first example of {examples.spec} change by up to {change:.3g}, of {largest:.3g}, if they "
+                f"are computed for {count} examples at once. {cure}"
+            )
+
     # Vectors
 
     def split(self, threads: int) -> None:
@@ -97,9 +127,39 @@ class Replica:
         self.layers = ByLayer(self.model, self.layout, self.device, threads, self.recipe.model)
 
     def allocate(self, padded: int) -> None:
-        """Make the parameters views of a new vector of `padded` zeros."""
+        """Make the parameters views of a new vector of `padded` zeros, or of its copy in bfloat16."""
         self.theta = torch.zeros(padded, device=self.device)
-        flatten(self.model, self.theta, None, self.layout)
+        if in_bfloat16(self.recipe.model):
+            self._hold_weights()
+        flatten(self.model, self.theta, None, self.layout, self.weights)
+
+    def _hold_weights(self) -> None:
+        """Prepare the copy of theta in bfloat16, and let gradients in bfloat16 be added to `gradient`."""
+        parameters = dict(self.model.named_parameters())
+        for name, start, stop in self.layout.spans():
+            if parameters[name].dtype == torch.bfloat16:
+                hook = partial(self._widen, start, stop)
+                parameters[name].requires_grad_().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self.weights = torch.zeros(0, dtype=torch.bfloat16)
+        if self.weights is not None:
+            self.weights = torch.zeros(self.layout.numel, dtype=torch.bfloat16, device=self.device)
+
+    def _widen(self, start: int, stop: int, parameter: torch.Tensor) -> None:
+        """Add the gradient of a parameter in bfloat16 to `gradient`, if that is held."""
+        if len(self.gradient):
+            assert parameter.grad is not None
+            self.gradient[start:stop] += parameter.grad.reshape(-1)
+            parameter.grad = None
+
+    def theta_changed(self) -> None:
+        """Recompute what the model has of theta: weights in bfloat16, and buffers that are functions of the parameters."""
+        self.round_weights()
+        update_singular_vectors(self.model, self.layout.spectral)
+
+    def round_weights(self) -> None:
+        """Round theta to the weights in bfloat16, if there are any."""
+        if self.weights is not None:
+            self.weights.copy_(self.theta[: self.layout.numel])
 
     def hold_gradients(self, variant: np.ndarray) -> None:
         """Make the gradients views of one vector as long as `theta`, for the tensors that differ between ingredients.
@@ -112,7 +172,7 @@ class Replica:
         parameters = dict(self.model.named_parameters())
         for name, moves in zip(self.layout.names, variant, strict=True):
             parameters[name].requires_grad_(bool(moves))
-        flatten(self.model, self.theta, self.gradient, self.layout)
+        flatten(self.model, self.theta, self.gradient, self.layout, self.weights)
 
     def drop_gradients(self) -> None:
         """Free the vector of `hold_gradients`."""
@@ -126,7 +186,7 @@ class Replica:
             self.layers.use_vector(tensor_of(vector))
             return
         self.theta[: self.layout.numel] = tensor_of(vector)
-        self.update_computed_buffers()
+        self.theta_changed()
 
     def load_file(self, path: str) -> None:
         """Set parameters and buffers to those of the checkpoint at `path`. Raises IngredientError if it does not fit."""
@@ -148,7 +208,7 @@ class Replica:
         modules = [name for name, module in self.model.named_modules() if any(True for _ in module.parameters(False))]
         images, _ = next(iter(self.examples.values())).batch(np.zeros(1, np.int64), self.device)
         with torch.no_grad():
-            logits = sampled(self.model(images))
+            logits = sampled(self.outputs(images))
             for module in reversed(modules):
                 prefix = f"{module}." if module else ""
                 names = [
@@ -162,7 +222,7 @@ class Replica:
                 parameters = [self.model.get_parameter(name) for name in names]
                 for parameter in parameters:
                     parameter.mul_(2)
-                doubled = torch.allclose(sampled(self.model(images)), 2 * logits, rtol=1e-4, atol=1e-6)
+                doubled = torch.allclose(sampled(self.outputs(images)), 2 * logits, rtol=1e-4, atol=1e-6)
                 for parameter in parameters:
                     parameter.div_(2)
                 if doubled:
@@ -191,10 +251,6 @@ class Replica:
         for name, buffer in buffers.items():
             state[name].copy_(buffer.view(state[name].shape))
 
-    def update_computed_buffers(self) -> None:
-        """Recompute the buffers that are functions of the parameters, after the parameters were changed."""
-        update_singular_vectors(self.model, self.layout.spectral)
-
     @cached_property
     def recalibrated(self) -> tuple[str, ...]:
         """The layers whose running statistics are re-estimated: those that differ between ingredients, or all."""
@@ -212,9 +268,7 @@ class Replica:
             return self.examples[split.source].batch(split.rows, self.device)[0]
 
         return (
-            yield from labelled(
-                "recalibrating", running_statistics.summed(self.model, batches, images_of, self.recalibrated)
-            )
+            yield from labelled("recalibrating", summed(self.model, batches, images_of, self.recalibrated, self.outputs))
         )
 
     # Examples
@@ -271,6 +325,8 @@ def load_replica(
     Raises RecipeError if model and data do not fit together.
     """
     built = build_empty(partial(build_for, recipe), device) if recipe.actors.by_layer else build_for(recipe)
+    objective = objective_of(recipe, built.objective)
+    models.call_as(objective, built.model)
     built = with_adapters(built, ingredients)
     built.model.to(device).eval()
     layout = layout_of(built.model)
@@ -278,7 +334,6 @@ def load_replica(
     def check(first: dict[str, Examples]) -> None:
         check_examples(recipe, objective, built.model, first, device)
 
-    objective = objective_of(recipe, built.objective)
     if recipe.loss is recipe.metric is None and type(objective) is OBJECTIVES.get(built.objective):
         hold_back(built.model, device)  # functions of the user get all logits
     examples = yield from load_sources(recipe.data, built.preprocess, check, objective.targets)

@@ -8,7 +8,6 @@ module does not use Ray.
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Generator, Sequence
 from hashlib import blake2b
 from typing import TypeVar
@@ -23,7 +22,9 @@ from ray_soup.actors.candidates import CandidateMixer
 from ray_soup.actors.evaluation import Ensemble, evaluate_checkpoint, evaluate_model, score
 from ray_soup.actors.group import ShardGroup
 from ray_soup.actors.messages import (
+    ComparedExamples,
     Heartbeat,
+    KeptEnsemble,
     Mesh,
     ModelFiles,
     Partial,
@@ -34,8 +35,10 @@ from ray_soup.actors.messages import (
     TrainingJob,
     TrainingResult,
 )
+from ray_soup.actors.relays import unpacked
 from ray_soup.actors.replica import load_replica, tensor_of
 from ray_soup.actors.training import train
+from ray_soup.actors.versions import own_versions
 from ray_soup.io.cache import content_key
 from ray_soup.io.hugging_face import download_all
 from ray_soup.io.ingredient import Ingredient
@@ -47,6 +50,7 @@ from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.running_statistics import Statistics, Sums
 from ray_soup.recipe import Recipe
+from ray_soup.task.attention import FastAttention
 from ray_soup.task.checkpointing import checkpoint_layers
 from ray_soup.task.data import Split
 from ray_soup.task.identity import notes_on
@@ -57,14 +61,14 @@ T = TypeVar("T")
 
 
 class Shard:
-    """Actor number `rank` of the mesh.
+    """Shard number `shard` of a whole model, for one or more replicas of the mesh.
 
     Call `setup` first, then `join` if the replica has several shards, then `open_store` to learn. Methods that may take long
     return a stream: heartbeats (what, done, total), then the answer.
     """
 
-    def __init__(self, recipe: Recipe, ingredients: Sequence[Ingredient], mesh: Mesh, rank: int, threads: int) -> None:
-        self.recipe, self.ingredients, self.mesh, self.rank, self.threads = recipe, ingredients, mesh, rank, threads
+    def __init__(self, recipe: Recipe, ingredients: Sequence[Ingredient], mesh: Mesh, shard: int, threads: int) -> None:
+        self.recipe, self.ingredients, self.mesh, self.shard, self.threads = recipe, ingredients, mesh, shard, threads
         self._opened: tuple[int, ...] = ()
         self._output: tuple[str, ...] = ()
         torch.set_num_threads(threads)
@@ -73,22 +77,16 @@ class Shard:
     def setup(self, seen: tuple[str, ...] = ()) -> Stream[SetupInfo]:
         """Build the model and decode the data.
 
-        Raises RecipeError if this node does not see the ingredients or the local files `seen` by the driver; on the first
-        actor also if two splits share examples.
+        Raises RecipeError if this node does not see the ingredients or the local files `seen` by the driver.
         """
         check_paths(self.ingredients, seen)
         yield from labelled("downloading ingredients", download_all(files_of(self.ingredients)))
         self.replica = yield from load_replica(self.recipe, self.device, self.ingredients)
-        found: dict[str, np.ndarray] = {}
-        if self.rank == 0:
-            preprocess, targets = self.replica.built.preprocess, self.replica.objective.targets
-            found = yield from check_leaks(self.recipe.data, preprocess, targets)
-        shards = self.mesh.shards
-        self.group = ShardGroup(self.rank % shards, shards, self.replica.layout.numel, self.device)
+        self.group = ShardGroup(self.shard, self.mesh.shards, self.replica.layout.numel, self.device)
         if not self.recipe.actors.by_layer:
             self.replica.allocate(self.group.padded)
         self.candidates = CandidateMixer(self.replica, self.ingredients)
-        self.ensemble = Ensemble(self.replica)
+        self.ensembles: dict[int, Ensemble] = {}
         examples, outside = self.replica.examples, list[str]()
         fingerprint = self.replica.fingerprint(outside)
         if self.recipe.actors.by_layer:
@@ -97,14 +95,17 @@ class Shard:
             checkpoint_layers(self.replica.computing, self.recipe.model)
         notes = [*(note for e in examples.values() for note in e.notes), *notes_on(outside)]
         yield SetupInfo(
-            {name: len(e) for name, e in examples.items()},
-            found.get("fit"),
-            {name: content_key(found[name].tolist(), _plain(e.labels)) for name, e in examples.items() if found},
-            fingerprint,
-            socket.gethostname(),
-            tuple(dict.fromkeys(notes)),
-            {name: e.cut for name, e in examples.items() if e.cut is not None},
-        )
+            {name: len(e) for name, e in examples.items()}, None, {}, fingerprint, socket.gethostname(),
+            tuple(dict.fromkeys(notes)), {name: e.cut for name, e in examples.items() if e.cut is not None},
+            own_versions(),
+        )  # fmt: skip
+
+    def compare_examples(self) -> Stream[ComparedExamples]:
+        """Hash all examples. Raises RecipeError if two splits share some."""
+        built, examples = self.replica.built, self.replica.examples
+        found = yield from check_leaks(self.recipe.data, built.preprocess, self.replica.objective.targets)
+        contents = {name: content_key(found[name].tolist(), _plain(e.labels)) for name, e in examples.items() if found}
+        yield ComparedExamples(found.get("fit"), contents)
 
     # The other shards of the replica
 
@@ -168,7 +169,7 @@ class Shard:
         examples = next(iter(self.replica.examples.values()))
         most = -(-self.recipe.learn.batch_size // self.mesh.size)
         images, _ = examples.batch(np.arange(min(self.replica.micro_batch, most, len(examples))), self.device)
-        return precisions.choose_precision(self.recipe, self.replica.model, images)
+        return precisions.choose_precision(self.recipe, self.replica.outputs, images)
 
     def begin(self, chosen: np.ndarray, x: np.ndarray, precision: str) -> None:
         """Begin a model batch.
@@ -207,7 +208,7 @@ class Shard:
             return
         self.plane.combine(self.replica.theta[self.group.low : self.group.high], self.base, x)
         self.group.gather(self.replica.theta)
-        self.replica.update_computed_buffers()
+        self.replica.theta_changed()
 
     def step(self, x: np.ndarray, factor: float, batch: Split) -> Partial:
         """Combine, run forward and backward passes on this actor's part of the batch, and project.
@@ -217,8 +218,9 @@ class Shard:
             factor: the factor on the logits.
             batch: this actor's part of the batch.
         """
-        start = time.perf_counter()
+        laps = timing.Laps(self.device)
         self._combine(x)
+        laps.mark()
         replica = self.replica
         if replica.layers is None:
             replica.gradient.zero_()
@@ -229,18 +231,27 @@ class Shard:
         objective = replica.objective
         t = torch.tensor(factor, dtype=torch.float32, device=self.device, requires_grad=True)
         t.grad = torch.zeros_like(t)
-        for inputs, targets in replica.micro_batches(batch):
-            with self.precision:
-                outputs = replica.model(inputs)
-            loss = replica.loss(objective.scaled(outputs.float(), t), targets, self.recipe.learn.label_smoothing)
-            torch.autograd.backward(loss)
-            loss_sum += loss.detach()
-            weight += objective.weights(targets).sum()
+        with FastAttention():
+            for inputs, targets in replica.micro_batches(batch):
+                with self.precision:  # not longer: torch up to 2.9 would lose gradients of layers that run again
+                    outputs = replica.outputs(inputs)
+                loss = replica.loss(objective.scaled(outputs.float(), t), targets, self.recipe.learn.label_smoothing)
+                torch.autograd.backward(loss)
+                loss_sum += loss.detach()
+                weight += objective.weights(targets).sum()
+        laps.mark()
         if replica.layers is None:
             projected = self.plane.project(self.group.scatter(replica.gradient))
         else:
             projected = replica.layers.projected()
-        return Partial(projected, t.grad.item(), loss_sum.item(), weight.item(), time.perf_counter() - start)
+        sums = (t.grad.item(), loss_sum.item(), weight.item())
+        laps.mark()
+        return Partial(projected, *sums, laps.total(), laps.seconds(0), laps.seconds(2))
+
+    def packed_step(self, head: bytes, rows: bytes) -> bytes:
+        """Take a step on this actor's part of a PackedStep; return a packed Partial."""
+        x, factor, source, mine = unpacked(head, rows)
+        return self.step(x, factor, Split(source, mine)).packed()
 
     def evaluate(self, x: np.ndarray, factor: float, split: Split) -> Stream[Score]:
         """Score the current model batch on a split at x, float32 [m, B], with `factor` on the logits."""
@@ -279,13 +290,21 @@ class Shard:
         """Evaluate the checkpoint at `path` on each split; `factored` adds the losses for finding a temperature."""
         yield from _streamed(evaluate_checkpoint(self.replica, path, splits, factored))
 
-    def evaluate_member(self, paths: tuple[str, ...], splits: list[Split]) -> Stream[list[Outcome]]:
-        """Evaluate the last of the checkpoints `paths`, and add its outputs to those of the earlier ones."""
-        yield from _streamed(self.ensemble.add(paths, splits))
+    def evaluate_member(
+        self, paths: tuple[str, ...], splits: list[Split], rank: int, keep: KeptEnsemble = KeptEnsemble()
+    ) -> Stream[list[Outcome]]:
+        """Evaluate the last of the checkpoints `paths` for a rank, and add its outputs to those of the earlier ones."""
+        yield from _streamed(self._ensemble(rank, keep).add(paths, splits))
 
-    def evaluate_ensemble(self, paths: tuple[str, ...], splits: list[Split]) -> Stream[list[Outcome]]:
-        """Evaluate the mean of the outputs of the checkpoints `paths` on each split."""
-        yield from _streamed(self.ensemble.evaluate(paths, splits))
+    def evaluate_ensemble(
+        self, paths: tuple[str, ...], splits: list[Split], rank: int, keep: KeptEnsemble = KeptEnsemble()
+    ) -> Stream[list[Outcome]]:
+        """Evaluate the mean of the outputs of the checkpoints `paths` on each split, for a rank."""
+        yield from _streamed(self._ensemble(rank, keep).evaluate(paths, splits))
+
+    def _ensemble(self, rank: int, keep: KeptEnsemble) -> Ensemble:
+        """Return what is kept for the examples of a rank."""
+        return self.ensembles.setdefault(rank, Ensemble(self.replica, keep.file_of(rank), keep.task))
 
     def try_candidate(
         self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
@@ -305,26 +324,29 @@ class Shard:
         self.candidates.mix_weighted(weights, calibration)
         return sum((score(self.replica, split) for split in splits), Score())
 
-    def open_training(self, host: str) -> int:
-        """Open the rendezvous of all actors that train together on the first one, at its node `host`; return the port."""
-        self.peers = ShardGroup(0, self.mesh.size, self.replica.layout.numel, self.device)
+    def open_training(self, host: str, count: int) -> int:
+        """Open the rendezvous of `count` actors that train together on this one, at its node `host`; return the port."""
+        self.peers = ShardGroup(0, count, self.replica.layout.numel, self.device)
         return self.peers.open(host)
 
-    def train(self, job: TrainingJob, place: tuple[str, int] | None = None) -> Stream[TrainingResult]:
+    def train(self, job: TrainingJob, place: tuple[str, int] | None, seat: int, seats: int) -> Stream[TrainingResult]:
         """Train all weights from a written soup on, as `train` in ray_soup.actors.training does.
 
         Args:
             job: what to train.
-            place: where the rendezvous of all actors is, host and port; None: the shards of this replica train, which may be
+            place: where the rendezvous of the actors is, host and port; None: the shards of this team train, which may be
                 this actor alone.
+            seat: this actor's place among them.
+            seats: how many they are. They share the parts of each batch: as many as replicas, or, if these have several
+                shards, as many as shards.
         """
         group = self.group
         if place is not None:
             numel = self.replica.layout.numel
-            group = self.peers if self.rank == 0 else ShardGroup(self.rank, self.mesh.size, numel, self.device)
+            group = self.peers if seat == 0 else ShardGroup(seat, seats, numel, self.device)
             group.join(*place)
         try:
-            result = yield from train(self.replica, job, group)
+            result = yield from train(self.replica, job, group, self.mesh.replicas if self.mesh.shards == 1 else seats)
         finally:
             if place is not None:
                 group.leave()
@@ -337,7 +359,7 @@ class Shard:
 
     def forget(self) -> None:
         """Free what was kept between calls for an ensemble or a greedy search."""
-        self.ensemble.forget()
+        self.ensembles.clear()
         self.candidates.forget()
 
     def bake(self, model: ModelFiles) -> Stream[int]:

@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from ray_soup.io import storage
 from ray_soup.io.disk import reading_threads
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.lifting import group_of
-from ray_soup.mixing.directions import CHUNK
-from ray_soup.mixing.hyperplane import ITEMSIZE, Hyperplane, synthetic_plane
+from ray_soup.mixing.hyperplane import Hyperplane, synthetic_plane
+from ray_soup.mixing.store_format import CHUNK, ITEMSIZE
+from ray_soup.task.attention import FastAttention
 from ray_soup.task.data import Split
 
 SYNTHETIC_BYTES = 1 << 28  # of synthetic directions: more than a processor's cache holds
@@ -46,12 +48,13 @@ def time_step(
     source, examples = next(iter(replica.examples.items()))
     rows = np.arange(min(replica.micro_batch, most, len(examples)), dtype=np.int32)
     images, labels = examples.batch(rows, device)
-    precision = autocast(choose_precision(replica.recipe, replica.model, images), device)
+    precision = autocast(choose_precision(replica.recipe, replica.outputs, images), device)
 
     def forward_and_backward() -> None:
-        with precision:
-            logits = replica.model(images)
-        torch.autograd.backward(replica.loss(logits.float(), labels, 0.0))
+        with FastAttention():
+            with precision:
+                logits = replica.outputs(images)
+            torch.autograd.backward(replica.loss(logits.float(), labels, 0.0))
 
     def plane_of(elements: int) -> tuple[Hyperplane, torch.Tensor, torch.Tensor, np.ndarray]:
         synthetic = synthetic_plane(dtype, model_batch, elements, device, threads)
@@ -65,9 +68,15 @@ def time_step(
     reset_peak(device)
     step_s = median_seconds(forward_and_backward)
     peak = peak_memory(device)
-    forward_s = median_seconds(lambda: score(replica, Split(source, rows)))
+
+    def forward() -> None:
+        score(replica, Split(source, rows))
+
+    exact_s = median_seconds(forward)
+    with precision:
+        forward_s = median_seconds(forward)
     yield "calibrating", 1, 3
-    plane, theta, base, x = plane_of(max(CHUNK, SYNTHETIC_BYTES // (model_batch * ITEMSIZE[dtype])))
+    plane, theta, base, x = plane_of(max(CHUNK, int(SYNTHETIC_BYTES / (model_batch * ITEMSIZE[dtype]))))
     nbytes = plane.store.rows.nbytes
     combine_s, project_s = (
         median_seconds(lambda: plane.combine(theta, base, x)),
@@ -77,7 +86,39 @@ def time_step(
     data = bytes(1 << 24)
     hash_s = median_seconds(lambda: hashlib.sha256(data).digest()) / len(data)
     read_s = seconds_to_read(ingredients)
-    return StepTimings(len(rows), forward_s, step_s, combine_s / nbytes, project_s / nbytes, hash_s, read_s, peak)
+    rates = combine_s / nbytes, project_s / nbytes
+    return StepTimings(len(rows), forward_s, exact_s, step_s, *rates, hash_s, read_s, peak)
+
+
+class Laps:
+    """The seconds between marks in the work of a device; marks on a GPU do not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._start = time.perf_counter()
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """End a lap."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self, lap: int) -> float:
+        """Return the seconds of a lap, whose work must be done."""
+        begin, end = self._marks[lap : lap + 2]
+        if not self._cuda:
+            return float(end - begin)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def total(self) -> float:
+        """Return the seconds since the beginning, on this process's clock."""
+        return time.perf_counter() - self._start
 
 
 def median_seconds(work: Callable[[], object], at_least: float = 0.3) -> float:

@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,19 +25,24 @@ from ray_soup.actors.evaluation import score
 from ray_soup.actors.group import ShardGroup
 from ray_soup.actors.messages import Heartbeat, TrainingJob, TrainingResult
 from ray_soup.actors.replica import Replica, tensor_of
-from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io.disk import replacing
+from ray_soup.actors.training_state import TrainingState, load_state, save_state
+from ray_soup.errors import SoupError
+from ray_soup.io import kept, storage
 from ray_soup.io.hashing import sha256_file
-from ray_soup.io.state_archive import check_archive
+from ray_soup.io.progress import labelled
 from ray_soup.mixing.difference import trained, write_difference
 from ray_soup.mixing.running_statistics import averaged
 from ray_soup.task import models
+from ray_soup.task.attention import FastAttention
 from ray_soup.task.choices import cost, figures_on_select
 from ray_soup.task.data import Split, batch_positions
 from ray_soup.task.outcomes import Score
 
-VERSION = 1
+T = TypeVar("T")
+
 SAVE_EVERY_S = 60.0
+SAVING = 0.1
+"""Share of the time that saving the state within an epoch may take."""
 ORDER = 5
 """Tells the order of the examples from other random draws of the same seed."""
 
@@ -48,82 +52,52 @@ def cosine_with_warmup(step: int, steps: int) -> float:
     return min((step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-@dataclass
-class TrainingState:
-    """Everything that changes while a model is trained."""
-
-    task: str
-    """The task of the job."""
-    precision: str
-    """Precision of forward and backward passes."""
-    step: int = 0
-    """Number of finished steps, over all epochs."""
-    image_passes: int = 0
-    """Number of examples in forward and backward passes and in re-estimations of running statistics."""
-    loss: float = 0.0
-    """Sum of the losses on fit in this epoch."""
-    weight: float = 0.0
-    """The sum of the weights of those examples."""
-    best_epoch: int = -1
-    """The best epoch on select so far; -1: the start."""
-    best_cost: float = math.inf
-    """NLL on select at the best epoch, or minus the figure that select_by names."""
-    best_sha256: str = ""
-    """SHA-256 of the file of differences of the best epoch."""
-    stopped: str = ""
-    """As in TrainingResult."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """As in TrainingResult."""
-    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The running statistics that were re-estimated last."""
-    theta: torch.Tensor | None = None
-    """The parameter vector, float32 [N]; None in the memory of an actor, and when the job is done."""
-    optimizer: dict[str, Any] | None = None
-    """The optimizer's state dict."""
-
-
-def train(replica: Replica, job: TrainingJob, group: ShardGroup) -> Generator[Heartbeat, None, TrainingResult]:
+def train(replica: Replica, job: TrainingJob, group: ShardGroup, parts: int) -> Generator[Heartbeat, None, TrainingResult]:
     """Train the replica's model, which is in an arbitrary state afterwards; resume from the job's state if there is one.
 
-    Each member of the group takes its part of every batch; gradients are summed, and the first member writes the files.
+    Every batch has as many `parts`, which the members of the group share. Gradients are summed part by part, so the result
+    does not depend on the number of members. The first member writes the files.
 
     Raises RecipeError if that state is damaged, SoupError if the loss is not finite at the first step.
     """
-    run = _Training(replica, job, group)
+    run = _Training(replica, job, group, parts)
     if run.is_finished():
         return run.result()
     replica.hold_gradients(np.ones(len(replica.layout.names), dtype=bool))
     try:
+        yield from run.open_soup()
         yield from run.start()
         while not run.is_finished():
             run.take_step()
             yield job.what, run.state.step, run.steps
             if run.state.step % run.steps_per_epoch == 0 and not run.state.stopped:
                 yield from run.end_epoch()
-            elif run.state.stopped or time.monotonic() - run.saved > SAVE_EVERY_S:
+            elif run.state.stopped or time.monotonic() - run.saved > max(SAVE_EVERY_S, run.saving_s / SAVING):
                 run.save()
     except torch.OutOfMemoryError:  # of a GPU
         run.state.stopped = "memory"
     finally:
-        run.soup.close()
+        run.opened.close()
     return run.result()
 
 
 class _Training:
     """A run of `train`: its job, its state, and the parts of the loop."""
 
-    def __init__(self, replica: Replica, job: TrainingJob, group: ShardGroup) -> None:
-        self.replica, self.job, self.group = replica, job, group
+    def __init__(self, replica: Replica, job: TrainingJob, group: ShardGroup, parts: int) -> None:
+        self.replica, self.job, self.group, self.parts = replica, job, group, parts
+        self.mine = range(group.shard, parts, group.shards)
         self.steps_per_epoch = -(-len(job.fit) // job.batch_size)
         self.steps = job.epochs * self.steps_per_epoch
-        self.file = Path(f"{job.stem}.pt")
-        self.saved = time.monotonic()
+        self.file = f"{job.stem}.pt"
+        self.saved, self.saving_s = time.monotonic(), 0.0
         self.shapes = dict(zip(replica.layout.names, replica.layout.shapes, strict=True))
         self.state = TrainingState(job.task, job.precision)
-        if self.file.exists():
-            self.state = _load(self.file, job, self.steps, replica.layout.numel)
+        if storage.isfile(self.file):
+            self.state = load_state(self.file, job, self.steps, replica.layout.numel, hashed=group.shard == 0)
         self.autocast = precisions.autocast(self.state.precision, replica.device)
-        self.soup = models.fitting(replica.layout, job.start, replica.recipe.ignore)
+        self.opened = ExitStack()
+        """Closes the soup."""
 
     def is_finished(self) -> bool:
         """Return whether there is nothing left to do."""
@@ -149,18 +123,33 @@ class _Training:
             self.state.optimizer = None
         return made
 
-    def best_file(self) -> Path:
+    def best_file(self) -> str:
         """Return the file of differences of the best epoch."""
-        return Path(f"{self.job.stem}.best{self.state.best_epoch}.safetensors")
+        return f"{self.job.stem}.best{self.state.best_epoch}.safetensors"
+
+    def open_soup(self) -> Generator[Heartbeat, None, None]:
+        """Open the soup; every epoch reads it twice, so one in remote storage is copied to this node."""
+        path = self.job.start
+        if storage.is_remote(path):
+            folder, _, name = path.rpartition("/")
+            has_parts = name.endswith(".json")
+            hold, copy = yield from labelled("fetching the soup", storage.cached_copy(folder if has_parts else path))
+            self.opened.callback(hold.discard)
+            path = str(copy / name if has_parts else copy)
+        self.soup = models.fitting(self.replica.layout, path, self.replica.recipe.ignore)
+        self.opened.callback(self.soup.close)
 
     def start(self) -> Generator[Heartbeat, None, None]:
         """Go to the point in the state, or evaluate the soup."""
         replica, state = self.replica, self.state
-        models.copy_tensors(self.soup, replica.model, replica.layout.state_shapes)
+        models.copy_tensors(self.soup, replica.model, replica.layout.buffers)
+        for name, low, high in replica.layout.spans():
+            self.theta[low:high].copy_(self.soup.read(name))
+        replica.round_weights()
         if state.theta is not None:
             self.theta.copy_(state.theta)
             replica.copy_buffers(state.statistics)
-            replica.update_computed_buffers()
+            replica.theta_changed()
             state.theta = None
         elif not state.curve:
             found = yield from self._evaluate()
@@ -174,7 +163,7 @@ class _Training:
         if number == 0:
             state.loss = state.weight = 0.0
         rows = batch_positions(len(job.fit), job.batch_size, job.seed, ORDER, epoch)[number]
-        loss, weight, failed = self._gradient(self._part(Split(job.fit.source, job.fit.rows[rows])))
+        loss, weight, failed = self._gradient(Split(job.fit.source, job.fit.rows[rows]))
         if failed:
             state.stopped = "memory"
             return
@@ -193,42 +182,51 @@ class _Training:
             if self.gradient[low:high].any():  # torch, too, leaves out tensors without a gradient
                 self.theta[low:high].mul_(1 - lr * job.wd)
         self.optimizer.step()
-        replica.update_computed_buffers()
+        replica.theta_changed()
         state.step += 1
         state.image_passes += len(rows)
         state.loss += loss
         state.weight += weight
 
-    def _part(self, split: Split) -> Split:
-        """Return this member's part of a split."""
-        return split.parts(self.group.shards)[self.group.shard]
+    def _gradient(self, batch: Split) -> tuple[float, float, float]:
+        """Compute the gradient of the mean loss on a batch.
 
-    def _gradient(self, part: Split) -> tuple[float, float, float]:
-        """Compute the gradient of the mean loss on a batch, of which this member has a part.
-
-        Returns the sums of losses and weights, and how many members lacked memory.
+        Returns the sums of losses and weights, and how many parts lacked memory.
         """
+        parts, members = batch.parts(self.parts), self.group.shards
+        sums = torch.zeros(self.parts, 3, dtype=torch.float64)
+        total: torch.Tensor | None = None
+        for first in range(0, self.parts, members):  # each member takes one of these parts
+            self.gradient.zero_()
+            part = first + self.group.shard
+            if part < self.parts:
+                sums[part] = torch.tensor(self._accumulate(parts[part]), dtype=torch.float64)
+            if self.parts > 1:
+                total = self.group.add_in_order(total, self.gradient, min(members, self.parts - first))
+        if total is not None:
+            self.group.gather_slices(total, self.gradient)
+        self.group.sum(sums)  # each row comes from one member
+        losses, weights, lacking = (sum(column) for column in zip(*sums.tolist(), strict=True))
+        self.gradient.div_(weights or 1.0)  # a batch may have nothing to score
+        return losses, weights, lacking
+
+    def _accumulate(self, part: Split) -> tuple[float, float, float]:
+        """Add the gradient of the losses on a part; return the sums of losses and weights, and 1 if memory was lacking."""
         replica, objective = self.replica, self.replica.objective
-        self.gradient.zero_()
         loss_sum, weight = torch.zeros(2, dtype=torch.float64, device=replica.device)
-        failed = 0.0
         try:
-            for inputs, targets in replica.micro_batches(part):
-                with self.autocast:
-                    outputs = replica.model(inputs)
-                scaled = objective.scaled(outputs.float(), 1.0)
-                loss = replica.loss(scaled, targets, replica.recipe.learn.label_smoothing)
-                torch.autograd.backward(loss)
-                loss_sum += loss.detach()
-                weight += objective.weights(targets).sum()
+            with FastAttention():
+                for inputs, targets in replica.micro_batches(part):
+                    with self.autocast:
+                        outputs = replica.outputs(inputs)
+                    scaled = objective.scaled(outputs.float(), 1.0)
+                    loss = replica.loss(scaled, targets, replica.recipe.learn.label_smoothing)
+                    torch.autograd.backward(loss)
+                    loss_sum += loss.detach()
+                    weight += objective.weights(targets).sum()
         except torch.OutOfMemoryError:  # of a GPU; the other members wait for this one
-            failed = 1.0
-        sums = torch.tensor([loss_sum.item(), weight.item(), failed], dtype=torch.float64)
-        self.group.sum(sums)
-        self.group.sum(self.gradient)
-        total, count, lacking = sums.tolist()
-        self.gradient.div_(count or 1.0)  # a batch may have nothing to score
-        return total, count, lacking
+            return loss_sum.item(), weight.item(), 1.0
+        return loss_sum.item(), weight.item(), 0.0
 
     def end_epoch(self) -> Generator[Heartbeat, None, None]:
         """Evaluate on select what a file would hold, remember the best epoch, and save."""
@@ -247,16 +245,18 @@ class _Training:
             }
         )  # fmt: skip
         self.theta.copy_(self.gradient)
-        replica.update_computed_buffers()
+        replica.theta_changed()
         if value < state.best_cost:
             state.best_cost, state.best_epoch = value, epoch
             if self.group.shard == 0:
-                write_difference(self.best_file(), self.shapes, self._difference)
-                state.best_sha256 = sha256_file(str(self.best_file()))
+                with kept.written(self.best_file()) as here:
+                    write_difference(here, self.shapes, self._difference)
+                    state.best_sha256 = sha256_file(str(here))
         self.save()
-        for file in self.file.parent.glob(f"{self.file.stem}.best*.safetensors"):
-            if file != self.best_file() and self.group.shard == 0:
-                file.unlink(missing_ok=True)
+        if self.group.shard == 0:
+            for file in kept.found(f"{self.job.stem}.best"):
+                if file != self.best_file():
+                    storage.remove(file)
 
     def _difference(self, name: str) -> torch.Tensor:
         """Return the difference of a tensor from the soup, float32 [n], on the CPU."""
@@ -276,73 +276,50 @@ class _Training:
             self.theta[low:high].copy_(values)
             finite = finite and bool(torch.isfinite(values).all())
         self.soup.drop_pages()
-        self.replica.update_computed_buffers()
+        self.replica.theta_changed()
         return finite
 
     def _recalibrate(self) -> Generator[Heartbeat, None, None]:
         """Re-estimate the running statistics, if this job does so at all."""
         if self.job.calibration:
-            mine = self.job.calibration[self.group.shard :: self.group.shards]
-            sums = yield from self.replica.sum_statistics(mine)
-            found = {name: tensor_of(values) for name, values in averaged(self.group.collect(sums)).items()}
+            sums = {}
+            for part in self.mine:
+                sums[part] = yield from self.replica.sum_statistics(self.job.calibration[part :: self.parts])
+            found = {name: tensor_of(values) for name, values in averaged(self._of_all_parts(sums)).items()}
             self.state.statistics = {name: v for name, v in found.items() if name in self.replica.layout.buffers}
             self.replica.copy_buffers(self.state.statistics)
             self.state.image_passes += sum(map(len, self.job.calibration))
 
     def _evaluate(self) -> Generator[Heartbeat, None, Score]:
         """Score the model on select, in float32."""
-        total, part = Score(), self._part(self.job.select)
-        for piece in self.replica.pieces(part):
-            total += score(self.replica, piece)
-            yield "evaluating", total.count, len(part)
-        return sum(self.group.collect(total), Score())
+        parts, scores = self.job.select.parts(self.parts), {}
+        for part in self.mine:
+            total = Score()
+            for piece in self.replica.pieces(parts[part]):
+                total += score(self.replica, piece)
+                yield "evaluating", total.count, len(parts[part])
+            scores[part] = total
+        return sum(self._of_all_parts(scores), Score())
+
+    def _of_all_parts(self, mine: dict[int, T]) -> list[T]:
+        """Return what all members have found for their parts, in the order of parts."""
+        found = {part: value for values in self.group.collect(mine) for part, value in values.items()}
+        return [found[part] for part in range(self.parts)]
 
     def save(self) -> None:
         """Write the state atomically; at the end without what only further steps would need."""
+        begun = time.monotonic()
+        if self.group.shard == 0:
+            more = {} if self.is_finished() else {"theta": self.theta, "optimizer": self.optimizer.state_dict()}
+            save_state(self.state, self.file, more)
         self.saved = time.monotonic()
-        if self.group.shard > 0:
-            return
-        values = {name: getattr(self.state, name) for name in TrainingState.__dataclass_fields__} | {"version": VERSION}
-        if not self.is_finished():
-            values |= {"theta": self.theta, "optimizer": self.optimizer.state_dict()}
-        with replacing(self.file) as stream:
-            torch.save(values, stream)
+        self.saving_s = self.saved - begun
 
     def result(self) -> TrainingResult:
         """Return the result of the job."""
         state = self.state
-        best = str(self.best_file()) if state.best_epoch >= 0 else ""
+        best = self.best_file() if state.best_epoch >= 0 else ""
         return TrainingResult(
             state.curve, state.best_epoch, state.best_cost, best, state.precision, state.step, state.image_passes,
             state.stopped,
         )  # fmt: skip
-
-
-def _load(file: Path, job: TrainingJob, steps: int, parameters: int) -> TrainingState:
-    """Read the state of a job. Raises RecipeError if it is damaged, or belongs to another task."""
-    try:
-        check_archive(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        version = found.pop("version")
-        state = TrainingState(**found)
-        fault = _fault(state, job, steps, parameters) if version == VERSION else f"it has version {version!r}"
-    except SoupError:
-        raise
-    except Exception as error:  # torch raises errors of many kinds for damaged files
-        fault = f"{error}".partition("\n")[0]
-    if fault is not None:
-        raise RecipeError(f"{file} is damaged ({fault}). Remove {file} to train this model from the start.")
-    return state
-
-
-def _fault(state: TrainingState, job: TrainingJob, steps: int, parameters: int) -> str | None:
-    """Return what is wrong with a state of a job of `steps` steps; None if nothing is."""
-    if state.task != job.task:
-        return "it belongs to another recipe, or to ingredients or examples that have changed since"
-    theta, best = state.theta, Path(f"{job.stem}.best{state.best_epoch}.safetensors")
-    whole = theta is not None and theta.dtype == torch.float32 and theta.numel() == parameters and state.optimizer
-    if state.step < steps and not state.stopped and not whole:
-        return f"it has no parameter vector of {parameters:,} elements, or no state of the optimizer"
-    if state.best_epoch >= 0 and not (best.is_file() and sha256_file(str(best)) == state.best_sha256):
-        return f"{best} is missing, or not as it was written"
-    return None

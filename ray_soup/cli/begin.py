@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_soup.cli.group import main, overrides_argument
+from ray_soup.cli.group import load_recipe, main, overrides_argument
 from ray_soup.errors import RecipeError
 from ray_soup.exits import common_options, run_task
 from ray_soup.io.disk import write_text
-from ray_soup.recipe import load_recipe
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_json, say
 
 if TYPE_CHECKING:

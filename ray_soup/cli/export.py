@@ -9,10 +9,7 @@ import click
 from ray_soup.cli.group import main, out_argument
 from ray_soup.exits import common_options, run_task
 from ray_soup.io.disk import write_bytes
-from ray_soup.soups.export import FORMS, export_text
-from ray_soup.soups.push import push as push_soup
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_json, say
-from ray_soup.soups.trackers import TRACKERS, send
 
 
 @main.command()
@@ -33,6 +30,10 @@ def export(out: str, push: str | None, private: bool, to: str | None, as_json: b
     The trackers and the Hub are set up by their own environment variables, such as WANDB_PROJECT, MLFLOW_TRACKING_URI and
     HF_TOKEN.
     """
+    from ray_soup.soups.export import FORMS, export_text
+    from ray_soup.soups.push import push as push_soup
+    from ray_soup.soups.trackers import TRACKERS, send
+
     text = [name for name in FORMS if forms[name]]
     trackers = [name for name in TRACKERS if forms[name]]
     _check(text, trackers, push, private, to)

@@ -6,9 +6,15 @@ from typing import Any
 
 import click
 
-from ray_soup.cli.group import main, out_argument, overrides_argument, overwrite_option, recipe_argument
+from ray_soup.cli.group import (
+    load_recipe,
+    main,
+    out_argument,
+    overrides_argument,
+    overwrite_option,
+    recipe_argument,
+)
 from ray_soup.exits import common_options, run_task
-from ray_soup.recipe import load_recipe
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_evaluation, print_json, print_soup
 
 

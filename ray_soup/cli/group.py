@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
 from ray_soup import __version__
 from ray_soup.errors import RecipeError
 from ray_soup.exits import Shell
-from ray_soup.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ray_soup.recipe import Recipe
 
 require_improvement_option = click.option(
     "--require-improvement", is_flag=True, help="Exit with code 4 if the soup does not beat the best ingredient on select."
@@ -18,6 +23,13 @@ overwrite_option = click.option(
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 recipe_argument = click.argument("recipe", type=click.Path())
 out_argument = click.argument("out", type=click.Path())
+
+
+def load_recipe(path: str, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
+    """Load a recipe. What checks recipes is imported here, once a command needs it, and not for its help."""
+    from ray_soup.recipe import load_recipe as load
+
+    return load(path, overrides, method)
 
 
 def comparable(recipe: Recipe, required: bool) -> Recipe:

@@ -8,6 +8,7 @@ import click
 
 from ray_soup.cli.group import (
     comparable,
+    load_recipe,
     main,
     out_argument,
     overrides_argument,
@@ -17,7 +18,7 @@ from ray_soup.cli.group import (
 )
 from ray_soup.errors import RecipeError
 from ray_soup.exits import check_improvement, common_options, run_task
-from ray_soup.recipe import LEARNED, METHODS, SCHEDULES, load_recipe, method_info
+from ray_soup.recipe import LEARNED, METHODS, SCHEDULES, method_info
 from ray_soup.soups.report.marks import check_marks
 from ray_soup.soups.report.terminal import ProgressBar, echo, print_comparison, print_soup, print_trials
 
@@ -40,8 +41,9 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
     soup = run_task(task)
     print_comparison(soup, as_json)
     if not as_json:
-        folder = soup.out.parent
-        echo(f"Data, checkpoints and recipe are in {folder}. Try next: ray-soup learn {folder}/recipe.yaml my_soup")
+        folder = str(soup.out).rpartition("/")[0]
+        further = "" if "://" in folder else f" Try next: ray-soup learn {folder}/recipe.yaml my_soup"
+        echo(f"Data, checkpoints and recipe are in {folder}.{further}")
 
 
 def _soup_command(name: str, methods: tuple[str, ...], text: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, checkpoint_of, split_key, stem
-from ray_soup.io.formats import FLOATS, TensorInfo
+from ray_soup.io.formats import TensorInfo
 from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.json_files import read_json
 from ray_soup.io.mapped import version_of
@@ -254,7 +254,7 @@ def open_adapter(path: str, name: str | None = None) -> AdapterIngredient:
         raise IngredientError(f"{path} is not an adapter: expected a folder with {CONFIG} and {MODEL}. Check the path.")
     config = read_config(storage.join(_folder_of(file), CONFIG))
     stats = [storage.stat(f) for f in (file, config.path)]
-    opened = open_tensors(file, stats[0].size)
+    opened = open_tensors(file, stats[0].size, headers_only=True)
     tensors = _tensors(file, opened.describe(0))
     seen = {0: opened.version} if opened.version is not None else {}
     if not storage.is_remote(config.path):
@@ -270,7 +270,7 @@ def open_adapter(path: str, name: str | None = None) -> AdapterIngredient:
 
 def _tensors(file: str, described: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
     tensors = dict(described.get("", next(iter(described.values()), {})))
-    wrong = next((name for name, info in tensors.items() if info.dtype not in FLOATS), None)
+    wrong = next((name for name, info in tensors.items() if not info.is_float), None)
     if wrong is not None:
         raise IngredientError(
             f"{file}: the tensor {wrong} is {tensors[wrong]}; expected floats. Save the adapter without quantizing it."

@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ray_soup.io.formats import TensorInfo
+from ray_soup.io.formats import BEFORE_AVERAGING, ZERO, TensorInfo
 from ray_soup.io.leftovers import LeftOut
 from ray_soup.io.names import (
+    COUNTER,
     TEXT_TOWER,
     Candidate,
     Expected,
@@ -73,6 +74,7 @@ def best_reading(
         any(n.startswith("visual.") for n in shapes) and not any(map(TEXT_TOWER.match, shapes)),
         re.compile(globs) if globs else None,
         tuple(pattern for pattern in ignore if not isinstance(pattern, str)),
+        _uncounted(containers, shapes),
     )
     complete = {key: found for key, tensors in containers.items() if (found := whole_models(tensors, model))}
     fitting = {k: found for k, found in complete.items() if any(model.has_shapes(c, containers[k]) for c in found)}
@@ -89,7 +91,19 @@ def best_reading(
         f"it contains the whole model under {' and '.join(places)}. The first was used; append ?key={second} to the path to "
         "use another."
     )
+    if (key, second) == ("state_dict", BEFORE_AVERAGING):
+        remark = (
+            f"its `{key}` is the average of the weights over the training (Lightning's WeightAveraging), and was used; "
+            f"append ?key={second} to the path to use the last weights."
+        )
     return reading._replace(remarks=(*reading.remarks, remark))
+
+
+def _uncounted(containers: Mapping[str, Tensors], expected: Expected) -> frozenset[str]:
+    """Return the names of the buffers in which a model counts batches, if nothing in the checkpoint is such a buffer."""
+    if any(name.endswith(COUNTER) for tensors in containers.values() for name in tensors):
+        return frozenset()
+    return frozenset(n for n, shape in expected.items() if n.rpartition(".")[2] == COUNTER and shape in ((), None))
 
 
 def _nearest(containers: Mapping[str, Tensors], model: ModelNames) -> Reading:
@@ -179,4 +193,8 @@ def _reading_of(candidate: Candidate, tensors: Tensors, model: ModelNames, other
     for in_file in (*candidate.outside, *(other for _, other in candidate.doubled)):
         if not left.take_outside(in_file, tensors[in_file]) and in_file not in model.expected:
             named[in_file] = tensors[in_file]
-    return Reading(named, tuple(copies), tuple(left.names), tuple(left.remarks()), aliases=tuple(aliases))
+    remarks = [*left.remarks()]
+    if model.counters and model.has_all(candidate):
+        named |= dict.fromkeys(sorted(model.counters), ZERO)
+        remarks.append(f"it has no {COUNTER}, like files from before PyTorch 0.4.1: they are 0, as torch loads it.")
+    return Reading(named, tuple(copies), tuple(left.names), tuple(remarks), aliases=tuple(aliases))

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -68,6 +69,12 @@ class InUse:
             with suppress(OSError):  # nothing was written to it, and the lock ends in any case
                 self._hold.close()
             self._hold = None
+
+    def discard(self) -> None:
+        """Close it, and remove the folder unless another process uses it: nobody will need it again."""
+        self.close()
+        with suppress(OSError):
+            _evict(self.path)
 
 
 @contextmanager
@@ -122,6 +129,21 @@ def cached(kind: str, key: str, nbytes: int, make: Callable[[Path], Iterator[T]]
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return hold
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Provide an empty folder in the cache for as long as the context lasts; those of killed processes are removed."""
+    root, key = cache_folder() / "scratch", secrets.token_hex(8)
+    with _locked(root, key):
+        with _write_errors(root):
+            folder = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=root))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                (root / f"{key}.lock").unlink()
 
 
 @contextmanager
@@ -251,7 +273,7 @@ def _make_room(nbytes: int, root: Path) -> None:
     if nbytes > free:
         raise DiskError(
             f"The cache at {root} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free. Set "
-            "RAY_SOUP_CACHE to a folder on a larger disk, or choose directions.dtype=int8."
+            "RAY_SOUP_CACHE to a folder on a larger disk, or choose directions.dtype=int8 or int4."
         )
 
 

@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
+from functools import reduce
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.binding import Ignored, Tensors, without_shared_prefix
-from ray_soup.io.formats import FLOATS
+from ray_soup.io.formats import dtype_of, name_of
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.leftovers import groups_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -138,7 +141,7 @@ def _how_many_fit(ingredients: Sequence[Ingredient], tensors: Tensors) -> int:
 
 
 def _signature(tensors: Tensors) -> tuple[Any, ...]:
-    return tuple(sorted((n, i.shape, i.dtype in FLOATS) for n, i in tensors.items()))
+    return tuple(sorted((n, i.shape, i.is_float) for n, i in tensors.items()))
 
 
 def _mostly_floats(ingredients: Sequence[Ingredient]) -> dict[str, bool]:
@@ -146,7 +149,7 @@ def _mostly_floats(ingredients: Sequence[Ingredient]) -> dict[str, bool]:
     votes: dict[str, Counter[bool]] = {}
     for ingredient in ingredients:
         for name, info in ingredient.tensors.items():
-            votes.setdefault(name, Counter())[info.dtype in FLOATS] += 1
+            votes.setdefault(name, Counter())[info.is_float] += 1
     return {name: counts.most_common(1)[0][0] for name, counts in votes.items()}
 
 
@@ -171,7 +174,7 @@ def _differences(ingredient: Ingredient, shapes: Shapes, whose: str, floats: Map
     for name, info in tensors.items():
         if name in shapes and info.shape != shapes[name]:
             lines.append(f"shape: {name} is {list(info.shape)}, in {whose} {list(shapes[name])}")
-        elif name in shapes and name in floats and (info.dtype in FLOATS) != floats[name]:
+        elif name in shapes and name in floats and info.is_float != floats[name]:
             expected = "floats" if floats[name] else "integers"
             lines.append(f"dtype: {name} is {info}, the other ingredients have {expected}")
     return lines
@@ -218,24 +221,24 @@ def check_floats(ingredients: Sequence[Ingredient], parameters: Iterable[str]) -
     """Check that all parameters are floats. Raises IngredientError for one stored as integers."""
     for name in parameters:
         for ingredient in ingredients:
-            if ingredient.tensors[name].dtype not in FLOATS:
+            if not ingredient.tensors[name].is_float:
                 raise IngredientError(
                     f"{ingredient.path}: the parameter {name} is {ingredient.tensors[name]}; expected floats. A quantized "
                     "checkpoint cannot be mixed: use the checkpoint from before quantization."
                 )
 
 
-def check_finite(ingredients: Sequence[Ingredient], name: str, start: int, parts: Sequence[torch.Tensor]) -> None:
+def check_finite(ingredients: Sequence[Ingredient], name: str, start: int, parts: Sequence[NDArray[Any]]) -> None:
     """Check that all elements read are finite. Raises IngredientError for the first ingredient with a non-finite one.
 
     Args:
         ingredients: the K ingredients.
         name: name of the tensor.
         start: index of the first element read.
-        parts: any float dtype [n] for each ingredient, the elements `start` to `start + n` of its tensor.
+        parts: float32 or float64 [n] for each ingredient, the elements `start` to `start + n` of its tensor.
     """
     for ingredient, part in zip(ingredients, parts, strict=True):
-        wrong = torch.nonzero(~torch.isfinite(part)).flatten()
+        wrong = np.flatnonzero(~np.isfinite(part))
         if len(wrong):
             raise IngredientError(
                 f"{ingredient.path}: the tensor {name} contains {part[wrong[0]].item()} at element {start + int(wrong[0])}; "
@@ -243,9 +246,9 @@ def check_finite(ingredients: Sequence[Ingredient], name: str, start: int, parts
             )
 
 
-def common_dtype(ingredients: Sequence[Ingredient], name: str) -> torch.dtype:
-    """Return the dtype in which the soup's tensor `name` is written: the widest one among the ingredients."""
-    dtype = ingredients[0].tensors[name].dtype
-    for ingredient in ingredients[1:]:
-        dtype = torch.promote_types(dtype, ingredient.tensors[name].dtype)
-    return dtype
+def common_dtype(ingredients: Sequence[Ingredient], name: str) -> str:
+    """Return torch's name of the dtype in which the soup's tensor `name` is written: the widest among the ingredients."""
+    names = list(dict.fromkeys(ingredient.tensors[name].dtype_name for ingredient in ingredients))
+    if len(names) == 1:
+        return names[0]
+    return name_of(reduce(torch.promote_types, map(dtype_of, names)))

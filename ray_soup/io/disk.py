@@ -18,12 +18,13 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any
 
 from ray_soup.errors import DiskError, SoupError
 from ray_soup.io.redact import redact, redact_uris
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST_RECORD = 1 << 28
 """Bytes of the largest JSON file that is read."""
@@ -121,6 +122,8 @@ def _plain(value: Any, shown: dict[str, str], exact: bool = False) -> Any:
         return {_plain(str(key), shown): _plain(one, shown, key in READ_AGAIN) for key, one in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(one, shown, exact) for one in value]
+    import numpy as np
+
     return _plain(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value), shown)
 
 
@@ -158,6 +161,8 @@ def json_value(data: bytes | str) -> Any:
 
 def write_array(path: Path, values: np.ndarray[Any, Any]) -> None:
     """Replace a `.npy` file atomically. Raises SoupError."""
+    import numpy as np
+
     with io.BytesIO() as buffer:
         np.save(buffer, values)
         write_bytes(path, buffer.getvalue())
@@ -165,6 +170,8 @@ def write_array(path: Path, values: np.ndarray[Any, Any]) -> None:
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:
     """Read a `.npy` file. Raises SoupError if it is missing or damaged."""
+    import numpy as np
+
     try:
         found: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -180,6 +187,8 @@ def write_at(file: IO[bytes], values: np.ndarray[Any, Any], offset: int) -> None
         values: any dtype and shape; written in row-major order.
         offset: where to write, in bytes from the beginning of the file.
     """
+    import numpy as np
+
     view = np.ascontiguousarray(values).view(np.uint8).data.cast("B")
     while view:
         written = os.pwrite(file.fileno(), view, offset)

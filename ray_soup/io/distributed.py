@@ -10,19 +10,18 @@ checkpoint (binding.py). The state of an optimizer and of other parts of a train
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
-
-import torch
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX, DTYPE_NAMES, LowPrecisionError, Piece, TensorInfo
 from ray_soup.io.inert_pickle import Inert, read_pickle, shown
 from ray_soup.io.pieces import fault_of
-from ray_soup.io.storage import Stat
+from ray_soup.io.remote import Stat
 from ray_soup.io.torch_pickle import TooLarge, Unreadable, Unsafe
 
 METADATA = ".metadata"
@@ -39,12 +38,11 @@ _CLASSES = {
 _PATHS = {
     f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "PurePosix", "Windows", "")
 }
-_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 PICKLED = {
-    *(f"{_MODULE}.{name}" for name in _CLASSES), "torch.distributed.checkpoint.filesystem._StorageInfo", *_DTYPES, *_PATHS,
+    *(f"{_MODULE}.{name}" for name in _CLASSES), "torch.distributed.checkpoint.filesystem._StorageInfo", *_PATHS,
     "torch.Size", "torch.serialization._get_layout", "collections.OrderedDict",
 }  # fmt: skip
-"""The names in the file `.metadata`."""
+"""The names in the file `.metadata`, apart from those of dtypes."""
 
 
 class Parts(NamedTuple):
@@ -54,6 +52,14 @@ class Parts(NamedTuple):
     """Paths or URIs; first `.metadata`, then the files with the tensors' pieces, sorted."""
     stats: list[Stat]
     tensors: dict[str, TensorInfo]
+
+
+@functools.cache
+def every_dtype() -> frozenset[str]:
+    """Return the names of all dtypes of torch, as in torch.float32."""
+    import torch
+
+    return frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 
 
 def is_metadata(path: str) -> bool:
@@ -92,7 +98,7 @@ def read_parts(described: str, with_training_state: bool = False) -> Parts:
     if stat.size > LONGEST_METADATA:
         raise IngredientError(f"{described} has {stat.size:,} bytes; expected at most {LONGEST_METADATA:,}. Copy it again.")
     try:
-        metadata = read_pickle(storage.read_bytes(described), PICKLED)
+        metadata = read_pickle(storage.read_bytes(described), PICKLED | every_dtype())
         tensors = _description(metadata, with_training_state)
     except Unsafe as error:
         raise IngredientError(
@@ -129,7 +135,7 @@ class _Place(NamedTuple):
 class _Described(NamedTuple):
     """A tensor as `.metadata` describes it."""
 
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     places: list[_Place]
 
@@ -182,8 +188,8 @@ def _described(name: str, entry: Inert, places: Mapping[Any, Inert]) -> _Describ
     state = properties.state if isinstance(properties, Inert) else None
     if not isinstance(state, tuple) or len(state) < 2 or not isinstance(chunks, list):
         raise Unreadable(f"its entry for {shown(name)} is {shown(entry)}")
-    dtype, shape = _DTYPES.get(str(state[0])), _sizes(entry.get("size"), f"the shape of {name}")
-    if dtype is None or not isinstance(state[1], Inert) or state[1].arguments != ("torch.strided",):
+    dtype, shape = str(state[0]), _sizes(entry.get("size"), f"the shape of {name}")
+    if dtype not in every_dtype() or not isinstance(state[1], Inert) or state[1].arguments != ("torch.strided",):
         raise Unreadable(f"its entry for {shown(name)} has the dtype {shown(state[0])} and the layout {shown(state[1])}")
     found = []
     for chunk in chunks:
@@ -197,7 +203,7 @@ def _described(name: str, entry: Inert, places: Mapping[Any, Inert]) -> _Describ
         if info is None:
             raise Unreadable(f"it does not say where the piece of {shown(name)} at {list(begin)} is stored")
         found.append(_Place(begin, size, *_stored(name, info)))
-    return _Described(dtype, shape, found)
+    return _Described(dtype.removeprefix("torch."), shape, found)
 
 
 def _stored(name: str, info: Inert) -> tuple[str, int, int]:
@@ -225,21 +231,21 @@ def _stat_of(folder: str, name: str, described: str) -> Stat:
 
 def _tensor(name: str, found: _Described, number: Mapping[str, int]) -> TensorInfo:
     pieces = tuple(
-        Piece(found.dtype, p.shape, number[p.file], p.offset, ("", name), begin=p.begin, length=p.length)
+        Piece(found.dtype_name, p.shape, number[p.file], p.offset, ("", name), begin=p.begin, length=p.length)
         for p in sorted(found.places)
     )
     first = pieces[0] if pieces else None
     file, place = (first.file, first.place) if first is not None else (0, 0)
-    return TensorInfo(found.dtype, found.shape, file, place, ("", name), pieces=pieces)
+    return TensorInfo(found.dtype_name, found.shape, file, place, ("", name), pieces=pieces)
 
 
 def _check_pieces(described: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Check that every tensor can be mixed, and is filled by its pieces. Raises IngredientError."""
     for name, info in tensors.items():
-        if info.dtype not in DTYPE_NAMES:
-            raise (LowPrecisionError if "float8" in str(info.dtype) else IngredientError)(
-                f"{described}: the tensor {name} is {info.dtype}; expected one of "
-                f"{', '.join(str(d).removeprefix('torch.') for d in DTYPE_NAMES)}. Save it in one of these dtypes."
+        if info.dtype_name not in DTYPE_NAMES:
+            raise (LowPrecisionError if "float8" in info.dtype_name else IngredientError)(
+                f"{described}: the tensor {name} is torch.{info.dtype_name}; expected one of {', '.join(DTYPE_NAMES)}. Save "
+                "it in one of these dtypes."
             )
         fault = fault_of(info.shape, info.pieces)
         if fault:

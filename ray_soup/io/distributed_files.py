@@ -9,12 +9,11 @@ import io
 from collections.abc import Mapping
 from typing import IO, Any, cast
 
-import torch
-
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.formats import DTYPE_NAMES, TensorInfo
+from ray_soup.io.formats import DTYPE_NAMES, TensorInfo, name_of
 from ray_soup.io.inert_pickle import Inert, read_pickle
+from ray_soup.io.lazy import torch
 from ray_soup.io.mapped import Version
 from ray_soup.io.pieces import elements
 from ray_soup.io.progress import drain
@@ -25,12 +24,11 @@ from ray_soup.io.torch_pickle import TooLarge, Unreadable, Unsafe
 STORAGES = {
     f"torch.{name}Storage": dtype
     for name, dtype in {
-        "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-        "Bool": torch.bool,
+        "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
+        "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
     }.items()
 }  # fmt: skip
-"""The dtype of a storage in a pickle, by its class."""
+"""Torch's name of the dtype of a storage in a pickle, by its class."""
 REBUILD, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 PICKLED = {*STORAGES, REBUILD, PARAMETER, "collections.OrderedDict"}
 """The names in the pickle of a dense tensor."""
@@ -64,7 +62,7 @@ class DistributedFile:
             length = getattr(info, "length", 0)
             found = tensor_in(self._file.read(info.place, length), f"{self._path}: {info.stored[1]} at byte {info.place:,}")
             if found.dtype != info.dtype or tuple(found.shape) != info.shape:
-                it = TensorInfo(found.dtype, tuple(found.shape), 0, 0)
+                it = TensorInfo(name_of(found.dtype), tuple(found.shape), 0, 0)
                 raise IngredientError(
                     f"{self._path}: the piece of {info.stored[1]} at byte {info.place:,} is {it}, but .metadata says "
                     f"{info}: the files belong to different checkpoints, or are damaged. Copy all of them again."
@@ -147,10 +145,11 @@ def tensor_of(made: Any, records: Mapping[str, tuple[int, int]], view: memoryvie
     stored, first, size, stride = made.arguments[:4]
     if not isinstance(stored, Inert) or not isinstance(stored.arguments, tuple) or len(stored.arguments) != 5:
         raise Unreadable("its storage is not described")
-    dtype, key, count = STORAGES.get(str(stored.arguments[1])), stored.arguments[2], stored.arguments[4]
+    named, key, count = STORAGES.get(str(stored.arguments[1])), stored.arguments[2], stored.arguments[4]
     numbers = (first, count, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
-    if dtype not in DTYPE_NAMES or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
+    if named not in DTYPE_NAMES or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
         raise Unreadable("its storage, shape or strides are not those of a tensor")
+    dtype: torch.dtype = getattr(torch, named)
     offset, nbytes = records.get(f"data/{key}", (0, 0))
     last = first + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else -1
     if len(size) != len(stride) or last >= count or count * dtype.itemsize > nbytes:

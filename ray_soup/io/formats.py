@@ -1,6 +1,6 @@
 """What is known of a tensor before it is read, and the header of a safetensors file in remote storage.
 
-Local files are described and read by their own libraries (tensor_files.py). The reader of headers here serves what these
+Local files are described by their own libraries (tensor_files.py). The reader of headers here serves what these
 cannot do: ranges of a file in remote storage, and messages that say what is wrong with a file.
 """
 
@@ -8,37 +8,42 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
+from ray_soup.io.lazy import torch
 
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 DISTRIBUTED_SUFFIX = ".distcp"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "ema_state_dict", "state_dict_ema", "model_ema")
+BEFORE_AVERAGING = "current_model_state"
+"""The key under which Lightning's WeightAveraging keeps the last weights: their average is under `state_dict`."""
+CONTAINERS = (
+    "state_dict", "model", "module", "model_state_dict", "ema_state_dict", "state_dict_ema", "model_ema", BEFORE_AVERAGING,
+)  # fmt: skip
 """Keys of a torch file under which training scripts store a state dict."""
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
+"""Torch's name of each dtype of a safetensors file that can be mixed or copied."""
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 HEADER = 1 << 16  # bytes in the first read of a file
 LONGEST_HEADER = 100_000_000  # bytes
 
@@ -47,8 +52,8 @@ LONGEST_HEADER = 100_000_000  # bytes
 class TensorInfo:
     """Dtype, shape and place of a tensor in the files of an ingredient."""
 
-    dtype: torch.dtype
-    """One of SAFETENSORS_DTYPES."""
+    dtype_name: str
+    """Torch's name of its dtype, one of DTYPE_NAMES: headers are read without torch, which takes a second to import."""
     shape: tuple[int, ...]
     """Shape as in the model; () for a scalar."""
     file: int
@@ -63,6 +68,21 @@ class TensorInfo:
     """The pieces that a tensor is stored in, which fill it without overlapping; () if it is stored whole."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return dtype_of(self.dtype_name)
+
+    @property
+    def itemsize(self) -> int:
+        """Size of an element in bytes."""
+        return itemsize(self.dtype_name)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its elements are floating-point numbers of a dtype that can be mixed."""
+        return self.dtype_name in FLOATS
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -70,10 +90,14 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        return f"{self.dtype_name} {list(self.shape)}"
+
+
+ZERO = TensorInfo("int64", (), -1, 0)
+"""A counter that no file contains: it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +108,23 @@ class Piece(TensorInfo):
     """First index of the piece in each dimension of the whole tensor."""
     length: int = 0
     """Bytes that the piece takes in its file from byte `place` on, if it is an archive of its own."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that torch calls `name`."""
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def itemsize(name: str) -> int:
+    """Return the bytes of an element of a dtype, by torch's name."""
+    bits = re.search(r"\d+", name)
+    return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 class LowPrecisionError(IngredientError):

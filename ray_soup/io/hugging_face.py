@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.cache import cache_folder, cached, content_key
@@ -26,7 +26,9 @@ from ray_soup.io.disk import write_text
 from ray_soup.io.hub_errors import constants, explained, hub_utils, may_pass, not_cached, repository
 from ray_soup.io.hub_path import COMMIT, SCHEME, HubPath, is_hub
 from ray_soup.io.progress import drain
-from ray_soup.recipe import Recipe, with_changes
+
+if TYPE_CHECKING:
+    from ray_soup.recipe import Recipe
 
 PAUSES_S = (1, 4)  # between attempts to reach the Hub
 REQUEST_S = 60  # timeout of one request
@@ -61,6 +63,8 @@ def pinned_recipe(recipe: Recipe) -> Recipe:
 
     If the model is on the Hub, it also becomes the `base_model` of a recipe that has none. Raises RecipeError.
     """
+    from ray_soup.recipe import with_changes
+
     _COMMITS.clear()
     changes: dict[str, Any] = {}
     library, _, name = recipe.model.partition(":")

@@ -13,24 +13,27 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io import storage
 from ray_soup.io.binding import Ignored, Tensors, best_reading
 from ray_soup.io.checkpoint_files import checkpoint_of, index_map, is_of_folder, refuse_piece, split_key, stem, suffixes
 from ray_soup.io.distributed import is_metadata, read_parts
-from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, LowPrecisionError, TensorInfo
+from ray_soup.io.formats import INDEX_SUFFIXES, SAFETENSORS_SUFFIX, ZERO, LowPrecisionError, TensorInfo, dtype_of
+from ray_soup.io.lazy import torch
 from ray_soup.io.leftovers import groups_of
 from ray_soup.io.mapped import Version, release_pages, version_of
 from ray_soup.io.pieces import joined
 from ray_soup.io.progress import drain
 from ray_soup.io.quantized import fault_of, remedy
 from ray_soup.io.rank_files import read_ranks
+from ray_soup.io.remote import Stat
 from ray_soup.io.steps import Step
-from ray_soup.io.storage import LocalFile, RemoteFile, Stat
+from ray_soup.io.storage import LocalFile, RemoteFile
 from ray_soup.io.sweeps import Trial
-from ray_soup.io.tensor_files import Described, TensorFile, open_tensors
+from ray_soup.io.tensor_files import Described, SafetensorsFile, TensorFile, open_tensors
 
 
 @dataclass(frozen=True)
@@ -184,15 +187,32 @@ class Ingredient:
         """
         return self._read(self.tensors[name], start, stop)
 
+    def read_array(self, name: str, start: int, stop: int, dtype: str) -> NDArray[Any]:
+        """Read elements of a tensor as `read` does, converted to `dtype`, float32 or float64: [stop - start], aligned.
+
+        Elements of that dtype are read without torch where the file allows it, and without a copy.
+        """
+        info = self.tensors[name]
+        self._check_range(info, start, stop)
+        source = self.source(info.file) if info.dtype_name in ("float32", "float64") and not info.pieces else None
+        if isinstance(source, SafetensorsFile):
+            return np.require(source.array(info, start, stop), dtype, ["C", "A"])
+        return self.read(name, start, stop).to(dtype_of(dtype)).numpy()
+
     def _read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stop = info.numel if stop is None else stop
-        if start < 0 or stop > info.numel:
-            raise ValueError(f"{self.path}: elements {start} to {stop} of {info}")
+        self._check_range(info, start, stop)
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
+        if info == ZERO:
+            return torch.zeros(stop - start, dtype=info.dtype)
         if info.pieces:
             return joined(info, start, stop, lambda piece: self.source(piece.file).tensor(piece))
         return self.source(info.file).read(info, start, stop)
+
+    def _check_range(self, info: TensorInfo, start: int, stop: int) -> None:
+        if start < 0 or stop > info.numel:
+            raise ValueError(f"{self.path}: elements {start} to {stop} of {info}")
 
     def bind(self, expected: Iterable[str], tied: Mapping[str, str], ignore: Ignored = ()) -> Ingredient:
         """Return this ingredient with the container and prefix whose names are those of a model.
@@ -216,7 +236,7 @@ class Ingredient:
     def check_copies(self) -> None:
         """Check that both copies of a tied tensor are equal. Raises IngredientError if they differ."""
         for first, alias, info in self.copies:
-            if not torch.equal(self.read(first), self._read(info)):
+            if not self.read(first).equal(self._read(info)):
                 raise IngredientError(
                     f"{self.path}: {first} and {alias} are one tensor in the model, but differ in this file. Use a model "
                     "that does not tie them, or save the checkpoint from the tied model."
@@ -272,7 +292,7 @@ def _opened(path: str, file: str | None, name: str | None) -> Ingredient:
     shard_of = index_map(file) if file.endswith(INDEX_SUFFIXES) else {}
     files = sorted(set(shard_of.values())) or [file]
     stats = [storage.stat(f) for f in files]
-    opened = [open_tensors(f, s.size, key) for f, s in zip(files, stats, strict=True)]
+    opened = [open_tensors(f, s.size, key, headers_only=True) for f, s in zip(files, stats, strict=True)]
     described = [source.describe(number) for number, source in enumerate(opened)]
     container = key if any(key in tensors for tensors in described) else ""
     containers = _joined(file, files, described, shard_of, container) if shard_of else described[0]

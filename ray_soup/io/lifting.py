@@ -18,15 +18,16 @@ from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
-import torch
+from numpy.typing import NDArray
 
 from ray_soup.errors import IngredientError
 from ray_soup.io.adapters import PREFIX, AdapterIngredient, as_kind
 from ray_soup.io.binding import Ignored
 from ray_soup.io.cache import cached, content_key
-from ray_soup.io.formats import TensorInfo
+from ray_soup.io.formats import TensorInfo, dtype_of, name_of
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import drain
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -115,10 +116,10 @@ class AdapterSet:
         """Return dtype and shape of each lifted tensor, by name."""
         found: dict[str, TensorInfo] = {}
         for one in self.modules.values():
-            found[one.a] = TensorInfo(one.a_dtype, one.a_shape, 0, len(found))
-            found[one.b] = TensorInfo(one.b_dtype, one.b_shape, 0, len(found))
+            found[one.a] = TensorInfo(name_of(one.a_dtype), one.a_shape, 0, len(found))
+            found[one.b] = TensorInfo(name_of(one.b_dtype), one.b_shape, 0, len(found))
         for name, tensor in self.whole.items():
-            found[name] = TensorInfo(tensor.dtype, tensor.shape, 0, len(found))
+            found[name] = TensorInfo(name_of(tensor.dtype), tensor.shape, 0, len(found))
         return found
 
     def module_of(self, tensor: str) -> LiftedModule | None:
@@ -203,6 +204,11 @@ class LiftedIngredient(Ingredient):
         else:
             found = group.lifted_b(module, self.position)
         return found.reshape(-1)[start:stop]
+
+    def read_array(self, name: str, start: int, stop: int, dtype: str) -> NDArray[Any]:
+        """Read elements of the lifted tensor `name`, as `Ingredient.read_array` does."""
+        array: NDArray[Any] = self.read(name, start, stop).to(dtype_of(dtype)).numpy()
+        return array
 
     def bind(self, expected: Any, tied: Mapping[str, str], ignore: Ignored = ()) -> LiftedIngredient:
         """Return this ingredient: it has the names of its model already."""

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import mmap
 import os
 import re
 import signal
 import stat
 import sys
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ray_soup.errors import IngredientError
 
 DONTNEED = 4  # of madvise on Linux
+PRIVATE = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)  # MAP_NORESERVE: a file may be larger than memory
 SIGINFO = 4  # SA_SIGINFO on Linux
 REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)\s*(.*)")
 
@@ -81,6 +87,25 @@ def opened(path: str) -> Iterator[tuple[str, int, Version]]:
         os.close(descriptor)
 
 
+def mapped(path: str, descriptor: int, size: int) -> NDArray[np.uint8]:
+    """Map the open file at `path` into memory: uint8 [size]. A page that is written to becomes a private copy.
+
+    Python's own `mmap` keeps a file descriptor for as long as the map exists; a soup may have more files than a process may
+    have descriptors. Raises OSError.
+    """
+    if size == 0:
+        return np.empty(0, np.uint8)
+    library = _library()
+    library.mmap.restype = ctypes.c_void_p
+    protection, wanted = mmap.PROT_READ | mmap.PROT_WRITE, ctypes.c_size_t(size)
+    address = library.mmap(None, wanted, protection, PRIVATE, descriptor, ctypes.c_long(0))
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(memory, library.munmap, ctypes.c_void_p(address), wanted).atexit = False  # threads may still read
+    return np.frombuffer(memoryview(memory), np.uint8)
+
+
 def regions() -> Iterator[tuple[int, int, str]]:
     """Yield (first address, end, path) of each file that this process has mapped; nothing where the system does not say."""
     with suppress(OSError), open("/proc/self/maps", errors="surrogateescape") as file:
@@ -104,7 +129,7 @@ def release_pages(addresses: Sequence[int]) -> None:
 
 @lru_cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    return ctypes.CDLL(None, use_errno=True)
 
 
 class _SignalInfo(ctypes.Structure):

@@ -19,6 +19,8 @@ WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 PREFIXES = ("module.", "_orig_mod.", "model.")
 DEEPEST = 6  # prefixes in a row, as in module._orig_mod.
 MOST_PARTS = 64  # parts of a name that are tried as ends of a prefix
+COUNTER = "num_batches_tracked"
+"""The last part of the names of buffers that files from before PyTorch 0.4.1 lack: torch reads them as 0."""
 TEXT_TOWER = re.compile(  # tensors of a CLIP outside `visual.`, which no image classifier needs
     r"(transformer|token_embedding|positional_embedding|ln_final|text_projection|text|logit_scale|logit_bias|attn_mask"
     r"|input_resolution|context_length|vocab_size)(\.|$)"
@@ -86,6 +88,8 @@ class ModelNames:
     image_only: bool
     globs: re.Pattern[str] | None
     searched: tuple[re.Pattern[str], ...]
+    counters: frozenset[str] = frozenset()
+    """Buffers in which layers count batches, and which the file lacks, as files from before PyTorch 0.4.1 do."""
 
     @cached_property
     def known(self) -> tuple[str, ...]:
@@ -114,9 +118,9 @@ class ModelNames:
     def has_all(self, candidate: Candidate) -> bool:
         """Return whether a candidate contains all tensors of the model."""
         names = candidate.names
-        if len(names) < len(self.expected):
+        if len(names) < len(self.expected) - len(self.counters):
             return False
-        lacking = [name for name in self.expected if name not in names]
+        lacking = [name for name in self.expected if name not in names and name not in self.counters]
         return not lacking or set(lacking) <= {first for alias, first in self.tied.items() if alias in names}
 
     def has_shapes(self, candidate: Candidate, tensors: Tensors) -> bool:
@@ -195,11 +199,11 @@ def whole_models(tensors: Tensors, model: ModelNames) -> list[Candidate]:
     if tensors.keys() == model.expected.keys():
         return [Candidate("", {name: name for name in tensors})]
     bare = {name: unwrapped(name) for name in tensors}
-    longest = max(model.expected, key=len, default="")
+    longest = max((name for name in model.expected if name not in model.counters), key=len, default="")
     ends = [unwrapped(n) for n in (longest, *(alias for alias, first in model.tied.items() if first == longest))]
     prefixes = {name[: -len(end)] for name in bare.values() for end in ends if name == end or name.endswith(f".{end}")}
     there, firsts = set(bare.values()), set(model.tied.values())
-    needed = [unwrapped(name) for name in model.expected if name not in firsts]
+    needed = [unwrapped(name) for name in model.expected if name not in firsts and name not in model.counters]
     whole = [prefix for prefix in sorted(prefixes | {""}) if not prefix or all(prefix + name in there for name in needed)]
     candidates = [below(prefix, bare, model) for prefix in whole]
     found = [c for way in candidates for c in (way, renamed(way, model)) if c is not None and model.has_all(c)]

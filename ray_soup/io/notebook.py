@@ -52,6 +52,10 @@ class NotebookDisplay(Display):
         super().__exit__(kind, error, traceback)
         self._put(f"{'Done' if kind is None else 'Stopped'} after {duration(time.monotonic() - self._began)}.", None)
 
+    def tell(self, sentence: str) -> None:
+        """Print a sentence below the line."""
+        print(printable(redact(sentence)))
+
     def _put(self, text: str, share: float | None) -> None:
         from IPython.display import display  # type: ignore[import-not-found]
 

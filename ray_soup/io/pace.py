@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ray_soup.io.progress import WHOLE_RUN
+from ray_soup.io.progress import NOTE, WHOLE_RUN
 
 D = TypeVar("D", bound="Display")
 
@@ -51,9 +51,14 @@ _NUMBER = re.compile(r"^\d+/\d+ ")
 
 def unit_of(what: str) -> str:
     """Return what is counted in a phase; empty if that is not known."""
-    words = _NUMBER.sub("", what).replace(",", "").split(" ")
+    words = phase_of(what).replace(",", "").split(" ")
     names = (" ".join(words[:count]) for count in range(len(words), 0, -1))
     return next((UNITS[name] for name in names if name in UNITS), "")
+
+
+def phase_of(what: str) -> str:
+    """Return the name of a phase without the number of the part of the run."""
+    return _NUMBER.sub("", what)
 
 
 def duration(seconds: float) -> str:
@@ -184,6 +189,9 @@ class Display:
         """Show that `done` of `total` units of the work `what` are done."""
         now = time.monotonic()
         with self._lock:
+            if what.startswith(NOTE):
+                self.tell(what.removeprefix(NOTE))
+                return
             if what == WHOLE_RUN:
                 self.whole = self.whole or Pace(what, now)
                 self.whole.count(done, total, now)
@@ -216,6 +224,9 @@ class Display:
 
     def end(self, phase: Pace, now: float) -> None:
         """Show that a phase has ended."""
+
+    def tell(self, sentence: str) -> None:
+        """Show a sentence once."""
 
     def left_in_all(self, now: float) -> float | None:
         """Return the seconds left of the whole run; None if nothing has estimated them."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-import torch
-
 from ray_soup.io.formats import Piece, TensorInfo
+from ray_soup.io.lazy import torch
 
 MOST_CELLS = 1 << 24  # cells of the grid that the borders of pieces make
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -84,6 +82,8 @@ def fault_of(shape: tuple[int, ...], pieces: Sequence[Piece]) -> str:
         return f"its {len(filled)} pieces have {which} elements than it: {total:,} instead of {math.prod(shape):,}"
     if len(filled) < 2:
         return ""
+    import numpy as np
+
     cuts = [
         np.unique([n for p in filled for n in (p.begin[d], p.begin[d] + p.shape[d])]).tolist() for d in range(len(shape))
     ]

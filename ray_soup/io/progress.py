@@ -19,6 +19,14 @@ WHOLE_RUN = "whole run"
 CountCallback = Callable[[int, int], None]
 """Called with the units done so far and the units in total."""
 
+NOTE = "note: "
+"""Begins what is being done if it is a sentence for the user, which is shown once and begins no phase."""
+
+
+def tell(progress: ProgressCallback, sentence: str) -> None:
+    """Tell the user something that has happened, in a sentence."""
+    progress(f"{NOTE}{sentence[:1].upper()}{sentence[1:]}", 0, 0)
+
 
 def no_progress(what: str, done: int, total: int) -> None:
     """Ignore the progress: the default of every function that takes a ProgressCallback.

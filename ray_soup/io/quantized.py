@@ -11,10 +11,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ray_soup.io import storage
-from ray_soup.io.formats import FLOATS, TensorInfo
+from ray_soup.io.formats import TensorInfo
 from ray_soup.io.json_files import read_json
 
 BITSANDBYTES, GPTQ_OR_AWQ, FP8, PACKED = "bitsandbytes", "GPTQ or AWQ", "fp8 with scales", "compressed-tensors"
@@ -47,7 +45,7 @@ def quantized_by(tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:
         for scale, weight, method in SIGNS:
             if name.endswith(scale):
                 packed = tensors.get(name.removesuffix(scale) + weight)
-                if packed is not None and packed.dtype not in FLOATS:
+                if packed is not None and not packed.is_float:
                     return method, name
     return "", ""
 
@@ -108,8 +106,8 @@ def fault_of(path: str, folder: str, tensors: Mapping[str, TensorInfo]) -> str:
     """
     method, name = quantized_by(tensors)
     if not method:
-        odd = (n for n, i in tensors.items() if n.endswith("weight") and len(i.shape) > 1 and i.dtype not in FLOATS)
-        name = next((n for n in odd if tensors[n].dtype != torch.bool), "")
+        odd = (n for n, i in tensors.items() if n.endswith("weight") and len(i.shape) > 1 and not i.is_float)
+        name = next((n for n in odd if tensors[n].dtype_name != "bool"), "")
         method = method_in(config_of(folder)) if name else ""
     if not method:
         return ""

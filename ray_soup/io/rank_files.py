@@ -10,14 +10,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.distributed import Parts
+from ray_soup.io.distributed import Parts, every_dtype
 from ray_soup.io.distributed_files import PICKLED, REBUILD, tensor_of, window
-from ray_soup.io.formats import DTYPE_NAMES, LowPrecisionError, Piece, TensorInfo
+from ray_soup.io.formats import DTYPE_NAMES, LowPrecisionError, Piece, TensorInfo, name_of
 from ray_soup.io.inert_pickle import Inert, read_pickle, shown
+from ray_soup.io.lazy import torch
 from ray_soup.io.mapped import Version
 from ray_soup.io.parts import join_fsdp
 from ray_soup.io.pieces import elements, fault_of
@@ -30,14 +29,14 @@ RANK = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 WRAPPED = "torch._tensor._rebuild_from_type_v2"
 _TENSOR, _MESH = "torch.distributed.tensor", "torch.distributed._mesh_layout"
 NAMES = {
-    *PICKLED, *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)), WRAPPED,
+    *PICKLED, WRAPPED,
     "torch._utils._rebuild_wrapper_subclass", "torch.Size", "torch.device", "torch.serialization._get_layout",
     f"{_TENSOR}.DTensor", f"{_TENSOR}._dtensor_spec.DTensorSpec", f"{_TENSOR}._dtensor_spec.TensorMeta",
     f"{_TENSOR}._dtensor_spec.ShardOrderEntry", f"{_TENSOR}.placement_types.Shard",
     f"{_TENSOR}.placement_types.Replicate", "torch.distributed.device_mesh.DeviceMesh", f"{_MESH}._MeshLayout",
     f"{_MESH}._FlatLayout",
 }  # fmt: skip
-"""The names in the pickle of a state dict of DTensors."""
+"""The names in the pickle of a state dict of DTensors, apart from those of dtypes."""
 
 
 def is_rank_file(path: str) -> bool:
@@ -76,7 +75,7 @@ class RankFile:
         self._view = self._file.read(0, self._file.version.size)
         try:
             self._records, pickled = archive_of(window(self._view))
-            state = read_pickle(pickled, NAMES)
+            state = read_pickle(pickled, NAMES | every_dtype())
         except (Unreadable, TooLarge) as error:
             raise IngredientError(f"{path} is damaged: {error}. Copy all files of this checkpoint again.") from error
         except Unsafe as error:
@@ -189,7 +188,7 @@ def _joined(name: str, files: list[str], opened: list[RankFile], place: int) -> 
         if part.split(name, len(files)) != (dimension, shape) or local.dtype != parts[0].dtype:
             raise IngredientError(f"{files[number]} and {files[0]} differ in how they cut {name}. Copy all files again.")
         if dimension is None and number:
-            if not torch.equal(local, parts[0]):
+            if not local.equal(parts[0]):
                 raise IngredientError(
                     f"{files[number]} and {files[0]} hold different values of {name}, which is not cut over the processes. "
                     f"{join_fsdp(files[0])}"
@@ -198,12 +197,12 @@ def _joined(name: str, files: list[str], opened: list[RankFile], place: int) -> 
         start = tuple(begin if d == dimension else 0 for d in range(len(shape)))
         begin += local.shape[dimension] if dimension is not None and local.dim() else 0
         if local.numel():
-            pieces.append(Piece(local.dtype, tuple(local.shape), number, place, ("", name), begin=start))
+            pieces.append(Piece(name_of(local.dtype), tuple(local.shape), number, place, ("", name), begin=start))
     fault = fault_of(shape, pieces)
     if fault:
         raise IngredientError(
             f"{files[0]} and the others are damaged: {name} is {list(shape)}, but {fault}. Copy all again."
         )
-    if parts[0].dtype not in DTYPE_NAMES:
+    if name_of(parts[0].dtype) not in DTYPE_NAMES:
         raise LowPrecisionError(f"{files[0]}: the tensor {name} is {parts[0].dtype}, which cannot be mixed.")
-    return TensorInfo(parts[0].dtype, shape, 0, place, ("", name), pieces=tuple(pieces))
+    return TensorInfo(name_of(parts[0].dtype), shape, 0, place, ("", name), pieces=tuple(pieces))

@@ -32,11 +32,12 @@ _pending = False
 
 
 @contextmanager
-def catching_signals() -> Iterator[None]:
+def catching_signals(as_said: Callable[[str], str] = str) -> Iterator[None]:
     """Within this context, the first SIGINT, SIGTERM or SIGHUP raises Stopped in the main thread.
 
     The process ends GRACE_S seconds later at the latest, and at once with a second Ctrl-C: a thread sees to that, because
-    the main thread may be inside a library. Signals that are ignored, as under nohup, stay ignored.
+    the main thread may be inside a library. Signals that are ignored, as under nohup, stay ignored. `as_said` puts the
+    sentence of that thread into the format of stderr.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +46,7 @@ def catching_signals() -> Iterator[None]:
     caught = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    threading.Thread(target=_watch, args=(reader, frozenset(caught)), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, frozenset(caught), as_said), daemon=True).start()
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for number in caught:
         signal.signal(number, _stop)
@@ -136,7 +137,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
 
-def _watch(reader: socket.socket, caught: frozenset[int]) -> None:
+def _watch(reader: socket.socket, caught: frozenset[int], as_said: Callable[[str], str]) -> None:
     """End this process in time after the first signal; `reader` gets a byte for every signal."""
     first = 0.0
     recorded = False
@@ -147,7 +148,7 @@ def _watch(reader: socket.socket, caught: frozenset[int]) -> None:
             received = reader.recv(1)
         except TimeoutError:
             if recorded:
-                _end()
+                _end(as_said)
             _record()
             recorded = True
             continue
@@ -161,7 +162,7 @@ def _watch(reader: socket.socket, caught: frozenset[int]) -> None:
             first, Stopped.signal = now, Stopped.signal or received[0]
         elif received[0] == signal.SIGINT and now - first > SAME_S:
             _record()
-            _end()
+            _end(as_said)
 
 
 def _record() -> None:
@@ -177,10 +178,10 @@ def _record() -> None:
     thread.join(0.5)
 
 
-def _end() -> None:
+def _end(as_said: Callable[[str], str]) -> None:
     sentence, code = explain(Stopped())
-    with suppress(OSError):
-        os.write(2, f"\nray-soup: {sentence}\n".encode())
+    with suppress(Exception):
+        os.write(2, (as_said(f"\nray-soup: {sentence}") + "\n").encode())
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(code)

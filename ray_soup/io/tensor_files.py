@@ -1,7 +1,7 @@
-"""Files of tensors, each read the way its own library reads it; what an ingredient is made of.
+"""Files of tensors, each described as its own library describes it; what an ingredient is made of.
 
     TorchFile           `torch.load`, memory-mapped (torch_files.py)
-    SafetensorsFile     `safetensors.safe_open`, memory-mapped
+    SafetensorsFile     checked by `safetensors.safe_open`, memory-mapped
     RemoteSafetensors   byte ranges of a file in remote storage
     DistributedFile     pieces of `torch.distributed.checkpoint`, memory-mapped (distributed_files.py)
     RankFile            shards that one process of FSDP saved, memory-mapped (rank_files.py)
@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ray_soup.errors import IngredientError
@@ -27,14 +28,15 @@ from ray_soup.io.formats import (
     SAFETENSORS_SUFFIX,
     TensorInfo,
     check_dtype,
+    name_of,
     safetensors_header,
 )
-from ray_soup.io.mapped import Version, guard, opened
+from ray_soup.io.lazy import torch
+from ray_soup.io.mapped import Version, guard, mapped, opened
 from ray_soup.io.pieces import elements
 from ray_soup.io.progress import drain
 from ray_soup.io.rank_files import RankFile, is_rank_file
 from ray_soup.io.storage import RemoteFile
-from ray_soup.io.torch_files import load_torch, plain_values, state_dicts
 
 Described = dict[str, dict[str, TensorInfo]]
 """The tensors of a file, by the key of their state dict ("" for the top level) and by name."""
@@ -66,6 +68,8 @@ class TorchFile:
 
     def __init__(self, path: str, key: str = "") -> None:
         """Load the file; `key` names a state dict to look for. Raises IngredientError as `load_torch` does."""
+        from ray_soup.io.torch_files import load_torch, plain_values, state_dicts
+
         loaded, version = load_torch(path, drain(storage.local_copy(path)))
         self._containers = state_dicts(path, loaded, key)
         self.metadata: Mapping[str, Any] = plain_values({k: v for k, v in loaded.items() if k not in self._containers})
@@ -77,7 +81,7 @@ class TorchFile:
         for container, tensors in self._containers.items():
             order = {name: rank for rank, name in enumerate(sorted(tensors, key=lambda name: tensors[name].data_ptr()))}
             found[container] = {
-                name: TensorInfo(tensor.dtype, tuple(tensor.shape), number, order[name], (container, name))
+                name: TensorInfo(name_of(tensor.dtype), tuple(tensor.shape), number, order[name], (container, name))
                 for name, tensor in tensors.items()
             }
         return found
@@ -97,36 +101,41 @@ class TorchFile:
 
 
 class SafetensorsFile:
-    """A safetensors file on a local disk."""
+    """A safetensors file on a local disk. It is described, and its float32 and float64 are read, without torch."""
 
-    def __init__(self, path: str) -> None:
-        """Open the file. Raises IngredientError if it is damaged, truncated or not a safetensors file."""
+    def __init__(self, path: str, headers_only: bool = False) -> None:
+        """Open the file to read its tensors, or with `headers_only` to describe them.
+
+        Raises IngredientError if it is damaged, truncated or not a safetensors file.
+        """
         guard()
         self._path = path
-        with opened(path) as (link, _, version):
+        with opened(path) as (link, descriptor, version):
             try:
-                self._file: Any = safe_open(link, framework="pt")
+                file: Any = safe_open(link, framework="np")
             except (SafetensorError, RuntimeError, OSError, ValueError) as error:
                 _explain(path, version.size, error)
-        self.metadata: Mapping[str, Any] = self._file.metadata() or {}
+            size = 0 if headers_only else version.size
+            self._bytes = mapped(path, descriptor, size)
+        self.metadata: Mapping[str, Any] = file.metadata() or {}
         self.version: Version | None = version
-        self._size, self._address = version.size, 0
+        self._size = version.size
+        self._file: Any = file if headers_only else None  # it has a map of its own
 
     def describe(self, number: int) -> Described:
         """Return the file's tensors, as in TensorFile."""
-        in_order = hasattr(self._file, "offset_keys")
-        names = self._file.offset_keys() if in_order else self._file.keys()
+        if not hasattr(self._file, "offset_keys"):  # before safetensors 0.5
+            return {"": safetensors_header(self._path, number, self._size)[0]}
         found = {}
-        for place, name in enumerate(names):
+        for place, name in enumerate(self._file.offset_keys()):
             part = self._file.get_slice(name)
             dtype = part.get_dtype()
             check_dtype(self._path, name, dtype)
             found[name] = TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(part.get_shape()), number, place, ("", name))
-        if in_order:  # the library has checked that the tensors fill the file up to its end without gaps
-            begin = self._size - sum(info.nbytes for info in found.values())
-            for name, info in found.items():
-                found[name] = replace(info, offset=begin)
-                begin += info.nbytes
+        begin = self._size - sum(info.nbytes for info in found.values())  # the library has checked that tensors fill
+        for name, info in found.items():  # the file up to its end without gaps
+            found[name] = replace(info, offset=begin)
+            begin += info.nbytes
         return {"": found}
 
     def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
@@ -135,13 +144,18 @@ class SafetensorsFile:
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """Return a view of a tensor, as in TensorFile."""
-        tensor: torch.Tensor = self._file.get_tensor(info.stored[1])
-        self._address = tensor.data_ptr() or self._address
-        return tensor
+        assert info.offset is not None
+        data = self._bytes[info.offset : info.offset + info.nbytes]
+        return torch.from_numpy(data).view(info.dtype).reshape(info.shape)
+
+    def array(self, info: TensorInfo, start: int, stop: int) -> NDArray[Any]:
+        """Read elements of a tensor of float32 or float64: [stop - start], not to be written to, not always aligned."""
+        assert info.offset is not None
+        return np.frombuffer(self._bytes, info.dtype_name, stop - start, info.offset + start * info.itemsize)
 
     def addresses(self) -> list[int]:
         """Return an address in the memory map."""
-        return [self._address]
+        return [self._bytes.ctypes.data]
 
 
 def _explain(path: str, size: int, error: Exception) -> None:
@@ -171,8 +185,7 @@ class RemoteSafetensors:
     def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Read elements of a tensor, as in TensorFile."""
         assert info.offset is not None
-        itemsize = info.dtype.itemsize
-        data = self._file.read(info.offset + start * itemsize, (stop - start) * itemsize)
+        data = self._file.read(info.offset + start * info.itemsize, (stop - start) * info.itemsize)
         return elements(torch.frombuffer(bytearray(data), dtype=info.dtype), 0, stop - start)
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
@@ -184,13 +197,14 @@ class RemoteSafetensors:
         return []
 
 
-def open_tensors(path: str, size: int, key: str = "") -> TensorFile:
+def open_tensors(path: str, size: int, key: str = "", headers_only: bool = False) -> TensorFile:
     """Open a file of tensors at a path or URI.
 
     Args:
         path: path or URI.
         size: size of the file in bytes.
         key: a state dict of a torch file to look for.
+        headers_only: the tensors will be described and not read.
 
     Raises IngredientError if the file is damaged, or can only be read by running code from it.
     """
@@ -202,4 +216,4 @@ def open_tensors(path: str, size: int, key: str = "") -> TensorFile:
         return RankFile(path)
     if not path.endswith(SAFETENSORS_SUFFIX):
         return TorchFile(path, key)
-    return RemoteSafetensors(path, size) if storage.is_remote(path) else SafetensorsFile(path)
+    return RemoteSafetensors(path, size) if storage.is_remote(path) else SafetensorsFile(path, headers_only)

@@ -12,13 +12,12 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from threading import Lock
-from typing import Any
-
-import torch
+from typing import Any, TypeAlias
 
 from ray_soup.errors import IngredientError
 from ray_soup.io import storage
-from ray_soup.io.formats import CONTAINERS, DTYPE_NAMES, LowPrecisionError, refuse_text
+from ray_soup.io.formats import CONTAINERS, DTYPE_NAMES, LowPrecisionError, name_of, refuse_text
+from ray_soup.io.lazy import torch
 from ray_soup.io.mapped import Version, guard, opened
 from ray_soup.io.torch_archive import check_archive
 from ray_soup.io.torch_pickle import TooLarge, Unsafe
@@ -29,7 +28,7 @@ TRAINING_STATE = ("optimizer", "lr_scheduler", "scheduler", "loops", "callbacks"
 """Beginnings of the keys under which the state of a training is stored, which is not metadata of the model."""
 _LOADING = Lock()  # torch's list of safe globals belongs to the whole process
 
-Containers = dict[str, dict[str, torch.Tensor]]
+Containers: TypeAlias = "dict[str, dict[str, torch.Tensor]]"
 
 
 class _Dtype:
@@ -198,7 +197,7 @@ def _plain_tensor(path: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         what = "a nested tensor"
     elif tensor.is_meta:
         what = "on the device meta, without values"
-    elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+    elif name_of(tensor.dtype) not in DTYPE_NAMES or tensor.layout != torch.strided:
         what = f"{tensor.dtype}, {tensor.layout}"
     elif type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         what = f"a {type(tensor).__name__}"
@@ -206,7 +205,7 @@ def _plain_tensor(path: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().as_subclass(torch.Tensor)
     raise (LowPrecisionError if "torch.float8" in what else IngredientError)(
         f"{path}: the tensor {name} is {what}; expected a dense tensor of "
-        f"{', '.join(str(d).removeprefix('torch.') for d in DTYPE_NAMES)}. Convert it to one of these."
+        f"{', '.join(DTYPE_NAMES)}. Convert it to one of these."
     )
 
 

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ray_soup.errors import IngredientError
 from ray_soup.io.adapters import CONFIG, MODEL, PREFIX, AdapterConfig
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.formats import name_of
 from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.ingredient import Ingredient, check_unchanged
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet, LiftedModule, WholeTensor
 from ray_soup.io.progress import CountCallback, no_count
-from ray_soup.mixing.bake import RANGE, mix_range
+from ray_soup.mixing.bake import RANGE, as_tensor, mix_range, too_large
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.shard_files import ShardWriter, plan_files
 from ray_soup.mixing.truncate import truncated
@@ -79,7 +79,7 @@ def bake_adapter(
     """
     path, form = folder / MODEL, form or Form()
     shapes, dtypes = outline(coefficients, ingredients, group, form)
-    files = plan_files(shapes, dtypes, path, None, {})
+    files = plan_files(shapes, {name: name_of(dtype) for name, dtype in dtypes.items()}, path, None, {})
     try:
         with files.removed_on_error():
             with ShardWriter(files) as writer:
@@ -160,7 +160,7 @@ def soup_tensors(
             b, a = truncated(b, a.double().flatten(1), form.rank_of(len(a)))[:2]
         for name, values in ((one.a, a.to(dtypes[one.a])), (one.b, b.to(dtypes[one.b]))):
             if not torch.isfinite(values).all():
-                raise _too_large(name, dtypes[name])
+                raise too_large(name, name_of(dtypes[name]))
             yield name, values.reshape(-1)
     lifted_names = {tensor.base: name for name, tensor in group.whole.items()}
     for name, tensor in _whole(group, used, scaled(coefficients)).items():
@@ -168,7 +168,9 @@ def soup_tensors(
         out = torch.empty(math.prod(tensor.shape), dtype=dtypes[name])
         for start in range(0, len(out), RANGE):
             stop = min(start + RANGE, len(out))
-            out[start:stop] = mix_range(ingredients, own, coefficients.of(own), start, stop, dtypes[name])
+            out[start:stop] = as_tensor(
+                mix_range(ingredients, own, coefficients.of(own), start, stop, name_of(dtypes[name]))
+            )
         yield name, out
 
 
@@ -194,12 +196,6 @@ def finite(values: torch.Tensor, group: AdapterSet, k: int | None, name: str) ->
             "exclude this adapter."
         )
     return values
-
-
-def _too_large(name: str, dtype: torch.dtype) -> IngredientError:
-    return IngredientError(
-        f"The soup's tensor {name} does not fit into {dtype}: its values are too large. Set out_dtype: float32."
-    )
 
 
 def _modules(group: AdapterSet, used: Sequence[int]) -> dict[str, LiftedModule]:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
-from ray_soup.errors import IngredientError
+from ray_soup.io.formats import name_of
 from ray_soup.io.ingredient import Ingredient, check_unchanged
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet
 from ray_soup.io.progress import CountCallback, no_count
 from ray_soup.mixing.adapter_bake import factors_of, finite, positions, scaled
-from ray_soup.mixing.bake import RANGE, mix_range
+from ray_soup.mixing.bake import RANGE, as_tensor, mix_range, too_large
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.shard_files import ShardWriter, plan_files
 
@@ -121,9 +120,7 @@ class MergedSoup:
             written = values.to(dtype)
             if not torch.isfinite(written).all():
                 finite(values, self.group, None, name)
-                raise IngredientError(
-                    f"The soup's tensor {name} does not fit into {dtype}: its values are too large. Set out_dtype: float32."
-                )
+                raise too_large(name, name_of(dtype))
             yield Range(start, written, values, change)
 
     def slack(self, name: str, part: Range) -> torch.Tensor:
@@ -143,7 +140,7 @@ class MergedSoup:
         if own is None:
             return self.group.base.read(source, start, stop)
         wide = torch.float64 if name in self.changed else dtype
-        return mix_range(self.ingredients, own, self.coefficients.of(own), start, stop, wide)
+        return as_tensor(mix_range(self.ingredients, own, self.coefficients.of(own), start, stop, name_of(wide)))
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two factors of the change of a weight in the layout of the file, float64 [rows, R] and [R, columns]."""
@@ -171,7 +168,7 @@ def bake_merged(
     Raises SoupError if the files cannot be written, IngredientError if a value is not finite or an ingredient has changed.
     """
     names, base = soup.names, soup.group.base
-    shapes, dtypes = {name: soup.shape(name) for name in names}, {name: soup.dtype(name) for name in names}
+    shapes, dtypes = {name: soup.shape(name) for name in names}, {name: name_of(soup.dtype(name)) for name in names}
     tied = {alias: first for alias, first in soup.group.tied.items() if alias not in shapes}
     files, lost, total = plan_files(shapes, dtypes, path, shard_size, tied), 0.0, 0.0
     try:

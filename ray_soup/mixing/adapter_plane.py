@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.adapter_store import AdapterStore
 from ray_soup.mixing.blocks import Partition
 

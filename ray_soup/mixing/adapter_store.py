@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ray_soup.errors import IngredientError, RecipeError
@@ -29,6 +28,7 @@ from ray_soup.io.cache import cached, content_key, lookup
 from ray_soup.io.disk import write_at
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import Ingredient, check_unchanged
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient, group_of
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.directions import DirectionStore

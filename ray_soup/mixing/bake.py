@@ -13,25 +13,28 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ray_soup.errors import IngredientError
 from ray_soup.io.check import check_finite, common_dtype
 from ray_soup.io.disk import reading_threads, write_at
-from ray_soup.io.formats import safetensors_header
+from ray_soup.io.formats import FLOATS, dtype_of, safetensors_header
+from ray_soup.io.hashing import PassingHash, forget_written, passing_hashes
 from ray_soup.io.ingredient import Ingredient, check_unchanged, open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import CountCallback, no_count
 from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
-from ray_soup.mixing.shard_files import ShardFiles, ShardWriter, plan_files
+from ray_soup.mixing.shard_files import ShardFiles, ShardWriter, Values, bytes_of, plan_files
 
 RANGE = 1 << 20  # elements that a thread mixes at a time
+WINDOW = 4  # ranges of each thread that are mixed before the hashes have to follow
 
 
 def mix_range(
@@ -40,9 +43,11 @@ def mix_range(
     factors: NDArray[np.float64],
     start: int,
     stop: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    dtype: str,
+) -> Values:
     """Compute elements start to stop of sum_k factors[k] theta_k for one tensor.
+
+    Where all ingredients have the dtype of the result, float32 or float64, this needs no torch.
 
     Args:
         ingredients: K ingredients, bound to the model.
@@ -50,40 +55,56 @@ def mix_range(
         factors: float64 [K].
         start: first element.
         stop: end of the range (excluded).
-        dtype: dtype of the result.
+        dtype: torch's name of the dtype of the result.
 
     Returns:
-        dtype [stop - start].
+        dtype [stop - start]: an array if it is float32 or float64 and no ingredient's is wider, otherwise a tensor.
 
     Raises IngredientError if the sum is not finite in this dtype.
     """
     from ray_soup.mixing.kernels import mix
 
-    wide = torch.float64 if torch.float64 in (dtype, common_dtype(ingredients, name)) else torch.float32
-    parts = [ingredient.read(name, start, stop).to(wide) for ingredient in ingredients]
-    out = torch.empty(stop - start, dtype=wide)
-    finite = mix([part.numpy() for part in parts], factors, out.numpy())
-    soup = out.to(dtype)
-    if not finite or (dtype != wide and not torch.isfinite(soup).all()):
-        check_finite(ingredients, name, start, parts)
-        raise IngredientError(
-            f"The soup's tensor {name} does not fit into {dtype}: its values are too large. Set out_dtype: float32."
-        )
-    return soup
+    wide = "float64" if "float64" in (dtype, common_dtype(ingredients, name)) else "float32"
+    parts = [ingredient.read_array(name, start, stop, wide) for ingredient in ingredients]
+    out: NDArray[Any] = np.empty(stop - start, wide)
+    finite = mix(parts, factors, out)
+    if finite and dtype == wide:
+        return out
+    if finite and (soup := as_tensor(out).to(dtype_of(dtype))).isfinite().all():
+        return soup
+    check_finite(ingredients, name, start, parts)
+    raise too_large(name, dtype)
+
+
+def too_large(name: str, dtype: str) -> IngredientError:
+    """Return the error that says that a tensor of the soup is not finite in its dtype, given by torch's name."""
+    return IngredientError(
+        f"The soup's tensor {name} does not fit into {dtype}: its values are too large. Set out_dtype: float32."
+    )
+
+
+def as_tensor(values: Values) -> torch.Tensor:
+    """Return a mixed range as a tensor on the same memory."""
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
 
 
 def soup_range(
-    coefficients: Coefficients, ingredients: Sequence[Ingredient], name: str, start: int, stop: int, dtype: torch.dtype
-) -> torch.Tensor:
+    coefficients: Coefficients, ingredients: Sequence[Ingredient], name: str, start: int, stop: int, dtype: str
+) -> Values:
     """Compute elements start to stop of a parameter tensor of the soup: dtype [stop - start].
 
-    Every group of rows is mixed by its own coefficients. Raises IngredientError as `mix_range` does.
+    Every group of rows is mixed by its own coefficients. Returns and raises what `mix_range` does.
     """
     parts = [
         mix_range(ingredients, name, factors, first, end, dtype)
         for first, end, factors in coefficients.parts(name, start, stop)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts):
+        return np.concatenate(arrays)
+    return torch.cat([as_tensor(part) for part in parts])
 
 
 def soup_buffer(coefficients: Coefficients, used: Sequence[Ingredient], name: str) -> torch.Tensor:
@@ -107,8 +128,8 @@ def bake(
 ) -> Path:
     """Write the soup as safetensors, with the tensor names, order and dtypes of the ingredients.
 
-    A tensor that the model ties to another is written once and named in the metadata. A partly written model is deleted if
-    anything fails.
+    The ingredients are hashed in the same pass unless their digests are remembered. A tensor that the model ties to another
+    is written once and named in the metadata. A partly written model is deleted if anything fails.
 
     Args:
         coefficients: the coefficients of the soup.
@@ -129,7 +150,7 @@ def bake(
     check_copies(ingredients)
     done, total = 0, read_bytes(coefficients, ingredients, files)
     with files.removed_on_error():
-        for nbytes in bake_files(coefficients, ingredients, files, threads):
+        for nbytes in bake_files(coefficients, ingredients, files, threads, passing_hashes(ingredients)):
             done += nbytes
             progress(done, total)
         return files.write_index()
@@ -157,7 +178,11 @@ def check_copies(ingredients: Sequence[Ingredient]) -> None:
 
 
 def bake_files(
-    coefficients: Coefficients, ingredients: Sequence[Ingredient], files: ShardFiles, threads: int | None = None
+    coefficients: Coefficients,
+    ingredients: Sequence[Ingredient],
+    files: ShardFiles,
+    threads: int | None = None,
+    hashes: Sequence[PassingHash] = (),
 ) -> Iterator[int]:
     """Write some of the files of a soup's model, or all of them; yield the bytes read since the last time.
 
@@ -169,12 +194,13 @@ def bake_files(
         ingredients: the K ingredients, bound to the model and checked against each other.
         files: the files to write, from `plan_baking`.
         threads: as for `bake`.
+        hashes: of ingredients, computed while these are read.
     """
     try:
         with files.removed_on_error():
             with ShardWriter(files) as writer:
                 _write_buffers(writer, coefficients, ingredients, files)
-                yield from _write_parameters(writer, coefficients, ingredients, files, threads)
+                yield from _write_parameters(writer, coefficients, ingredients, files, threads, hashes)
                 writer.sync()
             check_unchanged(ingredients)
     finally:
@@ -188,7 +214,7 @@ def _write_buffers(
     used = [ingredients[k] for k in coefficients.used()]
     for name in files.places():
         if name not in coefficients.block_of:
-            writer.write(name, 0, soup_buffer(coefficients, used, name).to(files.dtypes[name]))
+            writer.write(name, 0, soup_buffer(coefficients, used, name).to(dtype_of(files.dtypes[name])))
 
 
 def _write_parameters(
@@ -197,8 +223,12 @@ def _write_parameters(
     ingredients: Sequence[Ingredient],
     files: ShardFiles,
     threads: int | None,
+    hashes: Sequence[PassingHash],
 ) -> Iterator[int]:
-    """Mix and write the parameters, range by range in the order of the first ingredient's files; yield the bytes read."""
+    """Mix and write the parameters, range by range in the order of the first ingredient's files; yield the bytes read.
+
+    The hashes follow at a distance of at most two windows of ranges, so that a byte is read from the disk once.
+    """
     tensors = ingredients[0].tensors
     ranges = []
     names = files.places().keys() & coefficients.block_of.keys()
@@ -210,16 +240,32 @@ def _write_parameters(
         name, start, stop = task
         dtype = files.dtypes[name]
         writer.write(name, start, soup_range(coefficients, ingredients, name, start, stop, dtype))
-        return sum((stop - start) * i.tensors[name].dtype.itemsize for i in ingredients)
+        return sum((stop - start) * i.tensors[name].itemsize for i in ingredients)
 
-    with ThreadPoolExecutor(threads or reading_threads(8 * RANGE * len(ingredients))) as pool:
-        yield from pool.map(work, ranges)
+    count = threads or reading_threads(8 * RANGE * len(ingredients))
+    following: list[Future[None]] = []
+    widest = max((tensors[name].itemsize for name in names), default=0)
+    with ThreadPoolExecutor(count) as pool:
+        for first in range(0, len(ranges), WINDOW * count):
+            window = ranges[first : first + WINDOW * count]
+            mixed = pool.map(work, window)
+            share = sum(stop - start for _, start, stop in window) * widest
+            for future in following:
+                future.result()
+            following = [pool.submit(one.advance, share) for one in hashes]
+            yield from mixed
+        for future in following:
+            future.result()
+        list(pool.map(PassingHash.finish, hashes))
+    for one in hashes:
+        one.remember()
 
 
 def overwrite_tensors(tensors: Statistics, path: Path) -> None:
     """Overwrite tensors of the model at `path` with these arrays, of any shape, converted to the model's dtypes."""
     model = open_ingredient(str(path))
     for number, file in enumerate(model.files):
+        forget_written(Path(file))
         places, _ = safetensors_header(file, number, model.sizes[number])
         with open(file, "r+b") as stream:
             for name in places.keys() & tensors.keys():
@@ -227,17 +273,14 @@ def overwrite_tensors(tensors: Statistics, path: Path) -> None:
                 values = torch.from_numpy(tensors[name]).reshape(-1).to(info.dtype)
                 if values.numel() != info.numel:
                     raise ValueError(f"{file}: {name} is {info}; given {tensors[name].shape}")
-                write_at(stream, values.view(torch.uint8).numpy(), info.place)
+                write_at(stream, bytes_of(values), info.place)
             os.fsync(stream.fileno())
 
 
-def written_dtype(ingredients: Sequence[Ingredient], name: str, out_dtype: str) -> torch.dtype:
-    """Return the dtype that a tensor is written in.
+def written_dtype(ingredients: Sequence[Ingredient], name: str, out_dtype: str) -> str:
+    """Return torch's name of the dtype that a tensor is written in.
 
     This is `out_dtype` for floats, unless that is `keep`, and otherwise the tensor's widest dtype among the ingredients.
     """
     dtype = common_dtype(ingredients, name)
-    if out_dtype == "keep" or not dtype.is_floating_point:
-        return dtype
-    chosen: torch.dtype = getattr(torch, out_dtype)
-    return chosen
+    return dtype if out_dtype == "keep" or dtype not in FLOATS else out_dtype

@@ -15,13 +15,13 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.file_names import FileNames, file_names
 from ray_soup.mixing.row_groups import groups_of, row_cuts, rows_together
-from ray_soup.mixing.running_statistics import buffers_of, tracking_layers
+from ray_soup.mixing.running_statistics import buffers_of
 from ray_soup.mixing.spectral import SpectralNorm, spectral_norms
 
 Blocks = str | int | Mapping[Literal["tensor"], int]
@@ -103,6 +103,8 @@ def layout_of(model: torch.nn.Module) -> Layout:
 
     Raises RecipeError if a parameter is not a float tensor.
     """
+    from ray_soup.mixing.recalibration import tracking_layers
+
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     tied: dict[str, str] = {}
@@ -131,7 +133,13 @@ def layout_of(model: torch.nn.Module) -> Layout:
     )  # fmt: skip
 
 
-def flatten(model: torch.nn.Module, vector: torch.Tensor, gradient: torch.Tensor | None, layout: Layout) -> None:
+def flatten(
+    model: torch.nn.Module,
+    vector: torch.Tensor,
+    gradient: torch.Tensor | None,
+    layout: Layout,
+    rounded: torch.Tensor | None = None,
+) -> None:
     """Make the parameters of `model` views of a flat vector.
 
     Nothing is copied: the model computes with whatever is written into the vector.
@@ -141,13 +149,18 @@ def flatten(model: torch.nn.Module, vector: torch.Tensor, gradient: torch.Tensor
         vector: float [at least N].
         gradient: float [at least N], the vector that the parameters' gradients become views of; None leaves them unchanged.
         layout: the layout of the model.
+        rounded: bfloat16 [N], the vector that parameters in bfloat16 become views of, without a gradient; None: all
+            parameters become views of `vector`.
     """
     parameters = dict(model.named_parameters())
-    for name, start, size in zip(layout.names, layout.offsets, layout.sizes, strict=False):
+    for name, start, stop in layout.spans():
         parameter = parameters[name]
-        parameter.data = vector[start : start + size].view(parameter.shape)
+        if rounded is not None and parameter.dtype == rounded.dtype:
+            parameter.data, parameter.grad = rounded[start:stop].view(parameter.shape), None
+            continue
+        parameter.data = vector[start:stop].view(parameter.shape)
         if gradient is not None:
-            parameter.grad = gradient[start : start + size].view(parameter.shape)
+            parameter.grad = gradient[start:stop].view(parameter.shape)
 
 
 @dataclass(frozen=True)

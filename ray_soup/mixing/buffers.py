@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
-
 from ray_soup.errors import IngredientError
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.running_statistics import KEYS, buffers_of
 
 COUNTER = KEYS[2]
@@ -103,6 +102,8 @@ def differing_layers(
         tracking: names of the layers that track running statistics.
         buffers: names of the buffers that the ingredients have.
     """
+    if not tracking:
+        return ()
     statistics = {
         layer: [name for name in buffers_of([layer]) if name in buffers and not name.endswith(COUNTER)] for layer in tracking
     }

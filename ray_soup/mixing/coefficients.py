@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.numpy import save
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import json_value, write_bytes
@@ -225,8 +224,7 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
         **({"cuts": json.dumps(c.cuts)} if c.cuts else {}),
     }
     arrays = {"coefficients": c.values, **{f"{STATISTICS}{name}": values for name, values in c.statistics.items()}}
-    tensors = {name: torch.from_numpy(np.asarray(values, order="C")) for name, values in arrays.items()}
-    write_bytes(path, save(tensors, metadata))
+    write_bytes(path, save({name: np.asarray(values, order="C") for name, values in arrays.items()}, metadata))
 
 
 def save_table(coefficients: Coefficients, path: Path) -> None:
@@ -237,12 +235,24 @@ def save_table(coefficients: Coefficients, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def numbers(kind: Any, values: np.ndarray) -> Any:  # not pa.array, which imports pandas
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+
+    def texts(values: tuple[str, ...]) -> Any:
+        encoded = [value.encode() for value in values]
+        ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+        return pa.Array.from_buffers(pa.string(), len(values), [None, *map(pa.py_buffer, (ends, b"".join(encoded)))])
+
     count, blocks = coefficients.values.shape
-    names = pa.DictionaryArray.from_arrays(np.repeat(np.arange(count, dtype=np.int32), blocks), coefficients.ingredients)
-    labels = pa.DictionaryArray.from_arrays(np.tile(np.arange(blocks, dtype=np.int32), count), coefficients.blocks)
-    columns = {"ingredient": names, "block": labels, "coefficient": coefficients.values.ravel()}
+    names = numbers(pa.int32(), np.repeat(np.arange(count, dtype=np.int32), blocks))
+    labels = numbers(pa.int32(), np.tile(np.arange(blocks, dtype=np.int32), count))
+    columns = {
+        "ingredient": pa.DictionaryArray.from_arrays(names, texts(coefficients.ingredients)),
+        "block": pa.DictionaryArray.from_arrays(labels, texts(coefficients.blocks)),
+        "coefficient": numbers(pa.float64(), coefficients.values.ravel()),
+    }
     stream = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), stream)
+    pq.write_table(pa.Table.from_arrays([*columns.values()], [*columns]), stream)
     write_bytes(path, stream.getvalue().to_pybytes())
 
 
@@ -279,14 +289,14 @@ def load_coefficients(path: str | Path) -> Coefficients:
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             found: dict[str, str] = file.metadata() or {}
             if found.get("format") not in (FORMAT, ROWS_FORMAT):
                 raise RecipeError(
                     f"{path} has the format {found.get('format')!r}; expected {FORMAT!r}. Use a coefficients file "
                     "that ray_soup wrote."
                 )
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - not a dict
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         known = {key: value if key == "buffers" else json_value(value) for key, value in found.items() if key != "format"}
         metadata = _Metadata.model_validate(known)
         if bool(metadata.cuts) != (found["format"] == ROWS_FORMAT):

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.disk import write_at
 from ray_soup.io.formats import TensorInfo, safetensors_header
 from ray_soup.io.ingredient import Ingredient, open_ingredient
-from ray_soup.mixing.shard_files import ShardWriter, plan_files
+from ray_soup.io.lazy import torch
+from ray_soup.mixing.shard_files import ShardWriter, bytes_of, plan_files
 
 RANGE = 1 << 20  # elements at a time
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,7 +40,7 @@ def write_difference(file: Path, shapes: Shapes, difference_of: Callable[[str], 
 
     Raises SoupError if it cannot be written.
     """
-    files = plan_files(shapes, dict.fromkeys(shapes, torch.float32), file.with_name(f"{file.name}.tmp"), None, {})
+    files = plan_files(shapes, dict.fromkeys(shapes, "float32"), file.with_name(f"{file.name}.tmp"), None, {})
     with files.removed_on_error():
         with ShardWriter(files) as writer:
             for name in shapes:
@@ -49,9 +49,12 @@ def write_difference(file: Path, shapes: Shapes, difference_of: Callable[[str], 
         files.path.replace(file)
 
 
-def open_difference(file: Path, shapes: Shapes) -> Ingredient:
-    """Open a file of differences of the parameter tensors `shapes`. Raises RecipeError if it is for another model."""
-    found = open_ingredient(str(file))
+def open_difference(file: str, shapes: Shapes) -> Ingredient:
+    """Open a file of differences of the parameter tensors `shapes`, at a path or URI.
+
+    Raises RecipeError if it is for another model.
+    """
+    found = open_ingredient(file)
     have = {name: (tuple(info.shape), info.dtype) for name, info in found.tensors.items()}
     expected = {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}
     odd = next((name for name in {**expected, **have} if expected.get(name) != have.get(name)), None)
@@ -87,7 +90,7 @@ def apply_difference(difference: Ingredient, model: Path) -> float:
                     before = _read(stream.fileno(), info, start, stop)
                     change = difference.read(tensor, start, stop)
                     after = trained(before, change, info.dtype)
-                    write_at(stream, after.view(torch.uint8).numpy(), info.place + start * info.dtype.itemsize)
+                    write_at(stream, bytes_of(after), info.place + start * info.itemsize)
                     squares += [_square(change), _square(before)]
             os.fsync(stream.fileno())
     difference.close()
@@ -96,7 +99,7 @@ def apply_difference(difference: Ingredient, model: Path) -> float:
 
 def _read(descriptor: int, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     """Read elements of a tensor that this process may have written just now."""
-    size = info.dtype.itemsize
+    size = info.itemsize
     data = bytearray(os.pread(descriptor, (stop - start) * size, info.place + start * size))
     return torch.frombuffer(data, dtype=info.dtype)
 

@@ -1,7 +1,8 @@
 """Center and compressed directions of a set of ingredients, memory-mapped.
 
     center        theta_bar = mean of all ingredients
-    direction     d_k = theta_k - theta_bar,  stored as float32, bfloat16, or int8 with a scale per ingredient and chunk
+    direction     d_k = theta_k - theta_bar,  stored as float32, bfloat16, int8 with a scale per ingredient and chunk, or
+                                              int4 with a scale per ingredient and 64 elements
 
 A store is cut into chunks within each tensor and records the norms of whole tensors, so that one store serves every
 partition into blocks. It is an entry of the node's cache, with a key made of the ingredients' paths, sizes and times of
@@ -12,9 +13,11 @@ Shapes: K ingredients, N parameters, T parameter tensors, B blocks, P pieces.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,18 @@ from ray_soup.io.cache import InUse, cached, content_key, lookup
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.build_store import build_store
-from ray_soup.mixing.store_format import CENTER_FILE, CHUNK, DTYPES, FORMAT, ROWS_FILE, StoreRecord, first_chunks
+from ray_soup.mixing.store_format import (
+    CENTER_FILE,
+    CHUNK,
+    DTYPES,
+    FORMAT,
+    ITEMSIZE,
+    ROWS_FILE,
+    StoreRecord,
+    first_chunks,
+    items,
+    places_of,
+)
 
 ROUNDING = 8 * float(np.finfo(np.float64).eps)
 """Relative difference up to which a group of rows counts as equal in all ingredients, as for a tensor of one dtype."""
@@ -41,11 +55,11 @@ class DirectionStore:
     layout: Layout
     """Layout of the parameter vector."""
     dtype: str
-    """float32, bfloat16 or int8."""
+    """float32, bfloat16, int8 or int4."""
     center: NDArray[np.float32]
     """float32 [N], the mean of all ingredients."""
     rows: NDArray[Any]
-    """float32, uint16 (bits of bfloat16) or int8 [K, N], the compressed directions."""
+    """float32, uint16 (bits of bfloat16) or int8 [K, N], or uint8 [K, bytes] (int4), the compressed directions."""
     record: StoreRecord
     """Scales, norms and digests."""
 
@@ -72,7 +86,12 @@ class DirectionStore:
     @property
     def row_bytes(self) -> int:
         """Bytes of one direction, without the invariant tensors."""
-        return int(self.layout.sizes[self.variant].sum()) * self.rows.itemsize
+        return math.ceil(int(self.layout.sizes[self.variant].sum()) * ITEMSIZE[self.dtype])
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Place of each tensor in a row, in elements, and the end of the last one, int64 [T + 1]."""
+        return places_of(self.layout, self.dtype)
 
     def blocks(self, partition: Partition) -> tuple[Partition, NDArray[np.float64]]:
         """Remove the invariant blocks from a partition.
@@ -130,7 +149,7 @@ class DirectionStore:
             high: end of the slice (excluded).
 
         Returns:
-            int64 [P, 4] of (start, stop, block, chunk), start and stop in the parameter vector.
+            int64 [P, 5] of (start, stop, block, chunk, place), start and stop in the parameter vector, place in a row.
         """
         pieces = []
         for t, (start, stop, first) in enumerate(
@@ -143,8 +162,8 @@ class DirectionStore:
                     s = max(start + max(c * CHUNK, begin), low)
                     e = min(start + min((c + 1) * CHUNK, end), high)
                     if s < e:
-                        pieces.append((s, e, block, first + c))
-        return np.array(pieces, dtype=np.int64).reshape(-1, 4)
+                        pieces.append((s, e, block, first + c, self.places[t] + s - start))
+        return np.array(pieces, dtype=np.int64).reshape(-1, 5)
 
 
 def open_store(
@@ -157,14 +176,15 @@ def open_store(
     Args:
         ingredients: all ingredients, bound to the model.
         layout: layout of the parameter vector.
-        dtype: float32, bfloat16 or int8.
+        dtype: float32, bfloat16, int8 or int4.
         threads: number of threads that read and compress.
 
     Raises IngredientError for values that are not finite, SoupError if the disk is too small.
     """
     key = _key(ingredients, layout, dtype)
     count = len(ingredients)
-    nbytes = layout.numel * (4 + count * np.dtype(DTYPES[dtype]).itemsize)
+    end = items(dtype, 0, int(places_of(layout, dtype)[-1])).stop
+    nbytes = layout.numel * 4 + count * end * np.dtype(DTYPES[dtype]).itemsize
     hold = yield from cached(
         "directions", key, nbytes, lambda folder: build_store(folder, ingredients, layout, dtype, threads)
     )
@@ -173,7 +193,7 @@ def open_store(
         layout,
         dtype,
         np.memmap(hold.path / CENTER_FILE, np.float32, "r", shape=(layout.numel,)),
-        np.memmap(hold.path / ROWS_FILE, DTYPES[dtype], "r", shape=(count, layout.numel)),
+        np.memmap(hold.path / ROWS_FILE, DTYPES[dtype], "r", shape=(count, end)),
         StoreRecord.load(hold.path),
     )
 

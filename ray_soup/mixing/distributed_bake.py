@@ -20,17 +20,16 @@ from pathlib import Path
 from struct import pack
 from typing import IO, Any, NamedTuple, cast
 
-import torch
-
 from ray_soup.io.disk import reading_threads
 from ray_soup.io.distributed import METADATA
 from ray_soup.io.distributed_files import STORAGES
-from ray_soup.io.formats import DISTRIBUTED_SUFFIX
+from ray_soup.io.formats import DISTRIBUTED_SUFFIX, dtype_of, itemsize
 from ray_soup.io.ingredient import Ingredient, check_unchanged
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import CountCallback, no_count
 from ray_soup.mixing.bake import RANGE, check_copies, soup_buffer, soup_range, written_dtype
 from ray_soup.mixing.coefficients import Coefficients
-from ray_soup.mixing.shard_files import Dtypes, Shapes, in_shards, undone_on_error
+from ray_soup.mixing.shard_files import Dtypes, Shapes, Values, bytes_of, in_shards, undone_on_error
 
 ALIGNMENT = 64  # bytes; where values begin in a file, so that they can be memory-mapped
 VERSION = b"3\n"  # of the format of torch.save
@@ -77,7 +76,7 @@ def bake_distributed(
     files = {f"__0_{n}{DISTRIBUTED_SUFFIX}": names for n, names in enumerate(in_shards(shapes, dtypes, shard_size))}
     places: dict[str, _Place] = {}
     check_copies(ingredients)
-    with _new_files(folder, [*files, METADATA], sum(math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes)):
+    with _new_files(folder, [*files, METADATA], sum(math.prod(shapes[n]) * itemsize(dtypes[n]) for n in shapes)):
         try:
             with _Mixer(coefficients, ingredients, dtypes, threads, progress) as mixer:
                 for file, names in files.items():
@@ -132,21 +131,21 @@ class _Mixer:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def parts(self, name: str) -> Iterator[torch.Tensor]:
+    def parts(self, name: str) -> Iterator[Values]:
         """Yield the elements of a tensor of the soup in order, in the dtype of the file."""
         size, dtype = self._ingredients[0].tensors[name].numel, self._dtypes[name]
         if name not in self._coefficients.block_of:
-            yield soup_buffer(self._coefficients, self._used, name).to(dtype)
+            yield soup_buffer(self._coefficients, self._used, name).to(dtype_of(dtype)).contiguous()
             return
-        itemsize = sum(i.tensors[name].dtype.itemsize for i in self._ingredients)
-        waiting: deque[Future[torch.Tensor]] = deque()
+        width = sum(i.tensors[name].itemsize for i in self._ingredients)
+        waiting: deque[Future[Values]] = deque()
         for start in range(0, size, RANGE):
             stop = min(start + RANGE, size)
             waiting.append(self._pool.submit(soup_range, self._coefficients, self._ingredients, name, start, stop, dtype))
             if len(waiting) > self._ahead or stop == size:
                 for _ in range(len(waiting) if stop == size else 1):
                     part = waiting.popleft().result()
-                    self._done += part.numel() * itemsize
+                    self._done += len(part) * width
                     self._progress(self._done, self._total)
                     yield part
 
@@ -182,9 +181,7 @@ def _aligned(stream: IO[bytes]) -> int:
     return stream.tell()
 
 
-def _write_archive(
-    stream: IO[bytes], begin: int, shape: tuple[int, ...], dtype: torch.dtype, parts: Iterable[torch.Tensor]
-) -> None:
+def _write_archive(stream: IO[bytes], begin: int, shape: tuple[int, ...], dtype: str, parts: Iterable[Values]) -> None:
     """Write a tensor as torch.save does, from byte `begin` of a file on; `parts` are its elements in order."""
     with zipfile.ZipFile(cast(IO[bytes], _Section(stream, begin)), "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(shape, dtype))
@@ -195,7 +192,7 @@ def _write_archive(
         record.extra = pack("<HH", PADDING, padding) + bytes(padding)
         with archive.open(record, "w", force_zip64=True) as target:
             for part in parts:
-                target.write(part.contiguous().view(torch.uint8).numpy().data)
+                target.write(bytes_of(part).data)
         archive.writestr(zipfile.ZipInfo("archive/version"), VERSION)
 
 
@@ -222,7 +219,7 @@ class _Pickler(pickle.Pickler):
         return self._stored if isinstance(value, _Stored) else None
 
 
-def _pickled(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+def _pickled(shape: tuple[int, ...], dtype: str) -> bytes:
     """Return the pickle of a contiguous tensor whose values are in the record data/0."""
     strides: list[int] = []
     size = 1
@@ -247,7 +244,7 @@ def _write_metadata(
     for name, first in names.items():
         size, begin = torch.Size(shapes[first]), torch.Size([0] * len(shapes[first]))
         chunks = [metadata.ChunkStorageMetadata(begin, size)]
-        entries[name] = metadata.TensorStorageMetadata(metadata.TensorProperties(dtypes[first]), size, chunks)
+        entries[name] = metadata.TensorStorageMetadata(metadata.TensorProperties(dtype_of(dtypes[first])), size, chunks)
         stored[metadata.MetadataIndex(name, begin)] = filesystem._StorageInfo(*places[first])
     paths = {name: (name,) for name in names}
     with open(path, "xb") as file:

@@ -19,18 +19,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.directions import DirectionStore
-from ray_soup.mixing.store_format import CHUNK, DTYPES, StoreRecord
+from ray_soup.mixing.store_format import CHUNK, DTYPES, GROUP, GROUP_BYTES, StoreRecord, items, places_of
 
 if TYPE_CHECKING:
     from ray_soup.mixing.kernels_cuda import Tiles
-
-ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
-"""Bytes of one element of a direction, by dtype name."""
 
 
 class Hyperplane:
@@ -42,7 +39,8 @@ class Hyperplane:
         high: end of the slice (excluded).
         device: where combine and project run.
         blocks: B, the number of blocks.
-        pieces: int64 [P, 4] of (start, stop, block, chunk), the pieces of the slice that have directions.
+        pieces: int64 [P, 5] of (start, stop, block, chunk, place), the pieces of the slice that have directions.
+        places: the places that `rows` holds, (first, end); in int4 from the group of the first piece to that of the last.
         chosen: int64 [m], the ingredients of the model batch.
     """
 
@@ -76,12 +74,14 @@ class Hyperplane:
         ends = np.concatenate([[low], self.pieces[:, 1]])
         starts = np.concatenate([self.pieces[:, 0], [high]])
         self._gaps = [(s - low, e - low) for s, e in zip(ends, starts, strict=True) if s < e]  # invariant tensors
+        self.places = (low, high) if store.dtype != "int4" else _groups_of(self.pieces)
         self._resident = self._scales = torch.empty(0)
         self._tiles: Tiles | None = None
         if device.type == "cuda" and find_spec("triton") is not None:
             from ray_soup.mixing.kernels_cuda import cut
 
-            self._tiles = cut(self.pieces, low, self.blocks, device)
+            group = GROUP if store.dtype == "int4" else 1
+            self._tiles = cut(self.pieces, low, self.places[0], self.blocks, device, group)
 
     def _even_cuts(self, threads: int) -> list[tuple[int, int]]:
         """Cut the pieces into one range (first, last + 1) per thread, with about the same number of parameters each."""
@@ -93,17 +93,38 @@ class Hyperplane:
 
     def choose(self, chosen: NDArray[np.int64], release: bool = True) -> None:
         """Make the ingredients `chosen`, int64 [m], the model batch, and release the previous one unless it is to stay."""
-        self.chosen = np.asarray(chosen, dtype=np.int64)
+        chosen = np.asarray(chosen, dtype=np.int64)
         if release:
             self.release()
         if self.device.type != "cpu":
-            self._resident = _sent(self.rows(), self.device)
+            self.chosen = chosen[:0]
+            nothing = self.rows()
+            self._resident = nothing.new_empty((len(chosen), nothing.shape[1]), device=self.device)
+            for j in range(len(chosen)):  # one at a time: the host never holds a copy of all
+                self.chosen = chosen[j : j + 1]
+                self._resident[j] = self.rows()[0]
+        self.chosen = chosen
+        if self.device.type != "cpu":
             self._scales = _sent(torch.from_numpy(self.store.scales[self.chosen]), self.device)
 
     def rows(self) -> torch.Tensor:
-        """Return a copy of the compressed directions of the model batch, float32, bfloat16 or int8 [m, n]."""
-        rows = torch.from_numpy(np.ascontiguousarray(self.store.rows[self.chosen, self.low : self.high]))
+        """Return a copy of the compressed directions of the model batch.
+
+        float32, bfloat16 or int8 [m, n], or uint8 [m, bytes] (int4) of the groups in `places`.
+        """
+        span = items(self.store.dtype, *self.places)
+        rows = torch.from_numpy(np.ascontiguousarray(self.store.rows[self.chosen, span]))
         return rows.view(torch.bfloat16) if self.store.dtype == "bfloat16" else rows
+
+    def widened(self, row: torch.Tensor) -> torch.Tensor:
+        """Convert one of `rows()` to float32 [n], in int4 with its scales; 0 for parameters without a direction."""
+        if self.store.dtype != "int4":
+            return row.float()
+        values, wide = unpacked(row), torch.zeros(self.high - self.low, device=row.device)
+        for start, stop, _, _, place in self.pieces:
+            first = place - self.places[0]
+            wide[start - self.low : stop - self.low] = values[first : first + stop - start]
+        return wide
 
     def free(self) -> None:
         """Release the GPU memory of the model batch."""
@@ -174,6 +195,14 @@ class Hyperplane:
         return total
 
 
+def _groups_of(pieces: NDArray[np.int64]) -> tuple[int, int]:
+    """Return the first place of the group in which pieces, int64 [P, 5], begin, and the place at which they end."""
+    if not len(pieces):
+        return 0, 0
+    start, stop, _, _, place = pieces[-1].tolist()
+    return int(pieces[0, 4]) // GROUP * GROUP, place + stop - start
+
+
 def _sent(array: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy an array to the device; a copy to a GPU starts from pinned memory and is asynchronous."""
     return (array.pin_memory() if device.type == "cuda" else array).to(device, non_blocking=True)
@@ -183,36 +212,56 @@ def synthetic_plane(dtype: str, count: int, numel: int, device: torch.device, th
     """Make a hyperplane of one block in memory, for timing combine and project.
 
     Args:
-        dtype: float32, bfloat16 or int8.
+        dtype: float32, bfloat16, int8 or int4.
         count: m, the number of directions.
         numel: N, the number of parameters.
         device: where combine and project run.
         threads: number of threads that they use on a CPU.
     """
     chunks = -(-numel // CHUNK)
-    rows = np.random.default_rng(0).integers(0, 100, (count, numel), np.int8)
-    floats = np.arange(100, dtype=np.float32)
-    values = (floats.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else floats.astype(DTYPES[dtype])
     layout = Layout(("synthetic",), ((numel,),))
     record = StoreRecord(np.ones((count, chunks), np.float32), np.ones((count, 1)), np.ones(1, bool), ())
-    store = DirectionStore(None, layout, dtype, np.zeros(numel, np.float32), values[rows], record)
+    random = np.random.default_rng(0)
+    if dtype == "int4":
+        groups = int(places_of(layout, dtype)[-1]) // GROUP
+        packed = random.integers(0, 256, (count, groups, GROUP_BYTES), np.uint8)
+        packed[:, :, :4] = (0x80, 0x3F, 0x80, 0x3F)  # the bits of 1 in bfloat16
+        rows = packed.reshape(count, -1)
+    else:
+        floats = np.arange(100, dtype=np.float32)
+        values = (floats.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else floats.astype(DTYPES[dtype])
+        rows = values[random.integers(0, 100, (count, numel), np.int8)]
+    store = DirectionStore(None, layout, dtype, np.zeros(numel, np.float32), rows, record)
     plane = Hyperplane(store, Partition(("model",), np.zeros(1, np.int64)), 0, numel, device, threads)
     plane.choose(np.arange(count))
     return plane
 
 
-def decompressed(store: DirectionStore, start: int, stop: int, chunk: int) -> torch.Tensor:
-    """Return all directions for parameters start to stop, which must be in one chunk: float32 [K, stop - start]."""
-    rows = torch.from_numpy(np.ascontiguousarray(store.rows[:, start:stop]))
-    rows = rows.view(torch.bfloat16) if store.dtype == "bfloat16" else rows
-    return rows.float() * torch.from_numpy(store.scales[:, [chunk]])
+def decompressed(store: DirectionStore, piece: NDArray[np.int64]) -> torch.Tensor:
+    """Return all directions in a piece, int64 [5] of (start, stop, block, chunk, place): float32 [K, stop - start]."""
+    start, stop, _, chunk, place = piece.tolist()
+    rows = torch.from_numpy(np.ascontiguousarray(store.rows[:, items(store.dtype, place, place + stop - start)]))
+    scales = torch.from_numpy(store.scales[:, [chunk]])
+    if store.dtype == "int4":
+        return unpacked(rows)[:, place % GROUP :][:, : stop - start] * scales
+    return (rows.view(torch.bfloat16) if store.dtype == "bfloat16" else rows).float() * scales
+
+
+def unpacked(rows: torch.Tensor) -> torch.Tensor:
+    """Decompress int4 directions, uint8 [..., bytes] of whole groups: float32 [..., elements]."""
+    groups = rows.reshape(*rows.shape[:-1], -1, GROUP_BYTES)
+    scales = groups[..., :4].contiguous().view(torch.bfloat16).float()
+    codes = groups[..., 4:].contiguous().view(torch.int8)
+    halves = torch.stack([(codes << 4) >> 4, codes >> 4], dim=-2)  # shifts to the right keep the sign
+    values: torch.Tensor = halves * scales[..., None]
+    return values.flatten(-3)
 
 
 def _segments(plane: Hyperplane, device: torch.device) -> tuple[torch.Tensor, NDArray[np.int64], NDArray[np.int64]]:
     """Return lengths, blocks and chunks, int64 each, of the slice's pieces and the gaps between them (block -1)."""
     lengths, blocks, chunks = [], [], []
     position = plane.low
-    for start, stop, block, chunk in [*plane.pieces, (plane.high, plane.high, -1, 0)]:
+    for start, stop, block, chunk in [*plane.pieces[:, :4], (plane.high, plane.high, -1, 0)]:
         if start > position:
             lengths.append(start - position)
             blocks.append(-1)
@@ -232,7 +281,7 @@ def combine_in_torch(
 
     Args:
         plane: the hyperplane.
-        rows: float32, bfloat16 or int8 [m, n], the compressed directions of the model batch, on the device to compute on.
+        rows: the compressed directions of the model batch, from `plane.rows()`, on the device to compute on.
         out: float32 [n], overwritten.
         base: float32 [n].
         x: float32 [m, B].
@@ -242,7 +291,7 @@ def combine_in_torch(
     for j, k in enumerate(plane.chosen):
         factors = np.where(blocks >= 0, x[j, blocks] * plane.store.scales[k, chunks], 0).astype(np.float32)
         factor = torch.repeat_interleave(torch.from_numpy(factors).to(rows.device), lengths, output_size=len(out))
-        out.addcmul_(factor, rows[j].float())
+        out.addcmul_(factor, plane.widened(rows[j]))
 
 
 def project_in_torch(plane: Hyperplane, rows: torch.Tensor, gradient: torch.Tensor) -> NDArray[np.float64]:
@@ -250,14 +299,14 @@ def project_in_torch(plane: Hyperplane, rows: torch.Tensor, gradient: torch.Tens
 
     Args:
         plane: the hyperplane.
-        rows: float32, bfloat16 or int8 [m, n], the compressed directions of the model batch, on the device to compute on.
+        rows: the compressed directions of the model batch, from `plane.rows()`, on the device to compute on.
         gradient: float32 [n], dL/dtheta.
 
     Returns:
         float64 [m, B].
     """
     lengths, blocks, chunks = _segments(plane, rows.device)
-    sums = torch.stack([torch.segment_reduce(gradient * row.float(), "sum", lengths=lengths) for row in rows])
+    sums = torch.stack([torch.segment_reduce(gradient * plane.widened(row), "sum", lengths=lengths) for row in rows])
     per_segment = sums.cpu().double().numpy() * plane.store.scales[plane.chosen][:, chunks]
     out = np.zeros((len(plane.chosen), plane.blocks))
     for block in range(plane.blocks):

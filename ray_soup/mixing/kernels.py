@@ -1,53 +1,24 @@
 """CPU loops over all elements of a soup, compiled with numba; each passes over memory once.
 
 The loops release the GIL, so that callers can split the work over threads; the results do not depend on the split.
-Rows are read in place, as float32, int8 or bfloat16 (given as its uint16 bits).
+Rows are read in place, as float32, bfloat16 (given as its uint16 bits), int8, or int4 (uint8, packed as kernels_int4 says).
 
 Shapes: K ingredients, m ingredients of the model batch, B blocks, C chunks, P pieces, n elements of a range.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from ray_soup.io.cache import cache_folder
-
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))  # numba reads it when it is imported
-
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic as numba_intrinsic
-from numba.extending import overload as numba_overload
 from numpy.typing import NDArray
+
+from ray_soup.mixing.compiled import add_rows, addresses, implements, intrinsic, ir, jit, types
+from ray_soup.mixing.kernels_int4 import add_groups, dot_groups, square_of_groups
 
 SPAN = 2048  # elements per step: their float64 sums stay in the first-level cache
 STRETCH = 8192  # elements of a direction per step: several pages, which the processor's prefetcher follows
-
-carray = numba.carray  # type: ignore[attr-defined] # an array over memory; numba does not export it in its types
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def jit(function: F) -> F:
-    """Compile a loop with numba. The fast-math flags allow vector sums, but keep NaN and infinity intact."""
-    decorate = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-    return cast(F, decorate(function))
-
-
-def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a generator of LLVM code callable from compiled loops, without its leading typing context."""
-    made: Callable[..., Any] = numba_intrinsic(function)
-    return made
-
-
-def implements(stub: Callable[..., Any], **options: Any) -> Callable[[F], F]:
-    """Register the decorated function as the implementation of `stub` in compiled loops, chosen by argument types."""
-    decorate: Callable[[F], F] = numba_overload(stub, **options)
-    return decorate
 
 
 @intrinsic
@@ -77,38 +48,6 @@ def _as_float32_of(number: Any) -> Callable[..., Any]:
     return convert
 
 
-@intrinsic
-def _pointer(_context: Any, _address: Any, like: Any) -> Any:
-    """The address as a pointer to elements of the dtype of the array `like`."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.uint64, like), code  # type: ignore[no-untyped-call]
-
-
-@jit
-def _add_scaled(total: NDArray[np.float64], factor: float, row: NDArray[Any]) -> None:
-    for i in range(total.size):
-        total[i] += factor * row[i]
-
-
-def addresses(rows: Sequence[NDArray[Any]], size: int) -> NDArray[np.uint64]:
-    """Return the memory address of each row, uint64 [K], for loops that read `size` elements of one dtype from it.
-
-    Compiled loops check nothing, so this is the only place where an address is taken. The rows have to outlive its use.
-
-    Raises ValueError for a row that is not [size], contiguous and aligned, or whose dtype is not that of the first.
-    """
-    for k, row in enumerate(rows):
-        if row.shape != (size,) or row.dtype != rows[0].dtype or not (row.flags.c_contiguous and row.flags.aligned):
-            raise ValueError(
-                f"row {k} is {row.dtype} {list(row.shape)} with the strides {row.strides}; expected {rows[0].dtype} "
-                f"[{size}], contiguous and aligned"
-            )
-    return np.array([row.ctypes.data for row in rows], dtype=np.uint64)
-
-
 def mix(rows: Sequence[NDArray[Any]], factors: NDArray[np.float64], out: NDArray[Any]) -> bool:
     """Compute out[i] = sum_k factors[k] * rows[k][i], accumulated in float64 in the order of k.
 
@@ -133,130 +72,12 @@ def _mix(addresses: NDArray[np.uint64], like: NDArray[Any], factors: NDArray[np.
         stop = min(start + SPAN, out.size)
         part = total[: stop - start]
         part[:] = 0.0
-        for k in range(addresses.size):
-            row = carray(_pointer(addresses[k], like), (out.size,))
-            _add_scaled(part, factors[k], row[start:stop])
+        add_rows(part, factors, addresses, like, start, stop)
         to = out[start:stop]
         for i in range(part.size):
             to[i] = part[i]
             not_finite += to[i] - to[i]  # stays 0 as long as all sums are finite; NaN from then on
     return not_finite == 0.0
-
-
-@jit
-def _direction(
-    row: NDArray[Any],
-    mean: NDArray[np.float64],
-    largest_and_square: NDArray[np.float64],
-    direction: NDArray[np.float32],
-) -> None:
-    """Compute direction = row - mean, its largest absolute value and its sum of squares."""
-    largest = np.uint32(0)  # of the bits without the sign: their order is that of the values, and the loop vectorizes
-    square = 0.0
-    for i in range(mean.size):
-        d = np.float32(row[i] - mean[i])
-        direction[i] = d
-        largest = max(largest, d.view(np.uint32) & np.uint32(0x7FFFFFFF))
-        square += np.float64(d) * np.float64(d)
-    largest_and_square[0] = np.uint32(largest).view(np.float32)
-    largest_and_square[1] = square
-
-
-def _store(direction: Any, largest: Any, out: Any) -> Any: ...
-
-
-@implements(_store)
-def _store_as(direction: Any, largest: Any, out: Any) -> Callable[..., Any]:
-    """Write a direction in the dtype of `out`; returns the scale that restores it by multiplication."""
-    if out.dtype == types.int8:
-
-        def store(direction: Any, largest: Any, out: Any) -> Any:
-            scale = np.float32(largest / np.float32(127.0))
-            inverse = np.float32(0.0) if scale == 0.0 else np.float32(1.0) / scale
-            for i in range(direction.size):
-                out[i] = np.int8(np.rint(direction[i] * inverse))
-            return scale
-
-    elif out.dtype == types.uint16:
-
-        def store(direction: Any, largest: Any, out: Any) -> Any:
-            bits = direction.view(np.uint32)
-            for i in range(direction.size):  # round to nearest, ties to even
-                out[i] = np.uint16(
-                    (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                )
-            return np.float32(1.0)
-
-    else:
-
-        def store(direction: Any, largest: Any, out: Any) -> Any:
-            out[:] = direction
-            return np.float32(1.0)
-
-    return store
-
-
-def center_and_directions(
-    parts: Sequence[NDArray[Any]],
-    chunk: int,
-    center: NDArray[np.float32],
-    rows: NDArray[Any],
-    scales: NDArray[np.float32],
-    squares: NDArray[np.float64],
-) -> bool:
-    """Compute the center and the directions of a range of the parameter vector, chunk by chunk.
-
-    Args:
-        parts: K arrays float32 or float64 [n], the range of each ingredient.
-        chunk: number of elements of a chunk.
-        center: float32 [n], overwritten.
-        rows: int8, uint16 (bits of bfloat16) or float32 [K, n], overwritten.
-        scales: float32 [K, C], overwritten.
-        squares: float64 [K + 1], incremented by the sums of squares of the directions and, last, of the center.
-
-    Returns:
-        False if the mean is not finite.
-    """
-    found = addresses(parts, len(center))
-    return bool(_center_and_directions(found, parts[0][:0], chunk, center, rows, scales, squares))
-
-
-@jit
-def _center_and_directions(
-    addresses: NDArray[np.uint64],
-    like: NDArray[Any],
-    chunk: int,
-    center: NDArray[np.float32],
-    rows: NDArray[Any],
-    scales: NDArray[np.float32],
-    squares: NDArray[np.float64],
-) -> bool:
-    ingredients = addresses.size
-    mean = np.empty(chunk, np.float64)
-    direction = np.empty(chunk, np.float32)
-    found = np.empty(2, np.float64)
-    finite = True
-    for c in range((center.size + chunk - 1) // chunk):
-        start, stop = c * chunk, min((c + 1) * chunk, center.size)
-        m = mean[: stop - start]
-        d = direction[: stop - start]
-        m[:] = 0.0
-        for k in range(ingredients):
-            _add_scaled(m, 1.0, carray(_pointer(addresses[k], like), (center.size,))[start:stop])
-        to = center[start:stop]
-        square = 0.0
-        for i in range(m.size):
-            m[i] /= ingredients
-            to[i] = m[i]
-            square += m[i] * m[i]
-        finite = finite and np.isfinite(square)
-        squares[ingredients] += square
-        for k in range(ingredients):
-            row = carray(_pointer(addresses[k], like), (center.size,))[start:stop]
-            _direction(row, m, found, d)
-            squares[k] += found[1]
-            scales[k, c] = _store(d, np.float32(found[0]), rows[k, start:stop])
-    return finite
 
 
 @jit
@@ -276,6 +97,24 @@ def _add_scaled_rows(
         total[i] += (a0 * _as_float32(r0[i]) + a1 * _as_float32(r1[i])) + (a2 * _as_float32(r2[i]) + a3 * _as_float32(r3[i]))
 
 
+def _add_rows(total: Any, rows: Any, four: Any, factors: Any, start: Any, stop: Any) -> Any: ...
+
+
+@implements(_add_rows, inline="always")
+def _add_rows_of(total: Any, rows: Any, four: Any, factors: Any, start: Any, stop: Any) -> Callable[..., Any]:
+    if rows.dtype == types.uint8:
+
+        def add(total: Any, rows: Any, four: Any, factors: Any, start: Any, stop: Any) -> Any:
+            add_groups(total, rows, four, factors, start, stop)
+
+    else:
+
+        def add(total: Any, rows: Any, four: Any, factors: Any, start: Any, stop: Any) -> Any:
+            _add_scaled_rows(total, rows, four, factors, start, stop)
+
+    return add
+
+
 @jit
 def combine(
     out: NDArray[np.float32],
@@ -292,9 +131,9 @@ def combine(
     Args:
         out: float32 [n], overwritten within the pieces; its element 0 is parameter `low` of the parameter vector.
         base: float32 [n], aligned with out.
-        rows: int8, uint16 (bits of bfloat16) or float32 [K, N], the compressed directions.
+        rows: float32, uint16 (bits of bfloat16) or int8 [K, N], or uint8 [K, bytes] (int4), the compressed directions.
         scales: float32 [K, C].
-        pieces: int64 [P, 4] of (start, stop, block, chunk), start and stop in the parameter vector.
+        pieces: int64 [P, 5] of (start, stop, block, chunk, place), start and stop in the parameter vector, place in a row.
         low: first parameter of the slice.
         chosen: int64 [m], the ingredients of the model batch.
         x: float32 [m, B].
@@ -305,7 +144,7 @@ def combine(
     four[:m] = chosen
     factors = np.zeros(padded, np.float32)
     for p in range(pieces.shape[0]):
-        start, stop, block, chunk = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+        start, stop, block, chunk, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3], pieces[p, 4]
         for j in range(m):
             factors[j] = x[j, block] * scales[chosen[j], chunk]
         for s in range(start, stop, STRETCH):
@@ -313,7 +152,34 @@ def combine(
             total = out[s - low : e - low]
             total[:] = base[s - low : e - low]
             for j in range(0, padded, 4):
-                _add_scaled_rows(total, rows, four[j : j + 4], factors[j : j + 4], s, e)
+                _add_rows(total, rows, four[j : j + 4], factors[j : j + 4], s - start + place, e - start + place)
+
+
+@jit
+def _square_of_row(row: NDArray[Any]) -> float:
+    total = 0.0
+    for i in range(row.size):
+        value = np.float64(_as_float32(row[i]))
+        total += value * value
+    return total
+
+
+def _square(rows: Any, k: Any, start: Any, stop: Any) -> Any: ...
+
+
+@implements(_square, inline="always")
+def _square_of(rows: Any, k: Any, start: Any, stop: Any) -> Callable[..., Any]:
+    if rows.dtype == types.uint8:
+
+        def square(rows: Any, k: Any, start: Any, stop: Any) -> Any:
+            return square_of_groups(rows[k], start, stop)
+
+    else:
+
+        def square(rows: Any, k: Any, start: Any, stop: Any) -> Any:
+            return _square_of_row(rows[k, start:stop])
+
+    return square
 
 
 @jit
@@ -325,15 +191,10 @@ def add_squares(
     Arguments are as for `combine`; `out`, float64 [K, B], is incremented by the sums.
     """
     for p in range(pieces.shape[0]):
-        start, stop, block, chunk = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+        start, stop, block, chunk, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3], pieces[p, 4]
         for k in range(rows.shape[0]):
-            row = rows[k, start:stop]
-            total = 0.0
-            for i in range(row.size):
-                value = np.float64(_as_float32(row[i]))
-                total += value * value
             scale = np.float64(scales[k, chunk])
-            out[k, block] += total * scale * scale
+            out[k, block] += _square(rows, k, place, place + stop - start) * scale * scale
 
 
 @jit
@@ -361,6 +222,24 @@ def _dots(
     sums[3] = s3
 
 
+def _dots_of_rows(gradient: Any, rows: Any, four: Any, sums: Any, start: Any, stop: Any) -> Any: ...
+
+
+@implements(_dots_of_rows, inline="always")
+def _dots_of_rows_of(gradient: Any, rows: Any, four: Any, sums: Any, start: Any, stop: Any) -> Callable[..., Any]:
+    if rows.dtype == types.uint8:
+
+        def dots(gradient: Any, rows: Any, four: Any, sums: Any, start: Any, stop: Any) -> Any:
+            dot_groups(gradient, rows, four, sums, start, stop)
+
+    else:
+
+        def dots(gradient: Any, rows: Any, four: Any, sums: Any, start: Any, stop: Any) -> Any:
+            _dots(gradient, rows, four, sums, start, stop)
+
+    return dots
+
+
 @jit
 def project(
     gradient: NDArray[np.float32],
@@ -375,9 +254,9 @@ def project(
 
     Args:
         gradient: float32 [n]; its element 0 is parameter `low` of the parameter vector.
-        rows: int8, uint16 (bits of bfloat16) or float32 [K, N], the compressed directions.
+        rows: float32, uint16 (bits of bfloat16) or int8 [K, N], or uint8 [K, bytes] (int4), the compressed directions.
         scales: float32 [K, C].
-        pieces: int64 [P, 4] of (start, stop, block, chunk), start and stop in the parameter vector.
+        pieces: int64 [P, 5] of (start, stop, block, chunk, place), start and stop in the parameter vector, place in a row.
         low: first parameter of the slice.
         chosen: int64 [m], the ingredients of the model batch.
         out: float64 [m, B], incremented by the sums.
@@ -389,12 +268,13 @@ def project(
     sums = np.empty(4, np.float64)
     piece = np.empty(padded, np.float64)
     for p in range(pieces.shape[0]):
-        start, stop, block, chunk = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+        start, stop, block, chunk, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3], pieces[p, 4]
         piece[:] = 0.0
         for s in range(start, stop, STRETCH):
             e = min(s + STRETCH, stop)
             for j in range(0, padded, 4):
-                _dots(gradient[s - low : e - low], rows, four[j : j + 4], sums, s, e)
+                part = gradient[s - low : e - low]
+                _dots_of_rows(part, rows, four[j : j + 4], sums, s - start + place, e - start + place)
                 piece[j : j + 4] += sums
         for j in range(m):
             out[j, block] += piece[j] * scales[chosen[j], chunk]

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
-from torch.nn.modules.conv import _ConvTransposeNd
+from ray_soup.io.lazy import torch
 
 Shape = tuple[int, ...]
 
@@ -75,6 +74,8 @@ def _even_cuts(rows: int, unit: int, groups: int) -> tuple[int, ...]:
 
 def rows_together(model: torch.nn.Module) -> dict[str, int]:
     """Return how many neighbouring rows of a tensor stay together, by the tensor's name, where it is not 1."""
+    from torch.nn.modules.conv import _ConvTransposeNd
+
     found: dict[str, int] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():

@@ -13,11 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
+
+from ray_soup.io.lazy import torch
 
 DENSE = 64  # up to this many rows or columns, a dense eigenproblem is as fast as Lanczos iterations
 
@@ -42,6 +40,10 @@ def spectral_norms(model: torch.nn.Module) -> tuple[SpectralNorm, ...]:
 
 
 def _found(model: torch.nn.Module) -> Iterator[SpectralNorm]:
+    from torch.nn.utils.parametrizations import _SpectralNorm
+    from torch.nn.utils.parametrize import ParametrizationList
+    from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
+
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         for hook in module._forward_pre_hooks.values():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import group_of
 from ray_soup.mixing import directions
 from ray_soup.mixing.adapter_plane import AdapterPlane
@@ -16,6 +16,7 @@ from ray_soup.mixing.adapter_store import AdapterStore, has_adapters, open_adapt
 from ray_soup.mixing.blocks import Layout, Partition
 from ray_soup.mixing.directions import DirectionStore
 from ray_soup.mixing.hyperplane import Hyperplane, decompressed
+from ray_soup.mixing.store_format import ITEMSIZE
 
 Plane = Hyperplane | AdapterPlane
 
@@ -76,11 +77,12 @@ def gram_of_blocks(plane: Plane, part: tuple[int, int]) -> NDArray[np.float64]:
 
 def _pieces(plane: Hyperplane, part: tuple[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the block and all directions, float32 [K, n], of each piece in a part of a slice, and release what was read."""
-    read = 0
-    for start, stop, block, chunk in plane.pieces[part[0] :: part[1]]:
-        yield block, decompressed(plane.store, start, stop, chunk)
-        read += (stop - start) * plane.store.rows[:, 0].nbytes
+    read = 0.0
+    for piece in plane.pieces[part[0] :: part[1]]:
+        rows = decompressed(plane.store, piece)
+        yield int(piece[2]), rows
+        read += rows.numel() * ITEMSIZE[plane.store.dtype]
         if read > MOST_READ:
             plane.store.release()
-            read = 0
+            read = 0.0
     plane.store.release()

@@ -10,7 +10,7 @@ Shapes: r the rank of B A at most, R the rank asked for.
 
 from __future__ import annotations
 
-import torch
+from ray_soup.io.lazy import torch
 
 
 def truncated(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:

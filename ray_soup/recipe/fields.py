@@ -22,6 +22,13 @@ def _clean(text: str) -> str:
     return text
 
 
+def _each_once(names: list[str]) -> list[str]:
+    """Check a list of names. Raises ValueError."""
+    if len(set(names)) < len(names):
+        raise ValueError("Expected each of them once. Remove one.")
+    return names
+
+
 def line(text: str) -> str:
     """Check a name, a model or a prompt. Raises ValueError."""
     if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", _clean(text)) or not text.strip():
@@ -51,6 +58,7 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch and JSON readers 
 PathText = Annotated[str, AfterValidator(_clean)]
 Line = Annotated[str, AfterValidator(line)]
 Function = Annotated[str, AfterValidator(_function)]
+Loggers = Annotated[list[Literal["wandb", "mlflow"]], AfterValidator(_each_once)]
 
 
 class Section(BaseModel):

@@ -44,7 +44,7 @@ EXAMPLES: dict[str, Any] = {
     "finetune.shift": 2, "finetune.randaugment": 10, "finetune.workers_per_model": 4, "finetune.batch_size": 128,
     "finetune.seed": 2, "search.trials": 32, "search.loggers": ["wandb"], "search.time_budget_s": 3600,
     "search.space": {"learn.lr": {"loguniform": [0.001, 0.1]}, "blocks": {"choice": ["tensor", "layer"]}},
-    "objective": "regression", "search.metric": "select_accuracy",
+    "objective": "regression", "loggers": ["wandb", "mlflow"], "search.metric": "select_accuracy",
 }  # fmt: skip
 """A value of each key other than its default; of keys that choose among words, or are true or false, another choice."""
 _NUMBERS = "one number, or a list with one for each channel"

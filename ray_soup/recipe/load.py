@@ -32,6 +32,7 @@ _SINCE_0_2: dict[str, Any] = {
     "ignore": [],
     "preprocess": None,
     "baseline": BEST_SINGLE,
+    "loggers": [],
     "objective": "auto",
     "select_by": "auto",
     "evaluate": None,

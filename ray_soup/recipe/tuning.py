@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_soup.recipe.distributions import DISTRIBUTIONS, fault_of, is_distribution
 from ray_soup.recipe.explain import Fault, FaultsError
-from ray_soup.recipe.fields import MOST_TRIALS, ActorCount, Epochs, Examples, Line, PathText, Section, Seed, refusal
+from ray_soup.recipe.fields import MOST_TRIALS, ActorCount, Epochs, Examples, Line, Loggers, PathText, Section, Seed, refusal
 from ray_soup.recipe.plain import shown
 
 KINDS_OF_FINETUNE = tuple(kind for kind in DISTRIBUTIONS if kind != "grid")
@@ -118,9 +118,8 @@ class Search(Section):
     """Algorithm that proposes the values of the next trial."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops trials that fall behind, but never the first one."""
-    loggers: list[Literal["wandb", "mlflow"]] = Field(default=[])
-    """Loggers that Ray Tune reports to, in addition to TensorBoard files. Projects, servers and keys come from the
-    environment variables of these tools."""
+    loggers: Loggers = Field(default=[])
+    """Loggers that Ray Tune reports the trials to, in addition to TensorBoard files. Default: those of `loggers`."""
     time_budget_s: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Seconds after which the search ends with the best trial so far; null: no limit."""
     space: dict[str, Any] = Field(default={})
@@ -158,9 +157,6 @@ class Search(Section):
         if constants and self.algorithm != "random":
             message = f"found {self.algorithm} together with the constant {constants[0]}. Set it in the recipe itself."
             faults.append(Fault("search.algorithm", message))
-        twice = next((name for name in self.loggers if self.loggers.count(name) > 1), None)
-        if twice:
-            faults.append(Fault("search.loggers", f"found {twice} twice. Remove one."))
         if faults:
             raise FaultsError(faults)
         return self

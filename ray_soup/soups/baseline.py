@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_soup.recipe import BEST_SINGLE
 from ray_soup.soups.evaluations import evaluation_key, figures_of, recall, remember, reported
 from ray_soup.soups.records import ResultRow
 from ray_soup.soups.report.measures import Measures, measures_of
 from ray_soup.soups.report.statistics import paired_test
-from ray_soup.soups.session import Session
 from ray_soup.task.choices import ranking
 from ray_soup.task.outcomes import Outcome, test_sets
+
+if TYPE_CHECKING:
+    from ray_soup.soups.session import Session
 
 NOTHING_TO_COMPARE_WITH = "Nothing says whether it is better than its best ingredient."
 

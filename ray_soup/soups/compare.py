@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_soup.actors.metrics import observed
 from ray_soup.io.disk import read_array, write_array, write_bytes
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.notebook import shown_in_notebooks
@@ -20,6 +21,7 @@ from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import remove_adapter
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import BEST_SINGLE, POLISHED, TRAINED, Recipe, for_method
+from ray_soup.soups.baking import all_of, bakers
 from ray_soup.soups.baseline import improvement, significance
 from ray_soup.soups.clock import Clock
 from ray_soup.soups.comparison import (
@@ -43,12 +45,14 @@ from ray_soup.soups.evaluations import cosines, ensemble_outcomes, recall, repor
 from ray_soup.soups.finished_polished import rebuild
 from ray_soup.soups.foreign import foreign_results
 from ray_soup.soups.identity import begun
+from ray_soup.soups.inputs import CALIBRATION, Inputs, open_inputs
 from ray_soup.soups.kept_soups import check_unchanged, drop_states
+from ray_soup.soups.live import LiveTrackers, check_loggers, live_trackers
 from ray_soup.soups.make import make
 from ray_soup.soups.methods.results import Model
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.outlook import Outlook, expected_work
-from ray_soup.soups.output import BOARD, COEFFICIENTS, Output, Soup, open_output, versions
+from ray_soup.soups.output import BOARD, COEFFICIENTS, Output, Soup, open_output
 from ray_soup.soups.own_evaluation import (
     check_same_names,
     figures_of_soup,
@@ -56,14 +60,13 @@ from ray_soup.soups.own_evaluation import (
     recorded_function,
     recorded_method,
 )
-from ray_soup.soups.polish_checks import check_place_of_training
-from ray_soup.soups.records import RunRecord, read_entry, write_entry
+from ray_soup.soups.records import RunRecord, read_entry, versions, write_entry
 from ray_soup.soups.report.measures import measures_of, recorded
 from ray_soup.soups.report.page import Report, html
 from ray_soup.soups.report.tensorboard import scalars
 from ray_soup.soups.results import with_kinds
 from ray_soup.soups.rows import open_rows, row_results
-from ray_soup.soups.session import CALIBRATION, Inputs, Session, open_inputs, open_session
+from ray_soup.soups.session import Session, open_session
 from ray_soup.soups.trained import difference_of, file_name_of, folder_of_trained, trained_rows
 from ray_soup.soups.write import (
     bake_and_evaluate,
@@ -81,6 +84,7 @@ from ray_soup.task.choices import cost, ranking
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.outcomes import judged, load_outcomes, save_outcomes
 from ray_soup.task.preprocess_key import model_of
+from ray_soup.task.preprocessing import completed
 
 
 @shown_in_notebooks
@@ -97,7 +101,7 @@ def compare(
     anything, unless it is to `overwrite` an earlier run. Raises SoupError.
     """
     recipe = resolved_recipe(recipe)
-    check_place_of_training(recipe, out)
+    check_loggers(recipe)
     progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe, needs_fit=True)
     rows = open_rows(recipe, inputs)
@@ -105,9 +109,10 @@ def compare(
     options.check(len(inputs.ingredients))
     with open_output(out, progress, recipe.ingredients, overwrite) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, compare=options.recorded, **inputs.started, **identities))
+        recipe = completed(recipe, inputs.adopted)
         if soup is None:
-            with output.recording_failures():
-                soup = _compare(recipe, inputs, rows, output, options, progress)
+            with output.recording_failures(), live_trackers(recipe, output) as trackers:
+                soup = _compare(recipe, inputs, rows, output, options, progress, trackers)
     return soup.at(out)
 
 
@@ -118,16 +123,17 @@ def _compare(
     output: Output,
     options: CompareOptions,
     progress: ProgressCallback,
+    trackers: LiveTrackers,
 ) -> Soup:
-    clock, staging, progress = Clock(), output.staging(), Outlook(progress)
+    clock, staging, progress = Clock(), output.staging(), Outlook(observed(progress))
     with open_session(recipe, inputs, output, True, progress) as session:
         check_unchanged(session, output)
         session.open_store(inputs.everything, "tensor")
         clock.lap("start and directions")
         progress.expect(expected_work(session, options))
-        shared = _shared_results(session, output.state("soups"))
+        shared = _shared_results(session, output)
         clock.lap("evaluating ingredients")
-        made = _make_all(session, output, shared, options)
+        made = _make_all(session, output, shared, options, trackers)
         foreign = foreign_results(session, output, output.state("soups"))
         made.foreign = foreign.results | row_results(session, output, rows_to_add)
         trained = trained_rows(session, output, made, options.trained)
@@ -142,7 +148,9 @@ def _compare(
             save_coefficients(result.coefficients, staging / f"{file_name(name)}.{COEFFICIENTS}")
     coefficients = candidates[label].coefficients
     assert coefficients is not None
-    bake_model(staging, recipe, coefficients, inputs.ingredients, progress)
+    with bakers(recipe, inputs.ingredients, output, progress) as pool:
+        writers = all_of(pool, inputs.ingredients, output)
+        bake_model(staging, recipe, coefficients, inputs.ingredients, progress, writers)
     if label == POLISHED:
         kept = output.state("soups", file_name_of(label, made.seeds[0]))
         rebuild(difference_of(candidates[label], kept, inputs), staging)
@@ -160,7 +168,7 @@ def _compare(
     write_bytes(staging / "report.html", html(_report(recipe, inputs, made, label, record)).encode())
     write_descriptions(staging, recipe, coefficients, record["table"], record, model_of(recipe))
     rows = with_kinds(made.rows(inputs.names), record)
-    output.publish(recipe, rows, record, staging, kept=("soups", "evaluate"))
+    output.publish(recipe, rows, record, staging, also=("soups", "evaluate"))
     drop_states(output)
     return Soup(output.folder, rows, record, record["notes"])
 
@@ -256,7 +264,9 @@ def _report(recipe: Recipe, inputs: Inputs, made: Comparison, label: str, record
     )
 
 
-def _make_all(session: Session, output: Output, shared: SharedResults, options: CompareOptions) -> Comparison:
+def _make_all(
+    session: Session, output: Output, shared: SharedResults, options: CompareOptions, trackers: LiveTrackers
+) -> Comparison:
     learn, count = session.recipe.learn, len(session.inputs.ingredients)
     model_batch = -(-count // 4) if learn.model_batch == "auto" else min(learn.model_batch, count)  # a quarter: the paper's
     seeds = [learn.seed + n for n in range(options.seeds)]
@@ -284,7 +294,7 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
             splits=splits[entry.seed],
             model_batch=entry.model_batch,
             state_file=output.state("soups", f"{entry.file}.pt"),
-            after_epoch=scalars(output.folder / BOARD / entry.file),
+            after_epoch=trackers.curve(scalars(output.folder / BOARD / entry.file, output.state()), entry.file),
             progress=progress,
         )
         results[entry] = _result(one, output, output.state("soups", entry.file))
@@ -292,8 +302,9 @@ def _make_all(session: Session, output: Output, shared: SharedResults, options: 
                       results=results, methods=methods)  # fmt: skip
 
 
-def _shared_results(session: Session, folder: Path) -> SharedResults:
+def _shared_results(session: Session, output: Output) -> SharedResults:
     """Evaluate every ingredient and the ensemble on every source, unless an earlier attempt did so."""
+    folder = output.state("soups")
     folder.mkdir(exist_ok=True)
     splits = [session.whole(source) for source in session.setup.sizes]
     keys, file = session.keys(splits), folder / "ensemble.npz"
@@ -305,10 +316,12 @@ def _shared_results(session: Session, folder: Path) -> SharedResults:
         write_array(folder / "cosines.npy", similarity)
         paths = [ingredient.path for ingredient in session.inputs.ingredients]
         known, together = ensemble_outcomes(
-            session.pool, paths, keys, splits, lambda done, total: session.progress("evaluating ingredients", done, total)
-        )
+            session.pool, paths, keys, splits, lambda done, total: session.progress("evaluating ingredients", done, total),
+            output.kept_by_actors(file.stem),
+        )  # fmt: skip
         ensemble = {split.source: outcome for split, outcome in zip(splits, together, strict=True)}
         save_outcomes(ensemble, file)
+        output.remove_kept(f"{file.stem}.")
     individual = [{s.source: o for s, o in zip(splits, row, strict=True)} for row in known]
     session.facts.outcomes |= {s.source: [outcomes[s.source] for outcomes in individual] for s in splits}
     joint = SoupResult(ensemble, {"ingredients_used": len(individual)})

@@ -1,8 +1,10 @@
-"""What is read from the learning curve, the figures on select at the end of every epoch."""
+"""What is read from the learning curve, the figures on select at the end of every epoch, and from other counts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
 
 from ray_soup.soups.state import LearnState
 from ray_soup.task.choices import cost_in
@@ -19,3 +21,22 @@ def best_epochs(curve: Sequence[Mapping[str, float]], turn: int, select_by: str)
     so_far = [line for line in curve if line["turn"] <= turn]
     best = min(so_far, key=lambda line: cost_in(line, select_by))
     return int(best["epoch"]) + 1 if best["turn"] == turn else 0
+
+
+def summary(state: LearnState) -> dict[str, Any]:
+    """Return the figures of a run that go into run.json."""
+    found = {
+        "precision": state.precision,
+        "steps": state.steps,
+        "image_passes": state.image_passes,
+        "step_ms": median(state.step_ms),
+        "driver_overhead_ms": median(state.overhead_ms),
+        "wire_bytes_per_step": state.wire_bytes,
+        "curve": state.curve,
+    }
+    return found if state.before is None else {**found, "refit": {"steps": refit_steps(state)}}
+
+
+def refit_steps(state: LearnState) -> int:
+    """Return the steps of the refit so far."""
+    return state.steps - int(state.curve[-1]["steps"])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from ray_soup import __version__
 from ray_soup.errors import RecipeError, SoupError
@@ -21,20 +20,21 @@ from ray_soup.io import storage
 from ray_soup.io.adapters import adapters_among
 from ray_soup.io.environment import cache_folder, check_environment
 from ray_soup.io.find import open_ingredients
+from ray_soup.io.lazy import torch
 from ray_soup.recipe import Recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.model_spec import ModelSpec
 
-NEEDED = ("torch", "ray", "numpy", "safetensors", "pyarrow", "open_clip_torch")
+NEEDED = ("torch", "ray", "numpy", "safetensors", "pyarrow", "obstore", "open_clip_torch")
 OPTIONAL = {
     "timm": "models of timm", "torchvision": "models of torchvision", "transformers": "models of transformers",
-    "peft": "LoRA adapters", "optuna": "search.algorithm: optuna", "wandb": "search.loggers", "mlflow": "search.loggers",
+    "peft": "LoRA adapters", "optuna": "search.algorithm: optuna", "wandb": "loggers", "mlflow": "loggers",
 }  # fmt: skip
 """Optional packages, and what they are for."""
 CREDENTIALS = (
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION",
-    "AWS_WEB_IDENTITY_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_ACCOUNT", "HF_TOKEN", "HF_HOME",
-    "WANDB_API_KEY", "MLFLOW_TRACKING_URI",
+    "AWS_WEB_IDENTITY_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT",
+    "HF_TOKEN", "HF_HOME", "WANDB_API_KEY", "MLFLOW_TRACKING_URI",
 )  # fmt: skip
 FILES = {"~/.aws/credentials": "s3://", "~/.config/gcloud/application_default_credentials.json": "gs://",
          "~/.cache/huggingface/token": "hf://"}  # fmt: skip
@@ -42,6 +42,7 @@ FILES = {"~/.aws/credentials": "s3://", "~/.config/gcloud/application_default_cr
 BY_SCHEME = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS",),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT"),
 }
 LEAST_FREE = 5e9
 """Bytes of free disk below which the cache folder is named as a problem."""
@@ -167,7 +168,8 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "peft", f"the ingredients are LoRA adapters, such as {adapters[0].path}, and need peft"
     if recipe.search.algorithm == "optuna":
         yield "optuna", "search.algorithm: optuna needs optuna"
-    yield from ((name, f"search.loggers: {name} needs {name}") for name in recipe.search.loggers)
+    for key, names in (("loggers", recipe.loggers), ("search.loggers", recipe.search.loggers)):
+        yield from ((name, f"{key}: {name} needs {name}") for name in names)
 
 
 def _add_storage(recipe: Recipe, found: Diagnosis) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ray_soup.actors.messages import KeptEnsemble
 from ray_soup.actors.pool import ActorPool
 from ray_soup.errors import SoupError
+from ray_soup.io import kept
 from ray_soup.io.cache import cached, content_key, lookup
 from ray_soup.io.progress import CountCallback, drain
 from ray_soup.task.data import Split
@@ -81,12 +83,22 @@ def individual_outcomes(
 
 
 def ensemble_outcomes(
-    pool: ActorPool, paths: list[str], keys: list[list[str]], splits: list[Split], count: CountCallback
+    pool: ActorPool,
+    paths: list[str],
+    keys: list[list[str]],
+    splits: list[Split],
+    count: CountCallback,
+    stem: str = "",
 ) -> tuple[list[list[Outcome]], list[Outcome]]:
     """Evaluate each checkpoint and the mean of all their logits in one pass, the examples spread over the actors.
 
-    The arguments are those of `individual_outcomes`. Returns outcomes [K][splits], and those of the ensemble [splits].
+    A pass that was interrupted is resumed with its next checkpoint.
+
+    The first arguments are those of `individual_outcomes`; `stem` is the path or URI without a suffix where actors keep what
+    a resumed pass needs. Returns outcomes [K][splits], and those of the ensemble [splits].
     """
+    rows = [split.rows.tolist() for split in splits]
+    keep = KeptEnsemble(stem, content_key(keys, rows, pool.mesh.size))
     individual: list[list[Outcome]] = []
     each = sum(map(len, splits))
     for k in range(len(paths)):
@@ -94,11 +106,14 @@ def ensemble_outcomes(
         def count_examples(what: str, done: int, total: int, before: int = k * each) -> None:
             count(before + done, len(paths) * each)
 
-        outcomes = pool.evaluate_member(tuple(paths[: k + 1]), splits, count_examples)
-        for key, outcome in zip(keys[k], outcomes, strict=True):
-            remember(key, outcome)
-        individual.append(outcomes)
-    together = pool.evaluate_ensemble(tuple(paths), splits)
+        found = [recall(key) for key in keys[k]] if stem and kept.found(f"{stem}.") else []
+        known = [outcome for outcome in found if outcome is not None]
+        if len(known) < len(splits):
+            known = pool.evaluate_member(tuple(paths[: k + 1]), splits, count_examples, keep)
+            for key, outcome in zip(keys[k], known, strict=True):
+                remember(key, outcome)
+        individual.append(known)
+    together = pool.evaluate_ensemble(tuple(paths), splits, keep)
     pool.forget()
     return individual, together
 
@@ -109,7 +124,7 @@ def figures_of(outcomes: dict[str, Outcome]) -> dict[str, float]:
     select = outcomes.get("select")
     factor = best_log_factor(select) if select is not None and select.factored is not None else None
     for split, outcome in outcomes.items():
-        known = {"accuracy": outcome.accuracy, "nll": outcome.nll, "bits_per_byte": outcome.bits_per_byte}
+        known = {"accuracy": outcome.accuracy, "nll": outcome.nll, "bits_per_byte": outcome.bits_per_byte, **outcome.means}
         row |= {f"{split}_{name}": value for name, value in known.items() if value is not None}
         if outcome.size is not None:
             row[f"{split}_perplexity"] = float(np.exp(outcome.nll))

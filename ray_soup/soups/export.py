@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_soup.soups.records import ResultRow
+from ray_soup.soups.report.markdown import as_markdown, comparison_parts
 from ray_soup.soups.report.measures import measures_in
-from ray_soup.soups.report.tables import Table, as_markdown, comparison_parts, cost, legend, quality, table
+from ray_soup.soups.report.tables import Table, cost, legend, quality, table
 from ray_soup.soups.report.text import OPTIMISTIC, one_line
 from ray_soup.soups.results import read_finished
 

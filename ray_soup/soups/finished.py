@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ray_soup.actors.messages import Mesh
-from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import resolve_mesh
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.adapters import AdapterIngredient, adapters_among, open_checkpoint
-from ray_soup.io.check import check_together
+from ray_soup.io.check import check_together, left_out_notes
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES, is_checkpoint, shards_of, split_key
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.distributed import METADATA
@@ -27,14 +25,15 @@ from ray_soup.io.formats import DISTRIBUTED_SUFFIX, SAFETENSORS_SUFFIX
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.mixing.adapter_bake import is_adapter_folder
-from ray_soup.mixing.bake import soup_buffer, soup_range
+from ray_soup.mixing.bake import as_tensor, soup_buffer, soup_range
 from ray_soup.mixing.coefficients import Coefficients, check_covers, load_coefficients
 from ray_soup.mixing.running_statistics import KEYS
 from ray_soup.recipe import Recipe, load_recipe
-from ray_soup.soups.baking import bakers
+from ray_soup.soups.baking import all_of, bakers
 from ray_soup.soups.evaluations import figures_of
 from ray_soup.soups.finished_adapters import about_digest, compare_products, compare_tensors, lifted_ingredients
 from ray_soup.soups.finished_merged import compare_merged, compare_merged_sample, with_own_config
@@ -52,11 +51,11 @@ from ray_soup.soups.write import bake_model, write_descriptions, write_library_f
 from ray_soup.task.adapters import lift_one
 from ray_soup.task.data import cut_splits
 from ray_soup.task.heads import resolved_recipe
-from ray_soup.task.models import describe
+from ray_soup.task.models import describe, fit
 from ray_soup.task.outcomes import test_sets
 from ray_soup.task.own_functions import check_functions
 from ray_soup.task.preprocess_key import model_of
-from ray_soup.task.preprocessing import examine, with_cut
+from ray_soup.task.preprocessing import completed, examine, with_cut
 
 DESCRIPTIONS = ("recipe.yaml", "results.jsonl", "report.html", "README.md", COEFFICIENTS, TABLE)
 """The files that a finished soup has beside its model."""
@@ -85,10 +84,15 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
     if function is not None:
         check_functions(recipe)
     examined = examine(recipe, [opened])
+    recipe = completed(recipe, examined.adopted)
     layout, notes = examined.layout, [*notes, *examined.notes, *_about_refit(Path(path))]
     ingredients: list[Ingredient] = []
     if isinstance(opened, AdapterIngredient):
         ingredients, _ = lift_one(recipe.model, opened, recipe.ignore)
+    else:
+        notes += left_out_notes([fit(layout, opened, recipe.ignore)])
+    from ray_soup.actors.on_ray import RayPool
+
     progress("connecting to Ray", 0, 1)
     with connect():
         mesh, cpus = resolve_mesh(recipe, layout.numel, 0, progress, now=True)
@@ -112,7 +116,7 @@ def evaluate(recipe: Recipe, model: str, split: str, progress: ProgressCallback 
         kept |= figures_of_folder(function, _local_folder(path, progress))
     counts = [len(splits[s]) for s in chosen]
     examples = counts[0] if len(counts) == 1 else dict(zip(chosen, counts, strict=True))
-    objective = {key: value for key, value in recorded(measures_of(recipe)).items() if key in ("objective", "unit")}
+    objective = {key: value for key, value in recorded(measures_of(recipe)).items() if key in ("objective", "unit", "dtype")}
     done = with_cut(examined.preprocessing, setup.cut)
     row = {"model_name": named, **kept, **objective, "examples": examples, "preprocessing": done}
     return {**row, **({"notes": notes} if notes else {})}
@@ -174,8 +178,10 @@ def bake_copy(
             with bakers(recipe, ingredients, output, progress) as pool:
                 sha256 = hash_ingredients(ingredients, progress) if pool is None else pool.hash(progress)
                 _check_digests(source, record, ingredients, sha256)
-                bake_model(staging, recipe, coefficients, ingredients, progress, pool)
-            rebuild(_difference(source, record, coefficients), staging)
+                difference = _difference(source, record, coefficients)
+                writers = all_of(pool, ingredients, output) if difference is None else None
+                bake_model(staging, recipe, coefficients, ingredients, progress, writers)
+            rebuild(difference, staging)
             beside = f"transformers:{source}" if recipe.model.startswith("transformers:") else model_of(recipe)
             write_library_files(staging, beside)
             write_descriptions(staging, recipe, coefficients, record.get("table", rows), record, beside)
@@ -202,7 +208,7 @@ def verify(out: str | Path, progress: ProgressCallback = no_progress) -> list[st
         return [f"{len(record['files'])} files have the digests in run.json", *verify_own(out, record, progress)]
     recipe, _, coefficients, ingredients = _open_finished(out)
     off = float(np.abs(coefficients.values.sum(axis=0) - 1).max(initial=0))
-    _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress))
+    _check_digests(out, record, ingredients, hash_ingredients(ingredients, progress, reread=True))
     of_adapters, more = is_adapter_folder(out), []
     equal = "are bit-identical to those computed from coefficients and ingredients"
     if recipe.adapter.merge:
@@ -279,7 +285,7 @@ def _compare_tensors(
     total = len(model.tensors)
     for done, (name, info) in enumerate(model.tensors.items()):
         if name in coefficients.block_of:
-            soup = soup_range(coefficients, ingredients, name, 0, info.numel, info.dtype)
+            soup = as_tensor(soup_range(coefficients, ingredients, name, 0, info.numel, info.dtype_name))
             again = of_model(soup, name, difference)
         else:
             again = soup_buffer(coefficients, used, name).to(info.dtype)

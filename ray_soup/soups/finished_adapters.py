@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.adapters import CONFIG, MODEL, AdapterIngredient, open_adapter
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.adapter_bake import Form, outline, positions, scaled, soup_factors, soup_tensors, written_config
@@ -135,6 +134,8 @@ def compare_products(out: Path, recipe: Recipe, coefficients: Coefficients, ingr
     group = group_in(ingredients)
     if any(storage.is_remote(file) for adapter in group.adapters for file in adapter.files):
         return None
+    from safetensors.torch import load_file
+
     soup = load_file(out / MODEL)
     form, used = Form(rank=recipe.adapter.rank), positions(coefficients, ingredients)
     exact = {m: sum(one.ranks[k] for k in used) for m, one in group.modules.items() if one.b in soup}
@@ -169,6 +170,8 @@ def compare_products(out: Path, recipe: Recipe, coefficients: Coefficients, ingr
 
 def _loaded(file: str) -> Mapping[str, Any]:
     if file.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
         return load_file(file)
     found: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return found

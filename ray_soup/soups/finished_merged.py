@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ray_soup.errors import SoupError
 from ray_soup.io import storage
 from ray_soup.io.adapters import AdapterIngredient
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.adapter_bake import positions
 from ray_soup.mixing.adapter_merge import MergedSoup
@@ -20,7 +20,6 @@ from ray_soup.recipe import Recipe, with_changes
 from ray_soup.soups.finished_adapters import MODULES, group_in
 from ray_soup.soups.proof import Library, picked
 from ray_soup.soups.records import RunRecord
-from ray_soup.task.merged_models import merged_soup
 from ray_soup.task.model_spec import ModelSpec
 
 ROUNDING = 2.0**-53
@@ -120,4 +119,6 @@ def _sample(soup: MergedSoup, model: Ingredient) -> list[str]:
 
 
 def _soup(recipe: Recipe, coefficients: Coefficients, ingredients: Sequence[Ingredient]) -> MergedSoup:
+    from ray_soup.task.merged_models import merged_soup
+
     return merged_soup(recipe.model, coefficients, ingredients, group_in(ingredients), recipe.out_dtype)

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import hash_ingredients
 from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.recipe import load_recipe
 from ray_soup.soups.identity import begun
+from ray_soup.soups.inputs import Inputs, open_inputs
 from ray_soup.soups.make import make_without_data
 from ray_soup.soups.methods.interface import NeedsDataError
 from ray_soup.soups.methods.results import Model
 from ray_soup.soups.output import COEFFICIENTS, MODEL, Soup, open_output
 from ray_soup.soups.records import RunRecord, read_results
-from ray_soup.soups.session import Inputs, open_inputs
 from ray_soup.soups.write import write_descriptions, write_library_files
 from ray_soup.task.preprocess_key import model_of
 
@@ -82,7 +81,7 @@ def _again(out: Path, record: RunRecord, progress: ProgressCallback) -> tuple[Mo
     """
     recipe = load_recipe(out / "recipe.yaml")
     inputs = open_inputs(recipe)
-    found = dict(zip(inputs.names, hash_ingredients(inputs.ingredients, progress), strict=True))
+    found = dict(zip(inputs.names, hash_ingredients(inputs.ingredients, progress, reread=True), strict=True))
     known = {ingredient["name"]: ingredient["sha256"] for ingredient in record["ingredients"]}
     changed = next((name for name in {**known, **found} if known.get(name) != found.get(name)), None)
     if changed is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
+from ray_soup.io import storage
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.difference import apply_difference, open_difference, trained
 from ray_soup.soups.output import DIFFERENCE, MODEL
-from ray_soup.soups.polish import copy, file_of
 from ray_soup.soups.records import RunRecord, check_files, not_listed
 
 
@@ -27,13 +26,15 @@ def difference_in(
     if DIFFERENCE not in record["files"]:
         raise not_listed(out, DIFFERENCE)
     check_files(out, record, (DIFFERENCE,))
-    return open_difference(out / DIFFERENCE, {name: shapes[name] for name in coefficients.block_of if name in shapes})
+    return open_difference(str(out / DIFFERENCE), {name: shapes[name] for name in coefficients.block_of if name in shapes})
 
 
 def rebuild(difference: Ingredient | None, staging: Path) -> None:
     """Turn the soup in `staging` into the trained model, and write the differences beside it."""
     if difference is not None:
-        copy(Path(difference.files[0]), staging / DIFFERENCE)
+        from ray_soup.soups.polish import file_of
+
+        storage.download(difference.files[0], staging / DIFFERENCE)
         apply_difference(difference, file_of(staging / MODEL))
 
 

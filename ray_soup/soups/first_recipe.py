@@ -22,8 +22,9 @@ from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.recipe import RESERVED_NAMES, Recipe, as_recipe, is_function
 from ray_soup.recipe.yaml_reader import resolve
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.hub import SPLITS
+from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.preprocessing import examine
 from ray_soup.task.recognize import Recognized, recognize
 
@@ -113,14 +114,16 @@ def _complete(values: dict[str, Any], found: Sequence[Ingredient], result: First
     try:
         for _ in range(CORRECTIONS):
             try:
-                notes = examine(_recipe(values), found).notes
-                break
+                examined = examine(_recipe(values), found)
+                if not examined.adopted:
+                    break
+                values["model"] = ModelSpec.parse(values["model"]).with_options(examined.adopted)
             except RecipeError as error:
                 line = LINE.search(str(error))
                 if line is None or line[1] == values["model"]:
                     raise
                 values["model"] = line[1]
-        result.notes += open_inputs(_recipe(values)).notes if checked else notes
+        result.notes += open_inputs(_recipe(values)).notes if checked else examined.notes
         result.notes[:] = dict.fromkeys(result.notes)
     except SoupError as error:
         result.gaps.append(f"model: {error}")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray_soup.recipe.explain import takes_text_only
 from ray_soup.recipe.yaml_reader import parse_yaml
 from ray_soup.soups.records import BegunRecord, damaged
 from ray_soup.task.functions import MOVED
+from ray_soup.task.model_spec import ModelSpec
 
 
 class OtherRunError(RecipeError):
@@ -33,20 +35,27 @@ def begun(recipe: Recipe, ingredients: Sequence[Ingredient], **options: Any) -> 
     return {**record, **options}  # type: ignore[typeddict-item]
 
 
-def begun_zoo(recipe: Recipe) -> BegunRecord:
-    """Return the record of a started folder of fine-tuned checkpoints: the parts of the recipe that `finetune` uses."""
+def begun_zoo(recipe: Recipe, adopted: Mapping[str, str] = {}) -> BegunRecord:
+    """Return the record of a started folder of fine-tuned checkpoints: the parts of the recipe that `finetune` uses.
+
+    With options of the model that are `adopted` from the files of the weights that it starts from.
+    """
     values = yaml.safe_load(redact_uris(dump_recipe(recipe)))
     keys = ("model", "preprocess", "data", "finetune", "precision", "ignore", "actors")  # all data: they number the classes
     used = {key: values[key] for key in keys if key in values}
     text = yaml.safe_dump(used, sort_keys=False)
-    return {"recipe": text, "ingredients": [], "kind": "finetune", "folder": os.getcwd()}
+    record: BegunRecord = {"recipe": text, "ingredients": [], "kind": "finetune", "folder": os.getcwd()}
+    return {**record, "adopted": dict(adopted)} if adopted else record
 
 
 def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
     """Check that the folder was started with the same command, recipe, ingredients and `start`.
 
-    Raises OtherRunError, or RecipeError if begun.json is damaged.
+    A recipe that states what the other one adopts is the same: OUT/recipe.yaml is the recipe of OUT. Raises OtherRunError,
+    or RecipeError if begun.json is damaged.
     """
+    if before.get("adopted") != now.get("adopted") and _model_of(before) == _model_of(now):
+        before, now = _with_adopted(before), _with_adopted(now)
     difference = _difference(out, before["recipe"], now)
     if difference:
         raise _other_run(f"{out} belongs to another recipe: {difference}", "Choose a new folder, use the old recipe")
@@ -69,11 +78,37 @@ def check_same(out: Path, before: BegunRecord, now: BegunRecord) -> None:
         )
     if "source" in before and before["source"] != now.get("source"):
         raise _other_run(f"{out} was begun by `ray-soup bake {before['source']}`")
+    was, states = before.get("adopted", {}), now.get("adopted", {})
+    changed = [option for option in {**was, **states} if was.get(option) != states.get(option)]
+    if changed:
+        options = "; ".join(f"{o} was {was.get(o, 'not stated')} and is now {states.get(o, 'not stated')}" for o in changed)
+        raise _other_run(
+            f"{out} was started with what files of the ingredients state, which has changed: {options}",
+            "Choose a new folder, restore the files",
+        )
     if before.get("start") != now.get("start"):
         raise _other_run(
             f"{out} was started with start {before.get('start')}, but this command has {now.get('start')}",
             "Choose a new folder, restore the old soup",
         )
+
+
+def _model_of(record: BegunRecord) -> str:
+    """Return the model of a record's recipe, with the options that were adopted, in alphabetical order.
+
+    The whole recipe if it is damaged, which whoever compares it reports.
+    """
+    with suppress(yaml.YAMLError, AttributeError, TypeError, KeyError, RecursionError):  # of a damaged recipe
+        spec = ModelSpec.parse(yaml.safe_load(record["recipe"])["model"])
+        options = sorted({**spec.options, **record.get("adopted", {})}.items())
+        return replace(spec, options={}).with_options(dict(options))
+    return record["recipe"]
+
+
+def _with_adopted(record: BegunRecord) -> BegunRecord:
+    """Return a record whose recipe states the options that were adopted."""
+    values = {**yaml.safe_load(record["recipe"]), "model": _model_of(record)}
+    return {**record, "recipe": yaml.safe_dump(values, sort_keys=False), "adopted": {}}
 
 
 def _other_run(what: str, remedy: str = "Choose a new folder") -> OtherRunError:
@@ -127,12 +162,12 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
 def _unused(values: Mapping[str, Any], now: BegunRecord) -> tuple[str, ...]:
     """Return the keys of a recipe, or their sections, that have no influence on what a command makes of it.
 
-    `actors` is among them: it says where the work is done.
+    `actors` is among them: it says where the work is done; so is `loggers`, which says where it is shown.
     """
     kind = now.get("kind")
     if kind == "finetune":
-        return ("actors",)
-    found: tuple[str, ...] = ("actors", "finetune")
+        return ("actors", "loggers")
+    found: tuple[str, ...] = ("actors", "loggers", "finetune")
     found += () if kind == "search" else ("search",)
     if "compare" in now:
         return found

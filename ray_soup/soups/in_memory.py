@@ -6,6 +6,7 @@ The code is that of `ray-soup learn`, with one actor in this process and a tempo
 from __future__ import annotations
 
 import copy
+import inspect
 import numbers
 import re
 import tempfile
@@ -32,17 +33,24 @@ from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import DEFAULT_METHOD, Recipe, make_recipe, with_changes
 from ray_soup.soups.baseline import compare_with_best_single, warn_if_worse
 from ray_soup.soups.evaluations import figures_of, reported
+from ray_soup.soups.inputs import CALIBRATION, open_inputs
 from ray_soup.soups.make import mix
+from ray_soup.soups.model_batch import requested_model_batch
 from ray_soup.soups.output import MODEL, open_output
 from ray_soup.soups.polish import polish
 from ray_soup.soups.report.notebook import as_html, as_text
-from ray_soup.soups.session import CALIBRATION, Session, open_inputs, requested_model_batch
+from ray_soup.soups.session import Session
 from ray_soup.soups.write import bake_and_evaluate
+from ray_soup.task.dataset_functions import TARGETS
+from ray_soup.task.objective import CausalLM
+from ray_soup.task.tokenized import MOVED, moved_by_one
 
 _MODEL: ContextVar[torch.nn.Module] = ContextVar("model")
 GIVEN = ("model", "ingredients", "data", "actors", "method")
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]] | torch.utils.data.Dataset[Any]
-"""Batches of (images, labels), such as a DataLoader yields, or a dataset of pairs (image, label)."""
+Batches = Iterable[Any] | torch.utils.data.Dataset[Any]
+"""Batches of (inputs, labels), such as a DataLoader yields, or a dataset of pairs; or dictionaries of inputs, which are the
+model's arguments by name, with an entry `labels`."""
+IMAGES, LABELS = "images", "labels"
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,14 +121,17 @@ def mix_state_dicts(
     (3, 8)
 
     Args:
-        model: maps a batch of inputs [n, ...] to logits [n, classes]; it is not changed.
+        model: maps a batch of inputs [n, ...] to logits [n, classes], or as `objective` says; it is not changed.
         state_dicts: the ingredients.
         fit: held-out batches, or a dataset, that none of the state dicts was trained on; read once and kept as arrays.
+            Batches are (inputs, labels), or dictionaries, as collators of Transformers make them: `labels`, and inputs that
+            the model takes by name. For objective="causal_lm" and a model of Transformers, labels are as its forward takes
+            them.
         method: as in a recipe.
         select: batches, or a dataset, that choices are made on; or the share of fit that is set aside for this.
         test: batches used for reporting only.
         progress: called with what is being done, the units done so far, and the units in total.
-        **changes: other recipe keys, as in learn={"epochs": 3} or buffers="average".
+        **changes: other recipe keys, as in learn={"epochs": 3} or objective="regression".
 
     Warns if the soup has a higher NLL on select than the best single state dict.
 
@@ -129,14 +140,36 @@ def mix_state_dicts(
     import ray_soup.mixing.kernels  # noqa: F401 - keeps the compiled loops in the user's cache, not in the temporary folder
 
     _check_arguments(model, state_dicts, progress, changes)
+    called = _unwrapped(model)
+    moved = changes.get("objective") == CausalLM.name and _is_of_transformers(called)
     with _workplace() as folder, cache_at(folder / "cache"), _given(model):
-        data: dict[str, Any] = {"fit": _write_batches(fit, folder / "fit.npz"), "select": select}
-        if not isinstance(select, numbers.Real):
-            data["select"] = _write_batches(select, folder / "select.npz")
-        if test is not None:
-            data["test"] = _write_batches(test, folder / "test.npz")
+        data = _write_data({"fit": fit, "select": select, "test": test}, folder, moved, _first_argument(called))
         ingredients = [_write_state_dict(state, folder / f"{k}.safetensors") for k, state in enumerate(state_dicts)]
-        return _mix(with_changes(_recipe(method, model, data, ingredients), changes), folder, progress)
+        recipe = with_changes(_recipe(method, model, data, ingredients), changes)
+        return _mix(recipe, folder, progress, [f"Labels {MOVED}"] if moved else [])
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model that torch.compile, DataParallel and the like call."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if type(model).__module__.startswith("torch.") and isinstance(inner, torch.nn.Module):
+            return _unwrapped(inner)
+    return model
+
+
+def _first_argument(model: torch.nn.Module) -> str:
+    """Return the name of the first argument of a model's forward; empty if it is not known."""
+    try:
+        first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    except (TypeError, ValueError):  # of compiled code
+        return ""
+    return "" if first is None or first.kind is first.VAR_POSITIONAL else first.name
+
+
+def _is_of_transformers(model: torch.nn.Module) -> bool:
+    """Return whether a model is one of transformers, whose forward itself moves the labels of a causal language model."""
+    return any(kind.__module__.partition(".")[0] == "transformers" for kind in type(model).__mro__)
 
 
 def _check_arguments(model: object, state_dicts: object, progress: object, changes: Mapping[str, Any]) -> None:
@@ -186,7 +219,7 @@ def _recipe(method: str, model: torch.nn.Module, data: dict[str, Any], ingredien
 
 
 @shown_in_notebooks
-def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
+def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback, notes: list[str]) -> MixedSoup:
     inputs = open_inputs(recipe, needs_fit=True)
     mesh, threads = Mesh(1, 1), torch.get_num_threads()
     pool = InProcessPool(recipe, inputs.ingredients, mesh, threads)
@@ -198,7 +231,7 @@ def _mix(recipe: Recipe, folder: Path, progress: ProgressCallback) -> MixedSoup:
         )  # fmt: skip
         session = session.with_soup(splits=session.cut(recipe.learn.seed))
         mixture = mix(session)
-        mixture.notes += inputs.notes
+        mixture.notes += [*inputs.notes, *notes]
         calibration = session.calibration(CALIBRATION)
         outcomes = bake_and_evaluate(session, output, mixture, folder / MODEL, reported(session.splits), calibration)
         if recipe.polish is not None:
@@ -258,29 +291,79 @@ def _write_state_dict(state: Mapping[str, torch.Tensor], path: Path) -> str:
     return str(path)
 
 
-def _write_batches(batches: Any, path: Path) -> str:
-    """Write batches of (images, labels), or the examples of a dataset, as the arrays of an .npz file. Raises RecipeError."""
-    name, images, labels = path.stem, list[np.ndarray](), list[np.ndarray]()
+def _write_data(given: Mapping[str, Any], folder: Path, moved: bool, first: str) -> dict[str, Any]:
+    """Write the data that were given, and return the section `data` of a recipe; a share stays one. Raises RecipeError."""
+    found: dict[str, Any] = {}
+    for name, some in given.items():
+        share = name == "select" and isinstance(some, numbers.Real)
+        if share or name != "test" or some is not None:
+            found[name] = some if share else _write_batches(some, folder / f"{name}.npz", moved, first)
+    return found
+
+
+def _write_batches(batches: Any, path: Path, moved: bool = False, first: str = "") -> str:
+    """Write batches, or the examples of a dataset, as the arrays of an .npz file.
+
+    Args:
+        batches: the batches, or the dataset.
+        path: the file.
+        moved: move labels by one place.
+        first: the name of the model's first argument, which an only input becomes.
+
+    Raises RecipeError.
+    """
+    name, found = path.stem, dict[str, list[np.ndarray]]()
     examples, given = _batches(batches, name)
     for batch in given:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            found = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
-            what = "an example" if examples else "a batch"
-            raise RecipeError(f"{name}: {what} holds {found}; expected (images, labels). Yield two tensors or arrays.")
-        arrays = [_array(part, f"{name}: {what}") for what, part in zip(("images", "labels"), batch, strict=True)]
-        if examples or arrays[1].ndim == 0:
-            arrays = [array[None] for array in arrays]
-        images.append(arrays[0])
-        labels.append(arrays[1])
-    if not images:
+        parts = _named(batch, name, "an example" if examples else "a batch")
+        if found and parts.keys() != found.keys():
+            both = " and ".join(", ".join(keys) for keys in (found, parts))
+            raise RecipeError(f"{name}: found batches of {both}; expected the same entries in all. Yield them alike.")
+        arrays = {what: _array(part, f"{name}: {what}") for what, part in parts.items()}
+        single = examples or arrays[LABELS].ndim == 0
+        for what, array in arrays.items():
+            found.setdefault(what, []).append(array[None] if single else array)
+    if not found:
         raise RecipeError(f"{name}: there are no batches. A generator can be iterated only once: pass a new one.")
-    for what, arrays in (("images", images), ("labels", labels)):
-        shapes = sorted({array.shape[1:] for array in arrays})
+    for what, arrays_of in found.items():
+        shapes = sorted({array.shape[1:] for array in arrays_of})
         if len(shapes) > 1:
             sizes = " and ".join(str(list(shape)) for shape in shapes[:2])
             raise RecipeError(f"{name}: found {what} of the shapes {sizes}; expected one shape. Resize or pad them.")
-    np.savez(path, images=np.concatenate(images), labels=np.concatenate(labels))
+    alone = next(iter(found.keys() - {LABELS}))
+    if first and len(found) == 2 and alone not in (IMAGES, first):
+        raise RecipeError(
+            f"{name}: the only input is called {alone}, and the model's first argument {first}. Rename one of them."
+        )
+    whole: dict[str, Any] = {what: np.concatenate(arrays_of) for what, arrays_of in found.items()}
+    if moved:
+        if whole[LABELS].ndim != 2:
+            raise RecipeError(f"{name}: labels are {list(whole[LABELS].shape)}; expected one for each token, [n, tokens].")
+        whole[LABELS] = moved_by_one(whole[LABELS])
+    np.savez(path, **whole)
     return str(path)
+
+
+def _named(batch: Any, name: str, kind: str) -> dict[str, Any]:
+    """Return inputs by name, and targets as LABELS; an input without a name is called IMAGES. Raises RecipeError."""
+    expected = f"expected (images, labels), or a dictionary of inputs and one of {', '.join(TARGETS)}"
+    if isinstance(batch, Mapping):
+        named = {str(key): part for key, part in batch.items()}
+        targets = [key for key in TARGETS if key in named]
+        if len(targets) != 1 or len(named) < 2:
+            raise RecipeError(f"{name}: {kind} holds {', '.join(named)[:200]}; {expected}. Rename or remove entries.")
+        inputs, labels = named, named.pop(targets[0])
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        labels = batch[1]
+        inputs = {str(key): part for key, part in batch[0].items()} if isinstance(batch[0], Mapping) else {IMAGES: batch[0]}
+    else:
+        found = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise RecipeError(f"{name}: {kind} holds {found}; {expected}. Yield tensors or arrays.")
+    taken = (*TARGETS, "file", "allow_pickle")  # the latter are arguments of numpy.savez
+    wrong = [key for key in inputs if key in taken or (key == IMAGES and len(inputs) > 1)]
+    if wrong:
+        raise RecipeError(f"{name}: an input of {kind} is called {wrong[0]}, a name with a meaning of its own. Rename it.")
+    return {**inputs, LABELS: labels}
 
 
 def _batches(given: Any, name: str) -> tuple[bool, Iterable[Any]]:

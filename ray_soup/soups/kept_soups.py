@@ -49,6 +49,6 @@ def _code(session: Session) -> dict[str, str]:
 def drop_states(output: Output) -> None:
     """Delete what the finished soups no longer need: the states of their learning, and whole differences of weights."""
     with suppress(OSError):
-        for pattern in ("*.pt", f"{TRAINED}_*.difference.safetensors"):
+        for pattern in ("*.pt", "*.best*.safetensors", f"{TRAINED}_*.difference.safetensors"):
             for file in output.state("soups").glob(pattern):
                 file.unlink()

@@ -18,15 +18,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
-import torch
 
+from ray_soup.actors import metrics
 from ray_soup.actors.messages import Partial
 from ray_soup.actors.pool import StepPool
 from ray_soup.errors import Stopped
+from ray_soup.io.lazy import torch
 from ray_soup.io.signals import uninterrupted
 from ray_soup.recipe import Recipe
 from ray_soup.soups.coordinates import Moving, largest_rate, moving_coordinates
@@ -35,6 +34,7 @@ from ray_soup.soups.optimize import learning_rate, make_optimizer, parametrizati
 from ray_soup.soups.start import Beginning, choose_start
 from ray_soup.soups.state import LearnState, StateCallback, ignore_state, load_state, save_state, task_of
 from ray_soup.soups.step import count_step, gradient_of
+from ray_soup.soups.together import Together, moving_together
 from ray_soup.soups.trajectory import roughness
 from ray_soup.soups.turns import joint_batches, model_batches
 from ray_soup.task.choices import cost, figures_on_select
@@ -57,6 +57,7 @@ def learn(
     order: Sequence[int] = (),
     refits: bool = True,
     starts: Sequence[Beginning] = (),
+    tensor: np.ndarray | None = None,
 ) -> LearnState:
     """Learn the coordinates; resume from `state_file` if it exists.
 
@@ -74,13 +75,16 @@ def learn(
         order: the positions of the ingredients, ordered by step; needed with learn.smoothness.
         refits: False leaves out what learn.refit adds.
         starts: where it may begin if that is better on select than the uniform soup.
+        tensor: int64 [B], the tensor of each block: all turns are taken with whole tensors first. None: with blocks only.
 
     Returns:
         The last state; its `y` and `factor` are the soup, and after a refit `before` and `before_factor` the one before it.
     """
-    task = task_of(recipe, contents)
+    task = task_of(recipe, contents if tensor is None else [*contents, "whole tensors first"])
     run = _Learning.start(recipe, pool, norms, splits, model_batch, state_file, calibration, task)
     run.order, run.refits = order, refits and recipe.learn.refit
+    if tensor is not None:
+        run.tensor, run.turns = tensor, [*run.turns, *run.turns]
     state = run.state
     if starts and state.began is None and not state.curve:
         choose_start(state, pool, norms, run.turns[0], run.select, run.calibration, recipe.select_by, starts)
@@ -144,12 +148,14 @@ class _Learning:
     state: LearnState
     started: float
     saved: float
-    of: Moving
+    of: Moving | Together
     """The parametrization of the model batch that moves now."""
     order: Sequence[int] = ()
     """The positions of the ingredients, ordered by step."""
     refits: bool = False
     """Whether a refit follows, or has begun."""
+    tensor: np.ndarray | None = None
+    """The tensor of each block, int64 [B], if whole tensors move in the first half of the turns."""
 
     @classmethod
     def start(
@@ -224,7 +230,10 @@ class _Learning:
         state.turn = turn  # a refit skips turns
         softmax = self.recipe.info.kind == "softmax"
         gram, y = None if state.gram is None else state.gram.numpy(), state.y.numpy()
-        self.of = moving_coordinates(self.recipe.learn, softmax, self.norms, gram, chosen, y)
+        if self.tensor is not None and turn < len(self.turns) // 2:
+            self.of = moving_together(self.recipe.learn, self.norms, gram, chosen, y, self.tensor)
+        else:
+            self.of = moving_coordinates(self.recipe.learn, softmax, self.norms, gram, chosen, y)
         everything = parametrization(softmax, self.norms)
         self.pool.begin(chosen, everything.x(y).astype(np.float32), state.precision)
         if state.moving is None:
@@ -316,6 +325,7 @@ class _Learning:
                 "lr": optimizer.param_groups[0]["lr"],
             }
         )  # fmt: skip
+        metrics.count_epoch(state.curve[-1]["select_nll"])
         self._begin_epoch(optimizer, epoch + 1, averaged and epoch + 1 < self.recipe.learn.epochs)
 
     def _begin_epoch(self, optimizer: torch.optim.Optimizer, epoch: int, recalibrates: bool) -> None:
@@ -374,22 +384,3 @@ class _Learning:
         self.state.optimizer = None if optimizer is None else optimizer.state_dict()
         self.state.seconds, self.saved = time.monotonic() - self.started, time.monotonic()
         save_state(self.state, self.state_file)
-
-
-def summary(state: LearnState) -> dict[str, Any]:
-    """Return the figures of a run that go into run.json."""
-    found = {
-        "precision": state.precision,
-        "steps": state.steps,
-        "image_passes": state.image_passes,
-        "step_ms": median(state.step_ms),
-        "driver_overhead_ms": median(state.overhead_ms),
-        "wire_bytes_per_step": state.wire_bytes,
-        "curve": state.curve,
-    }
-    return found if state.before is None else {**found, "refit": {"steps": refit_steps(state)}}
-
-
-def refit_steps(state: LearnState) -> int:
-    """Return the steps of the refit so far."""
-    return state.steps - int(state.curve[-1]["steps"])

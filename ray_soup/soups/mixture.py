@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ray_soup.io.ingredient import Ingredient
-from ray_soup.mixing.bake import soup_range, written_dtype
+from ray_soup.mixing.bake import as_tensor, soup_range, written_dtype
 from ray_soup.mixing.blocks import Layout, Partition, partition
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import Recipe
-from ray_soup.soups.session import Inputs
+from ray_soup.soups.inputs import Inputs
 from ray_soup.soups.trajectory import order_of
 
 
@@ -98,7 +98,7 @@ def with_computed_buffers(
         name = layout.tied.get(norm.weight, norm.weight)
         dtype = written_dtype(ingredients, name, recipe.out_dtype)
         weight = soup_range(coefficients, ingredients, name, 0, math.prod(shapes[name]), dtype)
-        vectors = singular_vectors(weight.view(shapes[name]), norm.dim)
+        vectors = singular_vectors(as_tensor(weight).view(shapes[name]), norm.dim)
         found |= {key: vector.astype(np.float32) for key, vector in zip((norm.u, norm.v), vectors, strict=True)}
     return replace(coefficients, statistics=coefficients.statistics | found)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.coefficients import Affine, Softmax
 from ray_soup.recipe import Learn
 

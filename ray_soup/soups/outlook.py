@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from ray_soup.io.progress import WHOLE_RUN, ProgressCallback
 from ray_soup.recipe import DEFAULT_METHOD, TRAINED, for_method
 from ray_soup.soups.comparison import SEEDLESS, CompareOptions, SoupEntry, methods_for, methods_on, table_entries
-from ray_soup.soups.session import CALIBRATION, Session
+from ray_soup.soups.granularity import stages
+from ray_soup.soups.inputs import CALIBRATION
+from ray_soup.soups.session import Session
 from ray_soup.soups.trained import RATES
 from ray_soup.task.outcomes import test_sets
 
@@ -60,7 +62,8 @@ def _work_on(session: Session, entry: SoupEntry, splits: Mapping[str, int]) -> W
     fit, select = splits["fit"], splits["select"]
     shown = select + sum(splits[name] for name in test_sets(dict(splits))) + splits["recalibrated"]
     if recipe.info.learns:
-        turns = -(-count // entry.model_batch) * recipe.learn.models_epochs
+        blocks = replace(session, recipe=recipe, subset=entry.subset, splits=session.cut(entry.seed)).blocks
+        turns = stages(recipe, blocks) * -(-count // entry.model_batch) * recipe.learn.models_epochs
         return Work(shown, turns * recipe.learn.epochs * (STEP * fit + select) * (1 + recipe.learn.refit))
     if recipe.info.kind == "schedule":
         return Work(shown + TRIED * select)

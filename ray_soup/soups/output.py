@@ -8,37 +8,34 @@ mirror that is uploaded while it runs.
 from __future__ import annotations
 
 import os
-import platform
-import shutil
+import secrets
 import stat
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from ray_soup import __version__
 from ray_soup.errors import RecipeError, SoupError, Stopped, explain
-from ray_soup.io import storage
+from ray_soup.io import kept, storage
 from ray_soup.io.cache import content_key
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES
+from ray_soup.io.claims import CLAIM, HELD, discard
 from ray_soup.io.disk import read_json, write_bytes, writing
 from ray_soup.io.distributed import METADATA, is_metadata
 from ray_soup.io.find import check_apart
 from ray_soup.io.formats import DISTRIBUTED_SUFFIX
-from ray_soup.io.hashing import sha256_file
+from ray_soup.io.hashing import sha256_written
 from ray_soup.io.lease import Lease
-from ray_soup.io.mirror import Mirror
+from ray_soup.io.mirror import OF_ACTORS, Mirror
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.io.redact import check_uri, redact_uris
 from ray_soup.io.signals import last_words, uninterrupted
 from ray_soup.recipe import Recipe, dump_recipe
 from ray_soup.soups.identity import OtherRunError, check_extends, check_same
 from ray_soup.soups.own_files import STARTED, clear, contents, has_work, put_back, replace_run, restore
-from ray_soup.soups.place import HELD, check_own, check_place, local_folder
+from ray_soup.soups.place import check_own, check_place, local_folder, remove_new
 from ray_soup.soups.records import (
     BegunRecord,
     ResultRow,
@@ -48,6 +45,7 @@ from ray_soup.soups.records import (
     read_begun,
     read_results,
     read_run_record,
+    rewrite_begun,
     write_begun,
     write_results,
     write_run_record,
@@ -116,32 +114,57 @@ class Output:
     # Places
 
     def state(self, *names: str) -> Path:
-        """Return a path below OUT/state, which holds what a resumed run needs."""
-        return self.folder.joinpath("state", *names)
+        """Return a path below the folder with what a resumed run needs: this run's own one in OUT/state."""
+        own = Path(self.lease.folder) if self.mirror is None else self.folder / "state"
+        return own.joinpath(*names)
 
     def uri_of(self, *names: str) -> str:
-        """Return a path or URI below OUT, which every node sees if it sees OUT."""
+        """Return a path or URI below OUT, which every node sees if it sees OUT; below this run's own folder for `state`."""
+        if names[:1] == ("state",):
+            return storage.join(self.lease.folder, *names[1:])
         return storage.join(str(self.folder) if self.mirror is None else self.mirror.uri, *names)
+
+    def put(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of OUT: `write` is called with the path in this run's folder where it is finished first."""
+        target = self.folder / name
+        file = self.state(f"{CLAIM}{target.name}")
+        with writing(target):
+            write(file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
 
     def token(self) -> str:
         """Return a text that only this run has, and has again when it is resumed."""
         begun = self.state("begun.json")
         place = str(self.folder.resolve()) if self.mirror is None else self.mirror.uri
-        return content_key("run", place, begun.stat().st_mtime_ns if begun.exists() else time.time_ns())
+        known = read_json(begun).get("token", begun.stat().st_mtime_ns) if begun.exists() else time.time_ns()
+        return content_key("run", place, known)
 
     def visible_to_actors(self, file: Path) -> str:
-        """Return a path or URI where actors on any node find `file`; a file of a mirror is uploaded first."""
+        """Return a path or URI where actors on any node find `file`, until the next call; one of a mirror is uploaded."""
         distributed = is_metadata(str(file))
         if self.mirror is None:
             return str(file.parent if distributed else file)
-        uri = self.uri_of("state", "evaluated")
-        parts = set(read_json(file)["weight_map"].values()) if file.suffix == ".json" else set()
+        parts = read_json(file)["weight_map"].values() if file.suffix == ".json" else ()
         beside = [ADAPTER_CONFIG] if file.name in ADAPTER_FILES else []
         if distributed:
             beside = [path.name for path in file.parent.glob(f"*{DISTRIBUTED_SUFFIX}")]
-        for name in (*parts, *beside, file.name):
-            storage.upload(file.with_name(name), storage.join(uri, name))
+        uri = self.mirror.show(file.parent, (*dict.fromkeys(parts), *beside, file.name))
         return uri if distributed else storage.join(uri, file.name)
+
+    def kept_by_actors(self, name: str) -> str:
+        """Return the path or URI without a suffix of files that only actors read and write, on any node."""
+        if self.mirror is None:
+            with writing(folder := self.state(OF_ACTORS)):
+                folder.mkdir(exist_ok=True)
+        return self.uri_of("state", OF_ACTORS, name)
+
+    def remove_kept(self, beginning: str) -> None:
+        """Remove the files of actors whose names begin so, after what was made from them is safe."""
+        if self.mirror is not None:
+            self.mirror.push("state/")
+        for file in kept.found(self.kept_by_actors(beginning)):
+            storage.remove(file)
 
     def shared_files(self) -> tuple[str, ...]:
         """Return local files of this folder that actors on every node must see."""
@@ -156,22 +179,23 @@ class Output:
         afresh. Raises RecipeError if the folder belongs to something else.
         """
         check_own(self.folder, zoo="kind" in now)
+        new: BegunRecord = {**now, "token": secrets.token_hex(8)}
         file, self.before = self.state("begun.json"), contents(self.state())
         if self.overwrite:
             self._replace()
             self.before = contents(self.state())
         if file.name not in self.before:
-            write_begun(now, file)
+            write_begun(new, file)
             return None
         before = read_begun(file)
         try:
             check_same(self.folder, before, now)
         except OtherRunError:
-            if has_work(self.folder):
+            if has_work(self.folder, self.state()):
                 raise
-            clear(self.folder)
+            clear(self.folder, self.state())
             self.before = {}
-            write_begun(now, file)
+            write_begun(new, file)
             return None
         record = read_run_record(self.folder)
         if record is not None and record["exit"] == 0:
@@ -181,11 +205,9 @@ class Output:
             check_extends(self.folder, done, now["compare"])
             self.extends = True
             if "compare" not in record:  # an earlier ray_soup wrote it
-                write_run_record({**record, "compare": done}, self.folder / "run.json")
+                self._write_record({**record, "compare": done})
         if before.get("compare") != now.get("compare"):
-            seen = file.stat().st_mtime_ns
-            write_begun(now, file)
-            os.utime(file, ns=(seen, seen))  # the run keeps its token
+            rewrite_begun(now, before, file)
         return None
 
     def _finished(self) -> Soup:
@@ -197,17 +219,23 @@ class Output:
         return Soup(self.folder, read_results(self.folder), record, record.get("notes", []), was_complete=True)
 
     def _replace(self) -> None:
-        """Put aside what an earlier run wrote; of remote storage it is deleted at once, as only small files are here."""
-        replace_run(self.folder, self.mirror is not None)
+        """Put aside what an earlier run wrote; in remote storage it is replaced or deleted when this run ends."""
+        replace_run(self.folder, self.state(), self.mirror is not None)
         if self.mirror is not None:
-            self.mirror.push()
+            if self.mirror.has("run.json"):
+                self._write_record({"exit": 1, "error": "A run that has not finished replaces the one that was here."})
+                self.mirror.push("run.json")
+            self.mirror.push("state/")  # before actors write files of the same names there
+
+    def _write_record(self, record: RunRecord) -> None:
+        self.put("run.json", partial(write_run_record, record))
 
     @contextmanager
     def recording_failures(self) -> Iterator[None]:
         """If the run fails inside this context, write how it ended into run.json.
 
         A run that was refused before it got to work leaves the folder as it was, one that was to replace another puts that
-        back, and a finished run stays finished.
+        back, and a finished run stays finished. A run that another one has replaced changes nothing.
         """
         try:
             with last_words(self._record_stop):
@@ -215,6 +243,7 @@ class Output:
         except BaseException as error:
             text, code = explain(error)
             with suppress(OSError, SoupError):
+                self.lease.check()
                 self._clear(self.state("out"))
                 if not ((code in (2, 3) or self.overwrite) and self._undo()):
                     self._record_end(text, code)
@@ -238,35 +267,33 @@ class Output:
     def _record_end(self, text: str, code: int) -> None:
         """Write into run.json how this run ended, unless the run.json there is that of a finished one."""
         if not (self.finished or self.extends):
-            write_run_record({"exit": code, "error": text}, self.folder / "run.json")
+            self._write_record({"exit": code, "error": text})
 
     def _undo(self) -> bool:
         """Restore the folder as it was before `begin`, unless the run got to work; return whether it did."""
-        if self.finished or not restore(self.state(), self.before):
+        if self.finished or (self.mirror is not None and kept.found(self.kept_by_actors(""))):  # of which nothing is here
+            return False
+        if not restore(self.state(), self.before):
             return False
         if self.overwrite and self.mirror is None:
             for path in self.moved:  # by a publication that failed
                 self._clear(path)
-            put_back(self.folder)
+            put_back(self.folder, self.state())
         return True
 
     def discard(self) -> None:
         """Remove everything that this run has written, unless it has finished; what cannot be removed can be resumed."""
         started = [name for name in ("out", *reversed(STARTED)) if name not in self.before]  # begun.json last
         if not self.finished:
-            with suppress(OSError):
+            with suppress(OSError, SoupError):
                 for path in (*self.moved, *map(self.state, started)):
                     self._clear(path)
                 if self.overwrite and self.mirror is None:
-                    put_back(self.folder)
+                    put_back(self.folder, self.state())
 
-    @staticmethod
-    def _clear(path: Path) -> None:
-        """Remove a file, a link or a folder, if it exists."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    def _clear(self, path: Path) -> None:
+        """Remove a file, a link or a folder of OUT, if it exists. Raises SoupError."""
+        discard(path, self.state())
 
     def staging(self) -> Path:
         """Create an empty folder to finish files in, before `publish`. Raises SoupError if it cannot be written."""
@@ -274,33 +301,36 @@ class Output:
         with writing(folder):
             self._clear(folder)
             folder.mkdir()
+        if self.mirror is not None:
+            self.mirror.clear_baked()
         return folder
 
     def publish(
-        self, recipe: Recipe, rows: Sequence[ResultRow], record: RunRecord, staging: Path, kept: Sequence[str] = ()
+        self, recipe: Recipe, rows: Sequence[ResultRow], record: RunRecord, staging: Path, also: Sequence[str] = ()
     ) -> None:
         """Add recipe, results and run.json to the files in `staging`, then move all of them into OUT, run.json last.
 
-        Of state/, what is in KEPT_STATE and `kept` stays. Raises SoupError if another run took over the folder, or if it
+        Of state/, what is in KEPT_STATE and `also` stays. Raises SoupError if another run took over the folder, or if it
         cannot be written.
         """
         self.lease.check()
         with writing(self.folder):
             write_bytes(staging / "recipe.yaml", redact_uris(dump_recipe(recipe)).encode(errors="backslashreplace"))
             write_results(rows, staging / "results.jsonl")
-            record["files"] = {f.name: sha256_file(str(f)) for f in sorted(staging.iterdir())}
+            baked = {} if self.mirror is None else self.mirror.take_baked(staging)
+            record["files"] = {f.name: baked.get(f.name) or sha256_written(f) for f in sorted(staging.iterdir())}
             write_run_record(record, staging / "run.json")
             usual = stat.S_IMODE((staging / "run.json").stat().st_mode)
             with uninterrupted():
-                (self.folder / "run.json").unlink(missing_ok=True)  # of a failed run, or of what this one adds to
+                self._clear(self.folder / "run.json")  # of a failed run, or of what this one adds to
                 for file in sorted(staging.iterdir(), key=lambda f: (f.name == "run.json", f.name == METADATA)):
                     file.chmod(usual)  # some libraries let nobody else read what they write
                     self.moved.append(file.replace(self.folder / file.name))
                 self.finished = True
-        with suppress(OSError):  # the soup is finished, whatever is left
+        with suppress(OSError, SoupError):  # the soup is finished, whatever is left
             staging.rmdir()
             for left in self.state().iterdir():
-                if left.name not in (*KEPT_STATE, *kept):
+                if left.name not in (*KEPT_STATE, *also) and not left.name.startswith(CLAIM):
                     self._clear(left)
 
 
@@ -333,64 +363,34 @@ def open_output(
 def _open_remote(uri: str, progress: ProgressCallback, overwrite: bool) -> Iterator[Output]:
     check_uri(uri)
     mirror = Mirror(uri)
-    with Lease(f"{uri}/state/lease", progress, lambda: mirror.push("state/")) as lease:
-        mirror.fetch()
-        try:
-            yield Output(mirror.folder, lease, mirror, overwrite)
-        except BaseException as error:
-            with suppress(SoupError, OSError):
-                lease.check()
-                mirror.push()
-            if isinstance(error, SoupError):
-                text = str(error).replace(str(mirror.folder), uri)
-                if isinstance(error.__cause__, OSError) and text != str(error):  # the disk here may be full
-                    text += f" (The local copy of {uri} is {mirror.folder}.)"
-                raise type(error)(text) from error
-            raise
-        lease.check()
-        mirror.push(progress=progress)
-        mirror.tidy()
-    shutil.rmtree(mirror.folder, ignore_errors=True)
+    with Lease(uri, progress, lambda: mirror.push("state/")) as lease:
+        copy = f" (The local copy of {uri} is {mirror.folder}.)"  # whose disk may be full
+        with lease.explaining({str(mirror.folder / "state"): lease.folder, str(mirror.folder): uri}, copy):
+            mirror.fetch(lease)
+            try:
+                yield Output(mirror.folder, lease, mirror, overwrite)
+            except BaseException:
+                with suppress(SoupError, OSError):
+                    mirror.push()
+                raise
+            lease.check()
+            mirror.push(progress=progress)
+            mirror.tidy()
+    mirror.remove()
 
 
 @contextmanager
 def _open_local(out: Path, progress: ProgressCallback, overwrite: bool) -> Iterator[Output]:
-    """Hold a local folder by a file lock, which ends with its process, and a lease for machines that share the disk."""
-    state, lock_file = out / "state", out / "state" / "lock"
-    new = [path for path in (lock_file, state, out, *out.parents) if not os.path.lexists(path)]
-    lock = FileLock(lock_file)
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RecipeError(f"Another run is using {out}. Wait for it, or choose another folder.") from None
-    except (OSError, NotImplementedError) as error:
-        _remove_new(new)
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"The output folder {out} cannot be created: {reason}. Choose another.") from error
-    try:
-        with Lease(str(state / "lease"), progress) as lease:
+    """Hold a local folder."""
+    state = out / "state"
+    new = [path for path in (state, out, *out.parents) if not os.path.lexists(path)]
+    with ExitStack() as stack:
+        try:
+            stack.callback(remove_new, new)  # a run that left nothing leaves no trace
+            state.mkdir(parents=True, exist_ok=True)
+            lease = stack.enter_context(Lease(str(out), progress))
+        except OSError as error:
+            reason = error.strerror or error
+            raise RecipeError(f"The output folder {out} cannot be created: {reason}. Choose another.") from error
+        with lease.explaining({lease.folder: str(state)}):
             yield Output(out, lease, overwrite=overwrite)
-    finally:
-        _remove_new(new)  # a run that left nothing leaves no trace
-        with suppress(OSError):  # the lock ends in any case
-            lock.release()
-
-
-def _remove_new(paths: Sequence[Path]) -> None:
-    """Remove the lock file, if it is new, and the new folders that are empty again, from the inside out."""
-    with suppress(OSError):
-        for path in paths:
-            if path.name == "lock":
-                path.unlink(missing_ok=True)  # while the lock is held: another process notices that the file is gone
-            elif os.path.lexists(path):
-                path.rmdir()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of ray_soup, Python and the libraries that this run used."""
-    from importlib.metadata import version
-
-    names = ["ray", "torch", "open_clip_torch", "numpy", "safetensors", "numba"]
-    names += [name for name in ("timm", "torchvision", "transformers") if name in sys.modules]
-    return {"ray_soup": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}

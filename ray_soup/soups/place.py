@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
+from ray_soup.io.claims import state_of
 
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of a Ray job's working directory, which is deleted some time after the job."""
-HELD = ("lock", "lease")  # files in state/ while a run holds the folder
-BEFORE_BEGUN = re.compile(r"lock|out|lease|replaced|(lease|begun\.json)\..*tmp")
+BEFORE_BEGUN = re.compile(r"lock|out|lease|replaced|run-[0-9]+|before-[0-9]+|\.claim-.*|(lease|begun\.json)\..*tmp")
 """What a run that failed before it wrote begun.json may leave in state/, and what it was to replace."""
 ZOO_STATE = ("init.safetensors", "tune", "trials", "train", "failures.json")  # of `finetune` in ray_soup 0.1
 
@@ -79,10 +81,11 @@ def check_own(out: Path, zoo: bool = True) -> None:
     Raises RecipeError if it has other files.
     """
     state = out / "state"
-    if os.path.lexists(state / "begun.json"):
+    folders = [folder for folder in {state, state_of(out)} if folder.is_dir()]
+    if any(os.path.lexists(folder / "begun.json") for folder in folders):
         return
     names = sorted(f.name for f in out.iterdir() if f.name != "state")
-    inside = sorted(f.name for f in state.iterdir() if not BEFORE_BEGUN.fullmatch(f.name)) if state.is_dir() else []
+    inside = sorted(f.name for folder in folders for f in folder.iterdir() if not BEFORE_BEGUN.fullmatch(f.name))
     if state.is_symlink() or (os.path.lexists(state) and not state.is_dir()):
         names.append("state")
     if zoo and set(inside) & set(ZOO_STATE):
@@ -97,10 +100,14 @@ def check_own(out: Path, zoo: bool = True) -> None:
 def check_links(out: Path) -> None:
     """Check that no folder or file in `out` that a run would write into is a link that leads out of it.
 
-    Links among the finished files are no danger: they are replaced, not followed. Raises RecipeError.
+    Links among the finished files are no danger: they are replaced, not followed; nor are those that W&B makes in its own
+    folder. Raises RecipeError.
     """
     inside = f"{os.path.realpath(out)}/"
     for folder, folders, files in os.walk(out):
+        if Path(folder) == out / "wandb":
+            folders.clear()
+            continue
         below = files if Path(folder) != out else []
         for name in (*folders, *below):
             path = os.path.join(folder, name)
@@ -129,6 +136,13 @@ def check_new(out: str | Path, source: Path, overwrite: bool = False) -> None:
     if is_within(folder, source):
         raise RecipeError(f"{out} is inside {source}, the soup that is to be rebuilt. Choose a folder outside of it.")
     check_place(folder)
-    unfinished = os.path.lexists(folder / "state" / "begun.json") and not os.path.lexists(folder / "run.json")
+    unfinished = os.path.lexists(state_of(folder) / "begun.json") and not os.path.lexists(folder / "run.json")
     if folder.is_dir() and not (unfinished or overwrite) and any(f.name != "state" for f in folder.iterdir()):
         raise RecipeError(f"{out} is not empty. Choose a new folder, or add --overwrite to replace what is there.")
+
+
+def remove_new(paths: Sequence[Path]) -> None:
+    """Remove the new folders that are empty again, from the inside out."""
+    with suppress(OSError):
+        for path in paths:
+            path.rmdir()

@@ -6,7 +6,6 @@ prove it. If no epoch of the training is better on select, the model is the soup
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 
 from ray_soup.actors.messages import TrainingJob, TrainingResult
 from ray_soup.errors import SoupError
+from ray_soup.io import storage
 from ray_soup.io.cache import content_key
-from ray_soup.io.disk import writing
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.bake import overwrite_tensors
@@ -27,10 +26,11 @@ from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.mixing.spectral import singular_vectors
 from ray_soup.recipe import Polish
 from ray_soup.soups.baseline import compared
+from ray_soup.soups.inputs import CALIBRATION
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import DIFFERENCE, MODEL, Output
 from ray_soup.soups.report.measures import Measures, measures_of
-from ray_soup.soups.session import CALIBRATION, Session
+from ray_soup.soups.session import Session
 from ray_soup.soups.write import bake_any, statistics_of
 from ray_soup.task.choices import cost
 from ray_soup.task.data import Split
@@ -56,8 +56,8 @@ class Trained:
     """Outcomes of the written file, by split."""
     coefficients: Coefficients
     """Those of the soup, with the running statistics of the model."""
-    difference: Path | None
-    """The file of differences; None if the model is the soup."""
+    difference: str | None
+    """The path or URI of the file of differences; None if the model is the soup."""
     figures: dict[str, Any]
     """For run.json: epochs, lr, best_epoch (from 1; 0 is the soup), precision, steps, image_passes, relative_norm, select
     (before and after) and curve; `diverged` with the learning rates at which the loss was not finite."""
@@ -72,12 +72,11 @@ def polish(
     """
     recipe = session.recipe
     assert recipe.polish is not None
-    stem = output.state("polish")
     path = staging / MODEL
-    made = train_weights(session, output, mixture, path, before, recipe.polish, stem, "polishing", shard_size)
+    made = train_weights(session, output, mixture, path, before, recipe.polish, "polish", "polishing", shard_size)
     mixture.coefficients = made.coefficients
     if made.difference is not None:
-        copy(made.difference, staging / DIFFERENCE)
+        storage.download(made.difference, staging / DIFFERENCE)
     mixture.notes += notes_on(recipe.method, made, before, measures_of(recipe))
     return made.outcomes, made.figures
 
@@ -89,7 +88,7 @@ def train_weights(
     path: Path,
     before: Outcomes,
     settings: Polish,
-    stem: Path,
+    name: str,
     what: str,
     shard_size: int | None = None,
 ) -> Trained:
@@ -102,14 +101,14 @@ def train_weights(
         path: the file that the soup was written to; of a model in several files, the name without numbers.
         before: the soup's outcomes on the splits to evaluate on.
         settings: how to train.
-        stem: path without a suffix, in the state of `output`, of files to keep until the soup is finished.
+        name: beginning of the names of the files that the actors keep until the soup is finished.
         what: what is being done, for progress.
         shard_size: largest model file in bytes; None: one file.
 
     Raises NoMemoryError if the memory of a GPU does not suffice.
     """
     calibration = session.calibration(CALIBRATION) if len(mixture.coefficients.used()) > 1 else []
-    results = _train(session, mixture, path, settings, stem, what, calibration)
+    results = _train(session, output, mixture, path, settings, name, what, calibration)
     chosen = min(range(len(results)), key=lambda n: (results[n].cost, n))
     best = results[chosen]
     made = None
@@ -135,7 +134,7 @@ def train_weights(
     }
     if made is None:
         return Trained(before, mixture.coefficients, None, figures)
-    return Trained(after, made.coefficients, Path(best.difference), figures)
+    return Trained(after, made.coefficients, best.difference, figures)
 
 
 def _without_evaluations(training: str, progress: ProgressCallback) -> ProgressCallback:
@@ -152,20 +151,22 @@ def _without_evaluations(training: str, progress: ProgressCallback) -> ProgressC
 
 def _train(
     session: Session,
+    output: Output,
     mixture: Mixture,
     path: Path,
     settings: Polish,
-    stem: Path,
+    name: str,
     what: str,
     calibration: Sequence[Split],
 ) -> list[TrainingResult]:
     """Train with each learning rate. Arguments as for `train_weights`."""
     results: list[TrainingResult] = []
     precision = mixture.figures.get("precision") or session.pool.choose_precision()
+    start, stem = output.visible_to_actors(file_of(path)), output.kept_by_actors(name)
     for number, lr in enumerate(settings.rates):
         job = TrainingJob(
             f"{what}, lr {lr:g}" if len(settings.rates) > 1 else what,
-            str(file_of(path)), f"{stem}_{number}", _task(session, mixture.coefficients, settings, lr), lr, settings.wd,
+            start, f"{stem}_{number}", _task(session, mixture.coefficients, settings, lr), lr, settings.wd,
             settings.epochs, settings.batch_size, session.recipe.learn.seed, precision, session.splits["fit"],
             session.splits["select"], tuple(calibration),
         )  # fmt: skip
@@ -200,7 +201,7 @@ def _written(
 ) -> _Written:
     """Turn the soup's file into the trained model, re-estimate its running statistics, and evaluate it on splits."""
     layout, file = session.inputs.layout, file_of(path)
-    difference = open_difference(Path(best.difference), dict(zip(layout.names, layout.shapes, strict=True)))
+    difference = open_difference(best.difference, dict(zip(layout.names, layout.shapes, strict=True)))
     norm = apply_difference(difference, file)
     found: Statistics = {}
     model = open_ingredient(str(file))
@@ -216,7 +217,7 @@ def _written(
         found |= statistics
     coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
     on = {name: session.splits[name] if name in session.splits else session.whole(name) for name in splits}
-    outcomes = session.pool.evaluate_file(str(file), list(on.values()), session.progress)
+    outcomes = session.pool.evaluate_file(output.visible_to_actors(file), list(on.values()), session.progress)
     return _Written(dict(zip(on, outcomes, strict=True)), coefficients, norm)
 
 
@@ -230,12 +231,6 @@ def file_of(path: Path) -> Path:
     """Return the file to load the model from that was written to `path`: the index if it has several files."""
     index = path.with_name(f"{path.name}.index.json")
     return index if index.exists() else path
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a file."""
-    with writing(target):
-        shutil.copyfile(source, target)
 
 
 def together(figures: Mapping[str, Any], more: Mapping[str, Any], key: str) -> int | None:

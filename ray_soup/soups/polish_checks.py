@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from ray_soup.errors import RecipeError
-from ray_soup.io import storage
 from ray_soup.recipe import Recipe
 
 
@@ -27,12 +25,3 @@ def check_polish(recipe: Recipe, adapters: Sequence[str]) -> None:
         why = f"out_format is {recipe.out_format}; expected safetensors. Change it, or remove polish"
     if why is not None:
         raise RecipeError(f"polish trains all weights of a whole model held by each actor, but {why}.")
-
-
-def check_place_of_training(recipe: Recipe, out: str | Path) -> None:
-    """Check that the actors can write files of OUT, if all weights are trained. Raises RecipeError."""
-    if recipe.polish is not None and storage.is_remote(str(out)):
-        raise RecipeError(
-            f"polish needs an OUT on a disk that the actors share, where they keep their state, but OUT is {out}. Choose a "
-            "folder, and copy it when the run has finished."
-        )

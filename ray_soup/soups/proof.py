@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -23,6 +22,7 @@ from ray_soup.errors import IngredientError, SoupError
 from ray_soup.io import storage
 from ray_soup.io.formats import SAFETENSORS_SUFFIX, TensorInfo
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.rank_files import is_rank_file
 from ray_soup.io.torch_files import NUMPY
 from ray_soup.mixing.coefficients import Coefficients

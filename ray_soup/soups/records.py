@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
+from ray_soup import __version__
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.disk import json_text, json_value, read_json, write_json, write_text
 from ray_soup.io.hashing import sha256_file
@@ -87,6 +90,7 @@ class RunRecord(TypedDict, total=False):
     select_by: str
     loss: str
     inputs: str
+    dtype: str
     evaluate: FunctionRecord
     own_method: FunctionRecord
     seed: int
@@ -124,7 +128,8 @@ class RunRecord(TypedDict, total=False):
 class BegunRecord(TypedDict, total=False):
     """state/begun.json: the recipe, ingredients and options that the folder was started with; `start` is a digest.
 
-    `folder` is the current folder of the command, and `source` the soup that `bake` rebuilds there.
+    `adopted` are options of the model that files of the ingredients state and the recipe does not, `folder` is the current
+    folder of the command, `source` the soup that `bake` rebuilds there, and `token` names the run.
     """
 
     version: int
@@ -134,8 +139,10 @@ class BegunRecord(TypedDict, total=False):
     kind: str
     start: str
     rows: dict[str, Any]
+    adopted: dict[str, str]
     folder: str
     source: str
+    token: str
 
 
 class ResolvedRecord(TypedDict, total=False):
@@ -335,6 +342,14 @@ def write_begun(record: BegunRecord, file: Path) -> None:
     write_json(file, {**record, "version": BEGUN_VERSION})
 
 
+def rewrite_begun(record: BegunRecord, before: BegunRecord, file: Path) -> None:
+    """Write state/begun.json for a run that was begun with the record `before`, and keeps its token."""
+    seen = file.stat().st_mtime_ns
+    record = {**record, "token": before["token"]} if "token" in before else record
+    write_begun(record, file)
+    os.utime(file, ns=(seen, seen))  # which stands for the token that earlier versions did not write
+
+
 def read_begun(file: Path) -> BegunRecord:
     """Read state/begun.json. Raises RecipeError if it is damaged."""
     record: BegunRecord = read_record(file, _BEGUN, BEGUN_VERSION, ("recipe", "ingredients"))
@@ -373,3 +388,12 @@ def read_entry(file: Path) -> EntryRecord:
         if not part.is_file() or sha256_file(str(part)) != digest:
             raise damaged(part, "it is missing, or not as it was written", remedy)
     return record
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of ray_soup, Python and the libraries that this run used."""
+    from importlib.metadata import version
+
+    names = ["ray", "torch", "open_clip_torch", "numpy", "safetensors", "numba"]
+    names += [name for name in ("timm", "torchvision", "transformers") if name in sys.modules]
+    return {"ray_soup": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}

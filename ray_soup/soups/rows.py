@@ -14,19 +14,22 @@ from ray_soup.io.hugging_face import pinned
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.recipe import Recipe
 from ray_soup.soups.comparison import SoupResult
+from ray_soup.soups.inputs import Inputs
 from ray_soup.soups.output import Output
 from ray_soup.soups.records import read_entry, write_entry
-from ray_soup.soups.session import Inputs, Session
+from ray_soup.soups.session import Session
 from ray_soup.task.adapters import lift_one
+from ray_soup.task.loader_names import with_old_names
 from ray_soup.task.other_models import advice_for
 from ray_soup.task.outcomes import load_outcomes, save_outcomes
-from ray_soup.task.preprocessing import examine
+from ray_soup.task.preprocessing import completed, examine
 
 
 def open_rows(recipe: Recipe, inputs: Inputs) -> dict[str, Ingredient]:
     """Open the model files of the rows, and check that they fit the model; reads headers only.
 
-    Raises RecipeError for a name that another row has, IngredientError for a file that does not fit; both name the row.
+    The recipe is the one that `inputs` were opened with, without what was adopted. Raises RecipeError for a name that
+    another row has or a model that was trained otherwise, IngredientError for a file that does not fit; both name the row.
     """
     found: dict[str, Ingredient] = {}
     for name, path in recipe.compare.rows.items():
@@ -44,14 +47,27 @@ def open_rows(recipe: Recipe, inputs: Inputs) -> dict[str, Ingredient]:
                 lift_one(recipe.model, opened, recipe.ignore)
                 found[name] = opened
             else:
-                shapes, names = inputs.layout.state_shapes, inputs.layout.known_names
                 ignore: Ignored = (*recipe.ignore, *inputs.layout.in_files.unsaved)
+                layout = with_old_names(inputs.layout, [opened], ignore)
+                shapes, names = layout.state_shapes, layout.known_names
                 found[name] = check_fits(opened, shapes, names, ignore, advise=advice_for(recipe.model))
                 found[name].check_copies()
-                examine(recipe, [found[name]])
+                _check_training(recipe, inputs, found[name])
         except SoupError as error:
             raise type(error)(f"{key}: {error}") from error
     return found
+
+
+def _check_training(recipe: Recipe, inputs: Inputs, row: Ingredient) -> None:
+    """Check that nothing says that a model was trained otherwise than it would be evaluated. Raises RecipeError."""
+    adopted = examine(recipe, [*inputs.ingredients, row]).adopted  # which refuses what contradicts the ingredients
+    more = {option: value for option, value in adopted.items() if option not in inputs.adopted}
+    if more:
+        said = ", ".join(f"{option} {value}" for option, value in more.items())
+        raise RecipeError(
+            f"{row.path} was trained with {said}, which neither the recipe nor the ingredients state. State the values to "
+            f"use for all, as in\n    model: {completed(recipe, adopted).model}"
+        )
 
 
 def row_results(session: Session, output: Output, rows: Mapping[str, Ingredient]) -> dict[str, SoupResult]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ray_soup.actors.pool import StepPool
@@ -27,6 +26,7 @@ from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes
 from ray_soup.io.hashing import sha256_file
+from ray_soup.io.lazy import torch
 from ray_soup.io.redact import redact
 from ray_soup.mixing.blocks import Blocks, Layout, Partition, partition
 from ray_soup.mixing.coefficients import MEAN, Coefficients, load_coefficients, to_x

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from ray_soup.errors import SoupError
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.lazy import torch
 from ray_soup.io.state_archive import check_archive
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import check_version, damaged
@@ -38,7 +37,8 @@ class LearnState:
     step: int = 0
     """Number of steps finished in this epoch."""
     moving: torch.Tensor | None = None
-    """Coordinates float64 [m, B] of the current model batch; with learn.whiten the whitened ones."""
+    """Coordinates float64 [m, B] of the current model batch, [m, T] while whole tensors move; with learn.whiten the whitened
+    ones."""
     optimizer: dict[str, Any] | None = None
     """The optimizer's state dict."""
     factor: torch.Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
@@ -182,9 +182,16 @@ def _faults(found: Mapping[str, Any], shape: tuple[int, ...] | None) -> Iterator
     wrong = next((name for name in _OF_A_SOUP if found[name] is not None and found[name].shape != y.shape), None)
     if wrong is not None:
         yield f"{wrong} does not fit y"
-    for tensor in (found[name] for name in _OF_A_TURN):
-        if tensor is not None and (moving is None or tensor.shape != moving.shape or tensor.shape[1] != y.shape[1]):
-            yield f"{' and '.join(name for name in _OF_A_TURN if found[name] is not None)} do not fit y"
+    wrong = next((name for name in ("best", "total") if found[name] is not None and moving is None), None)
+    if wrong is None and moving is not None:  # `moving` has fewer columns while whole tensors move
+        shapes = {
+            "moving": (len(moving), min(moving.shape[1], blocks)),
+            "best": (len(moving), blocks),
+            "total": moving.shape,
+        }
+        wrong = next((n for n, s in shapes.items() if found[n] is not None and tuple(found[n].shape) != tuple(s)), None)
+    if wrong is not None:
+        yield f"{wrong} does not fit y"
     if shape is not None and moving is not None and best is None:
         yield "best is missing"
     if not isinstance(found["precision"], str) or not isinstance(found.get("task", ""), str):

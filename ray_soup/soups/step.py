@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ray_soup.actors import metrics
 from ray_soup.actors.messages import Partial
 from ray_soup.errors import SoupError
 from ray_soup.mixing.coefficients import Parametrization
@@ -25,7 +26,7 @@ def gradient_of(
 
     `rough` is the gradient of a penalty with respect to x, float64 [m, B].
     """
-    total = np.zeros_like(of.norms)
+    total = np.zeros(partials[0].gradient.shape)
     for partial in partials:
         total += partial.gradient
     assert state.moving is not None
@@ -48,7 +49,10 @@ def count_step(state: LearnState, answers: list[list[Partial]], examples: int, x
     state.fit_count += sum(p.weight for p in partials)
     state.steps += 1
     state.image_passes += examples
-    state.wire_bytes = len(answers) * (x.nbytes + partials[0].gradient.nbytes) + 4 * examples // len(answers[0])
+    ranks = sum(p.ranks for p in answers[0])
+    state.wire_bytes = len(answers) * (x.nbytes + partials[0].gradient.nbytes) + 4 * examples // ranks
+    phase = "learning" if state.before is None else "refitting"
+    metrics.count_step(answers, phase, examples, state.wire_bytes * ranks, seconds)
     if len(state.step_ms) < TIMED_STEPS:
         state.step_ms.append(1000 * seconds)
         state.overhead_ms.append(1000 * (seconds - sum(max(p.seconds for p in answer) for answer in answers)))

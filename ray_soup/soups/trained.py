@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_soup.actors.placement import MOMENTS_BYTES, actor_bytes, memory_of_each
+from ray_soup.io import storage
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.ingredient import Ingredient
 from ray_soup.io.progress import ProgressCallback
@@ -22,13 +23,14 @@ from ray_soup.soups.clock import Clock
 from ray_soup.soups.comparison import Comparison, SoupEntry, SoupResult
 from ray_soup.soups.evaluations import reported
 from ray_soup.soups.finished_polished import rebuild
+from ray_soup.soups.inputs import Inputs
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import Output
 from ray_soup.soups.own_evaluation import folder_of_soup
-from ray_soup.soups.polish import NoMemoryError, Trained, bake_soup, copy, notes_on, together, train_weights
+from ray_soup.soups.polish import NoMemoryError, Trained, bake_soup, notes_on, together, train_weights
 from ray_soup.soups.records import damaged, read_entry, write_entry
 from ray_soup.soups.report.measures import measures_of
-from ray_soup.soups.session import Inputs, Session
+from ray_soup.soups.session import Session
 from ray_soup.task.outcomes import load_outcomes, save_outcomes
 
 RATES = [1e-4, 3e-4, 1e-3]
@@ -57,7 +59,7 @@ def trained_rows(session: Session, output: Output, made: Comparison, wanted: boo
     found, recipe = TrainedRows(), session.recipe
     if recipe.polish is not None:
         found.results[POLISHED] = _row(session, output, made, POLISHED, DEFAULT_METHOD, recipe.polish)
-    why = "the option --no-trained was given" if not wanted else _why_not(session, output)
+    why = "the option --no-trained was given" if not wanted else _why_not(session)
     if why is None:
         learn = for_method(recipe, DEFAULT_METHOD).learn
         settings = Polish(epochs=learn.epochs, lr=RATES, batch_size=learn.batch_size)
@@ -70,19 +72,17 @@ def trained_rows(session: Session, output: Output, made: Comparison, wanted: boo
     return found
 
 
-def _why_not(session: Session, output: Output) -> str | None:
+def _why_not(session: Session) -> str | None:
     """Return why the weights cannot be trained; None if they can."""
     recipe = session.recipe
     if session.inputs.frozen:
         return "the ingredients are adapters"
     if recipe.actors.by_layer:
         return "actors.by_layer is true"
-    if output.mirror is not None:
-        return "OUT is remote storage, and the actors keep their state on a disk"
     numel = session.inputs.layout.numel
     needed = actor_bytes(recipe, numel, session.model_batch, session.mesh.shards)
     needed += MOMENTS_BYTES * numel if recipe.polish is None else 0
-    room = memory_of_each(session.mesh)
+    room = memory_of_each(recipe, session.mesh)
     if not recipe.actors.gpus and needed > room:
         return f"it takes about {needed / 1e9:,.1f} GB per actor, and the cluster has {room / 1e9:,.1f} GB"
     return None
@@ -118,7 +118,7 @@ def _result(session: Session, output: Output, start: SoupResult, name: str, file
         bake_soup(session, start.coefficients, path)
         before = {split: start.on(split, session.splits) for split in reported(session.splits)}
         mixture = Mixture(start.coefficients, dict(start.figures))
-        made = train_weights(session, output, mixture, path, before, settings, file, f"training {name}")
+        made = train_weights(session, output, mixture, path, before, settings, file.name, f"training {name}")
         path.unlink()
         save_outcomes(made.outcomes, outcomes)
         save_coefficients(made.coefficients, coefficients)
@@ -131,12 +131,11 @@ def _result(session: Session, output: Output, start: SoupResult, name: str, file
             "polish": made.figures,
         }
         if made.difference is not None:
-            copy(made.difference, _difference_file(file))
-            figures["difference_sha256"] = sha256_file(str(made.difference))
+            storage.download(made.difference, _difference_file(file))
+            figures["difference_sha256"] = sha256_file(str(_difference_file(file)))
         notes = notes_on(name, made, before, measures_of(session.recipe)) if name == POLISHED else _notes_on_trained(made)
         write_entry({"figures": figures, "notes": notes}, made_so)
-        for left in file.parent.glob(f"{file.name}_*"):
-            left.unlink()
+        output.remove_kept(f"{file.name}_")
     entry = read_entry(made_so)
     return SoupResult(load_outcomes(outcomes), entry["figures"], load_coefficients(coefficients), entry["notes"])
 
@@ -166,7 +165,7 @@ def difference_of(result: SoupResult, file: Path, inputs: Inputs) -> Ingredient 
         return None
     if not kept.is_file() or sha256_file(str(kept)) != known:
         raise damaged(kept, "it is missing, or not as it was written", f"Remove {file}.json to train this model again.")
-    return open_difference(kept, dict(zip(inputs.layout.names, inputs.layout.shapes, strict=True)))
+    return open_difference(str(kept), dict(zip(inputs.layout.names, inputs.layout.shapes, strict=True)))
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_soup.actors.pool import ActorPool
 from ray_soup.io.adapters import open_adapter
 from ray_soup.io.check import left_out_notes
 from ray_soup.io.disk import write_text
@@ -19,25 +18,25 @@ from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.lifting import AdapterSet, group_of
 from ray_soup.io.progress import CountCallback, ProgressCallback
 from ray_soup.mixing.adapter_bake import Form, bake_adapter, is_adapter_folder, relative_error
-from ray_soup.mixing.adapter_merge import bake_merged
 from ray_soup.mixing.bake import overwrite_tensors
 from ray_soup.mixing.coefficients import Coefficients, save_coefficients, save_table
 from ray_soup.mixing.distributed_bake import bake_distributed
 from ray_soup.mixing.running_statistics import Statistics
 from ray_soup.recipe import Recipe
-from ray_soup.soups.baking import bake_whole
+from ray_soup.soups.baking import Writers, bake_whole
+from ray_soup.soups.inputs import Inputs
 from ray_soup.soups.methods.results import Model
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import COEFFICIENTS, MODEL_FILES, TABLE, Output
 from ray_soup.soups.records import IngredientRecord, ResultRow, RunRecord
 from ray_soup.soups.report.card import model_card
-from ray_soup.soups.session import Inputs, Session
 from ray_soup.task.companions import adapter_lines, loading_lines, write_companions, write_tokenizer
 from ray_soup.task.data import Split
 from ray_soup.task.evidence_files import settings_in_files
-from ray_soup.task.merged_models import merged_soup
 from ray_soup.task.outcomes import Outcome
-from ray_soup.task.peft_models import check_with_peft
+
+if TYPE_CHECKING:
+    from ray_soup.soups.session import Session
 
 WORTH_A_NOTE = 0.001
 """Relative error of a merged model's changes from which on a note states it."""
@@ -74,14 +73,15 @@ def bake_and_evaluate(
         splits = {name: split for name, split in splits.items() if name not in first}
     inputs, pool, progress = session.inputs, session.pool, session.progress
     chosen = [inputs.ingredients[k] for k in session.subset]
-    actors = (pool, session.subset) if output.mirror is None else None
-    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, actors)
+    writers = Writers(pool, session.subset, output)
+    file, notes = bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, writers)
     mixture.notes += notes
     if calibration and len(mixture.coefficients.used()) > 1:
         found = statistics_of(session, output, file, calibration)
         mixture.coefficients = replace(mixture.coefficients, statistics=mixture.coefficients.statistics | found)
-        if is_metadata(str(file)):  # whose archives have checksums
-            bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size)
+        baked = output.mirror is not None and output.mirror.baked  # of such files, only the headers are here
+        if baked or is_metadata(str(file)):  # whose archives have checksums
+            bake_any(session.recipe, mixture.coefficients, chosen, path, progress, shard_size, writers)
         else:
             overwrite_tensors(found, file)
         mixture.notes.append(
@@ -113,15 +113,14 @@ def bake_model(
     coefficients: Coefficients,
     ingredients: Sequence[Ingredient],
     progress: ProgressCallback,
-    pool: ActorPool | None = None,
+    writers: Writers | None = None,
 ) -> list[str]:
     """Write the soup's model into `folder`, with the dtype and the file sizes that the recipe requests; return notes.
 
-    If there is a `pool` of all ingredients, on nodes that see the folder, its actors may write the files.
+    If there are `writers` with all ingredients, they may write the files.
     """
     path = folder / MODEL_FILES[recipe.out_format]
-    actors = None if pool is None else (pool, tuple(range(len(ingredients))))
-    return bake_any(recipe, coefficients, ingredients, path, progress, recipe.shard_size, actors)[1]
+    return bake_any(recipe, coefficients, ingredients, path, progress, recipe.shard_size, writers)[1]
 
 
 def bake_any(
@@ -131,7 +130,7 @@ def bake_any(
     path: Path,
     progress: ProgressCallback,
     shard_size: int | None,
-    pool: tuple[ActorPool, tuple[int, ...]] | None = None,
+    writers: Writers | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the soup's model to `path`, or, if the ingredients are adapters, an adapter into its folder.
 
@@ -149,9 +148,11 @@ def bake_any(
         settings = (recipe.out_dtype, shard_size)
         return bake_distributed(coefficients, ingredients, path.parent, None, count, *settings), []
     if group is None:
-        return bake_whole(recipe, coefficients, list(ingredients), path, count, shard_size, pool), []
+        return bake_whole(recipe, coefficients, list(ingredients), path, count, shard_size, writers), []
     if recipe.adapter.merge:
         return _bake_merged(recipe, coefficients, ingredients, group, path, count, shard_size)
+    from ray_soup.task.peft_models import check_with_peft
+
     form = Form(recipe.out_dtype, recipe.adapter.rank)
     file = bake_adapter(coefficients, ingredients, group, path.parent, count, form)
     check_with_peft(recipe.model, [open_adapter(str(file))])
@@ -174,6 +175,9 @@ def _bake_merged(
     shard_size: int | None,
 ) -> tuple[Path, list[str]]:
     """Write a soup of adapters as a whole model. Arguments and value as for `bake_any`."""
+    from ray_soup.mixing.adapter_merge import bake_merged
+    from ray_soup.task.merged_models import merged_soup
+
     soup = merged_soup(recipe.model, coefficients, ingredients, group, recipe.out_dtype)
     file, error = bake_merged(soup, path, count, shard_size)
     if error is None or error < WORTH_A_NOTE:
@@ -196,7 +200,7 @@ def write_library_files(folder: Path, model: str) -> None:
         write_tokenizer(model, folder)
         return
     tensors = open_ingredient(str(folder)).tensors
-    dtypes = Counter(info.dtype for info in tensors.values() if info.dtype.is_floating_point)
+    dtypes = Counter(info.dtype_name for info in tensors.values() if info.is_float)
     write_companions(model, folder, dtypes.most_common(1)[0][0], tensors)
 
 

@@ -11,21 +11,20 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ray_soup.errors import IngredientError, RecipeError
 from ray_soup.io.adapters import AdapterIngredient, adapters_among
 from ray_soup.io.binding import Ignored
-from ray_soup.io.check import check_fits, check_floats, check_together, common_shapes
+from ray_soup.io.check import check_fits, check_floats, check_together
 from ray_soup.io.hub_path import COMMIT, HubPath, is_hub
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet, LiftedIngredient, digest_of, lifted, make_set
 from ray_soup.mixing.blocks import Layout
 from ray_soup.task.heads import check_heads, other_head, with_classes
+from ray_soup.task.loader_names import check_named
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import describe
 from ray_soup.task.other_models import advice_for
-from ray_soup.task.peft_models import check_with_peft, describe_adapted
 
 
 def lift(
@@ -43,6 +42,8 @@ def lift(
 
     Raises RecipeError if `model` is no base, IngredientError if the adapters do not fit together or do not fit it.
     """
+    from ray_soup.task.peft_models import check_with_peft, describe_adapted
+
     _folder_of(spec, adapters)
     check_with_peft(spec, adapters)
     group = lifted_set(spec, adapters, ignore)
@@ -53,6 +54,8 @@ def lift(
 
 def lift_one(spec: str, adapter: AdapterIngredient, ignore: Sequence[str] = ()) -> tuple[list[Ingredient], Layout]:
     """Lift a single adapter, such as a finished soup, to evaluate it."""
+    from ray_soup.task.peft_models import check_with_peft, describe_adapted
+
     _folder_of(spec, [adapter])
     check_with_peft(spec, [adapter])
     group = lifted_set(spec, [adapter], ignore)
@@ -153,24 +156,17 @@ def _same_weights(folder: str, group: AdapterSet) -> bool:
     return all(torch.equal(bound.read(name).double(), base.read(name).double()) for name in base.tensors)
 
 
-def bound_to(ingredients: Sequence[Ingredient], model: str | None) -> tuple[list[Ingredient], list[str]]:
-    """Check that checkpoints fit together, and fit `model` if it is given, for `ray-soup inspect`.
+def bound_to(ingredients: Sequence[Ingredient], model: str) -> tuple[list[Ingredient], list[str]]:
+    """Check that checkpoints fit together and fit `model`, for `ray-soup inspect`.
 
     Returns the bound checkpoints and the names of their common tensors. Raises RecipeError or IngredientError.
     """
     adapters = adapters_among(ingredients)
-    if adapters and model is None:
-        raise RecipeError(
-            f"{adapters[0].path} is a LoRA adapter, which says little without its base. Name the base, as in --model "
-            f"transformers:{adapters[0].config.base or 'FOLDER'}"
-        )
-    if model is None:
-        return check_together(ingredients), [*common_shapes(ingredients)[0]]
     if adapters:
         bound, layout, _ = lift(with_classes(model, adapters), adapters)
         return bound, [*layout.state_shapes]
-    layout, advise = describe(model), advice_for(model)
-    bound = check_together(ingredients, layout.state_shapes, layout.known_names, layout.in_files.unsaved, advise=advise)
+    layout = describe(model)
+    layout, bound = check_named(layout, ingredients, layout.in_files.unsaved, advice_for(model))
     check_floats(bound, layout.names)
     return bound, [*layout.state_shapes]
 

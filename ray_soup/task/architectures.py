@@ -13,12 +13,12 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.names import without_shared_prefix
 from ray_soup.mixing.blocks import Layout, layout_of
 from ray_soup.task.empty_models import build_empty
@@ -26,6 +26,7 @@ from ray_soup.task.evidence import POSITIONS
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
 from ray_soup.task.models import build
+from ray_soup.task.segmentation import is_segmentation
 
 LIBRARIES = ("torchvision", "timm", "open_clip")
 MODULES, BUILT = 12, 200
@@ -49,7 +50,8 @@ def names_in(library: str) -> tuple[str, ...]:
     """Return the names of the models of a library."""
     module: Any = importlib.import_module(library)
     if library == "torchvision":
-        return tuple(module.models.list_models(module=module.models))
+        models = module.models
+        return (*models.list_models(module=models), *models.list_models(module=models.segmentation))
     return tuple(module.list_models())
 
 
@@ -70,6 +72,8 @@ def fitted(library: str, name: str, ingredient: Ingredient) -> str:
     The head may have any number of classes, and position embeddings any length: images may have had another size.
     """
     spec = ModelSpec("", library, name, {"classes": str(PROBE)})
+    if is_segmentation(spec) and any(".aux_classifier." in f".{tensor}" for tensor in ingredient.tensors):
+        spec = replace(spec, options={**spec.options, "aux_loss": "true"})
     layout = _layout(lambda: build(spec.with_options({})))
     if layout is None:
         return ""

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ray_soup.errors import RecipeError
+from ray_soup.task.attention import FastAttention
 
 
 def checkpoint_layers(model: torch.nn.Module, spec: str) -> None:
@@ -51,4 +52,9 @@ def repeated_layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def _again(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
-    return checkpoint(forward, *inputs, use_reentrant=False, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_alike, **named)
+
+
+def _alike() -> tuple[FastAttention, FastAttention]:
+    """Return the contexts of a layer's two runs, which have to keep the same tensors for the backward pass."""
+    return FastAttention(), FastAttention()

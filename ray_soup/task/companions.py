@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ray_soup.io.distributed import METADATA
+from ray_soup.io.formats import dtype_of
 from ray_soup.io.hub_path import HubPath, is_hub
 from ray_soup.io.hugging_face import settings_folder
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.blocks import layout_of
 from ray_soup.task.libraries import open_clip_model_arguments, timm_model_arguments, torchvision_model_arguments
 from ray_soup.task.model_spec import ModelSpec
@@ -70,11 +70,12 @@ def _arguments(model: ModelSpec) -> dict[str, Any]:
     return torchvision_model_arguments(model) if model.library == "torchvision" else {}
 
 
-def write_companions(spec: str, folder: Path, dtype: torch.dtype, tensors: Collection[str] = ()) -> None:
+def write_companions(spec: str, folder: Path, dtype: str, tensors: Collection[str] = ()) -> None:
     """Write the files that the model's library expects next to its weights.
 
-    For transformers: config.json, which states the `dtype` of the weights, and the files of the tokenizer or image
-    processor. If the weights, with names in `tensors`, contain tied tensors twice, the config does not tie them.
+    For transformers: config.json, which states the `dtype` of the weights, given by torch's name, and the files of the
+    tokenizer or image processor. If the weights, with names in `tensors`, contain tied tensors twice, the config does not
+    tie them.
     """
     parsed = ModelSpec.parse(spec)
     if parsed.library != "transformers":
@@ -85,7 +86,7 @@ def write_companions(spec: str, folder: Path, dtype: torch.dtype, tensors: Colle
     with torch.device("meta"):
         model: Any = build(spec).model
     model.config.architectures = [type(model).__name__]
-    setattr(model.config, dtype_name(transformers), dtype)
+    setattr(model.config, dtype_name(transformers), dtype_of(dtype))
     if not layout_of(model).tied.keys().isdisjoint(tensors):
         untie(model.config)
     model.config._name_or_path = ""  # which versions before 5.0 would write down

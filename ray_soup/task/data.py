@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.cache import InUse, cached, content_key
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import labelled
 from ray_soup.recipe import Data
 from ray_soup.task.classes import Classes, reference, relabeled, unlike_image_folder

@@ -62,8 +62,9 @@ def decoder_of(raw: RawExamples, preprocess: Preprocess | None) -> Decoder:
     """Return the decoder of a source, after decoding its first example. Raises RecipeError if that fails."""
     if preprocess is None:
         raise raw.source.error(
-            "contains encoded images or texts, and the model has no preprocessing for them. Return (model, preprocess) from "
-            "the model's function, or use an .npz file of arrays."
+            "contains encoded images or texts, and the model has no preprocessing for them. State that of images, as in "
+            "preprocess: {size: 224, mean: 0.5, std: 0.5}, return (model, preprocess) from the model's function, or use an "
+            ".npz file of arrays."
         )
     value = next(raw.parts())[0]
     tail = None

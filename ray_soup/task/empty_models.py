@@ -7,8 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
+from ray_soup.io.lazy import torch
 from ray_soup.task.libraries import BuiltModel
 
 

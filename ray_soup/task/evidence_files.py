@@ -5,29 +5,38 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+import yaml
+
+from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.ingredient import Ingredient
 
 ARGUMENTS = ("args", "hyper_parameters", "datamodule_hyper_parameters", "hparams", "config", "params")
 """Keys that training scripts write their arguments under."""
+OF_TRAINERS = ("args.yaml", "hparams.yaml")
+"""Files in which timm's train.py and Lightning write the arguments of a training."""
 BESIDE = {
-    "open_clip": ("open_clip_config.json", "params.txt"),
-    "timm": ("config.json",),
-    "torchvision": (),
+    "open_clip": ("open_clip_config.json", "params.txt", *OF_TRAINERS),
+    "timm": ("config.json", *OF_TRAINERS),
+    "torchvision": OF_TRAINERS,
 }
-"""Files that each library writes next to a model, with the settings of its preprocessing."""
+"""Files that each library, and trainers, write next to a model, with the settings of its preprocessing."""
 PREPROCESSING = "preprocessing.json"
 OWN = ("run.json", PREPROCESSING)
 """Files in which this package records the preprocessing of a soup, and of the checkpoints that it fine-tuned."""
-EVERY = ("open_clip_config.json", "params.txt", "config.json", "preprocessor_config.json")
+EVERY = ("open_clip_config.json", "params.txt", "config.json", "preprocessor_config.json", *OF_TRAINERS)
 """Those of all libraries, from which a user's function may take its model."""
 RECORD = "preprocessing"
 """The key of the record in these files."""
-LARGEST = 1_000_000
-"""Size in bytes up to which such a file is read."""
+ABOVE = ("params.txt", "hparams.yaml")
+"""Files that may also be in the folder above `checkpoints`."""
+LARGEST, MOST_VALUES = 1_000_000, 100_000
+"""Size in bytes up to which such a file is read, and the number of values of a YAML file."""
 
 
 def sources(
@@ -80,21 +89,69 @@ def _decoded(metadata: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
 def beside_in(names: Sequence[str], folder: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the settings in the files of a folder with checkpoints, with the files' names.
 
-    The params.txt of open_clip's training script may also be in the folder above, if this one is called checkpoints.
+    The params.txt of open_clip's training script and the hparams.yaml of Lightning may also be in the folder above, if this
+    one is called checkpoints. Raises RecipeError for a YAML file that cannot be read.
     """
     found: list[tuple[str, Mapping[str, Any]]] = []
     for name in (*names, *OWN) if folder else ():
         above, _, last = folder.rpartition("/")
-        for place in (folder, above) if name == "params.txt" and above and last == "checkpoints" else (folder,):
+        for place in (folder, above) if name in ABOVE and above and last == "checkpoints" else (folder,):
             path = storage.join(place, name)
             try:
                 if storage.isfile(path) and storage.stat(path).size <= LARGEST:
-                    text = storage.read_bytes(path).decode()
-                    values = _parsed(text) if name.endswith(".json") else _parsed_lines(text)
+                    values = _parse(path, storage.read_bytes(path))
                     found.append((name, {k: v for k, v in values.items() if name not in OWN or k == RECORD}))
             except (OSError, ValueError):
                 continue
     return found
+
+
+def _parse(path: str, content: bytes) -> Mapping[str, Any]:
+    """Parse a file by its name. Raises RecipeError for one of OF_TRAINERS that cannot be read, else ValueError."""
+    if path.endswith(OF_TRAINERS):
+        return _parsed_yaml(path, content)
+    return _parsed(content.decode()) if path.endswith(".json") else _parsed_lines(content.decode())
+
+
+def _parsed_yaml(path: str, content: bytes) -> Mapping[str, Any]:
+    """Parse a YAML file; of other tags than YAML's own, nothing is made but lists of those of tuples."""
+    try:
+        value = yaml.load(content, _Arguments)
+        if sum(1 for _ in islice(_walk(value), MOST_VALUES + 1)) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values, with aliases written out")
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(
+            f"{path} cannot be read as YAML ({reason:.200}); expected the arguments of the training. Repair it, or move it "
+            "away."
+        ) from error
+    return value if isinstance(value, dict) else {}
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Yield a value and all those in it, with aliases written out."""
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _walk(inner)
+
+
+class _Arguments(yaml.SafeLoader):
+    """Reads what Lightning writes: Python's tuples as lists, and other objects of Python as null."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Leave `<<`, by which a small file can merge any number of mappings, unread: it is then refused."""
+
+
+def _tuple(loader: _Arguments, node: Any) -> list[Any]:
+    return loader.construct_sequence(node)
+
+
+_Arguments.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
+_Arguments.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)  # 1e-3, which is text in YAML 1.1
+_Arguments.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+_Arguments.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def _parsed_lines(text: str) -> Mapping[str, Any]:

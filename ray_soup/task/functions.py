@@ -55,9 +55,19 @@ def look_in(folder: str) -> None:
 
 
 def installed_first() -> None:
-    """In a worker process of Ray, put the driver's folders behind the installed packages: Ray puts them in front."""
-    if _is_worker():
-        sys.path[:] = _in_order(sys.path)
+    """In a worker process of Ray, put the driver's folders behind the installed packages: Ray puts them in front.
+
+    If this package itself comes from such a folder, a clone of its repository, the installed one replaces it.
+    """
+    if not _is_worker():
+        return
+    sys.path[:] = _in_order(sys.path)
+    name = __name__.partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(name)
+    if found is not None and found.origin and not os.path.samefile(os.path.dirname(found.origin), PACKAGE):
+        for known in [module for module in sys.modules if module.partition(".")[0] == name]:
+            del sys.modules[known]
+        importlib.import_module(name)  # the current import returns what it finds in sys.modules at its end
 
 
 @contextlib.contextmanager
@@ -247,8 +257,10 @@ def _passes(error: BaseException) -> bool:
         return True
     if not isinstance(error, SystemExit):
         return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    raised_in = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while frames and frames[-1].f_code.co_name == "exit" and is_installed(frames[-1].f_code.co_filename):
+        frames.pop()  # libraries such as W&B put a function of theirs in the place of sys.exit
+    raised_in = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
     return len(frames) > 1 and raised_in.partition(".")[0] in ("ray", "ray_soup")
 
 

@@ -19,20 +19,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from ray_soup.io.lazy import torch
 from ray_soup.task.code_files import Sources, codes, hash_texts, is_of_library, version
 
 RUN = uuid.uuid4().hex
 """Part of the identity of what cannot be identified: no other run has it, so only this run's entries in a cache equal it."""
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
-BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format, re.Pattern, Path, range, slice, np.dtype)
-"""Types whose repr says all."""
 WITHOUT_STATE = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event)
-BOOKKEEPING = frozenset(vars(torch.nn.Module()))
 FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 """Attributes of every module of torch; the keys of hooks are numbers that depend on what the process did before."""
 NOT_IN_CLASS = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slots__")
+
+
+@functools.cache
+def types_by_text() -> tuple[type, ...]:
+    """Return the types whose repr says all."""
+    of_torch = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+    return (*of_torch, re.Pattern, Path, range, slice, np.dtype)
+
+
+@functools.cache
+def bookkeeping() -> frozenset[str]:
+    """Return the attributes that every module of torch has."""
+    return frozenset(vars(torch.nn.Module()))
 
 
 def in_run(token: str) -> None:
@@ -67,7 +77,7 @@ def notes_on(outside: list[str]) -> list[str]:
 
 def own_state(module: torch.nn.Module) -> dict[str, Any]:
     """Return the attributes of a module, and the hooks that its forward pass calls, without torch's own bookkeeping."""
-    found = {name: value for name, value in vars(module).items() if name not in BOOKKEEPING}
+    found = {name: value for name, value in vars(module).items() if name not in bookkeeping()}
     hooks = {name: list(getattr(module, name, {}).values()) for name in FORWARD_HOOKS}
     return found | {name: values for name, values in hooks.items() if values}
 
@@ -122,7 +132,7 @@ class _Identity:
             return _tensor_parts(value)
         if isinstance(value, enum.Enum):
             return [self._class(type(value)), value.name]
-        if isinstance(value, BY_TEXT):
+        if isinstance(value, types_by_text()):
             return [repr(value)]
         if isinstance(value, WITHOUT_STATE):
             return []

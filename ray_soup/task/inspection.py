@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ray_soup.io.check import left_out_notes
+from ray_soup.errors import RecipeError
+from ray_soup.io.adapters import adapters_among
+from ray_soup.io.check import check_together, common_shapes, left_out_notes
 from ray_soup.io.find import find_sweeps, open_ingredients
+from ray_soup.io.ingredient import Ingredient
 from ray_soup.recipe import RESERVED_NAMES
-from ray_soup.task.adapters import bound_to
 
 
 def inspect(ingredients: Sequence[str], model: str | None = None) -> dict[str, Any]:
@@ -24,16 +26,33 @@ def inspect(ingredients: Sequence[str], model: str | None = None) -> dict[str, A
 
     Raises RecipeError if there are none, IngredientError if one is broken or does not fit.
     """
+    if model is not None:
+        from ray_soup.task.adapters import bound_to  # which imports torch
+        from ray_soup.task.preprocessing import as_trained
     spec = list(ingredients) if len(ingredients) > 1 else ingredients[0]
     notes: list[str] = []
     opened = open_ingredients(spec, RESERVED_NAMES, notes)
     notes += [note for sweep in find_sweeps(spec) if (note := sweep.note())]
-    bound, names = bound_to(opened, model)
+    if model is not None and not adapters_among(opened):
+        model, of_files = as_trained(model, opened)
+        notes += of_files
+    bound, names = _bound(opened) if model is None else bound_to(opened, model)
     tensors = {name: bound[0].tensors[name] for name in names}
     return {
         "ingredients": [{"name": i.name, "path": i.path, "bytes": i.nbytes} for i in bound],
-        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
+        "tensors": {name: [t.dtype_name, list(t.shape)] for name, t in tensors.items()},
         "numbers": sum(tensor.numel for tensor in tensors.values()),
         "bytes": sum(ingredient.nbytes for ingredient in bound),
         "notes": [*notes, *left_out_notes(bound)],
     }
+
+
+def _bound(ingredients: Sequence[Ingredient]) -> tuple[list[Ingredient], list[str]]:
+    """Check that checkpoints fit together; return them bound to their common names, and these names."""
+    adapters = adapters_among(ingredients)
+    if adapters:
+        raise RecipeError(
+            f"{adapters[0].path} is a LoRA adapter, which says little without its base. Name the base, as in --model "
+            f"transformers:{adapters[0].config.base or 'FOLDER'}"
+        )
+    return check_together(ingredients), [*common_shapes(ingredients)[0]]

@@ -16,15 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
+from ray_soup.task.constructor_options import cannot_create, constructor_arguments
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
+from ray_soup.task.objective import Segmentation
 from ray_soup.task.preprocess import NamedPreprocess, Preprocess
+from ray_soup.task.segmentation import IMAGE_OPTIONS as OF_SEGMENTATION
+from ray_soup.task.segmentation import build_segmentation, is_segmentation, segmentation_arguments
 from ray_soup.task.tokenizing import OF_TOKENS
 from ray_soup.task.transformers_models import transformers_classifier
 from ray_soup.task.transformers_tasks import transformers_objective
@@ -41,6 +45,12 @@ SIZE_OPTIONS = {"open_clip": "image_size", "timm": "img_size", "torchvision": "c
 """The option among them that is the size of the model's input."""
 WITH_AUXILIARY = {"aux_logits": "true", "transform_input": "false"}
 """Options of torchvision's models GoogLeNet and Inception, with their values if a model is created without weights."""
+OWN_OPTIONS = {
+    "open_clip": ("classes", "normalize", "zeroshot", "template", *IMAGE_OPTIONS["open_clip"]),
+    "timm": ("classes", "in_chans", "global_pool", *IMAGE_OPTIONS["timm"]),
+    "torchvision": ("classes", *IMAGE_OPTIONS["torchvision"]),
+}
+"""The options that the builders of these libraries read; all others are arguments of the library's constructor."""
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 """The values that timm has for its options of these names."""
@@ -58,32 +68,13 @@ class BuiltModel:
     """The objective that the model itself names; empty if it names none."""
 
 
-class ImageClassifier(torch.nn.Module):
-    """The image tower of an open_clip model with a linear head on its features."""
-
-    def __init__(self, visual: torch.nn.Module, features: int, classes: int, normalize: bool = False) -> None:
-        super().__init__()
-        self.visual = visual
-        self.head = torch.nn.Linear(features, classes)
-        self.normalize = normalize
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images [n, 3, H, W] to logits [n, classes]; with `normalize` the features are scaled to unit length first."""
-        features = self.visual(images)
-        logits: torch.Tensor = self.head(torch.nn.functional.normalize(features, dim=-1) if self.normalize else features)
-        return logits
-
-    def extra_repr(self) -> str:
-        """Show `normalize` in the printed model, because the fingerprint is computed from the printed model."""
-        return f"normalize={self.normalize}"
-
-
 def build_open_clip(spec: ModelSpec) -> BuiltModel:
     """Build `open_clip:NAME`: its image tower with a head (`classes=N`), or the whole CLIP (`zeroshot=FILE`)."""
     import open_clip
 
+    from ray_soup.task.image_classifier import ImageClassifier
+
     example = f"open_clip:{spec.name}?classes=1000"
-    spec.check_options(("classes", "normalize", "zeroshot", "template", *IMAGE_OPTIONS["open_clip"]), example)
     config = open_clip.get_model_config(spec.name)
     if config is None:
         raise spec.unknown_name(open_clip.list_models())
@@ -93,10 +84,8 @@ def build_open_clip(spec: ModelSpec) -> BuiltModel:
     try:
         with no_weight_warnings():
             clip = open_clip.create_model(spec.name, pretrained=None, **open_clip_model_arguments(spec))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise RecipeError(
-            f"model: open_clip cannot create '{spec.text}' ({error}). Change the option image_size."
-        ) from error
+    except Exception as error:  # of whatever kind its constructors raise for a value that they do not take
+        raise cannot_create(spec, error, OWN_OPTIONS["open_clip"], lambda: open_clip.create_model) from error
     visual = clip.visual
     mean = spec.floats("mean", 3, example) or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = spec.floats("std", 3, example) or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
@@ -120,24 +109,25 @@ def build_open_clip(spec: ModelSpec) -> BuiltModel:
 
 def open_clip_model_arguments(spec: ModelSpec) -> dict[str, Any]:
     """Return the options of a spec as arguments of `open_clip.create_model`."""
+    more = constructor_arguments(spec, OWN_OPTIONS["open_clip"])
     size = spec.size("image_size", f"open_clip:{spec.name}?classes=1000")
     if size is None:
-        return {}
-    return {"force_image_size": size[0] if size[0] == size[1] else size}  # its ResNets take one number only
+        return more
+    return {"force_image_size": size[0] if size[0] == size[1] else size, **more}  # its ResNets take one number only
 
 
 def build_timm(spec: ModelSpec) -> BuiltModel:
     """Build `timm:NAME?classes=N`; the other options are arguments of timm's training script."""
     timm = spec.import_library()
     example = f"timm:{spec.name}?classes=1000"
-    spec.check_options(("classes", "in_chans", *IMAGE_OPTIONS["timm"], "global_pool"), example)
+    more = timm_model_arguments(spec)
     classes = spec.count("classes", example)
     timm_config(spec, None)  # checks the name and the options
     try:
         with no_weight_warnings():
-            model = timm.create_model(spec.name, pretrained=False, num_classes=classes, **timm_model_arguments(spec))
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(f"model: timm cannot create '{spec.text}' ({error}). Choose another name or options.") from error
+            model = timm.create_model(spec.name, pretrained=False, num_classes=classes, **more)
+    except Exception as error:  # of whatever kind its constructors raise for a value that they do not take
+        raise cannot_create(spec, error, OWN_OPTIONS["timm"], lambda: type(timm_outline(spec.name))) from error
     config = timm_config(spec, model.pretrained_cfg)
     channels = spec.count("in_chans", example, 3)
     if channels not in (1, 3):
@@ -166,7 +156,7 @@ def timm_model_arguments(spec: ModelSpec) -> dict[str, Any]:
         arguments["img_size"] = spec.size("img_size", example)
     if "global_pool" in spec.options:
         arguments["global_pool"] = spec.options["global_pool"]
-    return arguments
+    return {**arguments, **constructor_arguments(spec, OWN_OPTIONS["timm"])}
 
 
 def timm_config(spec: ModelSpec, pretrained_cfg: dict[str, Any] | None) -> dict[str, Any]:
@@ -264,40 +254,67 @@ def one_channel(preprocess: Any) -> Preprocess:
 
 
 def build_torchvision(spec: ModelSpec) -> BuiltModel:
-    """Build `torchvision:NAME?classes=N`, an image classifier."""
+    """Build `torchvision:NAME?classes=N`, an image classifier or a segmentation model."""
     from torchvision.transforms import InterpolationMode
 
+    if is_segmentation(spec):
+        return BuiltModel(*build_segmentation(spec), Segmentation.name)
     tv = spec.import_library().models
     example = f"torchvision:{spec.name}?classes=1000"
-    more = WITH_AUXILIARY if has_auxiliary(spec) else {}
-    spec.check_options(("classes", *IMAGE_OPTIONS["torchvision"], *more), example)
-    classes = spec.count("classes", example)
     names = tv.list_models(module=tv)  # the image classifiers: detection and segmentation are in submodules
     if spec.name not in names:
         raise spec.unknown_name(names)
     extra = torchvision_model_arguments(spec)
+    classes = spec.count("classes", example)
     if has_auxiliary(spec):  # they warn without it
         extra["init_weights"] = True
     stated: dict[str, Any] = {n: spec.count(n, example) for n in ("resize_size", "crop_size") if n in spec.options}
     stated |= {n: list(v) for n in ("mean", "std") if (v := spec.floats(n, 3, example)) is not None}
     if (interpolation := spec.choice("interpolation", ("bilinear", "bicubic", "nearest", "lanczos"))) is not None:
         stated["interpolation"] = InterpolationMode(interpolation)
+    make = functools.partial(tv.get_model, spec.name, weights=None, num_classes=classes)
     try:
-        model = tv.get_model(spec.name, weights=None, num_classes=classes, **extra)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise RecipeError(f"model: torchvision cannot create '{spec.text}' ({error}). Change the options.") from error
+        model = make(**extra)
+        _check_taken(model, extra, make)
+    except Exception as error:  # of whatever kind its constructors raise for a value that they do not take
+        raise cannot_create(spec, error, OWN_OPTIONS["torchvision"], lambda: type(make())) from error
     return BuiltModel(model, tv.get_model_weights(spec.name).DEFAULT.transforms(**stated))
+
+
+def _check_taken(model: torch.nn.Module, arguments: dict[str, Any], make: Callable[..., Any]) -> None:
+    """Check that a constructor that takes any argument did not drop one. Raises TypeError, as others do."""
+    parameters = inspect.signature(type(model)).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in arguments.keys() - parameters.keys():
+        with torch.device("meta"):
+            without = make(**{other: value for other, value in arguments.items() if other != name})
+        if structure(without) == structure(model):
+            raise TypeError(f"got an unexpected keyword argument '{name}'")
 
 
 def torchvision_model_arguments(spec: ModelSpec) -> dict[str, Any]:
     """Return the options of a spec as arguments of `torchvision.models.get_model`. Raises RecipeError."""
     found: dict[str, Any] = {}
+    if is_segmentation(spec):
+        return segmentation_arguments(spec)
     if "crop_size" in spec.options and has_fixed_size(spec):
         found["image_size"] = spec.count("crop_size", spec.text)
-    for option in WITH_AUXILIARY:
+    for option in WITH_AUXILIARY if has_auxiliary(spec) else ():
         if (value := spec.choice(option, ("true", "false"))) is not None:
             found[option] = value == "true"
-    return found
+    known = (*OWN_OPTIONS["torchvision"], *(WITH_AUXILIARY if has_auxiliary(spec) else ()))
+    return {**found, **constructor_arguments(spec, known)}
+
+
+def image_options(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the options of a library's model that say how images are preprocessed."""
+    return OF_SEGMENTATION if is_segmentation(spec) else IMAGE_OPTIONS.get(spec.library, ())
+
+
+def size_option(spec: ModelSpec) -> str:
+    """Return the option among them that is the size of the images; empty if there is none."""
+    return "resize_size" if is_segmentation(spec) else SIZE_OPTIONS.get(spec.library, "")
 
 
 def has_auxiliary(spec: ModelSpec) -> bool:

@@ -4,24 +4,22 @@
 
 A model of transformers returns logits [n, tokens, vocabulary]. For 4,096 tokens and 151,000 words, these are 2.5 GB in
 float32, and their gradient is as large. `hold_back` lets the output layer return `Logits` instead, which know h, W and b,
-and compute losses for as many tokens at a time as CHUNK allows.
+and compute losses for as many tokens at a time as CHUNK allows. If W is bfloat16, its gradients from these parts are summed
+in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
-import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
+from ray_soup.io.lazy import torch
 from ray_soup.task.raw_examples import IGNORED
 
 MOST_OUTPUTS = 1 << 26  # numbers that a model returns for a micro-batch: 268 MB in float32
 CHUNK = 1 << 25  # logits that exist at a time
-Step = Callable[[torch.Tensor], torch.Tensor]
+Step: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 Number = float  # `float` is a method of Logits
 
 
@@ -130,7 +128,7 @@ class Logits:
 
         def part(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
             logits = self._of(hidden).float()
-            losses = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing)
+            losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing)
             return (losses,) if only_losses else (losses, logits.argmax(-1) == wanted)
 
         found = self._parts(part, self._hidden[chosen], targets[chosen])
@@ -144,6 +142,8 @@ class Logits:
 
     def _parts(self, function: Callable[..., tuple[torch.Tensor, ...]], *arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Apply a function to some rows of the arrays at a time, and concatenate what it returns."""
+        from torch.utils.checkpoint import checkpoint
+
         rows = max(1, CHUNK // self._vocabulary)
         again = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
         call = again if torch.is_grad_enabled() else function
@@ -170,12 +170,17 @@ def _held_back(head: torch.nn.Linear, most: int, hidden: torch.Tensor) -> torch.
     """Compute logits of up to `most` numbers, and hold back larger ones."""
     if hidden.shape[:-1].numel() * head.out_features <= most:
         return torch.nn.Linear.forward(head, hidden)
+    from ray_soup.task.summed_gradients import linear, place_of
+
     device = hidden.device.type
     precision = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    places = [place_of(parameter) for parameter in (head.weight, head.bias)]
 
     def first(some: torch.Tensor) -> torch.Tensor:
         with precision:  # losses are computed after the context of the forward pass has ended
-            return F.linear(some, head.weight, head.bias)
+            if any(place is not None for place in places):
+                return linear(some, head, places)
+            return torch.nn.functional.linear(some, head.weight, head.bias)
 
     return Logits(hidden, head.out_features, first)
 
@@ -201,7 +206,8 @@ def hold_back(model: torch.nn.Module, device: torch.device) -> bool:
             expected = model(inputs)
             vars(head)["forward"] = partial(_held_back, head, 0)
             found = model(inputs)
-            same = isinstance(found, Logits) and torch.allclose(found.whole(), expected)
+            rounding = max(1e-5, torch.finfo(expected.dtype).eps)
+            same = isinstance(found, Logits) and torch.allclose(found.whole(), expected, rtol=rounding)
         except Exception:  # whatever code of the model cannot do with them
             same = False
     if not same:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet, lifted
 from ray_soup.mixing.adapter_merge import MergedSoup
 from ray_soup.mixing.blocks import layout_of

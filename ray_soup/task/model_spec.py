@@ -15,6 +15,9 @@ from urllib.parse import parse_qsl
 
 from ray_soup.errors import RecipeError
 
+DTYPE = "dtype"
+"""The option of `model` that is the dtype of the weights that a model of transformers computes with."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -35,6 +38,11 @@ class ModelSpec:
         library, _, rest = text.partition(":")
         name, _, query = rest.partition("?")
         return cls(text, library, name, dict(parse_qsl(query, keep_blank_values=True)))
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the weights are bfloat16, as the option `dtype` of transformers says."""
+        return self.library == "transformers" and self.options.get(DTYPE) == "bfloat16"
 
     def import_library(self) -> Any:
         """Import the library. Raises RecipeError if it is not installed."""
@@ -118,6 +126,11 @@ class ModelSpec:
         else:
             hint = f"choose one of its {len(names)} models, such as {', '.join(names[:3])}."
         return RecipeError(f"model: {self.library} has no '{self.name}'; {hint}")
+
+
+def in_bfloat16(text: str) -> bool:
+    """Return whether the recipe key `model` asks for weights in bfloat16."""
+    return ModelSpec.parse(text).in_bfloat16
 
 
 @contextlib.contextmanager

@@ -10,22 +10,24 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
 from ray_soup.io.binding import Ignored
 from ray_soup.io.check import check_fits, check_floats
 from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.blocks import Layout, layout_of
 from ray_soup.recipe import is_function
 from ray_soup.task.code_files import is_of_library, version
 from ray_soup.task.functions import MOVED, as_in_workers, call, import_function, own_lines
 from ray_soup.task.identity import FORWARD_HOOKS, PLAIN, identify, own_state, without_addresses
-from ray_soup.task.libraries import LIBRARIES, SIZE_OPTIONS, BuiltModel
+from ray_soup.task.kept_models import kept
+from ray_soup.task.libraries import LIBRARIES, BuiltModel, size_option
+from ray_soup.task.loader_names import loader_of, with_old_names, with_remarks
 from ray_soup.task.logits import can_be_scored
 from ray_soup.task.model_spec import ModelSpec
-from ray_soup.task.objective import Inputs, Objective
+from ray_soup.task.objective import Inputs, Objective, Segmentation, has_own_outputs
 from ray_soup.task.preprocess import preprocess_identity
+from ray_soup.task.segmentation import is_segmentation
 from ray_soup.task.transformers_tasks import transformers_objective
 
 OUTPUTS = ("logits", "out")
@@ -45,6 +47,8 @@ def build(spec: str) -> BuiltModel:
             "package.module:function. Write it in one of these forms."
         )
     _check_state(built.model, spec)
+    if loader_of(parsed, built.model) is not None:
+        vars(built.model)["own_loader"] = spec
     built.model.register_forward_pre_hook(_by_name, with_kwargs=True)
     built.model.register_forward_hook(_outputs_alone)
     return built
@@ -64,6 +68,14 @@ def _outputs_alone(model: torch.nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not hasattr(output, "_fields"):
         return output[0]
     return next((getattr(output, name) for name in OUTPUTS if hasattr(output, name)), output)
+
+
+def call_as(objective: Objective, model: torch.nn.Module) -> None:
+    """Let a model of `build` return all that its forward returns, if the objective says what its outputs are."""
+    if has_own_outputs(objective):
+        hooks = model._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _outputs_alone]:
+            del hooks[key]
 
 
 def _made_by(spec: str) -> BuiltModel:
@@ -117,6 +129,8 @@ def _check_state(model: torch.nn.Module, spec: str) -> None:
 def objective_in(spec: str) -> str:
     """Return the objective that a model names by itself, without building it; empty if it names none. Raises RecipeError."""
     parsed = ModelSpec.parse(spec)
+    if is_segmentation(parsed):
+        return Segmentation.name
     return transformers_objective(parsed) if parsed.library == "transformers" else ""
 
 
@@ -125,6 +139,10 @@ def describe(spec: str) -> Layout:
 
     Raises RecipeError.
     """
+    return kept("layout", spec, Layout, lambda: _described(spec))
+
+
+def _described(spec: str) -> Layout:
     with as_in_workers():  # a matplotlib.py in the current folder must not replace the library
         with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built there
             return layout_of(build(spec).model)
@@ -148,18 +166,24 @@ def outputs_of(
     """
     named = inputs.items() if isinstance(inputs, Mapping) else (("", inputs),)
     example = f"one example of {source}, " + ", ".join(f"{n} {t.dtype} {list(t.shape[1:])}".strip() for n, t in named)
+    own = f"objective: the outputs of {type(objective).__name__}" if has_own_outputs(objective) else ""
     try:
         with torch.inference_mode():
-            outputs = call("model", spec, model, inputs)
+            outputs = objective.outputs(model, inputs) if own else call("model", spec, model, inputs)
     except RecipeError as error:
         cause = error.__cause__
-        if cause is None:
+        if cause is None or own:
             raise
         lines = "".join(f"\n    {line}" for line in own_lines(cause)) if is_function(spec) else ""
         raise RecipeError(
             f"model: {spec} cannot process {example}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
             f"{lines}\nChange `model:`{_size_option(spec)} or the data."
         ) from cause
+    if own and not isinstance(outputs, torch.Tensor):
+        raise RecipeError(
+            f"{own} are {type(outputs).__name__} for {example}; expected one float tensor [n, ...]. Join several outputs "
+            "with torch.cat or torch.stack."
+        )
     if not can_be_scored(outputs):
         raise RecipeError(
             f"model: {spec} returned {type(outputs).__name__} for {example}; expected a tensor, alone, first in a tuple, or "
@@ -172,34 +196,17 @@ def outputs_of(
             expected, cure = "float logits [1, classes]", "If the task is not classification, set `objective:`"
         else:
             cure = f"The objective is {objective.name}: change the recipe key `objective`, or the data"
+        whose, change = (f"{own} are", "them") if own else (f"model: {spec} returned", "what the model returns")
         raise RecipeError(
-            f"model: {spec} returned {outputs.dtype} {list(outputs.shape)} for {example}; expected {expected}. {cure}. "
-            "Otherwise change what the model returns."
+            f"{whose} {outputs.dtype} {list(outputs.shape)} for {example}; expected {expected}. {cure}. Otherwise change "
+            f"{change}."
         )
     return outputs
 
 
 def _size_option(spec: str) -> str:
-    name = SIZE_OPTIONS.get(ModelSpec.parse(spec).library)
+    name = size_option(ModelSpec.parse(spec))
     return f" (its option `{name}` sets the size of the images)" if name else ""
-
-
-def load_model(spec: str, path: str | os.PathLike[str]) -> torch.nn.Module:
-    """Build the model that `spec` names with the parameters of the checkpoint at `path`, in eval mode.
-
-    >>> model = ray_soup.load_model("tests.tiny:build", "soup")
-    >>> model.training
-    False
-
-    Args:
-        spec: the model, as under the recipe key `model`.
-        path: a checkpoint, or the folder of a soup.
-
-    Raises RecipeError if the model cannot be built, IngredientError if the checkpoint does not fit it.
-    """
-    model = build(spec).model
-    load_checkpoint(model, os.fspath(path))
-    return model.eval()
 
 
 def load_checkpoint(model: torch.nn.Module, path: str, ignore: Sequence[str] = ()) -> None:
@@ -222,11 +229,17 @@ def load_checkpoint(model: torch.nn.Module, path: str, ignore: Sequence[str] = (
 
 def fitting(layout: Layout, path: str, ignore: Sequence[str] = ()) -> Ingredient:
     """Open the checkpoint at `path` for a model with this layout. Raises IngredientError if it does not fit."""
+    return fit(layout, open_ingredient(path), ignore)
+
+
+def fit(layout: Layout, opened: Ingredient, ignore: Sequence[str] = ()) -> Ingredient:
+    """Bind an opened checkpoint to the layout of a model. Raises IngredientError if it does not fit."""
     unneeded: Ignored = (*ignore, *layout.in_files.unsaved)
-    checkpoint = check_fits(open_ingredient(path), layout.state_shapes, layout.known_names, unneeded)
+    layout = with_old_names(layout, [opened], unneeded)
+    checkpoint = check_fits(opened, layout.state_shapes, layout.known_names, unneeded)
     checkpoint.check_copies()
     check_floats([checkpoint], layout.names)
-    return checkpoint
+    return with_remarks(layout, checkpoint)
 
 
 def copy_tensors(checkpoint: Ingredient, model: torch.nn.Module, names: Iterable[str]) -> None:

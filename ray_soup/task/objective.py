@@ -8,16 +8,14 @@ not depend on how examples are cut into batches and spread over actors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
+from typing import ClassVar, TypeAlias
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.task.logits import Logits
 from ray_soup.task.raw_examples import IGNORED, VOID
 
-Inputs = torch.Tensor | dict[str, torch.Tensor]
+Inputs: TypeAlias = "torch.Tensor | dict[str, torch.Tensor]"
 """What a model is called with: one tensor [n, ...], or several by the names of its arguments."""
 TARGETS = ("classes", "units", "pixels", "labels", "numbers")
 """Kinds of targets: one class for each example; one class, or IGNORED, for each of its units; the same with VOID; 0 or 1,
@@ -25,9 +23,22 @@ or negative where unknown; any numbers."""
 
 
 class Objective(ABC):
-    """What a model is trained for. Outputs are float32 [n, ...] and targets [n, ...], for n examples.
+    """What a model is trained for. Outputs are float32 [n, ...] and targets one array [n, ...], for n examples.
 
     Subclass it and name the class in the recipe (`objective: package.module:Class`) for a task that is not built in.
+    `losses` is required. `outputs` says how the model is called, for a model with several heads; `weights`, what the losses
+    are divided by; `correct`, what accuracy means; `scores`, which other numbers are reported. For example, a model that
+    returns the pair (depth, normals):
+
+    >>> import torch, ray_soup
+    >>> class Surfaces(ray_soup.Objective):
+    ...     def outputs(self, model, inputs):
+    ...         depth, normals = model(inputs)  # [n, pixels] and [n, 3, pixels]
+    ...         return torch.cat([depth[:, None], normals], dim=1)
+    ...     def losses(self, outputs, targets, label_smoothing=0.0):
+    ...         return (outputs - targets).abs().mean(dim=(1, 2))
+    ...     def scores(self, outputs, targets):
+    ...         return {"depth-error": (outputs - targets)[:, 0].abs().mean(dim=1)}
     """
 
     name: ClassVar[str] = "own"
@@ -37,6 +48,20 @@ class Objective(ABC):
     """The kind of targets, one of TARGETS."""
     classes_at: ClassVar[int | None] = None
     """The dimension of the outputs that has one entry for each class; None if they are not logits of classes."""
+
+    def outputs(self, model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
+        """Return the outputs of a model for a batch: float [n, ...], all that the losses and the scores need.
+
+        If a subclass defines this method, `model(inputs)` returns what the model's forward returns, unchanged, and all calls
+        of the model go through it. Otherwise the outputs are a tensor that the model returns, or the first of a tuple, or
+        the entry or attribute `logits` or `out`. Rows must not depend on each other.
+
+        Args:
+            model: the model, in eval mode.
+            inputs: one tensor [n, ...], or several by the names of the model's arguments; `model(inputs)` takes both.
+        """
+        found: torch.Tensor = model(inputs)
+        return found
 
     @abstractmethod
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -53,6 +78,14 @@ class Objective(ABC):
     def confidence(self, outputs: torch.Tensor) -> torch.Tensor | None:
         """Return the probability of the predicted class, float [n]; None unless each example has one class."""
         return None
+
+    def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return other numbers to report, by name: finite numbers [n], one for each example.
+
+        Their means over the examples become columns such as `test_f1`, and their differences are tested pairwise; no choice
+        depends on them. Names consist of letters, digits and hyphens, as in `exact-match`.
+        """
+        return {}
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the losses summed over the examples."""
@@ -89,11 +122,11 @@ class Classification(Objective):
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the cross-entropy of each example."""
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the cross-entropy summed over the examples."""
-        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=label_smoothing)
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=label_smoothing)
 
     def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return whether the label has the largest logit: bool [n]."""
@@ -101,7 +134,7 @@ class Classification(Objective):
 
     def confidence(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return the probability of the predicted class."""
-        return F.log_softmax(outputs, dim=1).max(dim=1).values.exp()
+        return torch.nn.functional.log_softmax(outputs, dim=1).max(dim=1).values.exp()
 
     def check(self, outputs: torch.Tensor, targets: torch.Tensor) -> str | None:
         """Check that the outputs are logits [1, classes]."""
@@ -150,7 +183,7 @@ class _Units(Objective):
         """Return the cross-entropy of each unit, like the targets."""
         if isinstance(outputs, Logits):
             return outputs.losses(targets, label_smoothing)
-        return F.cross_entropy(
+        return torch.nn.functional.cross_entropy(
             self._classes_second(outputs), targets, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
         )
 
@@ -209,17 +242,19 @@ class MultiLabel(Objective):
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the binary cross-entropy of each example, summed over its labels."""
+        targets = targets.view(outputs.shape)
         scored = targets >= 0
         wanted = torch.where(scored, targets, torch.zeros_like(targets)).to(outputs.dtype)
-        found = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
+        found = torch.nn.functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
         return (found * scored).flatten(1).sum(1)
 
     def weights(self, targets: torch.Tensor) -> torch.Tensor:
         """Return the number of labels that are scored."""
-        return (targets >= 0).flatten(1).sum(1)
+        return (targets >= 0).reshape(len(targets), -1).sum(1)
 
     def correct(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the number of labels that are predicted right."""
+        targets = targets.view(outputs.shape)
         return (((outputs > 0) == (targets > 0.5)) & (targets >= 0)).flatten(1).sum(1)
 
     def scaled(self, outputs: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
@@ -267,6 +302,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     for kind in (Classification, TokenClassification, Segmentation, MaskedLM, CausalLM, MultiLabel, Regression)
 }
 """The built-in objectives by name."""
+
+
+def has_own_outputs(objective: Objective) -> bool:
+    """Return whether an objective says how the model is called."""
+    return type(objective).outputs is not Objective.outputs
 
 
 def check_smoothing(objective: Objective, label_smoothing: float) -> None:

@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.check import Advice
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.names import COUNTER
 from ray_soup.mixing.blocks import Layout
+from ray_soup.task.loader_names import loaded
 from ray_soup.task.model_spec import ModelSpec
-from ray_soup.task.models import build, describe
+from ray_soup.task.models import describe
 
 CLOSE = 8
 """Models with similar names that are compared."""
 Shape = tuple[int, ...]
-COUNTER = "num_batches_tracked"
-"""The end of the name of a tensor that files from before PyTorch 0.4.1 lack."""
-OF_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
-"""Names in old files of torchvision, whose own loader drops the dot before the number."""
 
 
 def advice_for(spec: str) -> Advice:
@@ -97,20 +91,14 @@ def _names(model: ModelSpec) -> list[str]:
 
 
 def _of_loader(model: ModelSpec, ingredient: Ingredient) -> str:
-    """Return how to save an ingredient under the names that the library's own loader gives its tensors; empty if unknown."""
-    with torch.device("meta"):
-        built = build(model.with_options({})).model
-        state = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in ingredient.tensors.items()}
-    if model.library == "timm" and (rename := getattr(sys.modules[type(built).__module__], "checkpoint_filter_fn", None)):
-        found = rename(dict(state), built)
-    elif model.name.startswith("densenet"):
-        found = {OF_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
-    else:
-        return ""
-    ours, theirs = _shapes(built.state_dict()), _shapes(found)
+    """Return how to save an ingredient as the library's own loader changes it; empty if it does not."""
+    state, found = loaded(model.with_options({}), ingredient)
+    shapes = describe(model.with_options({})).state_shapes
+    ours = {name: shape for name, shape in shapes.items() if not name.endswith(COUNTER)}
+    theirs = {name: tuple(tensor.shape) for name, tensor in found.items() if not name.endswith(COUNTER)}
     if found.keys() == state.keys() or ours != theirs:
         return ""
-    said = f"{model.library}'s own loader renames the tensors of such a file"
+    said = f"{model.library}'s own loader changes the tensors of such a file"
     if model.library != "timm" or storage.is_remote(ingredient.files[0]):
         return f"{said}: load it with that, and save model.state_dict()."
     classes = int(model.options.get("classes", 0))
@@ -119,8 +107,4 @@ def _of_loader(model: ModelSpec, ingredient: Ingredient) -> str:
         f"num_classes={classes}, pretrained_cfg_overlay=dict(file=f, num_classes={classes}, custom_load=False)); "
         "torch.save(m.state_dict(), f + '.renamed.pt')"
     )
-    return f"{said}. Save it once under the new names:\n    python -c {shlex.quote(code)}"
-
-
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith(COUNTER)}
+    return f"{said}. Save it once as that reads it:\n    python -c {shlex.quote(code)}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,6 +77,8 @@ class Outcome:
     """Number of the document that each example belongs to, int64 [n]; None: examples are independent."""
     size: np.ndarray | None = None
     """Bytes of text that each example scores, float64 [n]; None if it is not text."""
+    named: np.ndarray | None = None
+    """What the objective's `scores` returned, by name: float64 [n] with a field for each name; None if it has none."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -115,6 +117,38 @@ class Outcome:
         """Return the fields in order, loss first."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
+    @property
+    def means(self) -> dict[str, float]:
+        """The means over the examples of what the objective's `scores` returned, by name."""
+        names = () if self.named is None else self.named.dtype.names or ()
+        return {name: float(self.named[name].mean()) for name in names}  # type: ignore[index]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the arrays that there are, by name, each of plain numbers; `of_columns` makes an outcome of them."""
+        found = {f.name: array for f in fields(self) if (array := getattr(self, f.name)) is not None}
+        named = found.pop("named", None)
+        return found | {f"{NAMED}{name}": np.ascontiguousarray(named[name]) for name in self.means}
+
+    @staticmethod
+    def of_columns(columns: Mapping[str, np.ndarray]) -> Outcome:
+        """Make an outcome of the arrays that `columns` returned. Raises TypeError or ValueError for others."""
+        named = {name.removeprefix(NAMED): array for name, array in columns.items() if name.startswith(NAMED)}
+        return Outcome(**{n: a for n, a in columns.items() if not n.startswith(NAMED)}, named=joined_names(named))
+
+
+NAMED = "named:"
+"""Begins the names of columns that the objective's `scores` returned."""
+
+
+def joined_names(arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Join arrays [n] to one array, float64 [n] with a field for each name; None if there are none."""
+    if not arrays:
+        return None
+    found = np.empty(len(next(iter(arrays.values()))), [(name, np.float64) for name in arrays])
+    for name, array in arrays.items():
+        found[name] = array
+    return found
+
 
 NO_OUTCOME = Outcome(np.zeros(0, np.float32))
 """The outcome of no examples."""
@@ -142,11 +176,8 @@ def judged(splits: Iterable[str]) -> list[str]:
 
 def save_outcomes(outcomes: dict[str, Outcome], file: Path) -> None:
     """Write outcomes by name to an .npz file, atomically."""
-    arrays = {
-        f"{name}.{f.name}": getattr(outcome, f.name)
-        for name, outcome in outcomes.items()
-        for f in fields(Outcome)
-        if getattr(outcome, f.name) is not None
+    arrays: dict[str, Any] = {
+        f"{name}.{key}": array for name, outcome in outcomes.items() for key, array in outcome.columns().items()
     }
     with io.BytesIO() as buffer:
         np.savez(buffer, **arrays)
@@ -161,7 +192,7 @@ def load_outcomes(file: Path) -> dict[str, Outcome]:
             for key in arrays.files:
                 name, _, column = key.rpartition(".")
                 found.setdefault(name, {})[column] = arrays[key]
-        outcomes = {name: Outcome(**columns) for name, columns in found.items()}
+        outcomes = {name: Outcome.of_columns(columns) for name, columns in found.items()}
         if not outcomes or any(len({len(a) for a in o.arrays() if a is not None}) > 1 for o in outcomes.values()):
             raise ValueError("its arrays do not fit together")
     except (OSError, ValueError, TypeError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
-
-import torch
+from typing import Any, TypeAlias
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.recipe import Recipe, is_function, own_function
 from ray_soup.task.functions import call, import_function
-from ray_soup.task.objective import OBJECTIVES, TARGETS, Classification, Objective, check_smoothing
+from ray_soup.task.objective import OBJECTIVES, TARGETS, Classification, Objective, check_smoothing, has_own_outputs
 
-Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Function: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """Maps outputs float32 [n, ...] and targets [n, ...] to losses or scores [n]."""
-METHODS = ("losses", "weights", "correct", "confidence", "loss", "scaled", "check", "member", "of_members")
-"""The methods of an objective."""
+METHODS = ("losses", "weights", "correct", "confidence", "scores", "loss", "scaled", "check", "member", "of_members")
+"""The methods of an objective, besides `outputs`."""
+NAME = re.compile("[A-Za-z][A-Za-z0-9-]{0,39}")
+"""The name of a score: it is part of keys such as test_f1, whose parts underscores separate."""
+TAKEN = ("accuracy", "loss", "nll", "metric", "ece", "scaled", "perplexity", "byte", "sd", "low", "high", "p")
+"""Names that parts of such keys, or headings of columns, have already; case does not matter."""
 
 
 def check_functions(recipe: Recipe) -> None:
@@ -62,6 +67,9 @@ def objective_of(recipe: Recipe, of_model: str = "") -> Objective:
             )
         for method in METHODS:  # an error in one of them is a sentence
             setattr(objective, method, partial(call, "objective", name, getattr(objective, method)))
+        if has_own_outputs(objective):
+            vars(objective)["outputs"] = partial(call, "objective", name, objective.outputs)
+        vars(objective)["scores"] = _checked_scores(name, objective.scores)
     check_smoothing(objective, recipe.learn.label_smoothing)
     if recipe.select_by == "accuracy" and type(objective).correct is Objective.correct:
         raise RecipeError(
@@ -168,6 +176,7 @@ def _check_own(spec: str, objective: Objective, outputs: torch.Tensor, targets: 
                 f"objective: {spec}: {name} returned {_shape(values)} for three examples; expected "
                 f"{'float losses' if name == 'losses' else 'numbers'} [3], one for each. {cure}"
             )
+    objective.scores(outputs.detach(), targets)
     if not (torch.isfinite(found["weights"]).all() and (found["weights"] >= 0).all()):
         raise RecipeError(f"objective: {spec}: weights returned {found['weights'].tolist()}; expected counts. {cure}")
     losses = _checked("objective", spec, objective.losses, outputs, targets)
@@ -180,6 +189,61 @@ def _check_own(spec: str, objective: Objective, outputs: torch.Tensor, targets: 
         )
     if not losses.requires_grad or torch.autograd.grad(losses.sum(), outputs, allow_unused=True)[0] is None:
         raise RecipeError(f"objective: {spec}: losses have no gradient with respect to the outputs. {cure}")
+
+
+def _checked_scores(spec: str, function: Callable[..., Any]) -> Callable[..., dict[str, torch.Tensor]]:
+    """Return an objective's `scores` with checks of what it returns: float64 [n] under the same names for each batch.
+
+    The first example is scored alone, too, until a batch has shown for each name that its examples have values of their own.
+    """
+    known: list[tuple[str, ...]] = []
+    own: set[str] = set()
+
+    def scores(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        found, cure = _scores_of(spec, function, outputs, targets), "Change what the class returns."
+        known[:] = known or [tuple(found)]
+        if tuple(found) != known[0]:
+            raise RecipeError(
+                f"objective: {spec}: scores returned the names {', '.join(found) or 'none'}, and {', '.join(known[0])} "
+                f"before; expected the same names in the same order for each batch. {cure}"
+            )
+        if len(targets) > 1 and not own.issuperset(found):
+            for name, alone in scores(outputs[:1], targets[:1]).items():
+                if not torch.isclose(found[name][0], alone[0], rtol=1e-3, atol=1e-6):
+                    raise RecipeError(
+                        f"objective: {spec}: the score {name} of an example is {found[name][0].item():.4g} among "
+                        f"{len(targets)} and {alone[0].item():.4g} alone; expected equal values. {cure}"
+                    )
+                own.update([name] if (found[name] != found[name][0]).any() else [])
+        return found
+
+    return scores
+
+
+def _scores_of(
+    spec: str, function: Callable[..., Any], outputs: torch.Tensor, targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Call an objective's `scores`, and check what it returns. Raises RecipeError."""
+    found, cure = function(outputs, targets), "Change what the class returns."
+    if not isinstance(found, dict):
+        raise RecipeError(f"objective: {spec}: scores returned {_shape(found)}; expected a dictionary. {cure}")
+    for name, values in found.items():
+        if not (isinstance(name, str) and NAME.fullmatch(name)) or name.lower() in TAKEN:
+            raise RecipeError(
+                f"objective: {spec}: scores returned the name {name!r}; expected letters, digits and hyphens, "
+                f"and none of {', '.join(TAKEN)}. Choose another name, as in 'exact-match'."
+            )
+        if not isinstance(values, torch.Tensor) or values.shape != (len(targets),) or values.is_complex():
+            raise RecipeError(
+                f"objective: {spec}: scores returned {_shape(values)} as {name} for {len(targets)} examples; expected "
+                f"numbers [{len(targets)}], one for each. {cure}"
+            )
+        if not torch.isfinite(values).all():
+            raise RecipeError(
+                f"objective: {spec}: scores returned {values[~torch.isfinite(values)][0].item()} as {name}; expected "
+                f"finite numbers. {cure}"
+            )
+    return {name: values.double() for name, values in found.items()}
 
 
 def _shape(found: object) -> str:

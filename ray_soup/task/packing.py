@@ -8,12 +8,12 @@ those of the padded batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 
 LIMITS = ("sliding_window", "attention_chunk_size")
 """Settings of a config by which a token sees only some of those before it, which the mask of a packed row replaces."""
@@ -117,7 +117,7 @@ def _fault(model: Any) -> str:
     words = getattr(model.get_input_embeddings(), "num_embeddings", 24)
     ids, lengths = torch.arange(24).view(3, 8) % words, (8, 3, 5)
     mask = torch.stack([(torch.arange(8) < length).long() for length in lengths])
-    with torch.no_grad():
+    with torch.no_grad(), in_float32(model):
         try:
             found = model({"input_ids": ids, "attention_mask": mask}).logits
         except Exception as error:  # what a model cannot do with positions, or with a mask of each place
@@ -133,3 +133,16 @@ def _fault(model: Any) -> str:
     if not (joined - alone[2]).abs().max().item() > 100 * TOLERANCE * largest:
         return "with random parameters, it does not show whether texts of a row affect each other"
     return ""
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Let a model in bfloat16 compute in float32, where the rounding error is too small to hide a difference."""
+    low = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == torch.bfloat16]
+    for tensor, values in low:
+        tensor.data = values.float()
+    try:
+        yield
+    finally:
+        for tensor, values in low:
+            tensor.data = values

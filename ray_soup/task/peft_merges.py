@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ray_soup.io.adapters import AdapterIngredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet
 from ray_soup.task.functions import as_in_workers
 from ray_soup.task.models import build

@@ -177,7 +177,8 @@ def load_base(model: torch.nn.Module, base: Ingredient) -> None:
     with torch.no_grad():
         for name in base.tensors:
             values = base.read(name)
-            check_finite([base], name, 0, [values])
+            if not torch.isfinite(values).all():
+                check_finite([base], name, 0, [values.double().numpy()])
             state[name].copy_(values.view(state[name].shape))
     base.check_unchanged()
     base.close()

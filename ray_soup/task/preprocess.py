@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from ray_soup.io.lazy import torch
 from ray_soup.task.identity import identify
 from ray_soup.task.values import Settings, numbers, pair, size_text
 

@@ -7,16 +7,17 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.blocks import Layout, layout_of
 from ray_soup.recipe import Preprocessing, Recipe
 from ray_soup.task.functions import as_in_workers, import_function
-from ray_soup.task.libraries import IMAGE_OPTIONS, SIZE_OPTIONS, BuiltModel, has_fixed_size, one_channel
-from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.kept_models import kept
+from ray_soup.task.libraries import BuiltModel, has_fixed_size, image_options, one_channel, size_option
+from ray_soup.task.model_spec import DTYPE, ModelSpec, in_bfloat16
 from ray_soup.task.models import build
 from ray_soup.task.preprocess import Preprocess, input_kind, visible_settings
+from ray_soup.task.segmentation import is_segmentation
 from ray_soup.task.settings import used_settings
 from ray_soup.task.values import Settings, pair, same_value, size_text
 
@@ -36,11 +37,20 @@ NEEDED = ("size", "mean", "std")
 def model_of(recipe: Recipe) -> str:
     """Return the recipe's model with the options that a mapping `preprocess` stands for.
 
-    Raises RecipeError if the library has no word for one of its values, or the options of `model` state another one.
+    Raises RecipeError if the library has no word for one of its values, or if the options of `model` contradict it or the
+    key `precision`.
     """
+    if in_bfloat16(recipe.model) and recipe.precision != "auto":
+        raise RecipeError(
+            f"precision: found {recipe.precision} with {DTYPE}=bfloat16 in `model: {recipe.model}`, whose weights decide "
+            f"the precision. Remove the key `precision`, or the option {DTYPE}."
+        )
     spec = ModelSpec.parse(recipe.model)
     if not isinstance(recipe.preprocess, Preprocessing) or spec.library not in OPTIONS:
         return recipe.model
+    if is_segmentation(spec):
+        line = spec.with_options(used_settings(spec))
+        raise RecipeError(f"preprocess: state the images of {spec.name} by options instead, as in model: {line}")
     stated = stated_options(spec, recipe.preprocess)
     for option, value in stated.items():
         if option in spec.options and not same_value(spec.options[option], value):
@@ -147,12 +157,13 @@ def build_for(recipe: Recipe) -> BuiltModel:
     own = isinstance(recipe.preprocess, str)
     if spec.library in OPTIONS and not own:
         return built
-    if spec.library == "transformers" and not own:
+    takes_texts = input_kind(built.preprocess) != "image" or getattr(built.model, "main_input_name", "") == "input_ids"
+    if spec.library == "transformers" and not (own or takes_texts or built.preprocess is None):
         raise RecipeError(
             f"preprocess: the images of {spec.text} are preprocessed as the preprocessor_config.json in its folder says. "
             "Change the values there, or write a function: preprocess: module:function"
         )
-    if input_kind(built.preprocess) != "image":
+    if takes_texts:
         raise RecipeError(f"preprocess: it is for images, and {spec.text} takes texts. Remove the key.")
     if spec.library in OPTIONS:
         _check_unstated(spec)
@@ -161,9 +172,8 @@ def build_for(recipe: Recipe) -> BuiltModel:
 
 def _check_unstated(spec: ModelSpec) -> None:
     """Check that no option of a model states what a function decides: it would have no effect. Raises RecipeError."""
-    size = SIZE_OPTIONS[spec.library]
-    for option in IMAGE_OPTIONS[spec.library]:
-        if option in spec.options and not (option == size and has_fixed_size(spec)):
+    for option in image_options(spec):
+        if option in spec.options and not (option == size_option(spec) and has_fixed_size(spec)):
             raise RecipeError(
                 f"preprocess: the function decides how images are preprocessed, so {option} in `model: {spec.text}` has no "
                 "effect. Remove the option, or the key `preprocess`."
@@ -209,6 +219,14 @@ def describe_for(recipe: Recipe) -> tuple[Layout, Settings]:
 
     Does not allocate the model's parameters if the model allows that. Raises RecipeError.
     """
+    stated = recipe.preprocess
+    if isinstance(stated, str):
+        return _described(recipe)
+    more = None if stated is None else stated.values()
+    return kept("described", model_of(recipe), tuple[Layout, Settings], lambda: _described(recipe), more)
+
+
+def _described(recipe: Recipe) -> tuple[Layout, Settings]:
     with as_in_workers():
         with contextlib.suppress(Exception):  # some models and transforms cannot be created on meta
             with torch.device("meta"):

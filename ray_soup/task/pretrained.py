@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
 from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.blocks import layout_of
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
 from ray_soup.task.models import load_checkpoint

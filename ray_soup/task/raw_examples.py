@@ -23,6 +23,8 @@ PART = 256
 """Number of examples decoded between two reports of progress."""
 Arrays = np.ndarray | dict[str, np.ndarray]
 """Inputs [n, ...]: one array, or several by the names of the model's arguments."""
+Encoded = bytes | Path
+"""An encoded image, or the file of one."""
 NUMBERS = "biuf"
 """Kinds of dtype that inputs may have: bool, integers and real numbers."""
 LARGEST = np.iinfo(np.int64).max
@@ -81,6 +83,8 @@ class RawExamples:
     """Tokens of each example, int64 [n]; None if examples are not padded."""
     cut: float | None = None
     """Share of the texts or documents that have more tokens than fit into one example; None if examples are not text."""
+    masks: tuple[Encoded, ...] = ()
+    """Encoded images with the class of each pixel, as long as `labels` does not hold them."""
     hold: InUse | None = None
     """The cache entry of `arrays`, if they are in the cache: it must not be evicted while they are in use."""
 

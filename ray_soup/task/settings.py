@@ -9,17 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray_soup.task.evidence_files import RECORD
+from ray_soup.task.kept_models import kept
 from ray_soup.task.libraries import (
     CROP_MODES,
     IMAGE_OPTIONS,
+    OWN_OPTIONS,
     SIZE_OPTIONS,
     WITH_AUXILIARY,
     has_auxiliary,
     timm_defaults,
 )
 from ray_soup.task.model_spec import ModelSpec
+from ray_soup.task.segmentation import is_segmentation, used_by_segmentation
 from ray_soup.task.timm_settings import TIMM_SCRIPT, is_known_to_timm, read_timm, some_timm_arguments, used_by_timm
 from ray_soup.task.values import (
+    STATABLE,
     Found,
     Reader,
     Settings,
@@ -46,7 +50,7 @@ NO_STRUCTURE = ("image_size", "patch_dropout", "timm_model_pretrained", "timm_dr
 def used_settings(spec: ModelSpec) -> Settings:
     """Return the settings that a recipe's model uses: its options, otherwise the defaults of the library."""
     stated = {name: value for name, value in spec.options.items() if name != "classes"}
-    return {**USED[spec.library](spec), **stated}
+    return {**kept("settings", spec.with_options({}), Settings, lambda: USED[spec.library](spec)), **stated}
 
 
 def settings_of(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
@@ -90,6 +94,9 @@ def _of_record(library: str, record: Mapping[str, Any]) -> Settings:
     found = {readers[key][0]: value for key, value in read_values(record, readers, Found()).items()}
     if library != "timm":
         found.pop("in_chans", None)
+    if record.get("library") == library:
+        options = mapping(record.get("options")).items()
+        found |= {name: value for name, value in options if isinstance(value, str) and STATABLE.fullmatch(value)}
     mode, _, share = str(record.get("crop", "")).rpartition(" ")
     if not re.fullmatch(r"[0-9.]+", share):
         mode, share = share, "1"
@@ -135,6 +142,8 @@ def _of_image_processor(values: Mapping[str, Any]) -> Found:
 
 
 def _used_by_torchvision(spec: ModelSpec) -> Settings:
+    if is_segmentation(spec):
+        return used_by_segmentation(spec)
     tv = spec.import_library().models
     preset = tv.get_model_weights(spec.name).DEFAULT.transforms()
     return {
@@ -174,6 +183,7 @@ def _torchvision(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
     pool = theirs.get("global_pool", "avg")
     usual = {"crop_mode": "center", "global_pool": timm_defaults(name)[1] if is_known_to_timm(name) else pool}
     found.unstatable |= {key: theirs[key] for key, value in usual.items() if theirs.get(key, value) != value}
+    found.unstatable |= {key: value for key, value in theirs.items() if key not in OWN_OPTIONS["timm"]}
     size, crop = theirs.get("img_size", ""), theirs.get("crop_pct")
     if "," in size:
         found.unstatable["img_size"] = size

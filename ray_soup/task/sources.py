@@ -22,6 +22,7 @@ from ray_soup.task.classes import Classes, reference, renumbering
 from ray_soup.task.dataset_functions import read_function
 from ray_soup.task.folders import find_files
 from ray_soup.task.image_folders import IMAGES, peek_image_folder, read_image_folder
+from ray_soup.task.mask_folders import read_mask_folder
 from ray_soup.task.raw_examples import KINDS, RawExamples, Source, check_regular
 from ray_soup.task.tables import read_parquet, read_saved
 
@@ -64,15 +65,8 @@ def check_sources(data: Data, targets: str = "classes") -> None:
     """
     known: list[tuple[Classes, RawExamples]] = []
     sources = named_sources(data, targets)
-    for source in sources.values():
-        if not is_local(source):
-            continue
-        path = existing(source)
-        if isinstance(path, str) and path.endswith(".npz") and not os.path.isdir(path):
-            check_regular(source, path)
-            raw = check_npz(source, path)
-        else:
-            raw = _read_local(source, path, None, headers_only=True)
+    for source in filter(is_local, sources.values()):
+        raw = _headers(source)
         if raw.classes is not None:
             known.append((raw.classes, raw))
     if all(map(is_local, sources.values())):  # the numbering may depend on every source
@@ -80,6 +74,29 @@ def check_sources(data: Data, targets: str = "classes") -> None:
         for classes, raw in known:
             assert shared is not None
             renumbering(classes, shared, set(raw.labels.tolist()))
+
+
+def _headers(source: Source) -> RawExamples:
+    """Read a local source without decoding it. Raises RecipeError."""
+    path = existing(source)
+    if isinstance(path, str) and path.endswith(".npz") and not os.path.isdir(path):
+        check_regular(source, path)
+        return check_npz(source, path)
+    return _read_local(source, path, None, headers_only=True)
+
+
+def count_examples(data: Data, targets: str = "classes") -> dict[str, int]:
+    """Return the number of examples of each source of evaluation data, with their kind of targets.
+
+    Raises RecipeError unless all are local files.
+    """
+    found = {}
+    for name, spec in data.sources().items():
+        source = Source(key_of(name), spec, targets)
+        if not is_local(source):
+            raise source.error("is not a file on this machine, so its size is not known. Use a local copy.")
+        found[name] = len(_headers(source).labels)
+    return found
 
 
 def peek_classes(source: Source) -> Classes | None:
@@ -210,6 +227,8 @@ def _folder(source: Source, folder: Path, kind: str | None, headers_only: bool) 
         return read_saved(source, folder, kind)
     scan = find_files(source, folder, (*IMAGES, PARQUET))
     parquet = scan.everything(PARQUET)
+    if not parquet and source.targets == "pixels":
+        return read_mask_folder(source, folder, scan)
     if not parquet:
         return read_image_folder(source, folder, scan, headers_only)
     hub.one_split(source, folder, parquet, source.spec)

@@ -15,14 +15,17 @@ import numpy as np
 from ray_soup.errors import RecipeError
 from ray_soup.task.classes import Classes
 from ray_soup.task.hub import class_names, features_of, lfs_hint, listed_files, read_json
-from ray_soup.task.raw_examples import LARGEST, PART, RawExamples, Source, identity_of, reason
+from ray_soup.task.raw_examples import LARGEST, PART, Encoded, RawExamples, Source, identity_of, reason
+from ray_soup.task.target_columns import holds_targets, join_targets, read_targets
 
 NAMES = {
-    "image": ("image", "img", "images"),
+    "image": ("image", "img", "images", "pixel_values"),
     "text": ("text", "sentence"),
     "label": ("label", "labels", "cls", "target", "targets"),
 }
 """Names of columns, in order of preference."""
+MASKS = ("mask", "masks", "annotation", "annotations", "label", "labels", "target", "targets")
+"""Names of a column of images with the class of each pixel, in order of preference."""
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
@@ -120,12 +123,19 @@ def _read(
     of_values, of_labels = _columns(source, schemas[0], kind)
     for file, schema in zip(files, schemas, strict=True):
         _check_schema(source, files[0], schemas[0], file, schema, (of_values, of_labels))
-    table = _Table(source, root, how, of_values)
+    table, masks = _Table(source, root, how, of_values), list[Encoded]()
+    of_masks = _Table(source, root, how, of_labels) if _kind(schemas[0].field(of_labels).type) == "image" else None
     counts, labels, linked = [], [], []
     for file in files:
-        labels.append(_labels(source, file, how, of_labels))
-        counts.append(len(labels[-1]))
         linked += table.linked(file)
+        if of_masks is None:
+            labels.append(_labels(source, file, how, of_labels))
+        else:  # zeros, until the masks are decoded
+            linked += of_masks.linked(file)
+            found = [value for part in of_masks.values(file) for value in part]
+            masks += found
+            labels.append(np.zeros(len(found), np.int64))
+        counts.append(len(labels[-1]))
     starts = np.cumsum([0, *counts]).tolist()
 
     def where(row: int) -> str:
@@ -137,7 +147,7 @@ def _read(
             yield from table.values(file)
 
     names = _names(source, files, schemas, of_labels, features) if source.targets == "classes" else None
-    joined = np.concatenate(labels)
+    joined = join_targets(source, of_labels, [file.name for file in files], labels)
     if names is not None:
         beyond = np.flatnonzero(joined >= len(names.names))
         if len(beyond):
@@ -146,7 +156,7 @@ def _read(
                 "names of classes. Fix the labels, or their names."
             )
     whole = (of_values, of_labels, identity, identity_of(source, linked)) if linked else (of_values, of_labels, identity)
-    return RawExamples(source, joined, None, parts, whole, names, where)
+    return RawExamples(source, joined, None, parts, whole, names, where, masks=tuple(masks))
 
 
 @dataclass(frozen=True)
@@ -255,7 +265,7 @@ def _decoded(how: Format, file: Path) -> Any:
 def _labels(source: Source, file: Path, how: Format, column: str) -> np.ndarray:
     """Read the targets of a file: for classification int64 [n]. Raises RecipeError for nulls and for unusable targets."""
     if source.targets != "classes":
-        return _targets(source, file, how, column)
+        return read_targets(source, file.name, column, _checked(source, file, how, column))
     found, row = [np.zeros(0, np.int64)], 0
     for array in _checked(source, file, how, column):
         if array.null_count:
@@ -272,25 +282,6 @@ def _labels(source: Source, file: Path, how: Format, column: str) -> np.ndarray:
         found.append(values.astype(np.int64))
         row += len(array)
     return np.concatenate(found)
-
-
-def _targets(source: Source, file: Path, how: Format, column: str) -> np.ndarray:
-    """Read numbers, or lists of numbers that are equally long, [n, ...]. Raises RecipeError."""
-    found: list[np.ndarray] = []
-    for array in _checked(source, file, how, column):
-        row, values = sum(map(len, found)), array.to_pylist()
-        for number, value in enumerate(values):
-            if value is None or (isinstance(value, list) and None in value):
-                raise source.error(f"row {row + number} of {file.name} has no target: '{column}' is null. Remove the row.")
-        lengths = {len(value) if isinstance(value, list) else -1 for value in values}
-        lengths |= {part.shape[1] if part.ndim > 1 else -1 for part in found[:1]}
-        if len(lengths) > 1:
-            raise source.error(
-                f"the lists of column '{column}' of {file.name} have {min(lengths)} to {max(lengths)} numbers; expected "
-                "equally long ones, one number for each label. Save multi-hot lists."
-            )
-        found.append(np.asarray(values))
-    return np.concatenate(found) if found else np.zeros(0)
 
 
 def names_in(source: Source, files: Sequence[Path], how: Format, column: str) -> Classes | None:
@@ -329,24 +320,17 @@ def _check_distinct(source: Source, files: Sequence[Path]) -> None:
 
 def _check_schema(source: Source, first_file: Path, first: Any, file: Path, schema: Any, columns: tuple[str, str]) -> None:
     """Check that a file has the columns of the first file, once each, with types that can be read alike."""
-    for column in columns:
+    of_values, of_labels = columns
+    of_images = source.targets == "classes" or _kind(first.field(of_labels).type) == "image"
+    for column, what in ((of_values, _kind), (of_labels, _kind if of_images else holds_targets)):
         if schema.names.count(column) > 1:
             raise source.error(f"{file.name} has {schema.names.count(column)} columns named '{column}'. Rename all but one.")
-        kinds = [_kind(s.field(column).type) if column in s.names else "" for s in (first, schema)]
+        kinds = [what(s.field(column).type) if column in s.names else "" for s in (first, schema)]
         if kinds[0] != kinds[1]:
             raise source.error(
                 f"{file.name} has no column '{column}' of type {first.field(column).type} ({first_file.name} has it). Save "
                 "all files with the same columns."
             )
-
-
-def _is_target(column: Any) -> bool:
-    """Return whether a column of this Arrow type can hold targets that are not classes: numbers, or lists of them."""
-    from pyarrow import types
-
-    while types.is_list(column) or types.is_large_list(column) or types.is_fixed_size_list(column):
-        column = column.value_type
-    return bool(types.is_integer(column) or types.is_floating(column) or types.is_boolean(column))
 
 
 def _kind(column: Any) -> str:
@@ -376,16 +360,18 @@ def _columns(source: Source, schema: Any, kind: str | None) -> tuple[str, str]:
     kinds = [_kind(field.type) for field in schema]
     if kind is None:
         kind = "image" if "image" in kinds else "text"
-    chosen = []
+    chosen, masks = [], MASKS if source.targets == "pixels" else ()
     for what in (kind, "label"):
-        found = [field.name for field, holds in zip(schema, kinds, strict=True) if holds == what]
+        found = [n for n, holds in zip(schema.names, kinds, strict=True) if holds == what and n not in masks]
         if what == "label" and source.targets != "classes":
-            found = [field.name for field in schema if _is_target(field.type)]
-        named = [name for name in NAMES[what] if name in found]
+            of_images = [n for n, holds in zip(schema.names, kinds, strict=True) if holds == "image" and n in masks]
+            found = [*of_images, *(field.name for field in schema if holds_targets(field.type))]
+        named = [name for name in ((*masks, *NAMES[what]) if what == "label" else NAMES[what]) if name in found]
         if not named and len(set(found)) != 1:
             has = f"several candidate columns: {', '.join(found)}" if found else f"the columns are {', '.join(schema.names)}"
             values = "texts" if kind == "text" else "image bytes"
             wanted = "integer labels" if source.targets == "classes" else "numbers or lists of numbers"
+            wanted = f"masks or {wanted}" if masks else wanted
             raise source.error(
                 f"{has}; expected one column of {values} and one of {wanted}. If there are several, call the right "
                 f"one {' or '.join(NAMES[what])}."

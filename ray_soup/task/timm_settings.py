@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.recipe.plain import shown
+from ray_soup.task.constructor_options import RESERVED
 from ray_soup.task.libraries import (
     CROP_MODES,
     INTERPOLATIONS,
@@ -24,6 +24,7 @@ from ray_soup.task.libraries import (
 )
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.values import (
+    STATABLE,
     Found,
     Reader,
     Settings,
@@ -82,8 +83,7 @@ def read_timm(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
         own = {"global_pool": values.get("global_pool"), **mapping(values.get("model_args"))}
     elif is_script:
         given = _timm_arguments(values, found)
-        own = {"global_pool": values.get("gp"), **mapping(values.get("model_kwargs"))}
-        _read_norm_eps(spec, values.get("bn_eps"), found)
+        own = {"global_pool": values.get("gp"), **_norm_eps_in(spec, values), **mapping(values.get("model_kwargs"))}
         found.settings["in_chans"] = "3"
         if name.partition(".")[0] == spec.name.partition(".")[0]:
             found.settings["global_pool"] = timm_defaults(name.partition(".")[0])[1]
@@ -108,7 +108,8 @@ def read_timm(spec: ModelSpec, values: Mapping[str, Any]) -> Found:
     if "in_chans" in given:
         settings["in_chans"] = str(given["in_chans"])
     found.settings |= {option: value for option, value in settings.items() if option not in found.unread}
-    _add_model_arguments(found, own, name if timm.is_model(name.partition(".")[0]) else spec.name, in_hub or is_script)
+    found.whole = in_hub or is_script
+    _add_model_arguments(found, own, name if timm.is_model(name.partition(".")[0]) else spec.name, spec.name)
     return found
 
 
@@ -149,10 +150,11 @@ def _timm_arguments(values: Mapping[str, Any], found: Found) -> dict[str, Any]:
     return read_values(values, readers, found)
 
 
-def _add_model_arguments(found: Found, own: Mapping[str, Any], name: str, by_timm: bool) -> None:
-    """Add the arguments `own` that timm's model `name` was created with.
+def _add_model_arguments(found: Found, own: Mapping[str, Any], name: str, ours: str) -> None:
+    """Add the arguments `own` that timm's model `name` was created with; `ours` is the name of the recipe's model.
 
-    If timm itself did not write them, some may be another program's: those that timm does not take.
+    Plain values are options of the recipe's model. If timm did not write the arguments (`found.whole`), some may be another
+    program's: those that timm does not take.
     """
     readers: dict[str, Reader] = {"in_chans": ("in_chans", count), "global_pool": ("global_pool", word)}
     found.settings |= {key: str(value) for key, value in read_values(own, readers, found).items()}
@@ -160,7 +162,11 @@ def _add_model_arguments(found: Found, own: Mapping[str, Any], name: str, by_tim
         if value is None or key in (*readers, "img_size", "num_classes") or key.startswith(HARMLESS):
             continue
         changes = _changes(name, key, repr(value))
-        if changes or (changes is None and by_timm):
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        alike = name.partition(".")[0] == ours.partition(".")[0] and RESERVED.fullmatch(key) is None
+        if changes and alike and isinstance(value, (bool, int, float, str)) and STATABLE.fullmatch(text):
+            found.settings[key] = text
+        elif changes or (changes is None and found.whole):
             found.unstatable[key] = str(value)
 
 
@@ -180,9 +186,11 @@ def _structure(name: str) -> dict[str, Any]:
     return structure(timm_outline(name))
 
 
-def _read_norm_eps(spec: ModelSpec, value: Any, found: Found) -> None:
-    if isinstance(value, (int, float)) and not all(math.isclose(value, own) for own in _norm_eps(spec.name)):
-        found.unstatable["bn_eps"] = str(value)
+def _norm_eps_in(spec: ModelSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the argument `bn_eps` if it is not what the batch normalizations of the recipe's model have anyway."""
+    value = values.get("bn_eps")
+    other = isinstance(value, (int, float)) and not all(math.isclose(value, own) for own in _norm_eps(spec.name))
+    return {"bn_eps": value} if other else {}
 
 
 @functools.lru_cache(16)

@@ -13,6 +13,7 @@ from ray_soup.io.cache import cached, content_key
 from ray_soup.recipe import Data
 from ray_soup.task.classes import Classes, relabeled
 from ray_soup.task.documents import columns_for, documents_of
+from ray_soup.task.mask_folders import with_masks
 from ray_soup.task.preprocess import Preprocess, input_kind
 from ray_soup.task.raw_examples import IGNORED, PART, RawExamples, Source
 from ray_soup.task.rows import SUFFIXES, Table, open_table, table_of
@@ -22,6 +23,7 @@ from ray_soup.task.windows import Windows, assembled, padded, windows
 
 Progress = Generator[tuple[int, int], None, RawExamples]
 NPZ = ".npz"
+MOVED = "were moved by one place, so that each token is predicted from those before it."
 BYTES_PER_BYTE = 6
 """Bytes in the cache for each byte of text, to make room for them."""
 
@@ -32,7 +34,8 @@ def open_source(source: Source, preprocess: Preprocess | None) -> Progress:
     Yields (done, total). Raises RecipeError if the source cannot be read.
     """
     if not isinstance(preprocess, Tokenizing):
-        return (yield from read_source(source, input_kind(preprocess)))
+        raw = yield from read_source(source, input_kind(preprocess))
+        return (yield from with_masks(raw, preprocess)) if raw.masks else raw
     if not takes_rows(preprocess):
         raw = yield from read_source(source, "text")
         return (yield from _texts(raw, preprocess)) if raw.arrays is None else raw
@@ -65,10 +68,15 @@ def _as_in_transformers(raw: RawExamples, how: Tokenizing) -> RawExamples:
         return raw
     if raw.labels.ndim != 2:
         raise raw.source.error(f"labels are {list(raw.labels.shape)}; expected one for each token, [n, tokens]. Save them.")
-    moved = np.full_like(raw.labels, IGNORED)
-    moved[:, :-1] = raw.labels[:, 1:]
-    note = f"{raw.source.key}: labels were moved by one place, so that each token is predicted from those before it."
-    return replace(raw, labels=moved, notes=(*raw.notes, note))
+    note = f"{raw.source.key}: labels {MOVED}"
+    return replace(raw, labels=moved_by_one(raw.labels), notes=(*raw.notes, note))
+
+
+def moved_by_one(labels: np.ndarray) -> np.ndarray:
+    """Move the labels of tokens, [n, tokens], so that the target of a place is the token after it."""
+    moved = np.full_like(labels, IGNORED)
+    moved[:, :-1] = labels[:, 1:]
+    return moved
 
 
 # Texts with one label each

@@ -6,8 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from ray_soup.io.lazy import torch
 from ray_soup.task.classes import Classes
 from ray_soup.task.preprocess import NamedPreprocess
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import disk, storage
 from ray_soup.io.hub_path import is_hub
 from ray_soup.io.hugging_face import settings_folder
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.recipe.plain import shown
 from ray_soup.task.libraries import structure
 from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
@@ -79,7 +79,9 @@ class _Folder:
     """Files that the library cannot read."""
 
 
-def check_folders(spec: ModelSpec, ingredients: Sequence[Ingredient], preprocessed: bool) -> list[str]:
+def check_folders(
+    spec: ModelSpec, ingredients: Sequence[Ingredient], preprocessed: bool
+) -> tuple[list[str], dict[str, str]]:
     """Compare the config and the preprocessing in the folders of ingredients with those of `transformers:FOLDER`.
 
     Args:
@@ -87,7 +89,8 @@ def check_folders(spec: ModelSpec, ingredients: Sequence[Ingredient], preprocess
         ingredients: the opened ingredients.
         preprocessed: whether the recipe has data that are preprocessed.
 
-    Returns notes for the user. Raises RecipeError if they make a difference to the results.
+    Returns notes for the user, and the option `length` if the recipe does not state it and a shorter one was trained with.
+    Raises RecipeError if they make another difference to the results.
     """
     transformers = spec.import_library()
     config = load_config(transformers, spec)
@@ -120,7 +123,8 @@ def check_folders(spec: ModelSpec, ingredients: Sequence[Ingredient], preprocess
         for f in folders.values()
         for name in f.unread
     ]
-    return [*_check_lengths(spec, [*folders.values()], length), *unread[:1]]
+    notes, shorter = _check_lengths(spec, [*folders.values()], length)
+    return [*notes, *unread[:1]], shorter
 
 
 def _folder_of(ingredient: Ingredient) -> str:
@@ -337,15 +341,24 @@ def _labels(config: Any) -> list[str]:
     return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
-def _check_lengths(spec: ModelSpec, folders: Sequence[_Folder], length: int) -> list[str]:
-    """Compare the lengths at which tokenizers cut texts. Returns a note, or raises RecipeError if the recipe states none."""
-    folder = next((folder for folder in folders if folder.longest < length), None)
-    if folder is None:
-        return []
+def _check_lengths(spec: ModelSpec, folders: Sequence[_Folder], length: int) -> tuple[list[str], dict[str, str]]:
+    """Compare the lengths at which tokenizers cut texts. Returns notes, and the option `length` if the recipe has none.
+
+    Raises RecipeError if it has none, and the tokenizers of two folders cut at different lengths.
+    """
+    shorter = [folder for folder in folders if folder.longest < length]
+    if not shorter:
+        return [], {}
+    folder = shorter[0]
     said = f"The tokenizer in {folder.path} cuts texts at {folder.longest} tokens (model_max_length)"
     if "length" in spec.options:
-        return [f"{said}; the recipe states {length}, which is used."]
-    raise RecipeError(
-        f"{said}; the recipe's model at {length}. Write in the recipe\n    model: "
-        f"{spec.with_options({'length': str(folder.longest)})}\nor state another length to use it on purpose."
-    )
+        return [f"{said}; the recipe states {length}, which is used."], {}
+    option = {"length": str(folder.longest)}
+    tokenizing = [one for one in folders if not one.files.keys().isdisjoint(TEXT_FILES)]
+    other = next((one for one in tokenizing if min(one.longest, length) != folder.longest), None)
+    if other is not None:
+        raise RecipeError(
+            f"{said}, and that in {other.path} at {min(other.longest, length)}; one length must be used for all. Choose it "
+            f"with the option `length`, as in\n    model: {spec.with_options(option)}"
+        )
+    return [f"{said}, which is used, because the recipe states no length."], option

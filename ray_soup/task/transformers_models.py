@@ -8,11 +8,10 @@ import re
 from functools import partial
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
 from ray_soup.io.hugging_face import settings_folder
-from ray_soup.task.model_spec import ModelSpec, no_weight_warnings
+from ray_soup.io.lazy import torch
+from ray_soup.task.model_spec import DTYPE, ModelSpec, no_weight_warnings
 from ray_soup.task.preprocess import NamedPreprocess, Preprocess
 from ray_soup.task.tokenizing import UNLIMITED, Tokenizing, default_length, identity_of_tokenizer, most_tokens
 
@@ -23,7 +22,9 @@ TOKENIZER_FILES = (
 
 TASK = "task"
 """The option of `model` that names another task than the config's: a model with a new head."""
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+FLASH = "flash_attention_2"
+"""The implementation of attention that runs on GPUs only."""
+ATTENTION = ("eager", "sdpa", FLASH, "flex_attention")
 
 
 def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preprocess | None]:
@@ -33,11 +34,10 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
     ids and attention mask. Raises RecipeError if the model does not exist or is not a classifier.
     """
     transformers = spec.import_library()
-    spec.check_options(("task", "classes", "length", "attn_implementation"), "transformers:FOLDER?classes=10")
+    spec.check_options(("task", "classes", "length", DTYPE, "attn_implementation"), "transformers:FOLDER?classes=10")
     config = load_config(transformers, spec)
     task = task_of(config, spec)
     model = built(spec, config, task)
-    model.register_forward_hook(lambda module, inputs, output: output.logits)
     if task == "ForImageClassification":
         model.register_forward_pre_hook(_image_inputs, with_kwargs=True)
         return model, _image_preprocess(transformers, spec.name)
@@ -49,9 +49,17 @@ def transformers_classifier(spec: ModelSpec) -> tuple[torch.nn.Module, Preproces
 
 
 def built(spec: ModelSpec, config: Any, task: str) -> Any:
-    """Build the model of a config, as its option `attn_implementation` says. Raises RecipeError if that is not possible."""
+    """Build the model of a config, as its options `dtype` and `attn_implementation` say.
+
+    Raises RecipeError if that is not possible.
+    """
+    _check_dtype(spec)
     attention = spec.choice("attn_implementation", ATTENTION)
-    more = {} if attention is None else {"attn_implementation": attention}
+    if attention == FLASH and torch.empty(0).is_meta:
+        attention = None  # a model without memory is described only, perhaps on a machine without a GPU
+    more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if spec.in_bfloat16:
+        more[dtype_name(spec.import_library())] = torch.bfloat16
     try:
         with no_weight_warnings():
             model = model_of(spec.import_library(), config, task, **more)
@@ -60,8 +68,28 @@ def built(spec: ModelSpec, config: Any, task: str) -> Any:
         raise RecipeError(
             f"model: transformers cannot build {spec.text} ({str(error).partition(chr(10))[0]}). {cure}."
         ) from error
+    if spec.in_bfloat16:
+        _widen(model)
     describe_files(model)
     return model
+
+
+def _check_dtype(spec: ModelSpec) -> None:
+    """Check the option `dtype`. Raises RecipeError."""
+    if spec.options.get(DTYPE) == "float16":
+        raise RecipeError(
+            f"model: found {spec.text!r}; expected float32 or bfloat16 for the option '{DTYPE}'. In float16, small "
+            "gradients become 0 and large activations infinite. Use bfloat16; ingredients in float16 can be used with it."
+        )
+    spec.choice(DTYPE, ("float32", "bfloat16"))
+
+
+def _widen(model: Any) -> None:
+    """Convert those tensors of a model in bfloat16 to float32 that the library's own loader keeps so, such as routers."""
+    kept = "|".join(pattern.replace("*", ".*") for pattern in getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if kept and re.search(kept, name) and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
 
 
 def length_of(spec: ModelSpec, model: Any, tokenizer: Any, most: int = UNLIMITED, least: int = 1) -> int:
@@ -92,9 +120,9 @@ def length_of(spec: ModelSpec, model: Any, tokenizer: Any, most: int = UNLIMITED
 
 
 def model_of(transformers: Any, config: Any, task: str, **options: Any) -> Any:
-    """Create the model of a config, with random parameters in float32."""
+    """Create the model of a config, with random parameters, in float32 unless the options say otherwise."""
     dtype = {dtype_name(transformers): torch.float32}
-    return getattr(transformers, f"AutoModel{task}").from_config(config, **dtype, **options)
+    return getattr(transformers, f"AutoModel{task}").from_config(config, **{**dtype, **options})
 
 
 def dtype_name(transformers: Any) -> str:
@@ -127,7 +155,8 @@ def has_tokenizer(name: str) -> bool:
 
 
 def _image_inputs(model: Any, inputs: tuple[torch.Tensor], named: Any) -> tuple[tuple[()], dict[str, torch.Tensor]]:
-    return (), {model.main_input_name: inputs[0]}
+    pixels = inputs[0].to(model.dtype) if inputs[0].is_floating_point() else inputs[0]
+    return (), {model.main_input_name: pixels}
 
 
 def _text_inputs(model: Any, inputs: tuple[torch.Tensor], named: Any) -> tuple[tuple[()], dict[str, torch.Tensor]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.task.classes import Classes
-from ray_soup.task.model_spec import ModelSpec
-from ray_soup.task.packing import check_packing, pack
+from ray_soup.task.model_spec import DTYPE, ModelSpec
+from ray_soup.task.packing import check_packing, in_float32, pack
 from ray_soup.task.tokenizing import DEFAULT_LENGTH, UNLIMITED, Tokenizing, identity_of_tokenizer
-from ray_soup.task.transformers_models import built, length_of, load_config, load_tokenizer
+from ray_soup.task.transformers_models import FLASH, built, length_of, load_config, load_tokenizer
 from ray_soup.task.transformers_tasks import auto_task, token_objective
 
 
@@ -26,7 +26,7 @@ def transformers_tokens(spec: ModelSpec) -> tuple[torch.nn.Module, Tokenizing]:
     config = load_config(transformers, spec)
     objective = token_objective(config)
     known = {"causal_lm": ("stride", "pack"), "token_classification": ("classes",)}.get(objective, ())
-    spec.check_options(("task", "length", *known, "attn_implementation"), example)
+    spec.check_options(("task", "length", *known, DTYPE, "attn_implementation"), example)
     config.use_cache = False
     model = built(spec, config, auto_task(config, spec))
     model.eval()  # dropout must not disturb the checks below; training code sets the mode itself
@@ -52,19 +52,28 @@ def _token_inputs(model: Any, inputs: Any, named: dict[str, Any]) -> tuple[tuple
 
 
 def _check_causal(model: Any, spec: ModelSpec) -> None:
-    """Check that no output depends on later tokens, which some configs allow. Raises RecipeError."""
-    ids = torch.ones(2, 2, 4, dtype=torch.long)
+    """Check that no output depends on later tokens, which some configs allow. Raises RecipeError.
+
+    The model computes in float32, where rounding hides nothing, but with FLASH in its own dtype on a GPU.
+    """
+    of_flash = spec.options.get("attn_implementation") == FLASH
+    device = torch.device("cuda" if of_flash and torch.cuda.is_available() else "cpu")
+    computed = "bfloat16" if of_flash and spec.in_bfloat16 else "float32"
+    ids = torch.ones(2, 2, 4, dtype=torch.long, device=device)
     ids[1, 0, 3] = 2
     try:
-        with torch.inference_mode():
-            first, second = model(ids).logits
+        with torch.no_grad(), nullcontext() if of_flash else in_float32(model):
+            first, second = model.to(device)(ids).logits.float()
     except (RuntimeError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"model: {spec.text} cannot compute in float32 on a CPU ({str(error).partition(chr(10))[0]}). If it has the "
-            "option attn_implementation, choose eager or sdpa, which itself uses flash attention on a GPU; figures are "
-            "measured in float32."
+            f"model: {spec.text} cannot compute in {computed} on a {device.type.upper()} "
+            f"({str(error).partition(chr(10))[0]}). Change the option attn_implementation: sdpa runs everywhere and uses "
+            f"flash attention on a GPU. {FLASH} needs GPUs and {DTYPE}=bfloat16."
         ) from error
-    if not torch.allclose(first[:3], second[:3], rtol=1e-3, atol=1e-4):
+    finally:
+        model.to("cpu")
+    rounding = 2**-6 * first.abs().max().item() if of_flash else 1e-4
+    if not torch.allclose(first[:3], second[:3], rtol=1e-3, atol=rounding):
         raise RecipeError(
             f"model: {spec.text} is {type(model).__name__}, and its outputs depend on later tokens, so that it sees what it "
             "should predict. Set is_decoder in its config.json to true, or choose another model."

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_soup.recipe.plain import shown
 
+STATABLE = re.compile(r"(?!.*(?<![.\d])\d{5})[\w.,:/-]+")
+"""Values from files that may be options of the key `model`; no number of layers that takes long to create is one."""
 Settings = dict[str, str]
 """Values as a recipe writes them, by the name of the option of the key `model`."""
 
@@ -27,6 +30,8 @@ class Found:
     """The name of the trained model, if the library does not have it, or not its tag, which stands for preprocessing."""
     other_model: str = ""
     """The library's name of the trained model, if it has another structure than the recipe's."""
+    whole: bool = False
+    """Whether all arguments are listed that the model was created with."""
     remark: str = ""
     """What a user should know about the training, as the end of a sentence that begins with the file."""
 

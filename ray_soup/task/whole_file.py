@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
+from typing import TypeAlias
 
 from ray_soup.io.check import check_fits
 from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.io.lifting import AdapterSet
 
-Place = tuple[torch.nn.Module, str]
+Place: TypeAlias = "tuple[torch.nn.Module, str]"
 """A module, and the name of a tensor in it."""
 
 

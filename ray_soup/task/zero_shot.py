@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.task.model_spec import ModelSpec
 
 TEMPLATE = "a photo of a {}."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +28,15 @@ from ray_soup.recipe import Data, Recipe
 from ray_soup.soups.identity import begun_zoo
 from ray_soup.soups.output import Output, open_output
 from ray_soup.soups.own_files import REPLACED
+from ray_soup.soups.records import read_begun
 from ray_soup.task import identity
-from ray_soup.task.evidence import check_start
+from ray_soup.task.evidence import Checked, check_start
 from ray_soup.task.evidence_files import PREPROCESSING, RECORD
 from ray_soup.task.functions import look_in
-from ray_soup.task.preprocessing import preprocessing_of
+from ray_soup.task.model_spec import DTYPE, in_bfloat16
+from ray_soup.task.preprocessing import completed, preprocessing_of
 from ray_soup.task.sources import check_sources
+from ray_soup.tune.nodes import check_seen
 from ray_soup.tune.probe import probe
 from ray_soup.tune.records import (
     FailedTraining,
@@ -71,47 +76,70 @@ def make_configs(recipe: Recipe) -> list[Hyperparameters]:
 def finetune(
     recipe: Recipe, out: str | Path, progress: ProgressCallback = no_progress, overwrite: bool = False
 ) -> list[ManifestEntry]:
-    """Fill the folder `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`.
+    """Fill the folder or URI `out` with fine-tuned checkpoints `model_00.safetensors`, ... and `manifest.json`.
 
     Returns the manifest: file name, hyperparameters, metrics and SHA-256 of each checkpoint. Rerun to resume: each trial
     continues from its last finished epoch, unless it is to `overwrite` an earlier run. Raises RecipeError if the recipe
     cannot be run on this cluster, SoupError if fewer than two trials succeed.
     """
-    _check_recipe(recipe, out)
+    _check_recipe(recipe)
     recipe = pinned_recipe(recipe)
     configs = make_configs(recipe)
     with open_output(out, progress, overwrite=overwrite) as output:
-        output.begin(begun_zoo(recipe))
-        identity.in_run(output.token())
         manifest = output.folder / "manifest.json"
+        checked = _checked_start(recipe, output, finished=os.path.lexists(manifest) and not overwrite)
+        output.begin(begun_zoo(recipe, checked.adopted))
+        identity.in_run(output.token())
         if os.path.lexists(manifest):
-            return read_manifest(manifest)
+            return read_manifest(output.uri_of(manifest.name))
         progress("connecting to Ray", 0, 1)
         with output.discarding_refused(), connect():
             check_sources(Data(train=recipe.data.train, fit=recipe.data.fit))
-            check_start(recipe)
-            preprocessing = preprocessing_of(recipe)
+            recipe = completed(recipe, checked.adopted)
+            preprocessing = preprocessing_of(recipe, checked)
             settle()
             wait_for_room(_workers(recipe), recipe.actors.wait_s, progress, "finetune.workers_per_model or `actors:`")
             at_once = room_for(_workers(recipe))
-            init = recipe.finetune.init or _initialization(recipe, output.state("init.safetensors"), progress)
+            check_seen([str(output.state("begun.json"))] if output.mirror is None else [], patience_s(recipe))
+            init = recipe.finetune.init or _initialization(recipe, output.uri_of("state", "init.safetensors"), progress)
             with quiet_tune(output.state("tune")):
-                results = _run_trials(recipe, configs, init, output.state(), progress, at_once=at_once)
+                results = _run_trials(recipe, configs, init, output, progress, at_once=at_once)
         if preprocessing:  # which the ingredients themselves do not say
-            write_json(output.folder / PREPROCESSING, {RECORD: preprocessing})
+            about = {RECORD: preprocessing, **({"notes": checked.notes} if checked.notes else {})}
+            output.put(PREPROCESSING, lambda file: write_json(file, about))
         return _publish(results, output, manifest)
 
 
-def _check_recipe(recipe: Recipe, out: str | Path) -> None:
-    if storage.is_remote(str(out)):
-        raise RecipeError(
-            f"finetune cannot write to {out}: OUT must be a folder that every node sees. Choose a folder, and copy it "
-            "to the URI afterwards."
-        )
+def _checked_start(recipe: Recipe, output: Output, finished: bool) -> Checked:
+    """Return what `check_start` does; of a finished run, whose first weights may be gone, what its record says."""
+    if not finished:
+        return check_start(recipe)
+    begun = output.state("begun.json")
+    return Checked(adopted=read_begun(begun).get("adopted", {}) if os.path.lexists(begun) else {})
+
+
+@dataclass(frozen=True)
+class _FineTuned:
+    """A checkpoint of a trial that succeeded."""
+
+    hyper: Hyperparameters
+    metrics: TrainingMetrics
+    name: str
+    """Path of the checkpoint below the run's own folder in OUT/state."""
+    sha256: str | None
+    """Digest of the checkpoint; None if an earlier ray_soup trained it."""
+
+
+def _check_recipe(recipe: Recipe) -> None:
     if recipe.data.train is None:
         raise RecipeError("The recipe has no data.train to fine-tune on. Add it, as in data: {train: train.npz}.")
     if recipe.actors.cpus == 0:
         raise RecipeError("actors.cpus: found 0; finetune needs CPUs for its workers. Set it to 1 or more, or to auto.")
+    if in_bfloat16(recipe.model):
+        raise RecipeError(
+            f"model: found {recipe.model!r}; finetune trains weights in float32. Remove the option {DTYPE}; the key "
+            "`precision` sets the precision of passes."
+        )
     if recipe.finetune.class_names is not None and (recipe.finetune.pretrained is None or recipe.finetune.init is not None):
         raise RecipeError(
             "finetune.class_names needs a CLIP in finetune.pretrained, whose head it makes, and no finetune.init. Set "
@@ -119,17 +147,21 @@ def _check_recipe(recipe: Recipe, out: str | Path) -> None:
         )
 
 
-def _publish(
-    results: list[tuple[Hyperparameters, TrainingMetrics, Path]], output: Output, manifest: Path
-) -> list[ManifestEntry]:
-    """Move the checkpoints into the output folder, write the manifest, and delete files that only a resumed run needs."""
+def _publish(results: list[_FineTuned], output: Output, manifest: Path) -> list[ManifestEntry]:
+    """Move the checkpoints into the output folder, write the manifest, and delete files that only a resumed run needs.
+
+    Raises SoupError if another run took over the folder.
+    """
     entries: list[ManifestEntry] = []
-    for number, (hyper, metrics, file) in enumerate(results):
-        target = output.folder / f"model_{number:02d}.safetensors"
-        if not target.exists():  # a run that was killed at this point has moved some of them
-            file.replace(target)
-        entries.append({"file": target.name, **hyper, **metrics, "sha256": sha256_file(str(target))})
-    write_manifest(entries, manifest)
+    targets = {f"model_{number:02d}.safetensors": one for number, one in enumerate(results)}
+    if output.mirror is not None:
+        output.mirror.take({target: one.name for target, one in targets.items()}, output.folder)
+    for target, one in targets.items():
+        if output.mirror is None and not (output.folder / target).exists():  # a run that was killed here has moved some
+            output.state(one.name).replace(output.folder / target)
+        digest = one.sha256 or sha256_file(output.uri_of(target))
+        entries.append({"file": target, **one.hyper, **one.metrics, "sha256": digest})
+    output.put(manifest.name, partial(write_manifest, entries))
     for left in ("tune", "train", "trials", REPLACED):
         shutil.rmtree(output.state(left), ignore_errors=True)
     return entries
@@ -146,9 +178,9 @@ def _workers(recipe: Recipe) -> list[dict[str, float]]:
     return [{"CPU": _cpus(recipe), **({"GPU": gpus} if gpus else {})}] * recipe.finetune.workers_per_model
 
 
-def _initialization(recipe: Recipe, file: Path, progress: ProgressCallback) -> str:
+def _initialization(recipe: Recipe, file: str, progress: ProgressCallback) -> str:
     """Return the checkpoint that all trials start from; make it on all cores of one node if it does not exist yet."""
-    if not file.exists():
+    if not storage.isfile(file):
         nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
         cpus = max(1, int(min(*nodes, ray.available_resources().get("CPU", 0))))
         folder, run, pretrained = os.getcwd(), identity.RUN, recipe.finetune.pretrained is not None
@@ -177,55 +209,57 @@ def _initialization(recipe: Recipe, file: Path, progress: ProgressCallback) -> s
                 progress(what, *ray.get(news))
         except RayTaskError as error:
             raise error.cause from error
-    return str(file)
+    return file
 
 
 def _run_trials(
     recipe: Recipe,
     configs: list[Hyperparameters],
     init: str,
-    state: Path,
+    output: Output,
     progress: ProgressCallback,
     *,
     at_once: int,
-) -> list[tuple[Hyperparameters, TrainingMetrics, Path]]:
-    """Run the trials; return hyperparameters, metrics and checkpoint of each success, in the order of `configs`."""
+) -> list[_FineTuned]:
+    """Run the trials; return those that succeeded, in the order of `configs`."""
     total, workers = recipe.finetune.trials, recipe.finetune.workers_per_model
-    trials = state / "trials"
-    trials.mkdir(exist_ok=True)
+    output.state("trials").mkdir(exist_ok=True)
+    if output.mirror is not None:  # what the trials write is not here
+        write_json(output.state("trials", "begun.json"), {"trials": total})
     cpus, gpus = _cpus(recipe), recipe.actors.gpus
     resources: dict[str, float] = {"cpu": cpus, **({"gpu": gpus} if gpus else {})}
     if workers > 1:  # the trial only waits for its workers, but Tune refuses a trial that needs no resources
         resources = {"cpu": 0, "memory": 1}
     patience = patience_s(recipe)
-    trainable = tune.with_resources(_trainable(recipe, init, state, trials, patience), resources)
+    trainable = tune.with_resources(_trainable(recipe, init, output.uri_of("state"), patience), resources)
     TrialProgress.report_to(progress, total, patience)
     progress("fine-tuning", 0, total)
-    tuner = restored(state / "tune", trainable)
+    tuner = restored(output.state("tune"), trainable)
     if tuner is None:
         tuner = tune.Tuner(
             trainable,
             param_space={"hyper": tune.grid_search(configs)},
             # Ray Train requests its workers outside the trial's resources, so Tune does not know how many trials fit
             tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once if workers > 1 else None),
-            run_config=tune.RunConfig(storage_path=str(state), name="tune", verbose=0, callbacks=[TrialProgress()]),
+            run_config=tune.RunConfig(storage_path=str(output.state()), name="tune", verbose=0, callbacks=[TrialProgress()]),
         )
-    found = _successful(tuner.fit(), configs, trials, state / "failures.json")
+    found = _successful(tuner.fit(), configs, output.state("failures.json"))
     progress("fine-tuning", total, total)
     return found
 
 
-def _trainable(recipe: Recipe, init: str, state: Path, trials: Path, patience: float) -> Callable[[dict[str, Any]], None]:
+def _trainable(recipe: Recipe, init: str, state: str, patience: float) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune runs for each trial; it trains one model and reports its metrics.
 
-    The trial raises NoRoom if several workers cannot start within `patience` seconds.
+    The trial raises NoRoom if several workers cannot start within `patience` seconds. Its files are below the path or URI
+    `state`, which every node sees.
     """
     folder, run, workers = os.getcwd(), identity.RUN, recipe.finetune.workers_per_model
 
     def trial(config: dict[str, Any]) -> None:
         hyper: Hyperparameters = config["hyper"]
         name = tune.get_context().get_trial_id()
-        file = trials / f"{name}.safetensors"
+        file = storage.join(state, _checkpoint_of(name))
         if workers == 1:
             torch.set_num_threads(max(1, int(_cpus(recipe))))
             look_in(folder)  # Tune runs trials in another folder
@@ -239,11 +273,24 @@ def _trainable(recipe: Recipe, init: str, state: Path, trials: Path, patience: f
             scaling = ScalingConfig(
                 num_workers=workers, use_gpu=bool(recipe.actors.gpus), resources_per_worker=_workers(recipe)[0]
             )
-            runs = RunConfig(name=name, storage_path=str(state / "train"))
+            runs = RunConfig(name=name, **_place_of_train(storage.join(state, "train")))
             TorchTrainer(_train_together, train_loop_config=work, scaling_config=scaling, run_config=runs).fit()
         tune.report(dict(drain(train(recipe, hyper, init, file))))  # after Ray Train, this only reads the metrics
 
     return trial
+
+
+def _checkpoint_of(trial: str) -> str:
+    """Return the path of a trial's checkpoint below the run's own folder in OUT/state."""
+    return f"trials/{trial}.safetensors"
+
+
+def _place_of_train(place: str) -> dict[str, Any]:
+    """Return the options of Ray Train's RunConfig for keeping its files at a path or URI."""
+    if not storage.is_remote(place):
+        return {"storage_path": place}
+    system, path = storage.filesystem(place)
+    return {"storage_path": path, "storage_filesystem": system}
 
 
 def _check_room(workers: list[dict[str, float]], patience: float) -> None:
@@ -268,9 +315,7 @@ def _train_together(work: dict[str, Any]) -> None:
     drain(train(work["recipe"], work["hyper"], work["init"], work["file"], worker))
 
 
-def _successful(
-    grid: tune.ResultGrid, configs: list[Hyperparameters], trials: Path, failures_file: Path
-) -> list[tuple[Hyperparameters, TrainingMetrics, Path]]:
+def _successful(grid: tune.ResultGrid, configs: list[Hyperparameters], failures_file: Path) -> list[_FineTuned]:
     """Return the trials that succeeded, in the order of `configs`, and write the others to `failures_file`.
 
     Raises SoupError if fewer than two succeeded.
@@ -278,14 +323,15 @@ def _successful(
     results = [(cast(Hyperparameters, (result.config or {})["hyper"]), result) for result in results_of(grid)]
     results.sort(key=lambda r: configs.index(r[0]))  # a restored tuner changes the order
     failures: list[FailedTraining] = []
-    found: list[tuple[Hyperparameters, TrainingMetrics, Path]] = []
+    found: list[_FineTuned] = []
     for hyper, result in results:
         if result.error is not None:
             failures.append({**hyper, "error": str(result.error).strip().splitlines()[-1]})
             continue
         reported = result.metrics or {}
-        metrics = {k: reported[k] for k in ("train_loss", "accuracy") if k in reported}
-        found.append((hyper, cast(TrainingMetrics, metrics), trials / f"{reported['trial_id']}.safetensors"))
+        metrics = cast(TrainingMetrics, {k: reported[k] for k in ("train_loss", "accuracy") if k in reported})
+        name = _checkpoint_of(reported["trial_id"])
+        found.append(_FineTuned(hyper, metrics, name, reported.get("sha256")))
     write_failures(failures, failures_file)
     if len(found) < 2:
         reason = failures[0]["error"] if failures else "no trial was run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from ray_soup.task.pretrained import fill_zero_shot, load_pretrained
 from ray_soup.tune.train import batches_in_order, write_model
 
 
-def probe(recipe: Recipe, file: Path) -> Generator[tuple[int, int], None, None]:
-    """Load finetune.pretrained, make the linear layer that it lacks, and write the state dict to `file`.
+def probe(recipe: Recipe, file: str) -> Generator[tuple[int, int], None, None]:
+    """Load finetune.pretrained, make the linear layer that it lacks, and write the state dict to the path or URI `file`.
 
     The layer is made from finetune.class_names by CLIP's text tower if the recipe names them. Otherwise it is fitted to the
     model's features of data.train: logistic regression with an L2 penalty of finetune.probe_wd, by L-BFGS. Yields

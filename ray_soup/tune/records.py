@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,11 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io.disk import write_json
+from ray_soup.io import kept, storage
+from ray_soup.io.disk import json_text, write_json
 from ray_soup.io.state_archive import check_archive
 from ray_soup.soups.records import Digest, FileName, check_version, damaged, read_record
+from ray_soup.task.evidence_files import PREPROCESSING
 
 TRAINING_VERSION = 2
 """Version of a training run's state and of its record. Version 1, written by ray_soup 0.1, has no version key."""
@@ -40,6 +43,12 @@ class TrainingMetrics(TypedDict):
     accuracy: NotRequired[float]
 
 
+class FinishedTraining(TrainingMetrics):
+    """What a finished training run recorded: its metrics and the SHA-256 of its checkpoint, which older records lack."""
+
+    sha256: NotRequired[Digest]
+
+
 class ManifestEntry(Hyperparameters, TrainingMetrics):
     """A fine-tuned checkpoint in manifest.json: its hyperparameters and metrics, file name and SHA-256."""
 
@@ -53,17 +62,17 @@ class FailedTraining(Hyperparameters):
     error: str
 
 
-_METRICS = TypeAdapter(TrainingMetrics)
+_METRICS = TypeAdapter(FinishedTraining)
 _MANIFEST = TypeAdapter(list[ManifestEntry])
 _FAILURES = TypeAdapter(list[FailedTraining])
 
 
-def write_metrics(metrics: TrainingMetrics, file: Path) -> None:
-    """Write the record of a finished training run atomically; its existence means that the run is finished."""
-    write_json(file, {"version": TRAINING_VERSION, **metrics})
+def write_metrics(metrics: FinishedTraining, file: str) -> None:
+    """Write the record of a finished training run to a path or URI; its existence means that the run is finished."""
+    storage.write_bytes(json_text({"version": TRAINING_VERSION, **metrics}).encode(), file)
 
 
-def read_metrics(file: Path) -> TrainingMetrics:
+def read_metrics(file: Path) -> FinishedTraining:
     """Read the record of a finished training run.
 
     Raises RecipeError if it is damaged, or a newer ray_soup wrote it.
@@ -71,7 +80,7 @@ def read_metrics(file: Path) -> TrainingMetrics:
     remedy = f"Remove {file} to train this checkpoint again."
     record = read_record(file, _METRICS, TRAINING_VERSION, ("train_loss",), remedy)
     record.pop("version", None)
-    return cast(TrainingMetrics, record)
+    return cast(FinishedTraining, record)
 
 
 def read_training(file: Path, device: torch.device) -> dict[str, Any]:
@@ -99,15 +108,17 @@ def write_manifest(entries: Sequence[ManifestEntry], file: Path) -> None:
     write_json(file, entries, indent=1)
 
 
-def read_manifest(file: Path) -> list[ManifestEntry]:
-    """Read manifest.json. Raises RecipeError if it is damaged, or a checkpoint that it lists is missing."""
+def read_manifest(file: str) -> list[ManifestEntry]:
+    """Read manifest.json at a path or URI. Raises RecipeError if it is damaged, or a checkpoint that it lists is missing."""
     remedy = "Restore it from a copy, or empty the folder and run finetune again."
-    entries = cast(list[ManifestEntry], read_record(file, _MANIFEST, 1, remedy=remedy))
-    if len({entry["file"] for entry in entries}) < max(2, len(entries)):
-        raise damaged(file, "it lists fewer than two checkpoints, or one twice", remedy)
-    missing = next((entry["file"] for entry in entries if not file.with_name(entry["file"]).is_file()), None)
+    folder = file.removesuffix("manifest.json").rstrip("/")
+    with kept.local(file) as copy:
+        entries = cast(list[ManifestEntry], read_record(copy, _MANIFEST, 1, remedy=remedy))
+        if len({entry["file"] for entry in entries}) < max(2, len(entries)):
+            raise damaged(copy, "it lists fewer than two checkpoints, or one twice", remedy)
+    missing = next((entry["file"] for entry in entries if not storage.isfile(storage.join(folder, entry["file"]))), None)
     if missing is not None:
-        raise RecipeError(f"{file.with_name(missing)} is missing, but {file} lists it. {remedy}")
+        raise RecipeError(f"{storage.join(folder, missing)} is missing, but {file} lists it. {remedy}")
     return entries
 
 
@@ -116,8 +127,17 @@ def write_failures(failures: Sequence[FailedTraining], file: Path) -> None:
     write_json(file, failures, indent=1)
 
 
-def read_failures(file: Path) -> list[FailedTraining]:
-    """Read failures.json; an empty list if no training run failed and none was recorded. Raises RecipeError."""
-    if not os.path.lexists(file):
+def read_notes(out: str) -> list[str]:
+    """Return the notes in a folder or URI about the weights that fine-tuning started from; none where none are recorded."""
+    with suppress(OSError, ValueError, AttributeError):
+        notes = json.loads(storage.read_bytes(storage.join(out, PREPROCESSING))).get("notes")
+        return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    return []
+
+
+def read_failures(file: str) -> list[FailedTraining]:
+    """Read failures.json at a path or URI; an empty list if there is none. Raises RecipeError."""
+    if not storage.exists(file):
         return []
-    return cast(list[FailedTraining], read_record(file, _FAILURES, 1, remedy="Remove it."))
+    with kept.local(file) as copy:
+        return cast(list[FailedTraining], read_record(copy, _FAILURES, 1, remedy="Remove it."))

@@ -13,7 +13,9 @@ import yaml
 
 from ray_soup.errors import RecipeError
 from ray_soup.io import storage
+from ray_soup.io.claims import state_of
 from ray_soup.io.disk import write_bytes
+from ray_soup.io.lease import state_folder
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.io.redact import redact_uris
 from ray_soup.recipe import Recipe, dump_recipe, is_function, parse_overrides, with_changes
@@ -29,8 +31,6 @@ from ray_soup.soups.run import run
 from ray_soup.tune.finetune import finetune
 from ray_soup.tune.records import ManifestEntry, read_manifest
 from ray_soup.tune.search import search
-
-_READ = ("state/begun.json", "run.json", "results.jsonl")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def resume(out: str | Path, overrides: Sequence[str] = (), progress: ProgressCal
     place = str(out) if storage.is_remote(str(out)) else str(local_folder(out))
     begun, record, rows = _records_in(place)
     command = "bake" if "source" in begun else command_of(begun)
-    if command == "finetune" and os.path.lexists(Path(place) / "manifest.json"):
-        return Resumed(command, entries=read_manifest(Path(place) / "manifest.json"), was_complete=True)
+    if command == "finetune" and storage.isfile(storage.join(place, "manifest.json")):
+        return Resumed(command, entries=read_manifest(storage.join(place, "manifest.json")), was_complete=True)
     if record is not None and record["exit"] == 0 and record.get("compare", begun.get("compare")) == begun.get("compare"):
         at: Path | str = place if storage.is_remote(place) else Path(place)
         return Resumed(command, Soup(at, rows, record, record.get("notes", []), was_complete=True), was_complete=True)
@@ -108,10 +108,12 @@ def _records_in(out: str) -> tuple[BegunRecord, RunRecord | None, list[dict[str,
         if storage.is_remote(out):
             folder = Path(temporary)
             (folder / "state").mkdir()
-            for name in _READ:
-                if storage.exists(found := storage.join(out, name)):
-                    write_bytes(folder / name, storage.read_bytes(found))
-        file = folder / "state" / "begun.json"
+            places = {name: storage.join(out, name) for name in ("run.json", "results.jsonl")}
+            places["state/begun.json"] = storage.join(state_folder(out), "begun.json")
+            for name, place in places.items():
+                if storage.exists(place):
+                    write_bytes(folder / name, storage.read_bytes(place))
+        file = state_of(folder) / "begun.json"
         if not os.path.lexists(file):
             raise RecipeError(
                 f"{out} has no run to resume: state/begun.json does not exist. Check the folder, or run the command itself."

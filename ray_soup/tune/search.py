@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from ray_soup.actors.metrics import about_run, observed, recording
 from ray_soup.actors.placement import patience_s, settle
 from ray_soup.actors.ray_session import connect
 from ray_soup.errors import RecipeError, SoupError
@@ -24,14 +26,18 @@ from ray_soup.io.notebook import shown_in_notebooks
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import LEARNED, Recipe, with_changes
 from ray_soup.soups.identity import begun
+from ray_soup.soups.inputs import Inputs, open_inputs
+from ray_soup.soups.live import check_loggers
 from ray_soup.soups.output import BOARD, Output, Soup, open_output
-from ray_soup.soups.polish_checks import check_place_of_training
 from ray_soup.soups.run import make_soup_in
-from ray_soup.soups.session import Inputs, open_inputs, open_session
+from ray_soup.soups.session import open_session
 from ray_soup.soups.trajectory import check_trajectory
+from ray_soup.task import identity
 from ray_soup.task.heads import resolved_recipe
 from ray_soup.task.models import objective_in
 from ray_soup.task.own_functions import objective_of
+from ray_soup.task.preprocessing import completed
+from ray_soup.tune.nodes import check_seen
 from ray_soup.tune.trainable import Config, bundles, keys_of, soup_resources, soup_trainable
 from ray_soup.tune.trials import (
     PercentProgress,
@@ -123,7 +129,7 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
     subclasses for errors in the recipe and the ingredients.
     """
     recipe = resolved_recipe(recipe)
-    check_place_of_training(recipe, out)
+    check_loggers(recipe)
     progress("opening ingredients", 0, 1)
     inputs = open_inputs(recipe, needs_fit=True)
     optimized(recipe)
@@ -132,9 +138,11 @@ def search(recipe: Recipe, out: str | Path, progress: ProgressCallback = no_prog
         check_trajectory(with_changes(recipe, config), inputs.ingredients)
     with open_output(out, progress, recipe.ingredients, overwrite) as output:
         soup = output.begin(begun(recipe, inputs.ingredients, kind="search", **inputs.started))
+        recipe = completed(recipe, inputs.adopted)
         if soup is None:
             progress("connecting to Ray", 0, 1)
-            with output.recording_failures(), connect():
+            identity.in_run(output.token())
+            with output.recording_failures(), connect(about_run(recipe.method, output.uri_of())):
                 soup = _search(recipe, inputs, configs, output, progress)
     return soup.at(out)
 
@@ -145,14 +153,15 @@ def _search(recipe: Recipe, inputs: Inputs, configs: list[Config], output: Outpu
     for config in configs:
         actors = bundles(with_changes(recipe, config), inputs.held[0], len(inputs.ingredients), progress)
         wait_for_room(actors, recipe.actors.wait_s, progress, "`actors:` or learn.model_batch")
+    check_seen([str(output.state("begun.json"))] if output.mirror is None else [], patience_s(recipe))
     first = output.state("first", "state", "resolved.json")
     with writing(first):
         first.parent.mkdir(parents=True, exist_ok=True)
     with open_session(with_changes(recipe, configs[0]), inputs, output, True, progress, first) as session:
         session.open_store(inputs.everything, "tensor")  # all trials share this one read of the ingredients
     states = output.uri_of("state", "trials")
-    with quiet_tune(output.state("tune")):
-        trials = _run_trials(recipe, configs, output, states, progress)
+    with quiet_tune(output.state("tune")), recording(None, recipe.method, output.uri_of()):
+        trials = _run_trials(recipe, configs, output, states, observed(progress))
     metric, keys = optimized(recipe), list(configs[0])
     best = _best(trials, metric)
     write_bytes(output.state("learn.pt"), storage.read_bytes(storage.join(states, f"{best['id']}.pt")))
@@ -221,28 +230,29 @@ def _new_tuner(recipe: Recipe, configs: list[Config], output: Output, trainable:
             name="tune",
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),  # only for lost actors: trials report their own errors
-            callbacks=[PercentProgress(), TBXLoggerCallback(), *_loggers(recipe, output.folder)],
+            callbacks=[PercentProgress(), TBXLoggerCallback(), *_loggers(recipe, output)],
         ),
     )
 
 
-def _loggers(recipe: Recipe, out: Path) -> list[tune.Callback]:
-    """Make Ray's callbacks for search.loggers. Raises RecipeError if a package or its key is missing."""
+def _loggers(recipe: Recipe, output: Output) -> list[tune.Callback]:
+    """Make Ray's callbacks for search.loggers or `loggers`. Raises RecipeError if a package or its key is missing."""
     callbacks: list[tune.Callback] = []
-    for logger in recipe.search.loggers:
+    name = Path(output.uri_of()).name  # the folder of a mirror has another one in each process
+    for logger in recipe.search.loggers or recipe.loggers:
         try:
             if logger == "wandb":
                 from ray.air.integrations.wandb import WandbLoggerCallback
 
-                folder = out / "wandb"  # W&B's local files; in offline mode, all of its files
+                folder = output.folder / "wandb"  # W&B's local files; in offline mode, all of its files
                 folder.mkdir(exist_ok=True)
                 project, mode = os.environ.get("WANDB_PROJECT", "ray_soup"), os.environ.get("WANDB_MODE")
-                callbacks.append(WandbLoggerCallback(project, out.name, dir=str(folder), mode=mode, resume="allow"))
+                callbacks.append(WandbLoggerCallback(project, name, dir=str(folder), mode=mode, resume="allow"))
             else:
                 import mlflow
                 from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", out.name)
+                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", name)
                 callbacks.append(MLflowLoggerCallback(mlflow.get_tracking_uri(), experiment_name=experiment))
         except (ImportError, RuntimeError) as error:
             raise RecipeError(f"search.loggers: {logger} is not installed. Run pip install 'ray_soup[{logger}]'.") from error
@@ -329,7 +339,5 @@ def pareto(trials: Trials, metric: str = "select_nll") -> Trials:
 def _keep_tensorboard(output: Output) -> None:
     """Copy Tune's event files to OUT/tensorboard, with one folder per trial."""
     for events in output.state("tune").glob("*/events.out.tfevents*"):
-        target = output.folder / BOARD / events.parent.name.split("_soup=")[0]
-        with writing(target):
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(events, target / events.name)
+        trial = events.parent.name.split("_soup=")[0]
+        output.put(f"{BOARD}/{trial}/{events.name}", partial(shutil.copyfile, events))

@@ -6,11 +6,11 @@ the seed, the epoch and the worker, so an interrupted and resumed training run i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,26 +21,27 @@ from ray_soup.actors.precision import autocast, choose_precision, micro_batch_si
 from ray_soup.actors.replica import check_examples
 from ray_soup.actors.training import cosine_with_warmup
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io.disk import replacing, write_bytes
+from ray_soup.io import kept, storage
 from ray_soup.recipe import Recipe
 from ray_soup.soups.records import damaged
+from ray_soup.task.attention import FastAttention
 from ray_soup.task.data import Examples, batch_positions, load_named
 from ray_soup.task.libraries import BuiltModel
 from ray_soup.task.models import load_checkpoint
-from ray_soup.task.objective import Inputs
+from ray_soup.task.objective import Inputs, has_own_outputs
 from ray_soup.task.own_functions import objective_of
 from ray_soup.task.preprocess_key import build_for
 from ray_soup.tune.augment import Augment, check_augmentation
 from ray_soup.tune.records import (
     TRAINING_VERSION,
+    FinishedTraining,
     Hyperparameters,
-    TrainingMetrics,
     read_metrics,
     read_training,
     write_metrics,
 )
 
-Epochs = Generator[tuple[int, int], None, TrainingMetrics]
+Epochs = Generator[tuple[int, int], None, FinishedTraining]
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,17 @@ class Training:
     precision: str = ""
     """float32 or bfloat16, once chosen. With `precision: auto` this is measured, and could differ the next time."""
 
-    def save(self, file: Path) -> None:
-        """Write the state to `file` atomically."""
+    def save(self, file: str) -> None:
+        """Write the state to the path or URI `file` atomically."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "precision": self.precision}
         progress = {"epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum}
-        with replacing(file) as stream:
+        with kept.replacing(file) as stream:
             torch.save({"version": TRAINING_VERSION, **state, **progress}, stream)
 
-    def restore(self, file: Path, device: torch.device) -> None:
+    def restore(self, file: str, device: torch.device) -> None:
         """Continue from the state in `file`. Raises RecipeError if it is damaged, or a newer ray_soup wrote it."""
-        state = read_training(file, device)
+        with kept.local(file) as copy:
+            state = read_training(copy, device)
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -115,7 +117,7 @@ class TrainingSetup:
         return self.hyper["lr"] * cosine_with_warmup(step, self.steps)
 
 
-def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, worker: Worker = Worker()) -> Epochs:
+def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: str, worker: Worker = Worker()) -> Epochs:
     """Train the recipe's model on data.train and write its state dict to `file`.
 
     A finished training run leaves its metrics in a .json file next to `file` and is not repeated; an unfinished one leaves
@@ -126,12 +128,13 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
         recipe: names the model, the data, the batch size and the precision.
         hyper: hyperparameters of this training run.
         init: checkpoint to start from; None: the model's own initialization, drawn from the seed.
-        file: the .safetensors file to write.
+        file: path or URI of the .safetensors file to write.
         worker: this process among the workers that train the model together; rank 0 writes the files.
     """
-    done_file, state_file = file.with_suffix(".json"), file.with_suffix(".state")
-    if done_file.exists():
-        return read_metrics(done_file)
+    done_file, state_file = (f"{file.removesuffix('.safetensors')}.{end}" for end in ("json", "state"))
+    if storage.isfile(done_file):
+        with kept.local(done_file) as record:
+            return read_metrics(record)
     assert recipe.data.train is not None
     torch.manual_seed(hyper["seed"])
     device = torch.device("cuda" if recipe.actors.gpus else "cpu")
@@ -143,7 +146,7 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
     images = _trainable_on(recipe, built, examples, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=hyper["lr"], weight_decay=hyper["wd"], fused=True)
     training = Training(model, optimizer)
-    if state_file.exists():
+    if storage.isfile(state_file):
         training.restore(state_file, device)
     check_augmentation(built.preprocess, hyper)
     images_of = Augment(images, hyper, examples.tail)
@@ -163,14 +166,14 @@ def train(recipe: Recipe, hyper: Hyperparameters, init: str | None, file: Path, 
         if worker.rank == 0:
             training.save(state_file)
         yield training.epoch, setup.epochs
-    metrics: TrainingMetrics = {"train_loss": training.loss_sum * worker.world / len(examples)}
+    metrics: FinishedTraining = {"train_loss": training.loss_sum * worker.world / len(examples)}
     if worker.rank == 0:
         if recipe.data.fit is not None:
             held_out = yield from load_named(recipe.data, "fit", built.preprocess)
             metrics["accuracy"] = accuracy(model.eval(), held_out, device)
-        write_model(model, file)
+        metrics["sha256"] = write_model(model, file)
         write_metrics(metrics, done_file)
-        state_file.unlink(missing_ok=True)
+        storage.remove(state_file)
     return metrics
 
 
@@ -197,9 +200,10 @@ def train_epoch(
         if len(positions) < worker.world:
             continue
         rows = np.array_split(positions, worker.world)[worker.rank]
-        loss = _batch_loss(running, rows, setup, random, precision)
-        training.optimizer.zero_grad()
-        (loss * worker.world / len(positions)).backward()  # DistributedDataParallel averages the workers' gradients
+        with FastAttention():
+            loss = _batch_loss(running, rows, setup, random, precision)
+            training.optimizer.zero_grad()
+            (loss * worker.world / len(positions)).backward()  # DistributedDataParallel averages the workers' gradients
         training.optimizer.step()
         training.loss_sum += loss.item()
     training.epoch += 1
@@ -243,18 +247,21 @@ def _shared_precision(recipe: Recipe, model: torch.nn.Module, setup: TrainingSet
 def _trainable_on(recipe: Recipe, built: BuiltModel, examples: Examples, device: torch.device) -> np.ndarray:
     """Check that the task is classification, and that the model fits the data; return its inputs. Raises RecipeError."""
     objective = objective_of(recipe, built.objective)
-    if objective.name != "classification" or isinstance(examples.images, dict):
+    if objective.name != "classification" or isinstance(examples.images, dict) or has_own_outputs(objective):
+        named = recipe.objective if has_own_outputs(objective) else objective.name
         raise RecipeError(
-            f"finetune trains classifiers of one input, and this recipe's objective is {objective.name}. Train the "
+            f"finetune trains classifiers of one input, and this recipe's objective is {named}. Train the "
             "checkpoints with the library's own script, and name them under `ingredients`."
         )
     check_examples(recipe, objective, built.model.eval(), {"train": examples}, device)
     return examples.images
 
 
-def write_model(model: torch.nn.Module, file: Path) -> None:
-    """Write the state dict to `file` atomically."""
-    write_bytes(file, save({name: t.contiguous() for name, t in model.state_dict().items()}))
+def write_model(model: torch.nn.Module, file: str) -> str:
+    """Write the state dict to the path or URI `file` atomically, and return the SHA-256 of the file."""
+    data = save({name: t.contiguous() for name, t in model.state_dict().items()})
+    storage.write_bytes(data, file)
+    return hashlib.sha256(data).hexdigest()
 
 
 def batches_in_order(examples: Examples, device: torch.device) -> Iterator[tuple[Inputs, torch.Tensor]]:

@@ -1,21 +1,24 @@
 """Soups as trials of Ray Tune, for the search and for a user's own tuner.
 
 A trial is a driver with its own actors inside the trial's placement group. All trials share the direction store and the
-decoded data in the node's cache. Tune sees results on fit and select, never on test.
+decoded data in the node's cache. Trials that follow one another in a process also share the actors, if they differ only in
+keys that actors do not read. Tune sees results on fit and select, never on test.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from ray import tune
 
-from ray_soup.actors.messages import Mesh
+from ray_soup.actors.messages import Mesh, SetupInfo
+from ray_soup.actors.metrics import observed, recording
 from ray_soup.actors.on_ray import RayPool
 from ray_soup.actors.placement import actor_bytes, resolve_mesh
 from ray_soup.errors import DiskError, SoupError
@@ -23,19 +26,27 @@ from ray_soup.io import storage
 from ray_soup.io.disk import write_bytes, writing
 from ray_soup.io.progress import ProgressCallback, no_progress
 from ray_soup.recipe import Recipe, with_changes
-from ray_soup.soups.beginnings import beginnings
-from ray_soup.soups.learn import learn
+from ray_soup.soups.inputs import Inputs, open_inputs
+from ray_soup.soups.methods.learned import learn_in
+from ray_soup.soups.model_batch import requested_model_batch
 from ray_soup.soups.output import Soup
 from ray_soup.soups.run import run
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Session, open_inputs, requested_model_batch
+from ray_soup.soups.session import Session
 from ray_soup.soups.state import LearnState
 from ray_soup.task import identity
 from ray_soup.task.choices import cost_in
 from ray_soup.task.functions import look_in
 from ray_soup.task.heads import resolved_recipe
+from ray_soup.task.preprocessing import completed
 
 Config = dict[str, Any]
 """Recipe keys and values of a trial, as in {"learn.lr": 0.02}."""
+
+OF_DRIVER = {
+    "lr", "wd", "optimizer", "cosine_lr", "warmup", "clip", "epochs", "patience", "model_batch", "models_epochs", "screen",
+    "average", "whiten", "seed",
+}  # fmt: skip
+"""The keys of `learn` that neither the actors nor the checks of the ingredients depend on."""
 
 
 def trial_mesh(
@@ -125,36 +136,84 @@ def soup_trainable(recipe: Recipe, states: str | None = None) -> Callable[[Confi
     return soup_trial
 
 
+@dataclass(frozen=True)
+class _Actors:
+    """The actors of a trial, which are set up, and its ingredients."""
+
+    recipe: dict[str, Any]
+    """The recipe without the keys OF_DRIVER."""
+    inputs: Inputs
+    mesh: Mesh
+    cpus: float
+    pool: RayPool
+    setup: SetupInfo
+
+
+_KEPT: list[_Actors] = []
+"""The actors that the last trial has left in this process for the next one: one entry, or none."""
+
+
+@contextmanager
+def _actors_for(recipe: Recipe) -> Iterator[tuple[_Actors, int]]:
+    """Provide the actors and the model batch of a trial: those that the last trial has left, if they suit this one.
+
+    After an error they are closed. Those that no trial needs any more end with this process.
+    """
+    own = recipe.model_dump(exclude={"learn": OF_DRIVER})
+    kept = _KEPT.pop() if _KEPT else None
+    pool = None if kept is None else kept.pool
+    try:
+        inputs = kept.inputs if kept is not None and kept.recipe == own else open_inputs(recipe, needs_fit=True)
+        mesh, cpus, model_batch = trial_mesh(recipe, inputs.held[0], len(inputs.ingredients))
+        if kept is not None and (kept.recipe, kept.mesh, kept.cpus) != (own, mesh, cpus):
+            kept.pool.close()
+            kept = None
+        recipe = completed(recipe, inputs.adopted)
+        if kept is None or pool is None:
+            pool = RayPool(recipe, inputs.ingredients, mesh, cpus)
+        actors = kept or _Actors(own, inputs, mesh, cpus, pool, pool.setup(observed(no_progress)))
+        pool.reset_peak()
+        yield actors, model_batch
+        _KEPT.append(actors)
+    except SystemExit:  # Tune stops the trial, between two steps
+        _KEPT.append(actors)
+        raise
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        raise
+
+
 def _learn(recipe: Recipe, file: Path, keep: Callable[[], tune.Checkpoint | None]) -> None:
     """Learn the coefficients of one soup with the state in `file`; after every epoch, keep the state and report."""
-    inputs = open_inputs(recipe, needs_fit=True)
-    mesh, cpus, model_batch = trial_mesh(recipe, inputs.held[0], len(inputs.ingredients))
-    pool = RayPool(recipe, inputs.ingredients, mesh, cpus)
-    try:
-        setup = pool.setup(no_progress)
-        session = Session(recipe, inputs, pool, setup, mesh, cpus, model_batch, subset=inputs.everything)
-        session = session.with_soup(splits=session.cut(recipe.learn.seed))
-        store = session.open_store(session.subset, session.blocks)
-
-        def report(step: int, steps: int, state: LearnState) -> None:
-            best = min(state.curve, key=lambda line: cost_in(line, recipe.select_by))
-            metrics: dict[str, Any] = {
-                "select_nll": best["select_nll"],
-                **{key: best[key] for key in ("select_accuracy", "select_metric") if key in best},
-                "percent": round(100 * step / steps),
-                "seconds": state.seconds,
-                "peak_memory_bytes": max(pool.peak_memory()),
-            }
-            tune.report(metrics, checkpoint=keep())
-
-        calibration, begins = session.calibration(CALIBRATION_WHILE_CHOOSING), beginnings(session, store)
-        state = learn(
-            recipe, pool, store.norms, session.splits, model_batch, file, after_epoch=report, calibration=calibration,
-            contents=session.learned_from(store), refits=False, starts=begins,
+    with _actors_for(recipe) as (actors, model_batch), recording(actors.pool, recipe.method):
+        inputs = actors.inputs
+        session = Session(
+            completed(recipe, inputs.adopted), inputs, actors.pool, actors.setup, actors.mesh, actors.cpus, model_batch,
+            observed(no_progress), subset=inputs.everything,
         )  # fmt: skip
-        report(1, 1, state)
-    finally:
-        pool.close()
+        _learn_in(session.with_soup(splits=session.cut(recipe.learn.seed), state_file=file), keep)
+
+
+def _learn_in(session: Session, keep: Callable[[], tune.Checkpoint | None]) -> None:
+    recipe, pool = session.recipe, session.pool
+
+    def after_step(step: int, steps: int, state: LearnState) -> None:
+        session.progress(f"learning {recipe.method}", step, steps)
+
+    def report(step: int, steps: int, state: LearnState) -> None:
+        best = min(state.curve, key=lambda line: cost_in(line, recipe.select_by))
+        metrics: dict[str, Any] = {
+            "select_nll": best["select_nll"],
+            **{key: best[key] for key in ("select_accuracy", "select_metric") if key in best},
+            "percent": round(100 * step / steps),
+            "seconds": state.seconds,
+            "peak_memory_bytes": max(pool.peak_memory()),
+        }
+        tune.report(metrics, checkpoint=keep())
+
+    _, _, state = learn_in(session, after_step, report, refits=False)
+    report(1, 1, state)
 
 
 def soup_resources(recipe: Recipe) -> Callable[[Config], tune.PlacementGroupFactory]:

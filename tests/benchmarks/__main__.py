@@ -1,6 +1,6 @@
 """Run benchmarks by name; without a name, all but those on request. Prints a table, then one line of JSON.
 
-Options behind the name are those of `zoos`, the only benchmark that has any.
+Options behind the name are those of `commands`, `optimizers` or `zoos`; `gpu` has one, --dry.
 """
 
 import importlib
@@ -8,13 +8,16 @@ import json
 import sys
 
 USUAL = ("ingredients", "greedy", "step", "limits", "quality", "scaling", "growth", "plans", "batchnorm", "chaos")
-NAMES = (*USUAL, "large", "nodes", "fuzz", "disk", "golden", "trajectories", "zoos")
+NAMES = (
+    *USUAL, "commands", "devices", "disk", "driver", "fuzz", "golden", "gpu", "large", "laws", "nodes", "optimizers",
+    "trajectories", "zoos",
+)  # fmt: skip
 
 
 def main() -> None:
     """Run what the command line names."""
-    own_options = sys.argv[1:2] == ["zoos"]
-    names = ["zoos"] if own_options else [name for name in sys.argv[1:] if name != "tiny"] or USUAL
+    own_options = sys.argv[1:2] in (["commands"], ["optimizers"], ["zoos"])
+    names = sys.argv[1:2] if own_options else [name for name in sys.argv[1:] if name not in ("tiny", "--dry")] or USUAL
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.exit(f"Unknown benchmark: {', '.join(unknown)}. Known: {', '.join(NAMES)}.")

@@ -28,6 +28,8 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from ray_soup.io.claims import state_of
+
 HASHES = Path(__file__).with_name("golden.json")
 MEASURED = ("seconds", "peak_memory_bytes")  # of results.jsonl; the rest must not change
 SINCE_0_2 = ("kind", "name")  # keys that the rows did not have when the hashes were made
@@ -152,7 +154,7 @@ def resumed(folder: Path) -> list[Path]:
     recipe, out = write_recipe(folder, learn={"batch_size": 16, "epochs": 12, "model_batch": 4}), folder / "killed"
     process = subprocess.Popen(command("learn", recipe, str(out)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not (steps := steps_saved(out / "state" / "learn.pt")) and time.monotonic() < deadline and process.poll() is None:
+    while not (steps := steps_saved(state_of(out) / "learn.pt")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     kill_tree(process)
     if not steps:

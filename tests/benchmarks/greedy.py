@@ -25,14 +25,9 @@ LARGE: dict[str, Any] = {
 
 def larger_vit() -> torch.nn.Module:
     """Build a larger version of the demo's vision transformer."""
-    from open_clip.transformer import VisionTransformer
+    from ray_soup.tune.demo import DigitsViT
 
-    from ray_soup.tune.demo import digits_vit
-
-    small = digits_vit()
-    large = VisionTransformer(28, 7, width=192, layers=6, heads=6, mlp_ratio=4, output_dim=10, pool_type="avg")
-    large.__class__ = small.__class__  # the class whose forward takes uint8 digits
-    return large
+    return DigitsViT(width=192, layers=6, heads=6)
 
 
 def make_recipe_and_zoo(values: dict[str, Any], folder: Path) -> Any:
@@ -54,8 +49,9 @@ def measure(values: dict[str, Any], folder: Path) -> dict[str, float]:
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.on_ray import RayPool
     from ray_soup.io.progress import no_progress
+    from ray_soup.soups.inputs import open_inputs
     from ray_soup.soups.methods.greedy import greedy, ranking
-    from ray_soup.soups.session import Session, open_inputs
+    from ray_soup.soups.session import Session
 
     recipe = make_recipe_and_zoo(values, folder)
     inputs = open_inputs(recipe)

@@ -1,4 +1,4 @@
-"""How time and memory of a step grow with the number of ingredients, the model batch and the model.
+"""How costs grow: the exponents of tests/benchmarks/laws.py, then time and memory of steps of models of open_clip.
 
 The largest case has 72 ingredients of ViT-B/32 size in one model batch.
 """
@@ -32,7 +32,7 @@ def step(folder: Path, model: str, count: int, model_batch: int, batch: int) -> 
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.shard import Shard
     from ray_soup.recipe import make_recipe
-    from ray_soup.soups.session import open_inputs
+    from ray_soup.soups.inputs import open_inputs
     from ray_soup.task.data import Split
     from tests.benchmarks.step import Resident
     from tests.benchmarks.timing import typical
@@ -75,10 +75,11 @@ def in_own_process(folder: Path, *arguments: Any) -> dict[str, float]:
 
 def main() -> dict[str, float]:
     """Measure every case, the largest last."""
+    from tests.benchmarks import laws
     from tests.benchmarks.ingredients import write_zoo
     from tests.benchmarks.step import write_data
 
-    results: dict[str, float] = {}
+    results = laws.main()
     for model, counts in ((SMALL, (6, 12, 24, 48)), (LARGE, (6,))):
         folder = Path(tempfile.mkdtemp(prefix="ray_soup_benchmark"))
         try:

@@ -31,7 +31,7 @@ def step(folder: Path, by_layer: bool) -> dict[str, float]:
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.shard import Shard
     from ray_soup.recipe import make_recipe
-    from ray_soup.soups.session import open_inputs
+    from ray_soup.soups.inputs import open_inputs
     from ray_soup.task.data import Split
     from tests.benchmarks.step import Private
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def hyperplane() -> dict[str, float]:
     numel = describe(MODEL).numel
     results: dict[str, float] = {}
     rates, limit = {}, bandwidth()
-    for dtype in ("float32", "bfloat16", "int8"):
+    for dtype in ("float32", "bfloat16", "int8", "int4"):
         plane = synthetic_plane(dtype, COUNT, numel, torch.device("cpu"), THREADS)
         out, base = torch.zeros(numel), torch.zeros(numel)
         x = np.full((COUNT, 1), 1e-3, np.float32)
@@ -54,11 +56,14 @@ def hyperplane() -> dict[str, float]:
     results |= {"memory bandwidth (GB/s)": limit / 1e9} | {key: rate / limit for key, rate in rates.items()}
     for name in ("combine", "project"):
         results[f"{name}: int8 / float32 time"] = results[f"{name}, int8 (ms)"] / results[f"{name}, float32 (ms)"]
+        results[f"{name}: int4 / int8 time"] = results[f"{name}, int4 (ms)"] / results[f"{name}, int8 (ms)"]
     return results
 
 
 def passes() -> dict[str, float]:
     """Measure forward and backward passes of a batch of 32 in each precision, and a matrix product in the same precision."""
+    from ray_soup.actors.precision import autocast
+    from ray_soup.task.attention import FastAttention
     from ray_soup.task.models import build
 
     torch.set_num_threads(THREADS)
@@ -66,14 +71,15 @@ def passes() -> dict[str, float]:
     images = torch.randn(32, 3, 224, 224)
     results: dict[str, float] = {}
     flops = pass_flops(model, images)
-    for name, low in (("float32", False), ("bfloat16", True)):
-        rate = product_rate(torch.bfloat16 if low else torch.float32)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        rate = product_rate(dtype)
 
-        def work(low: bool = low) -> None:
+        def work(name: str = name) -> None:
             model.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                loss = model(images).float().sum()
-            loss.backward()
+            with FastAttention():
+                with autocast(name, images.device):
+                    loss = model(images).float().sum()
+                loss.backward()
 
         took = seconds(work, 3)
         results[f"forward and backward, {name} (s)"] = took
@@ -82,8 +88,8 @@ def passes() -> dict[str, float]:
     return results
 
 
-def time_reading(paths: list[Path]) -> float:
-    """Time reading all files on THREADS threads, in seconds."""
+def read_all(paths: list[Path]) -> None:
+    """Read all files on THREADS threads."""
     buffer = [memoryview(bytearray(1 << 24)) for _ in range(THREADS)]
 
     def read(thread: int) -> None:
@@ -92,11 +98,21 @@ def time_reading(paths: list[Path]) -> float:
                 while file.readinto(buffer[thread]):
                     pass
 
-    def read_all() -> None:
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(read, range(THREADS)))
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(read, range(THREADS)))
 
-    return seconds(read_all, 3)
+
+def cold_seconds(paths: list[Path], work: Callable[[], object]) -> float:
+    """Time `work` twice with none of the files in the page cache, and return the lower time."""
+    found = []
+    for _ in range(2):
+        for path in paths:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def time_writing(path: Path, nbytes: int) -> float:
@@ -130,18 +146,28 @@ def files() -> dict[str, float]:
         os.sync()
         paths = sorted(folder.glob("*.safetensors"))
         source = sum(p.stat().st_size for p in paths)
-        reading = time_reading(paths)
+        reading = seconds(lambda: read_all(paths), 3)
         some = bytes(1 << 26)
-        hashing = source * seconds(lambda: hashlib.sha256(some).digest()) / len(some) / THREADS
+        per_byte = seconds(lambda: hashlib.sha256(some).digest()) / len(some) / THREADS
+        hashing = source * per_byte
         results = {"source (GB)": source / 1e9, "reading it (s)": reading, "hashing it (s)": hashing}
         ingredients = open_zoo(folder, layout)
         soup = uniform_soup(ingredients, layout)
         baking = seconds(lambda: bake(soup, ingredients, folder / "soup.out"), 3)
-        writing = time_writing(folder / "written", (folder / "soup.out").stat().st_size)
+        nbytes = (folder / "soup.out").stat().st_size
+        writing = time_writing(folder / "written", nbytes)
+        read_cold = cold_seconds(paths, lambda: read_all(paths))
+        bake_cold = cold_seconds(paths, lambda: bake(soup, ingredients, folder / "soup.out"))
+        bare, bare_cold = (took - nbytes * per_byte for took in (baking, bake_cold))
         results |= {
-            "baking (s)": baking,
+            "baking, with hashing what is written (s)": baking,
             "writing the soup (s)": writing,
-            "slower of reading and writing / baking": max(reading, writing) / baking,
+            "slower of reading and writing / baking without hashing": max(reading, writing) / bare,
+            "reading and writing in turn / baking without hashing": (reading + writing) / bare,
+            "reading files that are not in memory (s)": read_cold,
+            "baking them, with hashing what is written (s)": bake_cold,
+            "reading / baking without hashing, not in memory": read_cold / bare_cold,
+            "reading and writing in turn / baking without hashing, not in memory": (read_cold + writing) / bare_cold,
         }
 
         def store() -> None:
@@ -154,6 +180,7 @@ def files() -> dict[str, float]:
             "direction store, with hashing (s)": building,
             "writing the store (s)": writing,
             "slower of reading and writing / direction store without hashing": max(reading, writing) / (building - hashing),
+            "reading and writing in turn / direction store without hashing": (reading + writing) / (building - hashing),
         }
         return results
 

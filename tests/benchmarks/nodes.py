@@ -32,8 +32,8 @@ def measure(folder: Path) -> dict[str, float]:
     from ray_soup.io.progress import no_progress
     from ray_soup.mixing.bake import bake, plan_baking, read_bytes
     from ray_soup.recipe import make_recipe
+    from ray_soup.soups.inputs import open_inputs
     from ray_soup.soups.mixture import mean_coefficients
-    from ray_soup.soups.session import open_inputs
     from tests.benchmarks.ingredients import MODEL
     from tests.benchmarks.timing import typical
 

@@ -33,7 +33,7 @@ class Reference:
             norm = directions[:, start:stop].norm(dim=1, keepdim=True)
             directions[:, start:stop] /= norm.clamp_min(1e-30)  # published: 0/0 for blocks that are equal in all ingredients
         self.directions, self.center = directions, center
-        self.x = torch.zeros(len(self.blocks), len(chosen), requires_grad=True)
+        self.x = torch.zeros(len(self.blocks), len(chosen), device=center.device, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.x], lr=lr, weight_decay=0.0)
         warm = max(1, steps // 5)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(

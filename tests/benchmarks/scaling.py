@@ -37,7 +37,7 @@ def opened(recipe: Any, size: int) -> tuple[Any, int]:
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.on_ray import RayPool
     from ray_soup.io.progress import no_progress
-    from ray_soup.soups.session import open_inputs
+    from ray_soup.soups.inputs import open_inputs
 
     inputs = open_inputs(recipe)
     pool = RayPool(recipe, inputs.ingredients, Mesh(size, 1), 1)

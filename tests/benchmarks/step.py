@@ -132,7 +132,7 @@ def opened(folder: Path, precision: str) -> tuple[Any, int]:
     from ray_soup.actors.messages import Mesh
     from ray_soup.actors.shard import Shard
     from ray_soup.recipe import make_recipe
-    from ray_soup.soups.session import open_inputs
+    from ray_soup.soups.inputs import open_inputs
 
     data = {"fit": str(folder / "data.npz"), "select": str(folder / "select.npz")}
     recipe = make_recipe({"model": MODEL, "ingredients": f"{folder}/*.safetensors", "data": data, "precision": precision})

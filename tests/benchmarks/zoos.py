@@ -4,17 +4,18 @@
     python -m tests.benchmarks zoos --seeds 3 --write        # three seeds; write docs/zoos.md
     python -m tests.benchmarks zoos --only digits-6,shift-12 --out FOLDER
     python -m tests.benchmarks zoos --variants average+refit # only these variants of mehl+
+    python -m tests.benchmarks zoos --no-compare --write FILE --variants 'default+no rows+rows at once'
 
 For every zoo and seed, this makes the rows of `ray-soup compare` and, for each entry of VARIANTS, a soup by mehl+ with other
 keys of the recipe. Zoos, and finished results in results.jsonl, are kept in FOLDER, so that the same command resumes after
-an interruption. Results are reused as long as neither the code of ray_soup nor that of the zoo changes; with --any-version,
-those of other versions of ray_soup are, too. With --kept, nothing is made, and the tables show what is kept.
+an interruption; with --record, results are kept in zoos.jsonl beside this file instead, so that any machine resumes. Results
+are reused as long as neither the code of ray_soup nor that of the zoo changes; with --any-version, those of other versions
+of ray_soup are, too. With --kept, nothing is made, and the tables show what is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -23,12 +24,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from tests.benchmarks import zoos_images, zoos_texts
+from tests.benchmarks.zoos_kept import Kept, Rows, digest_of
 from tests.benchmarks.zoos_tables import (
     ACCURACY,
     PASSES,
@@ -44,6 +46,7 @@ from tests.benchmarks.zoos_tables import (
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs" / "zoos.md"
+RECORD = Path(__file__).parent / "zoos.jsonl"
 ZOOS: dict[str, Callable[[Path, int], zoos_images.Recipe]] = {
     "digits-6": zoos_images.digits_small,
     "digits-24": zoos_images.digits_large,
@@ -60,14 +63,6 @@ ZOOS: dict[str, Callable[[Path, int], zoos_images.Recipe]] = {
 
 APART = ("broken-11",)
 """Zoos that means over zoos leave out: a diverged ingredient makes differences a hundred times as large as elsewhere."""
-
-
-def digest_of(files: Iterable[Path], *texts: str) -> str:
-    """Hash the contents of files, and texts."""
-    found = hashlib.sha256()
-    for part in (*(file.read_bytes() for file in files), *(text.encode() for text in texts)):
-        found.update(hashlib.sha256(part).digest())
-    return found.hexdigest()[:16]
 
 
 OF_IMAGES = ("tiny.py", *(f"benchmarks/{name}.py" for name in ("batchnorm", "zoos_images", "zoos_models")))
@@ -90,9 +85,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no whiten": {"learn.whiten": 0.0},
     "full whiten": {"learn.whiten": 1.0},
     "no rows": {"blocks": "tensor"},
+    "rows at once": {"blocks": {"tensor": 4}},
     "no average": {"learn.average": False},
     "fixed rate": {"learn.lr": 0.01, "learn.cosine_lr": True},
     "2 epochs": {"learn.epochs": 2},
+    "int4": {"directions.dtype": "int4"},
     "refit": {"learn.refit": True},
     "polish": {"polish": {"epochs": 5, "lr": 3e-4}},
 }
@@ -100,21 +97,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 COMPARE = "compare"
 """Name under which the rows of `compare` are kept."""
 
-Key = tuple[str, int, str, str]
-"""Zoo, seed, name of the variant, and a digest of the zoo's code, its recipe and the variant's keys."""
-Rows = dict[str, dict[str, float]]
-"""Figures by row."""
-
 
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for."""
 
     out: Path
+    results: Path
     seeds: tuple[int, ...] = (1,)
     zoos: tuple[str, ...] = tuple(ZOOS)
     variants: tuple[str, ...] = tuple(VARIANTS)
-    write: bool = False
+    write: Path | None = None
+    compare: bool = True
     any_version: bool = False
     kept: bool = False
 
@@ -130,7 +124,9 @@ def options_in(arguments: list[str]) -> Options:
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join(ZOOS)} (default: all)")
     parser.add_argument("--variants", default="", metavar="NAME+...", help="variants of mehl+ to try, as in 'refit+rows'")
     parser.add_argument("--out", type=Path, help="folder of zoos and results (default: in the cache of ray_soup)")
-    parser.add_argument("--write", action="store_true", help="write docs/zoos.md")
+    parser.add_argument("--no-compare", action="store_true", help="leave out the rows of `ray-soup compare`")
+    parser.add_argument("--write", nargs="?", type=Path, const=DOCS, metavar="FILE", help="write docs/zoos.md, or FILE")
+    parser.add_argument("--record", action="store_true", help="keep results in tests/benchmarks/zoos.jsonl, not in --out")
     parser.add_argument("--any-version", action="store_true", help="take results of other versions of ray_soup, too")
     parser.add_argument("--kept", action="store_true", help="make nothing: tables of the results that are kept")
     given = parser.parse_args(arguments)
@@ -141,7 +137,9 @@ def options_in(arguments: list[str]) -> Options:
     if "plain" not in variants:
         variants = ("plain", *variants)  # what the others are compared with
     out = (given.out or cache_folder() / "zoos").absolute()
-    return Options(out, tuple(range(1, given.seeds + 1)), zoos, variants, given.write, given.any_version, given.kept)
+    seeds = tuple(range(1, given.seeds + 1))
+    results = RECORD if given.record else out / "results.jsonl"
+    return Options(out, results, seeds, zoos, variants, given.write, not given.no_compare, given.any_version, given.kept)
 
 
 def chosen(names: Iterable[str], known: Iterable[str], parser: argparse.ArgumentParser, option: str) -> tuple[str, ...]:
@@ -151,42 +149,6 @@ def chosen(names: Iterable[str], known: Iterable[str], parser: argparse.Argument
     if unknown:
         parser.error(f"{option}: found {', '.join(unknown)}; expected some of {', '.join(known)}")
     return tuple(name for name in known if name in asked) if asked else tuple(known)
-
-
-@dataclass
-class Kept:
-    """Finished results, one per line of a file: those that this version of the code made, or all."""
-
-    file: Path
-    any_version: bool = False
-    code: str = ""
-    found: dict[Key, Rows] = field(default_factory=dict)
-    versions: dict[Key, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        import ray_soup
-
-        self.code = digest_of(sorted(Path(ray_soup.__file__).parent.rglob("*.py")))
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
-            try:
-                kept = json.loads(line)
-                key = (kept["zoo"], kept["seed"], kept["name"], kept["digest"])
-                if kept["code"] == self.code or (self.any_version and self.versions.get(key) != self.code):
-                    self.found[key], self.versions[key] = kept["rows"], kept["code"]
-            except (ValueError, KeyError, TypeError):
-                continue  # the end of a line that was being written when the machine went down
-
-    def add(self, key: Key, rows: Rows, seconds: float) -> None:
-        """Keep the rows of a finished run."""
-        self.found[key], self.versions[key] = rows, self.code
-        zoo, seed, name, digest = key
-        line = {"zoo": zoo, "seed": seed, "name": name, "digest": digest, "code": self.code, "seconds": round(seconds, 1)}
-        with self.file.open("a+", encoding="utf-8") as file:
-            if file.tell() and not self.file.read_text(encoding="utf-8").endswith("\n"):
-                file.write("\n")
-            file.write(json.dumps({**line, "rows": rows}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def made_by(zoo: str) -> str:
@@ -283,7 +245,7 @@ def run_all(options: Options) -> Iterator[tuple[str, int, Rows]]:
     from ray_soup.actors.ray_session import connect
 
     options.out.mkdir(parents=True, exist_ok=True)
-    kept = Kept(options.out / "results.jsonl", options.any_version)
+    kept = Kept(options.results, options.any_version)
     variants = []
     for variant in options.variants:
         fault = fault_of(variant)
@@ -295,7 +257,7 @@ def run_all(options: Options) -> Iterator[tuple[str, int, Rows]]:
         for zoo in options.zoos:
             for seed in options.seeds:
                 recipe = zoo_in(options, zoo, seed)
-                for name in (COMPARE, *variants):
+                for name in (COMPARE, *variants) if options.compare else variants:
                     rows = one_run(options, kept, zoo, seed, name, recipe)
                     if rows is not None:
                         yield zoo, seed, rows
@@ -307,7 +269,7 @@ def one_run(options: Options, kept: Kept, zoo: str, seed: int, name: str, recipe
     from ray_soup.errors import RecipeError
 
     changes = {} if name == COMPARE else VARIANTS[name]
-    text = json.dumps([recipe, changes], sort_keys=True)
+    text = json.dumps([recipe, changes], sort_keys=True).replace(str(options.out), "")  # the same key in any folder
     key = (zoo, seed, name, digest_of((), made_by(zoo), text))
     changes = {**known_keys(changes), "learn.seed": seed}
     if options.kept and key not in kept.found:
@@ -359,10 +321,19 @@ def curve_in(figures: dict[str, float]) -> list[float]:
     return [value for key, value in figures.items() if key.startswith("curve_")]
 
 
-def markdown(results: Results, seeds: int, any_version: bool = False, kept: bool = False) -> str:
-    """Return docs/zoos.md."""
-    asked = f"--seeds {seeds}{' --any-version' if any_version else ''}{' --kept' if kept else ''} --write"
-    mixed = " Some results may be those of earlier versions of ray_soup." if any_version else ""
+def markdown(results: Results, options: Options) -> str:
+    """Return the page that is written."""
+    seeds = len(options.seeds)
+    given = {
+        "--any-version": options.any_version,
+        "--kept": options.kept,
+        "--record": options.results == RECORD,
+        "--write": True,
+    }
+    asked = " ".join([f"--seeds {seeds}", *(option for option, on in given.items() if on)])
+    if not options.compare:
+        asked = f"--only {','.join(options.zoos)} --variants '{'+'.join(options.variants)}' --no-compare {asked}"
+    mixed = " Some results may be those of earlier versions of ray_soup." if options.any_version else ""
     over = {zoo: found for zoo, found in results.items() if zoo not in APART} or results
     apart = "".join(f" Without `{zoo}`, which has a table of its own below." for zoo in results if zoo not in over)
     rows = {zoo: ZOOS[zoo].__doc__ or "" for zoo in results}
@@ -422,10 +393,10 @@ def main() -> dict[str, float]:
     try:
         results = gathered(run_all(options))
     except KeyboardInterrupt:
-        sys.stderr.write(f"Interrupted. Finished results are in {options.out}; rerun the same command to resume.\n")
+        sys.stderr.write(f"Interrupted. Finished results are in {options.results}; rerun the same command to resume.\n")
         sys.exit(130)
-    text = markdown(results, len(options.seeds), options.any_version, options.kept)
+    text = markdown(results, options)
     print(text)
     if options.write:
-        DOCS.write_text(text, encoding="utf-8")
+        options.write.write_text(text, encoding="utf-8")
     return {f"{row}, {key}": value for row, key, value in summary(results)}

@@ -99,7 +99,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main_table(results: Results) -> str:
     """Return the figures of each row, its NLL minus that of each reference, and its costs.
 
-    Figures are means over the zoos that have the row, of means over seeds.
+    Figures are means over the zoos that have the row, of means over seeds; `(of N)` follows one that only N of them have.
     """
     several = len(results) > 1
     headings = ["model", *(["zoos"] if several else []), *(measure.heading for measure in MEASURES)]
@@ -108,7 +108,9 @@ def main_table(results: Results) -> str:
     for row in rows_in(results):
         by_measure = [(m, figures_of(results, row, m.key)) for m in MEASURES]
         cells = [row, *([str(len(by_measure[0][1]))] if several else [])]
-        cells += [m.form.format(m.scale * mean(values)) if values else "" for m, values in by_measure]
+        for measure, values in by_measure:
+            fewer = f" (of {len(values)})" if len(values) < len(by_measure[0][1]) else ""
+            cells.append(measure.form.format(measure.scale * mean(values)) + fewer if values else "")
         cells += differences(results, row, NLL)
         cells += [better_and_worse(results, row)] if several else []
         for key in COSTS:

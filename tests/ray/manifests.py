@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -20,8 +21,15 @@ IN_IMAGE = "/opt/ray_soup/jobs"
 LABEL = "ray-soup/cluster"
 GiB = 1 << 30
 RAY_KINDS = ("RayJob", "RayCluster")
-KINDS = ("Namespace", "PersistentVolumeClaim", "NetworkPolicy", "Pod", *RAY_KINDS)
+CLUSTER_WIDE = ("Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue")
+RECURRING = ("ServiceAccount", "Role", "RoleBinding", "CronJob")
+KINDS = (
+    *CLUSTER_WIDE, *RECURRING, *RAY_KINDS,
+    "PersistentVolumeClaim", "NetworkPolicy", "PodDisruptionBudget", "LocalQueue", "Pod",
+)  # fmt: skip
 """No Service and no Ingress, which would expose the cluster; no Secret, which would hold values."""
+HOLD_TOKENS = ("autoscaler", "creator")
+"""The containers that may call the Kubernetes API."""
 RIGHTS = {
     "runAsNonRoot": True,
     "runAsUser": 1000,
@@ -37,13 +45,24 @@ PINS = dict(line.split("==") for line in (CLUSTER / "constraints.txt").read_text
 Manifest = dict[str, Any]
 
 
-def read_manifests() -> dict[str, list[Manifest]]:
-    """Read all documents, by file, without YAML aliases: a change in one place must not change another."""
-    files = sorted(CLUSTER.glob("*.yaml"))
-    return {f.name: json.loads(json.dumps(list(yaml.safe_load_all(f.read_text())))) for f in files}
+def parse(text: str) -> list[Manifest]:
+    """Read all documents without YAML aliases: a change in one place must not change another."""
+    return json.loads(json.dumps(list(yaml.safe_load_all(text))))
 
 
-MANIFESTS = read_manifests()
+def render(variant: str) -> list[Manifest]:
+    """Render a variant as the README says, without an API server."""
+    command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(CLUSTER / variant)]
+    return parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+FILES = {
+    str(file.relative_to(CLUSTER)): file.read_text()
+    for file in sorted(CLUSTER.rglob("*.yaml"))
+    if file.name != "kustomization.yaml"
+}
+VARIANTS = sorted(file.parent.name for file in CLUSTER.glob("*/kustomization.yaml"))
+MANIFESTS = {name: parse(text) for name, text in FILES.items()}
 RAY = {name: found[0] for name, found in MANIFESTS.items() if found[0]["kind"] in RAY_KINDS}
 JOBS = {name: manifest for name, manifest in RAY.items() if manifest["kind"] == "RayJob"}
 
@@ -77,6 +96,8 @@ def pods_of(manifest: Manifest) -> Iterator[Pod]:
     """The pods that a manifest creates; the head with the autoscaler's container, which the operator adds."""
     if manifest["kind"] == "Pod":
         templates = [("pod", manifest, None)]
+    elif manifest["kind"] == "CronJob":
+        templates = [("creator", manifest["spec"]["jobTemplate"]["spec"]["template"], None)]
     elif manifest["kind"] in RAY_KINDS:
         cluster = cluster_of(manifest)
         head = cluster["headGroupSpec"]
@@ -91,7 +112,7 @@ def pods_of(manifest: Manifest) -> Iterator[Pod]:
         containers = [*spec["containers"], *spec.get("initContainers", [])]
         if where == "head" and cluster.get("enableInTreeAutoscaling"):
             containers.append({"name": "autoscaler", **cluster.get("autoscalerOptions", {})})
-        yield Pod(where, template["metadata"].get("labels", {}), spec, containers, start)
+        yield Pod(where, template.get("metadata", {}).get("labels", {}), spec, containers, start)
 
 
 def amount(quantity: str | int) -> Fraction:
@@ -113,7 +134,7 @@ def faults(manifest: Manifest, ray: str) -> Iterator[str]:
     if manifest["kind"] not in KINDS:
         yield f"a {manifest['kind']} is not allowed here"
         return
-    if manifest["kind"] != "Namespace" and manifest["metadata"].get("namespace") != "ray-soup":
+    if manifest["kind"] not in CLUSTER_WIDE and manifest["metadata"].get("namespace") != "ray-soup":
         yield "wrong namespace"
     for pod in pods_of(manifest):
         yield from (f"{pod.where}: {fault}" for check in (rights, resources, volumes, sizes) for fault in check(pod))
@@ -173,11 +194,9 @@ def volumes(pod: Pod) -> Iterator[str]:
         }.items():
             if pod.at(container, path, "emptyDir") is None:
                 yield f"{container['name']}: {what} ({path}) is not writable"
-        if runs_ray and pod.at(container, "/mnt/shared", "persistentVolumeClaim") is None:
-            yield f"{container['name']}: no /mnt/shared"
         token = pod.at(container, "/var/run/secrets/kubernetes.io/serviceaccount", "projected", writable=False)
-        if (token is not None) != (container["name"] == "autoscaler"):
-            yield f"{container['name']}: only the autoscaler may hold the Kubernetes API token"
+        if (token is not None) != (container["name"] in HOLD_TOKENS):
+            yield f"{container['name']}: only {' and '.join(HOLD_TOKENS)} may hold a Kubernetes API token"
 
 
 def sizes(pod: Pod) -> Iterator[str]:
@@ -236,7 +255,8 @@ def deadlines(spec: dict[str, Any]) -> Iterator[str]:
         yield "the cluster outlives the job"
     if spec.get("backoffLimit", 0) < 1 or spec.get("submitterConfig", {}).get("backoffLimit", 0) < 1:
         yield "no retries"
-    if not 0 < spec.get("preRunningDeadlineSeconds", 0) < spec.get("activeDeadlineSeconds", 0):
+    start = 1 if spec.get("suspend") else spec.get("preRunningDeadlineSeconds", 0)  # it may wait in a queue for longer
+    if not 0 < start < spec.get("activeDeadlineSeconds", 0):
         yield "no deadline"
 
 
@@ -249,8 +269,9 @@ def entrypoint(manifest: Manifest) -> Iterator[str]:
     head = next(pods_of(manifest))
     if head.at(head.containers[0], recipe_file, "configMap", writable=False) is None:
         yield f"no such recipe: {recipe_file}"
-    if head.at(head.containers[0], out, "persistentVolumeClaim") is None:
-        yield f"OUT is not on the shared volume: {out}"
+    shared = [pod.at(pod.containers[0], out, "persistentVolumeClaim") for pod in pods_of(manifest) if pod.start is not None]
+    if not out.startswith("s3://BUCKET/") and (None in shared or len(set(map(str, shared))) > 1):
+        yield f"OUT is neither in the bucket nor on a volume that head and workers share: {out}"
     recipe = make_recipe({"model": "a:b", **parse_overrides(overrides)})
     group = cluster_of(manifest)["workerGroupSpecs"][0]
     worker = group["template"]["spec"]["containers"][0]["resources"]["limits"]

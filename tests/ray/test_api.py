@@ -14,6 +14,7 @@ from tests.conftest import ROOT, values
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_the_commands_are_functions(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(zoo)
     monkeypatch.syspath_prepend(str(ROOT))

@@ -13,14 +13,18 @@ from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh, ModelFiles
 from ray_soup.actors.on_ray import BakingPool
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.io import storage
 from ray_soup.io.hashing import hash_ingredients
-from ray_soup.io.ingredient import Ingredient
-from ray_soup.io.progress import no_progress
+from ray_soup.io.ingredient import Ingredient, open_ingredient
+from ray_soup.io.progress import drain, no_count, no_progress
 from ray_soup.mixing.bake import bake, plan_baking, read_bytes
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.baking import all_of, bake_whole
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.mixture import mean_coefficients
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.output import open_output
+from ray_soup.soups.records import check_files, finished_record
 from tests.conftest import values
 
 SHARD = 400
@@ -93,6 +97,30 @@ def test_an_actor_that_is_lost_writes_its_files_again(soup: Soup, local: InProce
     killed: list[int] = []
     soup.write(local, tmp_path, lose)
     assert killed
+
+
+def test_actors_upload_the_files_of_a_model_in_remote_storage(
+    soup: Soup, local: InProcessPool, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go into OUT without passing through the driver, which only has their headers."""
+    monkeypatch.setattr(InProcessPool, "nodes", 2)
+    with open_output(f"{s3}/out") as output:
+        staging = output.staging()
+        writers = all_of(local, soup.ingredients, output)
+        path = staging / "model.safetensors"
+        index = bake_whole(soup.recipe, soup.coefficients, soup.ingredients, path, no_count, SHARD, writers)
+        assert open_ingredient(str(staging)).tensors == open_ingredient(str(soup.folder)).tensors
+        assert sum(file.stat().st_blocks for file in staging.glob("*.safetensors")) < len(contents(soup.folder)) * 16
+        there = output.visible_to_actors(index).removesuffix(f"/{index.name}")
+        for name, data in contents(soup.folder).items():
+            assert storage.read_bytes(f"{there}/{name}") == data
+        output.publish(soup.recipe, [], {"exit": 0, "ingredients": []}, staging)
+    found = Path(drain(storage.local_copy(f"{s3}/out")))
+    assert {file.name: file.read_bytes() for file in found.glob("model*")} == contents(soup.folder)
+    record = finished_record(found)
+    check_files(found, record)
+    assert contents(soup.folder).keys() < record["files"].keys()
+    assert not [name for name in storage.walk(f"{s3}/out/state") if name.startswith(("out/", "evaluated/"))]
 
 
 @pytest.mark.slow

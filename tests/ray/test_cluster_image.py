@@ -10,14 +10,14 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
-from tests.ray.manifests import CLUSTER, DOCKERFILE, IN_IMAGE, JOBS, MANIFESTS, PINS, RAY, README, RIGHTS, pods_of
+from tests.ray.manifests import CLUSTER, DOCKERFILE, FILES, IN_IMAGE, JOBS, MANIFESTS, PINS, RAY, README, RIGHTS, pods_of
 
 
 def test_versions_agree_in_the_image_the_manifests_and_the_project() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.10 has none
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     version = project["version"]
-    images = set(re.findall(r"image: (?:&\w+ )?(\S+)", "".join((CLUSTER / name).read_text() for name in MANIFESTS)))
+    images = set(re.findall(r"image: (?:&\w+ )?(\S+)", "".join(FILES.values())))
     images -= {"*image"}
     assert images == {f"ghcr.io/OWNER/ray-soup:{version}-{variant}" for variant in ("cpu", "cuda")}
     assert images == set(re.findall(r"ghcr\.io/\S+", README))
@@ -68,12 +68,12 @@ def test_the_readme_lists_exactly_the_files_of_the_folder() -> None:
     existing = {path.name for path in CLUSTER.iterdir()} - {"README.md"}
     assert set(re.findall(r"`([\w.-]+)`", "".join(rows))) == existing
     named = set(re.findall(r"(?:cluster/|`)([\w-]+\.yaml)\b", README)) - {"recipe.yaml"}
-    assert named <= set(MANIFESTS)
+    assert named <= {name.rpartition("/")[2] for name in MANIFESTS}
 
 
 def test_names_in_the_commands_of_the_readme_match_the_manifests() -> None:
     names = {(m["kind"], m["metadata"]["name"]) for found in MANIFESTS.values() for m in found}
-    for job in re.findall(r"(?:get rayjob|job/) ?([\w-]+)", README.replace("job/", "job/ ")):
+    for job in re.findall(r"(?:get rayjob |\bjob/)([\w-]+)", README):
         assert ("RayJob", job) in names
     for service in re.findall(r"svc/([\w-]+)-head-svc", README):
         assert ("RayCluster", service) in names
@@ -84,4 +84,4 @@ def test_names_in_the_commands_of_the_readme_match_the_manifests() -> None:
     assert set(re.findall(r"kubectl -n (\S+)", README)) == {"ray-soup"}
     outs = {manifest["spec"]["entrypoint"].split()[3] for manifest in JOBS.values()}
     assert len(outs) == len(JOBS)
-    assert set(re.findall(r"/mnt/shared/out/(?:cpu|gpu|search)", README)) <= outs
+    assert {f"s3://BUCKET/out/{name}" for name in re.findall(r"your-bucket/out/(cpu|gpu|search)", README)} <= outs

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from ray_soup.actors.mesh_pool import MeshPool
 from ray_soup.cli import main
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import load_coefficients
@@ -22,7 +23,8 @@ from ray_soup.soups.finished import verify
 from ray_soup.soups.make import make
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.output import Soup
-from ray_soup.soups.report.tables import comparison_markdown, quality, table
+from ray_soup.soups.report.markdown import comparison_markdown
+from ray_soup.soups.report.tables import quality, table
 from ray_soup.soups.results import KINDS, load_results
 from ray_soup.soups.run import run
 from ray_soup.soups.session import Session
@@ -178,14 +180,36 @@ def test_each_of_several_test_sets_has_the_figures_of_a_run_with_it_alone(zoo: P
     assert "Accuracy by method on far" in (compared.out / "report.html").read_text()
 
 
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the name of each model file that is evaluated from here on."""
+    found: list[str] = []
+    evaluate_member, evaluate_file = MeshPool.evaluate_member, MeshPool.evaluate_file
+
+    def member(self: MeshPool, paths: tuple[str, ...], *more: Any) -> Any:
+        found.append(Path(paths[-1]).name)
+        return evaluate_member(self, paths, *more)
+
+    def file(self: MeshPool, path: str, *more: Any) -> Any:
+        found.append(Path(path).name)
+        return evaluate_file(self, path, *more)
+
+    monkeypatch.setattr(MeshPool, "evaluate_member", member)
+    monkeypatch.setattr(MeshPool, "evaluate_file", file)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(zoo, learn={"batch_size": 150, "epochs": 2, "model_batch": 8})
+    evaluated = evaluations(monkeypatch)
+    monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / "cache"))
     whole = compare(recipe, tmp_path / "whole")
-    made: list[str] = []
+    at_once, made = [*evaluated], list[str]()
+    evaluated.clear()
+    monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / "other_cache"))
 
     def interrupted(session: Session) -> Mixture:
         if len(made) == 5:
@@ -194,6 +218,13 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
         made.append(session.recipe.method)
         return make(session)
 
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "evaluating ingredients" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, tmp_path / "cut", progress=interrupt)
+    in_progress = evaluated.pop()
     monkeypatch.setattr("ray_soup.soups.compare.make", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(recipe, tmp_path / "cut")
@@ -203,6 +234,8 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
     assert cut is not None
     assert Path.cwd() == ROOT  # where the comparison was begun
     assert made == [*LABELS[:5], "interrupt", *LABELS[5:7]]
+    assert in_progress == at_once[4]
+    assert evaluated == at_once  # no model a second time
     timing = ("seconds", "peak_memory_bytes", "seconds_sd")
     for ours, theirs in zip(cut.record["table"], whole.record["table"], strict=True):
         assert {k: v for k, v in ours.items() if k not in timing} == {k: v for k, v in theirs.items() if k not in timing}
@@ -212,9 +245,9 @@ def test_an_interrupted_comparison_is_resumed_and_ends_the_same(
     added = compare(recipe, tmp_path / "cut", larger)  # only what is missing is made
     assert made == [*LABELS[3:7], "best_single", "uniform", "greedy", "mehl+"]
     assert json.loads(json.dumps(added.record["compare"])) == [2, [1], []]
-    at_once = compare(recipe, tmp_path / "at_once", larger)
+    larger_at_once = compare(recipe, tmp_path / "at_once", larger)
     for key in ("table", "eliminations"):
-        for ours, theirs in zip(added.record[key], at_once.record[key], strict=True):
+        for ours, theirs in zip(added.record[key], larger_at_once.record[key], strict=True):
             assert {k: v for k, v in ours.items() if k not in timing} == {k: v for k, v in theirs.items() if k not in timing}
     assert not [*(tmp_path / "cut" / "state").rglob("*.pt"), *(tmp_path / "cut" / "state").rglob("*.difference.*")]
     assert len(verify(tmp_path / "cut")) == 5

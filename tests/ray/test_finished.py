@@ -14,7 +14,7 @@ from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.io.hashing import sha256_file
 from ray_soup.mixing.coefficients import load_coefficients, save_coefficients
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.finished import bake_copy, verify
+from ray_soup.soups.finished import bake_copy, evaluate, verify
 from ray_soup.soups.records import finished_record, write_run_record
 from ray_soup.soups.run import run
 from tests.conftest import values
@@ -81,3 +81,17 @@ def test_an_unfinished_folder_is_no_soup(tmp_path: Path, operations: list[Callab
         with pytest.raises(RecipeError, match=r"is not a finished soup: no run\.json found"):
             operation(tmp_path / "out")
     assert not (tmp_path / "new").exists()
+
+
+def test_an_evaluation_says_which_of_two_models_in_a_file_it_used(zoo: Path, tmp_path: Path, cluster: None) -> None:
+    first, second = (load_file(zoo / "zoo" / f"model_{k}.safetensors") for k in (0, 1))
+    both = {f"net.{name}": tensor for name, tensor in first.items()} | {f"ema.{n}": t for n, t in second.items()}
+    save_file({**both, "criterion.weight": first["unused"].clone()}, tmp_path / "both.safetensors")
+    recipe = make_recipe(values(zoo))
+    plain = evaluate(recipe, str(zoo / "zoo" / "model_0.safetensors"), "test")
+    found = evaluate(recipe, str(tmp_path / "both.safetensors"), "test")
+    assert found["test_nll"] == plain["test_nll"]
+    assert "notes" not in plain
+    said = " ".join(found["notes"])
+    assert "both.safetensors: it contains the whole model under `net.` and under `ema.`. The first was used" in said
+    assert "1 tensor (criterion.*) outside `net.` was left out" in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,9 @@ from tests.conftest import values
 from tests.unit.soups.test_in_memory import loader, states
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute with as many threads as an actor with one CPU does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster", "one_thread")
-@pytest.mark.parametrize(
-    "method", ["mehl+", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "greedy"))]
-)
+@pytest.mark.parametrize("method", ["mehl+", "learned", "greedy"])
 def test_the_soup_in_memory_is_bit_identical_to_the_soup_of_the_files(
     conv_zoo: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

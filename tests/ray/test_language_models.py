@@ -16,12 +16,14 @@ from torch import nn
 
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.finished import verify
+from ray_soup.soups.learn import learn
+from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.run import run
 from ray_soup.task import logits
 from ray_soup.task.data import Split, cut_splits
 from tests.conftest import InProcess
-from tests.unit.task.language_models import TEXTS, byte_tokenizer, can_pack, gpt2, llama, saved, sum_and_count
+from tests.unit.task.language_models import TEXTS, byte_tokenizer, can_pack, gpt2, llama, nudge, saved, sum_and_count
 
 C = np.array([0.4, -0.3, 0.7, 0.2])
 WAYS = {
@@ -80,10 +82,7 @@ def near(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     saved(MODELS[request.param](), words, folder / "init")
     for k in range(4):
         model = MODELS[request.param]()
-        torch.manual_seed(k)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.02 * torch.randn_like(parameter)
+        nudge(model, k)
         saved(model, None, folder / "zoo" / str(k))
         models.append(model)
     write_texts(folder / "fit.jsonl", [*TEXTS, *(text[::-1] for text in TEXTS[3:])])
@@ -168,6 +167,24 @@ def test_a_document_is_in_fit_or_in_select_as_a_whole(near: tuple[Path, list[nn.
         assert not {*groups[splits["fit"].rows]} & {*groups[splits["select"].rows]}
 
 
+def test_one_actor_and_three_learn_the_same_coefficients(
+    near: tuple[Path, list[nn.Module]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, models = near
+    found = []
+    for way in ("one", "three actors", "packed, three actors, chunks"):
+        if way not in ways_of(models[0]):
+            continue
+        pool = pool_of(folder, monkeypatch, way, 16, blocks="tensor")
+        store, recipe = pool.open_all("tensor"), pool.shards[0].recipe
+        splits = cut_splits(recipe.data, pool.setup_info.sizes, pool.setup_info.fit_digests, 0)
+        state = learn(recipe, pool, store.norms, splits, 4, tmp_path / f"{way}.pt")
+        found.append(parametrization(False, store.norms).coefficients(state.y.numpy()))
+    assert np.abs(found[0] - 1 / 4).max() > 0.01
+    for coefficients in found[1:]:
+        assert np.linalg.norm(coefficients - found[0]) <= 1e-4 * np.linalg.norm(found[0])
+
+
 # A whole run
 
 
@@ -222,8 +239,13 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_a_learned_soup_of_fine_tuned_models_beats_the_best_of_them_and_their_mean(tuned: Path, tmp_path: Path) -> None:
-    """In NLL per token, paired by document; the library loads the soup with the same figure."""
+def test_a_learned_soup_of_fine_tuned_models_beats_the_best_of_them_and_their_mean(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In NLL per token, paired by document; the library loads the soup with the same figure.
+
+    So does each way to compute it: one document after another, packed, and with three actors.
+    """
     from transformers import AutoModelForCausalLM
 
     found, paths = {}, dict[str, Path | str]()
@@ -242,12 +264,17 @@ def test_a_learned_soup_of_fine_tuned_models_beats_the_best_of_them_and_their_me
         total = np.sum([*expected.values()], axis=0)
         assert outcome.nll == pytest.approx(total[0] / total[1], rel=1e-5)
         print(name, outcome.nll, np.exp(outcome.nll), outcome.accuracy, outcome.bits_per_byte)
+    for way in ("one", "packed", "three actors"):
+        other = pool_of(tuned, monkeypatch, way, 64)
+        (outcome,) = other.evaluate_file(str(paths["mehl+"]), [split])
+        assert (outcome.nll, outcome.accuracy) == pytest.approx((found["mehl+"].nll, found["mehl+"].accuracy), rel=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "mehl+" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[0]["test_nll"] == pytest.approx(found["mehl+"].nll, rel=1e-5)
     for name in ("best single", "uniform"):
         test = paired_test(found["mehl+"], found[name])
         print(name, test)
         assert test["nll_high"] < 0
+        assert test["nll_p"] < 0.05
 
 
 def words_of(folder: Path) -> Any:

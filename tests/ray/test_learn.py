@@ -21,10 +21,10 @@ from ray_soup.actors.on_ray import RayPool
 from ray_soup.io.progress import no_progress
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe, with_changes
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.learn import learn
 from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.run import run
-from ray_soup.soups.session import open_inputs
 from ray_soup.soups.state import LearnState
 from ray_soup.task.data import cut_splits
 from tests.conftest import ROOT, ray_soup, steps_saved, values
@@ -32,9 +32,11 @@ from tests.ray.events import wait_for
 from tests.stopping import is_running
 
 
-def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple[np.ndarray, LearnState]:
+def learned(
+    folder: Path, state_file: Path, mesh: Mesh, dtype: str = "float32", **changes: Any
+) -> tuple[np.ndarray, LearnState]:
     """Coefficients float64 [K, B] that a run on this mesh finds, and its last state."""
-    recipe = make_recipe(values(folder, directions={"dtype": "float32"}, **changes))
+    recipe = make_recipe(values(folder, directions={"dtype": dtype}, **changes))
     inputs = open_inputs(recipe)
     pool = RayPool(recipe, inputs.ingredients, mesh, 2 / mesh.size if mesh.size > 2 else 1)
     try:
@@ -52,11 +54,14 @@ def learned(folder: Path, state_file: Path, mesh: Mesh, **changes: Any) -> tuple
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_meshes_agree_and_the_same_mesh_is_bit_identical(zoo: Path, tmp_path: Path) -> None:
-    """448 fit examples in batches of 61: the last one is shorter; the shards do not divide 4,530 parameters evenly."""
+    """448 fit examples in batches of 61: the last one is shorter; the shards do not divide 4,530 parameters evenly.
+
+    Directions are in int4, whose elements are packed: slices begin within a byte, and within elements that share a scale.
+    """
     found = {}
     for number, mesh in enumerate((Mesh(1, 1), Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(2, 2))):
         file = tmp_path / f"{number}.pt"
-        found[number], state = learned(zoo, file, mesh, learn__epochs=3, learn__model_batch=8)
+        found[number], state = learned(zoo, file, mesh, "int4", learn__epochs=3, learn__model_batch=8)
         assert state.steps == 24
         assert state.best_cost < state.curve[0]["select_nll"]
     np.testing.assert_array_equal(found[0], found[1])
@@ -80,6 +85,7 @@ def test_micro_batches_change_rounding_only_and_model_batches_take_turns(zoo: Pa
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_the_best_point_on_select_is_kept_not_the_last(zoo: Path, tmp_path: Path) -> None:
     """With a learning rate that only does harm the soup is the uniform one."""
     changes = {"learn__lr": 1e4, "learn__cosine_lr": False, "learn__epochs": 1}

@@ -17,8 +17,8 @@ from ray_soup.actors.on_ray import RayPool
 from ray_soup.io.progress import drain, no_progress
 from ray_soup.mixing.directions import open_store
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.learn import learn
-from ray_soup.soups.session import open_inputs
 from ray_soup.task.data import cut_splits
 
 WIDTH = 2000

@@ -14,9 +14,10 @@ from ray_soup.errors import RecipeError
 from ray_soup.io.cache import cache_folder
 from ray_soup.mixing import directions
 from ray_soup.recipe import Recipe, make_recipe
+from ray_soup.soups.inputs import open_inputs
+from ray_soup.soups.model_batch import fitting_model_batch
 from ray_soup.soups.plan import lines, plan
 from ray_soup.soups.run import run
-from ray_soup.soups.session import fitting_model_batch, open_inputs
 from tests.conftest import values
 
 
@@ -57,11 +58,12 @@ def test_auto_divides_the_ingredients_into_equal_parts_if_memory_is_short(
 ) -> None:
     import ray
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     recipe = make_recipe(values(zoo, directions={"dtype": "float32"}))
     parameters, mesh = 100_000_000, Mesh(2, 1)
     for room, expected in ((72, 72), (71, 36), (36, 36), (35, 24), (1, 1), (0.1, 1)):
         memory = 2 * actor_bytes(recipe, parameters, 1, 1) + 2 * 4 * parameters * (room - 1)
-        monkeypatch.setattr(ray, "cluster_resources", lambda memory=memory: {"memory": memory})
+        monkeypatch.setattr(ray, "cluster_resources", lambda memory=memory: {"memory": memory, "CPU": 2.0})
         assert fitting_model_batch(recipe, parameters, 72, mesh) == expected, room
 
 

@@ -27,7 +27,7 @@ ACTORS = {"replicas": 1, "shards": 1, "cpus": 1}
 
 
 def test_a_stated_preprocessing_is_used_and_recorded_everywhere(tmp_path: Path) -> None:
-    """Evaluating gives the figures of timm's own loop; forgetting the key afterwards is refused."""
+    """Evaluating gives the figures of timm's own loop, also without the key: the files beside the models state the same."""
     import timm
     from timm.data import create_dataset, create_loader
 
@@ -61,17 +61,45 @@ def test_a_stated_preprocessing_is_used_and_recorded_everywhere(tmp_path: Path) 
     assert found["preprocessing"] == record["preprocessing"]
 
     plain = write_recipe(tmp_path, values)
-    for model, file in (("out", "run.json"), ("zoo/model_00.safetensors", "preprocessing.json")):
-        refused = call("evaluate", plain, tmp_path / model)
-        assert refused.exit_code == 2
-        assert "was trained with img_size 48" in refused.stderr
-        assert f"({file})" in refused.stderr
+    again = json.loads(call("evaluate", plain, tmp_path / "out", "--json").stdout)
+    assert {key: again[key] for key in ("test_nll", "test_accuracy")} == {
+        key: found[key] for key in ("test_nll", "test_accuracy")
+    }
+    assert again["preprocessing"] == {**RECORD, "files": again["preprocessing"]["files"], "source": "files"}
+    assert f"{tmp_path}/out was trained with img_size 48, " in again["notes"][0]
+    assert "(run.json); the recipe states nothing" in again["notes"][0]
+    _check_adoption(tmp_path, plain)
     alone = Path(shutil.copy(tmp_path / "zoo" / "model_00.safetensors", tmp_path))
     single = call("evaluate", plain, alone)
     assert single.exit_code == 0
     assert f"{alone} does not say how images were preprocessed in the training" in single.stderr
     assert "Preprocessing: size 160; channels 3; " in single.stdout
     assert "(the default of the model's library; neither " in single.stdout
+
+
+def _check_adoption(folder: Path, plain: Path) -> None:
+    """The soup of a recipe that states nothing is bit-identical, and remembers what the files beside the zoo state."""
+    made = call("uniform", plain, folder / "adopted")
+    assert made.exit_code == 0, made.output
+    states = [load_file(folder / out / "model.safetensors") for out in ("out", "adopted")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    record = json.loads((folder / "adopted" / "run.json").read_text())
+    assert set(record["preprocessing"]["files"].values()) == {"preprocessing.json"}
+    assert any("and 1 more were trained with img_size 48, " in note for note in record["notes"])
+    assert "(as the files of the ingredients say: preprocessing.json)" in (folder / "adopted" / "README.md").read_text()
+    assert "img_size=48" in (folder / "adopted" / "recipe.yaml").read_text()
+    assert call("verify", folder / "adopted").exit_code == 0
+    assert "nothing was run" in call("resume", folder / "adopted").output
+    again = call("uniform", folder / "adopted" / "recipe.yaml", folder / "adopted")
+    assert again.exit_code == 0, again.output
+    assert "nothing was run" in again.output
+    beside = folder / "zoo" / "preprocessing.json"
+    content = beside.read_text()
+    beside.write_text(content.replace("48", "64"))
+    refused = call("uniform", plain, folder / "adopted")
+    beside.write_text(content)
+    assert refused.exit_code == 2
+    assert "files of the ingredients state, which has changed: img_size was 48 and is now 64." in refused.stderr
 
 
 def test_the_share_of_texts_that_were_cut_is_recorded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ray_soup.actors.placement import resolve_mesh
 from ray_soup.errors import IngredientError, RecipeError, explain
 from ray_soup.io.progress import no_progress
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.data import Split
 from tests.conftest import values
 from tests.ray.others import all_cpus, held
@@ -27,11 +28,14 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_a_mesh_that_the_cluster_cannot_place_is_refused(zoo: Path) -> None:
+    """Room for one replica is enough."""
     recipe = make_recipe(values(zoo, actors={"replicas": 50, "shards": 2, "cpus": 1}))
-    with pytest.raises(RecipeError, match="50 replicas x 2 shards with 1 CPUs and 0 GPUs each need 100 CPUs"):
+    assert resolve_mesh(recipe, 1000, 8) == (Mesh(50, 2), 1)
+    recipe = make_recipe(values(zoo, actors={"replicas": 2, "shards": 50, "cpus": 1}))
+    with pytest.raises(RecipeError, match="a replica of 50 shards needs 50 CPUs and 0 GPUs; the cluster has"):
         resolve_mesh(recipe, 1000, 8)
     recipe = make_recipe(values(zoo, actors={"gpus": 1}))
-    with pytest.raises(RecipeError, match="1 GPUs; the cluster has"):
+    with pytest.raises(RecipeError, match="an actor needs 1 CPUs and 1 GPUs; the cluster has"):
         resolve_mesh(recipe, 1000, 8)
 
 
@@ -100,14 +104,17 @@ def test_cpus_that_others_hold_do_not_count(zoo: Path, monkeypatch: pytest.Monke
     total = int(all_cpus())
     recipe = make_recipe(values(zoo, actors={"replicas": total, "cpus": 1}))
     with held(total - 1):
+        assert placement.teams_with_room(recipe, 1, 1) == 1
+        assert resolve_mesh(recipe, 1000, 8, now=True) == (Mesh(total, 1), 1)
+        assert resolve_mesh(make_recipe(values(zoo, actors={"cpus": 1})), 1000, 8, now=True)[0] == Mesh(total, 1)
+        two = make_recipe(values(zoo, actors={"replicas": 1, "shards": total, "cpus": 1}))
         with pytest.raises(
             RecipeError, match=rf"has {total} and 0, but only 1 CPUs and 0 GPUs are free: .* the other {total - 1}"
         ):
-            resolve_mesh(recipe, 1000, 8, now=True)
-        assert not placement.has_room(recipe, Mesh(total, 1), 1)
-        assert resolve_mesh(make_recipe(values(zoo, actors={})), 1000, 8, now=True)[0] == Mesh(1, 1)
-    monkeypatch.setattr(placement, "SETTLE_S", 30.0)
-    assert placement.has_room(recipe, Mesh(total, 1), 1)
+            resolve_mesh(two, 1000, 8, now=True)
+    deadline = time.monotonic() + 30
+    while placement.teams_with_room(recipe, 1, 1) < total:
+        assert time.monotonic() < deadline
 
 
 def test_errors_of_an_actor_come_out_as_themselves_and_its_death_is_named(zoo: Path, tmp_path: Path) -> None:

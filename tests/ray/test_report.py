@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from ray_soup.recipe import make_recipe
 from ray_soup.soups.compare import compare
 from ray_soup.soups.comparison import CompareOptions
 from ray_soup.soups.output import Soup
+from ray_soup.soups.report.markdown import comparison_markdown
 from ray_soup.soups.report.marks import MARK, insert
-from ray_soup.soups.report.tables import comparison_markdown
 from tests.conftest import values
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -184,6 +186,14 @@ def test_the_model_card_has_the_front_matter_of_the_hub(soup: Soup) -> None:
     for heading in ("## Results", "## Ingredients", "## Intended use and limits", "## Recipe"):
         assert heading in text
     assert text.count("| mehl+ |") == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html"])
+def test_what_others_read_names_no_machine_user_or_folder(soup: Soup, name: str) -> None:
+    text = re.sub(r'"data:image[^"]+"', "", (soup.out / name).read_text())
+    folders = map(str, (Path.home(), Path.cwd(), soup.out, soup.out.parent, tempfile.gettempdir()))
+    assert [word for word in (socket.gethostname(), *folders) if re.search(rf"(?<!\w){re.escape(word)}\b", text)] == []
+    assert f"ingredients: {soup.out.parent.name}/zoo/*.safetensors" in text
 
 
 def test_the_tables_replace_what_stands_between_the_two_marks_of_a_file(soup: Soup, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from ray_soup.cli import main
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.compare import compare
 from ray_soup.soups.comparison import CompareOptions
-from ray_soup.soups.report.tables import comparison_markdown
+from ray_soup.soups.report.markdown import comparison_markdown
 from ray_soup.soups.run import run
-from ray_soup.task.models import load_model
+from ray_soup.task.loading import load_model
 from ray_soup.tune.search import search
 from tests.ray.small_tasks import HERE, write_task
 from tests.ray.test_run import scalars_in

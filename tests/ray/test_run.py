@@ -99,6 +99,7 @@ def test_best_single_is_the_most_accurate_ingredient_on_held_out_data(zoo: Path,
         assert best.record["held_out"][f"model_{k}"]["accuracy"] == -scores[k][0] / len(held_out["labels"])
 
 
+@pytest.mark.slow
 def test_a_learned_factor_is_folded_into_the_last_layer(zoo: Path, tmp_path: Path) -> None:
     soup = run(make_recipe(values(zoo, method="learned+")), tmp_path / "out")
     coefficients = load_coefficients(soup.out / "coefficients.safetensors")
@@ -138,6 +139,7 @@ def test_a_soup_in_another_dtype_verifies_and_is_baked_bit_identical(zoo: Path, 
     assert all(torch.equal(again[n], t) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
 
 
+@pytest.mark.slow
 def test_shards_follow_the_convention_of_hugging_face(zoo: Path, tmp_path: Path) -> None:
     """Everything that reads a soup also reads its shards, and finds the same tensors and figures."""
     run(make_recipe(values(zoo, method="uniform", data={})), tmp_path / "whole")

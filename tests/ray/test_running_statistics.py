@@ -18,9 +18,10 @@ from ray_soup.io.progress import no_progress
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.finished import bake_copy, verify
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.learn import learn
 from ray_soup.soups.run import run
-from ray_soup.soups.session import Session, open_inputs
+from ray_soup.soups.session import Session
 from ray_soup.soups.state import ignore_state, load_state
 from ray_soup.task.data import calibration_batches, cut_splits
 from tests import tiny

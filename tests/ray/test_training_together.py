@@ -15,7 +15,7 @@ from ray_soup.actors.messages import Mesh, TrainingJob
 from ray_soup.actors.on_ray import RayPool
 from ray_soup.io.progress import no_progress
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.data import Split
 from tests.conftest import InProcess, values
 

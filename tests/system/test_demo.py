@@ -25,7 +25,7 @@ def call(*arguments: str) -> dict:
 @pytest.mark.timeout(1500)
 def test_the_demo_runs_end_to_end(tmp_path: Path, cluster: None) -> None:
     out = tmp_path / "demo"
-    demo._recipe_in(out)
+    demo._recipe_in(str(out))
     demo.write_digits(out / "data")
     for file in (out / "data").iterdir():
         arrays = np.load(file)

@@ -39,6 +39,7 @@ SMALLER = {
     "classes=10": "classes=3",
     "length=256": "length=16",
     "length=1024": "length=64",
+    "max_length=384": "max_length=16",
     "num_samples=8": "num_samples=1",
 }
 """What stands in the pages, and what is run instead, so that it takes seconds."""
@@ -124,6 +125,10 @@ def of_own_model() -> None:
     write_zoo([nn.Sequential(*layers) for _ in range(2)], "zoo/{}.pt")
 
 
+def of_answers() -> None:
+    tiny_models.write_questions(Path.cwd())
+
+
 def of_finished_runs() -> None:
     """A soup in `out`, and one in `soups`, of the digits."""
     of_digits()
@@ -147,6 +152,7 @@ def nothing() -> None:
 
 WORKSPACES: dict[str, Callable[[], None]] = {
     "README.md": of_open_clip,
+    "docs/cluster-plan.md": of_digits,
     "docs/data.md": nothing,
     "docs/keys.md": nothing,
     "docs/libraries/causal-lm.md": of_language_models,
@@ -161,6 +167,7 @@ WORKSPACES: dict[str, Callable[[], None]] = {
     "docs/one-run.md": of_one_run,
     "docs/output.md": of_finished_runs,
     "docs/own-methods.md": of_digits,
+    "docs/own-objectives.md": of_answers,
     "docs/own-tuner.md": of_digits,
     "docs/python-api.md": of_digits,
 }

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, ray_soup
 from tests.hub_server import TOKEN, Hub
 from tests.system.command import commands_in
-from tests.unit.task.language_models import TEXTS, byte_tokenizer, llama, saved
+from tests.unit.task.language_models import TEXTS, byte_tokenizer, llama, nudge, saved
 
 pytestmark = pytest.mark.slow
 
@@ -32,10 +32,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     hub.commit("org/base", folder / "base")
     for k, name in enumerate(("whole", "shards", "old")):
         model = llama()
-        torch.manual_seed(k)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.02 * torch.randn_like(parameter)
+        nudge(model, k)
         if name == "shards":
             model.save_pretrained(folder / name, max_shard_size="30KB")
         else:

@@ -172,7 +172,7 @@ from ray_soup.io import hugging_face as hf
 hf.LARGE, hf.BEGINNING = 1000, 100_000
 from ray_soup.io.lifting import files_of
 from ray_soup.recipe import load_recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.heads import resolved_recipe
 inputs = open_inputs(resolved_recipe(load_recipe({str(recipe)!r})))
 base = inputs.ingredients[0].group.base

@@ -18,7 +18,7 @@ from ray_soup.recipe import make_recipe
 from ray_soup.soups.run import run
 from tests.conftest import ROOT, ray_soup, steps_saved, values
 from tests.ray.events import wait_for
-from tests.stopping import interruptible, running, stop
+from tests.stopping import freeze, interruptible, running, stop
 from tests.system.command import write_recipe
 
 SCRIPT = """
@@ -234,13 +234,15 @@ def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_run_saves_its_last_step_and_resumes_to_the_same_bits(zoo: Path, tmp_path: Path, cluster: None) -> None:
-    """It is stopped, and once more with Ctrl-C after it was resumed."""
+    """It is stopped while it waits for an actor that does not answer, and once more with Ctrl-C after it was resumed."""
     recipe = values(zoo, learn__epochs=12, learn__batch_size=8)
     command = ray_soup("learn", str(write_recipe(tmp_path, recipe)), str(tmp_path / "out"))
     for number in (signal.SIGTERM, signal.SIGINT):
         before = steps_saved(tmp_path / "out")
         with running(command, cwd=ROOT) as process:
             wait_for(lambda before=before: steps_saved(tmp_path / "out") > before, process)
+            if number == signal.SIGTERM:
+                freeze(process, "RemoteShard")
             stop(process, number)
         assert json.loads((tmp_path / "out" / "run.json").read_text())["exit"] == 128 + number
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io import lease, mirror, storage
-from ray_soup.io.lease import Lease
+from ray_soup.io.lease import Lease, state_folder
 from ray_soup.io.progress import drain
 from ray_soup.recipe import load_recipe, make_recipe
 from ray_soup.soups.output import Output, open_output
@@ -55,28 +55,31 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/out" if request.param == "remote" else str(tmp_path / "out")
 
 
-def take_over(output: Output, file: str, content: bytes) -> None:
-    """Write another run's lease, until the heartbeat of this run has noticed."""
-    deadline = time.monotonic() + DEADLINE_S
-    while output.lease._thread.is_alive():
-        assert time.monotonic() < deadline
-        storage.write_bytes(content, file)  # again if a heartbeat that was under way has overwritten it
-        output.lease._thread.join(1)
+def take_over(output: Output) -> Lease:
+    """Let another run take over, until the heartbeat of this run has noticed."""
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "another-host")
+        other = Lease(output.lease._out)
+    assert other.claim.take(other.record, other.claim.read())
+    other.claim.inherit(other.record)
+    output.lease._thread.join(DEADLINE_S)
+    assert not output.lease._thread.is_alive()
+    return other
 
 
 def test_a_run_that_was_presumed_dead_and_taken_over_writes_nothing_more(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.2)
-    other = json.dumps({"host": "another-host", "pid": 1, "run": "theirs", "beat": 7}).encode()
+    successors: list[Lease] = []
 
     def finish() -> None:
         with open_output(out) as output:
             staging = output.staging()
-            take_over(output, f"{out}/state/lease", other)
+            successors.append(take_over(output))
             output.publish(make_recipe({"model": "a.b:c"}), [], {}, staging)
 
-    with pytest.raises(SoupError, match=r"process 1 on another-host took over .*This run writes nothing more there"):
+    with pytest.raises(SoupError, match=r"process \d+ on another-host took over .*This run writes nothing more there"):
         finish()
-    assert storage.read_bytes(f"{out}/state/lease") == other
+    assert successors[0].claim.other(successors[0].record) is None
     assert not storage.exists(f"{out}/run.json")
 
 
@@ -92,12 +95,13 @@ def test_a_lease_keeps_others_out_and_is_taken_over_without_a_heartbeat(out: str
 
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(socket, "gethostname", lambda: "another-host")
-        other = Lease(f"{out}/state/lease", progress)
+        other = Lease(out, progress)
         other.__enter__()
     with pytest.raises(RecipeError, match=r"Another run is using .*/out: process \d+ on another-host"), open_output(out):
         pass
     other._stop.set()  # its process dies and leaves the lease behind
     other._thread.join()
+    lease._ACTIVE.clear()
     with open_output(out, progress) as output:
         assert "waiting for a heartbeat of the run on another-host" in said
         write_begun({"recipe": "", "ingredients": []}, output.state("begun.json"))
@@ -105,17 +109,16 @@ def test_a_lease_keeps_others_out_and_is_taken_over_without_a_heartbeat(out: str
         output.state("learn.pt").write_bytes(b"x")
         if storage.is_remote(out):
             deadline = time.monotonic() + DEADLINE_S
-            while not storage.exists(f"{out}/state/learn.pt"):
+            while not storage.exists(f"{state_folder(out)}/learn.pt"):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            assert storage.read_bytes(f"{out}/state/learn.pt") == b"x"  # uploaded while the run is active
+            assert storage.read_bytes(f"{state_folder(out)}/learn.pt") == b"x"  # uploaded while the run is active
             assert not storage.exists(f"{out}/run.json")
     assert storage.read_bytes(f"{out}/run.json") == b"{}"
-    assert not storage.exists(f"{out}/state/lease")
     with open_output(out) as output:  # a rerun finds its state
         assert output.state("learn.pt").read_bytes() == b"x"
         output.state("learn.pt").unlink()
-    assert not storage.exists(f"{out}/state/learn.pt")
+    assert not storage.exists(f"{state_folder(out)}/learn.pt")
 
 
 def test_a_folder_of_something_else_in_a_bucket_is_refused(s3: str, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +173,9 @@ def test_a_soup_from_a_bucket_into_a_bucket_is_bit_identical_to_one_on_disk(
     assert torch.equal(coefficients(str(tmp_path / "out")), coefficients(f"{s3}/out"))
     there = set(storage.walk(f"{s3}/out"))
     here = [str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file()]
-    assert {without_time(name) for name in there} == {without_time(name) for name in here} - {"state/lock"}
+    own = state_folder(f"{s3}/out").removeprefix(f"{s3}/out/")
+    names = {without_time(name).replace(own, "state") for name in there}
+    assert names == {without_time(name) for name in here} | {"state/lease"}
     copies = tmp_path / "cache" / "files"  # KEY.lock, KEY/entry.json, KEY/in_use, KEY/copy/NAME
     inside = {f.relative_to(copies).parts[1:] for f in copies.rglob("*") if f.is_file() and f.parent != copies}
     fetched = {("copy", name) for name in ("model_0.pt", "heldout.npz", "test.npz")}  # .safetensors are read in place
@@ -197,17 +202,6 @@ def test_a_killed_run_resumes_from_the_bucket_on_another_machine(zoo: Path, s3: 
     run(load_recipe(local), tmp_path / "out")
     assert torch.equal(coefficients(str(tmp_path / "out")), coefficients(f"{s3}/out"))
     assert json.loads(storage.read_bytes(f"{s3}/out/run.json"))["exit"] == 0
-
-
-@pytest.mark.slow
-def test_a_search_into_a_bucket_keeps_no_trials(zoo: Path, s3: str, tmp_path: Path, cluster: None) -> None:
-    _, remote = in_the_bucket(zoo, s3, tmp_path, search={"learn.lr": {"grid": [0.03]}, "scheduler": "none"})
-    done = here_call("search", remote, f"{s3}/out", "--json")
-    assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])["run"]["search"]
-    assert [t["error"] for t in found["trials"]] == [None, None]
-    assert here_call("verify", f"{s3}/out").exit_code == 0
-    assert not [name for name in storage.walk(f"{s3}/out/state") if name.startswith(("trials/", "tune/"))]
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def test_figures_are_means_over_zoos_of_means_over_seeds() -> None:
     assert found["mehl+ refit"]["zoos"] == "2"
     assert found[PLAIN]["NLL"] == f"{np.mean([0.45, 1.9, 2.0]):.4f}"
     assert found["mehl+ refit"]["NLL"] == f"{np.mean([0.44, 1.95]):.4f}"
-    assert found[PLAIN]["accuracy %"] == "81.00"  # of the only zoo where it has a meaning
+    assert found[PLAIN]["accuracy %"] == "81.00 (of 1)"  # the only zoo where it has a meaning
     assert found[PLAIN]["steps"] == "15"
     assert found[PLAIN]["images"] == "2,000"
     assert found["greedy"]["steps"] == ""

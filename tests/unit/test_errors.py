@@ -6,9 +6,13 @@ import builtins
 import concurrent.futures.process
 import errno
 import json
+import logging
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +30,8 @@ from safetensors import SafetensorError
 from ray_soup import exits
 from ray_soup.errors import IngredientError, OutputClosed, RecipeError, SoupError, Stopped, explain, first_line, place_of
 from ray_soup.soups.report import console
+from ray_soup.soups.report.json_log import json_log
+from tests.conftest import ROOT
 
 # Older versions of Ray have no such class; `explain` knows it by its name.
 AuthenticationError = getattr(
@@ -147,6 +153,43 @@ def test_what_fails_after_a_signal_is_a_consequence_of_it(monkeypatch: pytest.Mo
     assert explain(Stopped())[1] == 129
 
 
+def test_a_malformed_log_call_of_a_library_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with json_log():
+        logging.getLogger().handlers[-1].handle(logging.makeLogRecord({"msg": "of one %s", "args": ("and", "another")}))
+    said = [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()]
+    assert "TypeError: not all arguments converted during string formatting" in said
+
+
+HANGS = """
+import os, signal, time
+from ray_soup.io.signals import catching_signals
+from ray_soup.soups.report.console import as_said, log_as
+
+log_as("{}")
+with catching_signals(as_said):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+    finally:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_last_sentence_of_a_process_that_is_ended_has_the_format_of_the_log(log_format: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS.format(log_format)], capture_output=True, text=True, cwd=ROOT, timeout=30
+    )
+    sentence = "ray-soup: interrupted. Rerun the same command to resume."
+    assert done.returncode == 130
+    if log_format == "json":
+        assert json.loads(done.stderr)["message"] == sentence
+    else:
+        assert done.stderr == f"\n{sentence}\n"
+
+
 def test_an_error_of_an_actor_is_explained_by_its_cause() -> None:
     remote = ray.exceptions.RayTaskError("f", "Traceback ...", OSError(28, "No space left on device", "/x/a"), "p", 1, "ip")
     assert explain(remote.as_instanceof_cause())[0].startswith("/x/a: No space left on device.")
@@ -160,16 +203,37 @@ def test_a_command_that_fails_says_so_in_json(option: list[str], capsys: pytest.
     @shell.command()
     @exits.common_options
     def read(as_json: bool) -> None:
-        exits.run_task(lambda progress: Path("/nothing").read_text())
+        exits.run_task(lambda progress: noisy())
+
+    def noisy() -> None:
+        warnings.warn("of Python", stacklevel=1)
+        logging.getLogger("some.library").warning("of a %s", "library")
+        logging.getLogger("some.library").info("unseen")
+        try:
+            raise KeyError("lost")
+        except KeyError:
+            logging.getLogger("some.library").exception("It failed")
+        print("half a ", end="", file=sys.stderr)
+        print("line\rand one", file=sys.stderr)
+        Path("/nothing").read_text()
 
     with pytest.raises(SystemExit):
         shell.main(["read", *option])
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [line["phase"] for line in lines[:-1]] == ["starting", "starting"]
+    found = [line for line in lines if "phase" not in line]
+    assert [line["phase"] for line in lines if "phase" in line] == ["starting", "starting"]
+    assert (found[0]["level"], found[0]["logger"]) == ("warning", "py.warnings")
+    assert "UserWarning: of Python" in found[0]["message"]
+    assert (found[1]["logger"], found[1]["message"]) == ("some.library", "of a library")
+    said = [line["message"] for line in found]
+    failure = next(line["message"] for line in found if line.get("level") == "error")
+    assert failure.startswith("It failed\nTraceback (most recent call last):\n")
+    assert failure.endswith("KeyError: 'lost'")
+    assert said[-3:-1] == ["half a line", "and one"]
     assert lines[-1]["message"].startswith("ray-soup: /nothing: No such file")
     with pytest.raises(SystemExit):
         shell.main(["read"])  # the next command in this process logs text again
-    assert capsys.readouterr().err.startswith("ray-soup: /nothing: No such file")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ray-soup: /nothing: No such file")
 
 
 @pytest.mark.parametrize("end", ["raise", "usage", "group"])

@@ -175,6 +175,7 @@ def all_faults() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_repository_is_written_in_plain_english() -> None:
     faults = all_faults()
     assert not faults, f"{len(faults)} phrases to rewrite:\n" + "\n".join(faults)

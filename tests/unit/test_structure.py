@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "ray_soup"
 ORDER = ["errors", "recipe", "io", "mixing", "task", "actors", "soups", "tune", "api", "exits", "cli"]
-IMPORT_RAY = {"actors/placement.py", "actors/ray_session.py", "actors/on_ray.py"}  # and everything in tune/
+IMPORT_RAY = {
+    f"actors/{name}.py" for name in ("metrics", "placement", "ray_session", "on_ray", "relays")
+}  # and everything in tune/
 TORCH_FREE = [
     "ray_soup",
     "ray_soup.errors",
@@ -38,9 +38,14 @@ TORCH_FREE = [
             "lease",
             "mirror",
             "hashing",
+            "find",
+            "ingredient",
+            "check",
         )
     ),
+    "ray_soup.actors.relays",
     "ray_soup.task.outcomes",
+    "ray_soup.task.inspection",
     "ray_soup.soups.records",
     "ray_soup.soups.results",
     "ray_soup.soups.export",
@@ -50,6 +55,7 @@ TORCH_FREE = [
     "ray_soup.soups.report.statistics",
     "ray_soup.soups.report.tables",
     "ray_soup.soups.report.console",
+    "ray_soup.soups.report.json_log",
     "ray_soup.soups.report.ending",
     "ray_soup.soups.report.progress_bar",
     "ray_soup.soups.report.terminal",
@@ -103,6 +109,13 @@ def test_a_package_imports_only_what_stands_to_its_left() -> None:
         assert ORDER.index(imported) < ORDER.index(importer), f"{importer} imports {imported}"
 
 
+def test_numba_is_imported_where_the_folder_of_its_cache_is_chosen() -> None:
+    found = {
+        path.relative_to(PACKAGE).as_posix() for path in modules() for name in imports(path) if name.startswith("numba")
+    }
+    assert found == {"mixing/compiled.py"}
+
+
 def test_modules_of_a_package_do_not_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for path in modules():
@@ -128,7 +141,7 @@ def test_modules_of_a_package_do_not_import_each_other_in_a_circle() -> None:
         visit(name, ())
 
 
-def test_ray_is_imported_in_three_modules_of_actors_and_in_tune_only() -> None:
+def test_ray_is_imported_in_five_modules_of_actors_and_in_tune_only() -> None:
     for path in modules():
         where = str(path.relative_to(PACKAGE))
         if any(name.split(".")[0] == "ray" for name in imports(path)):
@@ -167,12 +180,9 @@ def test_text_files_are_in_utf_8_whatever_the_locale_is() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", ["import", "--help"])
-def test_torch_and_ray_are_not_loaded_before_they_are_needed(name: str) -> None:
-    """Importing the torch-free modules, and `ray-soup --help`, loads neither torch nor Ray."""
+def test_torch_and_ray_are_not_loaded_before_they_are_needed() -> None:
+    """Importing the torch-free modules loads neither torch nor Ray; test_imports.py has the same for commands."""
     script = "; ".join(f"import {module}" for module in TORCH_FREE)
-    if name == "--help":
-        script = "from ray_soup.cli import main; main(['--help'], standalone_mode=False)"
     check = "import sys; heavy = [m for m in ('torch', 'ray', 'numba') if m in sys.modules]; assert not heavy, heavy"
     done = subprocess.run(
         [sys.executable, "-c", f"{script}; {check}"], capture_output=True, text=True, check=False, cwd=ROOT

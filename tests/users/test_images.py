@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+from ray_soup.io.ingredient import open_ingredient
 from tests.ray.own_loops import Figures, Loop, assert_figures, image_folders
 from tests.unit.task.library_models import TINY_CLIP
 from tests.users.steps import compared, script
@@ -158,7 +160,7 @@ def test_a_user_of_timm_at_another_size(tmp_path: Path, monkeypatch: pytest.Monk
     image_folders(tmp_path)
     script(tmp_path, TRAIN_TIMM)
     made = compared(tmp_path, """
-        model: timm:test_resnet?classes=3&img_size=48&mean=0.3,0.4,0.5&std=0.2,0.3,0.25&crop_pct=0.9&interpolation=bilinear
+        model: timm:test_resnet?classes=3
         ingredients: runs/*/model_best.pth.tar?key=state_dict_ema
         data: {fit: fit, select: 0.4, test: test}
         """)  # fmt: skip
@@ -230,7 +232,7 @@ def test_a_user_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert_figures(made, names["zoo"], names["soup"], loop_of(names))
 
 
-# Lightning: a compiled network, a criterion with weights, and metrics; the model is a function of the user's own
+# Lightning: the average of a compiled network, a criterion with weights, metrics; the model is a function of the user's own
 
 NETWORK = """
 from torch import nn
@@ -287,7 +289,8 @@ first = Lit(0.1).state_dict()
 for k in range(3):
     model = Lit(1e-3 * (1 + k))
     model.load_state_dict(first)
-    trainer = lightning.Trainer(max_epochs=1, default_root_dir=".", log_every_n_steps=1, **quiet)
+    average = lightning.callbacks.EMAWeightAveraging(decay=0.5)
+    trainer = lightning.Trainer(max_epochs=1, default_root_dir=".", log_every_n_steps=1, callbacks=[average], **quiet)
     trainer.fit(model, DataLoader(data("train"), 16, shuffle=True))
 """
 USE_LIGHTNING = """
@@ -316,8 +319,13 @@ def test_a_user_of_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         data: {fit: fit.npz, select: 0.4, test: test.npz}
         """)  # fmt: skip
     assert any("criterion.*, train_acc.*" in note for note in made[1].notes)
+    assert any("its `state_dict` is the average of the weights over the training" in note for note in made[1].notes)
     names = script(tmp_path, LIGHTNING + USE_LIGHTNING)
-    for model in names["zoo"]:
+    for model, file in zip(names["zoo"], names["files"], strict=True):
         assert {"net._orig_mod.0.weight", "criterion.weight", "train_acc.tp"} <= set(model.state_dict())
+        last = torch.load(tmp_path / file, weights_only=False)["current_model_state"]["net._orig_mod.0.weight"]
+        opened = open_ingredient(f"{tmp_path / file}?key=current_model_state")
+        assert torch.equal(opened.read("net._orig_mod.0.weight"), last.flatten())
+        assert not torch.equal(model.state_dict()["net._orig_mod.0.weight"], last)
     monkeypatch.chdir(tmp_path)
     assert_figures(made, names["zoo"], names["soup"], loop_of(names))

@@ -10,14 +10,18 @@ from numpy.typing import NDArray
 
 from ray_soup.actors.pool import ActorPool
 from ray_soup.io.progress import CountCallback, no_count
+from ray_soup.soups.inputs import CALIBRATION_WHILE_CHOOSING
 from ray_soup.soups.methods.interface import Session
 from ray_soup.soups.mixture import mean_of
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING
 from ray_soup.task.choices import gain, gains, ranking
 from ray_soup.task.data import Split
 from ray_soup.task.outcomes import Outcome
 
 LEAST_IMAGES = 32  # per actor and call: with fewer, the call takes longer than the evaluation
+
+ROUNDING = 1e-6
+"""Relative to the sum of the losses or scores: two sums this close are equal, since a model's loss on an example is rounded
+in another way in a batch of another size. Counts of correct examples are exact."""
 
 
 @dataclass
@@ -74,9 +78,10 @@ def greedy(
 ) -> GreedySearch:
     """Keep an ingredient, from the best down, if the mean with it is no worse on the held-out set than without it.
 
-    Worse means fewer correct examples, or what `select_by` says. The examples that ingredients are worst on come first, and
-    a candidate is dropped as soon as the remaining examples cannot bring it up to the best: the result is that of a full
-    evaluation.
+    Worse means fewer correct examples, or what `select_by` says; sums of losses or scores that differ by no more than
+    `ROUNDING` are equal, so that a duplicate is kept or left out as `keep` says on every machine. The examples that
+    ingredients are worst on come first, and a candidate is dropped as soon as the remaining examples cannot bring it up to
+    the best: the result is that of a full evaluation.
 
     Args:
         pool: the actors.
@@ -96,17 +101,19 @@ def greedy(
     limits = np.broadcast_to(np.max(np.array([limit for _, limit in each.values()]), axis=0), total)[hardest]
     possible = np.append(np.cumsum(limits[::-1])[::-1], 0)  # what the examples from a place on can add at most
     least = LEAST_IMAGES * pool.mesh.size
-    search = GreedySearch([order[0]], each[order[0]][0].sum().item())
+    first = each[order[0]][0]
+    equal = 0.0 if first.dtype.kind == "i" else ROUNDING * np.abs(first).sum().item()
+    search = GreedySearch([order[0]], first.sum().item())
     for number, k in enumerate(order[1:]):
         done, found = 0, 0.0
-        while done < total and _reaches(found + possible[done], search.gain, keep):
+        while done < total and _reaches(found + possible[done], search.gain, keep, equal):
             spare = found + possible[done] - search.gain - (keep == ">")  # what the candidate may still miss
             stop = min(total, done + max(int(min(spare, total)) + 1, least))
             some = [Split(s.source, rows[done:stop][source[done:stop] == n]) for n, s in enumerate(splits)]
             found += gain(pool.try_candidate(tuple(search.kept), k, some, calibration), select_by)
             done = stop
             count(number * total + done, (len(order) - 1) * total)
-        kept = done == total and _reaches(found, search.gain, keep)
+        kept = done == total and _reaches(found, search.gain, keep, equal)
         search.candidates, search.looked = search.candidates + 1, search.looked + done
         search.trail.append({"ingredient": k, "looked": done, "gain": found, "kept": int(kept)})
         if kept:
@@ -117,5 +124,5 @@ def greedy(
     return search
 
 
-def _reaches(found: float, best: float, keep: str) -> bool:
-    return found > best if keep == ">" else found >= best
+def _reaches(found: float, best: float, keep: str, equal: float) -> bool:
+    return found > best + equal if keep == ">" else found >= best - equal

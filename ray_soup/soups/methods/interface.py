@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.lazy import torch
 from ray_soup.io.progress import ProgressCallback
 from ray_soup.mixing.blocks import Partition, partition
 from ray_soup.mixing.coefficients import SUM_TOLERANCE
 from ray_soup.recipe import Recipe
 from ray_soup.soups.granularity import resolved_blocks
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, Inputs
-from ray_soup.soups.session import Session as RunSession
+from ray_soup.soups.inputs import CALIBRATION_WHILE_CHOOSING, Inputs
 from ray_soup.task.choices import ranking
 from ray_soup.task.data import Split, batch_positions
+
+if TYPE_CHECKING:
+    from ray_soup.soups.session import Session as RunSession
 
 OFF = 1e-6
 """How far the sum of a user's coefficients may be from 1, for each unit of their size: they may come from float32."""

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
+from ray_soup.actors.messages import StoreInfo
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.soups.beginnings import beginnings
-from ray_soup.soups.learn import learn, refit_steps, summary
+from ray_soup.soups.curve import refit_steps, summary
+from ray_soup.soups.granularity import stages
+from ray_soup.soups.inputs import CALIBRATION_WHILE_CHOOSING
+from ray_soup.soups.learn import learn
 from ray_soup.soups.methods.interface import Session
 from ray_soup.soups.mixture import Mixture, coefficients_of, order_in
 from ray_soup.soups.optimize import parametrization
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING
-from ray_soup.soups.start import began_note, began_record
-from ray_soup.soups.state import LearnState
+from ray_soup.soups.start import Beginning, began_note, began_record
+from ray_soup.soups.state import LearnState, StateCallback
+from ray_soup.soups.together import tensor_of_each
 from ray_soup.task.choices import cost_in
+
+if TYPE_CHECKING:
+    from ray_soup.soups.session import Session as RunSession
 
 
 def learned(session: Session) -> Mixture:
     """Learn the coefficients by gradient descent: MEHL-Soup on the hyperplane, or Learned-Soup through a softmax."""
     run, recipe, softmax = session.run, session.recipe, session.recipe.info.kind == "softmax"
-    store = run.open_store(run.subset, run.blocks)
-    begins = beginnings(run, store)
 
     def after_step(step: int, steps: int, state: LearnState) -> None:
         what = "learning" if state.before is None else "refitting"
         run.progress(f"{what} {recipe.method}", step, steps)
 
-    state = learn(
-        recipe, run.pool, store.norms, run.splits, run.model_batch, run.state_file, after_step,
-        run.after_epoch, run.calibration(CALIBRATION_WHILE_CHOOSING), run.learned_from(store),
-        order_in(run) if recipe.learn.smoothness else (), starts=begins,
-    )  # fmt: skip
+    store, begins, state = learn_in(run, after_step, run.after_epoch)
     notes: list[str] = []
     asked, count = recipe.learn.model_batch, len(run.subset)
     if not softmax and asked != "auto" and asked > count:
@@ -62,3 +64,22 @@ def learned(session: Session) -> Mixture:
             "select are those of the soup before the refit; all others are those of the soup after it."
         )
     return made
+
+
+def learn_in(
+    session: RunSession, after_step: StateCallback, after_epoch: StateCallback, refits: bool = True
+) -> tuple[StoreInfo, list[Beginning], LearnState]:
+    """Open the directions of a session's soup and learn its coordinates, or resume from `session.state_file`.
+
+    Callbacks and `refits` as for `learn`. Returns the directions, where learning could begin, and the last state.
+    """
+    recipe, store = session.recipe, session.open_store(session.subset, session.blocks)
+    two = stages(recipe, session.blocks) > 1
+    begins = beginnings(session, store)
+    state = learn(
+        recipe, session.pool, store.norms, session.splits, session.model_batch, session.state_file, after_step, after_epoch,
+        session.calibration(CALIBRATION_WHILE_CHOOSING), session.learned_from(store),
+        order_in(session) if recipe.learn.smoothness else (), refits, begins,
+        tensor_of_each(store.partition, session.inputs.layout.sizes) if two else None,
+    )  # fmt: skip
+    return store, begins, state

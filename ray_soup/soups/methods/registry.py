@@ -7,28 +7,33 @@ description and defaults.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ray_soup.recipe import SCHEDULES
-from ray_soup.soups.methods.best_single import best_single
-from ray_soup.soups.methods.greedy import greedy_soup
 from ray_soup.soups.methods.interface import Session
-from ray_soup.soups.methods.last import last
-from ray_soup.soups.methods.learned import learned
-from ray_soup.soups.methods.scheduled import scheduled
-from ray_soup.soups.methods.uniform import uniform
 from ray_soup.soups.mixture import Mixture
 
-MAKERS: dict[str, Callable[[Session], NDArray[np.float64] | Mixture]] = {
-    "best_single": best_single,
-    "uniform": uniform,
-    "greedy": greedy_soup,
-    "learned": learned,
-    "learned+": learned,
-    "mehl": learned,
-    "mehl+": learned,
-    "last": last,
-    **dict.fromkeys(SCHEDULES, scheduled),
+Maker = Callable[[Session], NDArray[np.float64] | Mixture]
+
+MAKERS = {
+    "best_single": "best_single:best_single",
+    "uniform": "uniform:uniform",
+    "greedy": "greedy:greedy_soup",
+    "learned": "learned:learned",
+    "learned+": "learned:learned",
+    "mehl": "learned:learned",
+    "mehl+": "learned:learned",
+    "last": "last:last",
+    **dict.fromkeys(SCHEDULES, "scheduled:scheduled"),
 }
+"""The function of each method, as module:function of this package; a module is imported when its method is used."""
+
+
+def maker_of(method: str) -> Maker:
+    """Return the function of a built-in method."""
+    module, name = MAKERS[method].split(":")
+    maker: Maker = getattr(import_module(f"{__package__}.{module}"), name)
+    return maker

@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.adapters import AdapterIngredient, open_checkpoint
 from ray_soup.io.check import check_fits
 from ray_soup.io.disk import writing
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lazy import torch
 from ray_soup.mixing.blocks import partition
 from ray_soup.mixing.buffers import mixed_buffer
 from ray_soup.recipe.plain import shown
 from ray_soup.soups.methods.interface import Session
 from ray_soup.soups.mixture import Mixture, coefficients_of
+from ray_soup.task.loader_names import with_old_names
 from ray_soup.task.other_models import advice_for
-
-Returned = NDArray[np.float64] | Mapping[str, torch.Tensor] | str | Path | Mixture
-"""What the function of a method may return."""
 
 
 @dataclass
@@ -44,6 +40,8 @@ class Model:
 
     def write(self, path: Path) -> None:
         """Write the model as a safetensors file. Raises SoupError if it cannot be written."""
+        from safetensors.torch import save_file
+
         with writing(path):
             save_file(self.tensors, path, {"format": "pt", **self.tied})
 
@@ -57,13 +55,14 @@ def result_of(session: Session, found: Any) -> Mixture | Model:
         return _model(session, dict(found))
     if isinstance(found, (str, os.PathLike)):
         return _model(session, _read(session, os.fspath(found)))
-    if not isinstance(found, (torch.Tensor, np.ndarray, list, tuple)):
+    arrays = isinstance(found, (np.ndarray, list, tuple))
+    if not arrays and not isinstance(found, torch.Tensor):
         raise RecipeError(
             f"method: {method} returned a {type(found).__name__}; expected coefficients [K] or [K, B], a dictionary of "
             "tensors, or the path of a model file. Change what the function returns."
         )
     try:
-        values = found.detach().cpu().double().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        values = np.asarray(found) if arrays else found.detach().cpu().double().numpy()
         if np.iscomplexobj(values):
             raise TypeError("they are complex")
         values = values.astype(np.float64)
@@ -81,6 +80,7 @@ def _read(session: Session, path: str) -> dict[str, torch.Tensor]:
     opened = open_checkpoint(path)
     if isinstance(opened, AdapterIngredient):
         raise RecipeError(f"method: {recipe.method} returned {path}, an adapter; expected the file of a whole model.")
+    layout = with_old_names(layout, [opened], recipe.ignore)
     bound: Ingredient = check_fits(
         opened, layout.state_shapes, layout.known_names, recipe.ignore, advise=advice_for(recipe.model)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from ray_soup.errors import SoupError
 from ray_soup.mixing.schedules import DECAYS, windows
 from ray_soup.recipe import Recipe
+from ray_soup.soups.inputs import CALIBRATION_WHILE_CHOOSING
 from ray_soup.soups.methods.interface import Session
 from ray_soup.soups.mixture import Subset
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING
-from ray_soup.soups.session import Session as RunSession
 from ray_soup.soups.trajectory import fixed_weights, is_chosen, is_shaped, steps_of, weights
 from ray_soup.task.choices import cost, figures_on_select
+
+if TYPE_CHECKING:
+    from ray_soup.soups.session import Session as RunSession
 
 
 def scheduled(session: Session) -> NDArray[np.float64]:

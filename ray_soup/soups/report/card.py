@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -12,8 +10,8 @@ import yaml
 from ray_soup.io.redact import redact
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import Recipe, dump_recipe
-from ray_soup.recipe.plain import texts_in
 from ray_soup.soups.report.measures import measures_in
+from ray_soup.soups.report.paths import shortener
 from ray_soup.soups.report.tables import Row, cost, legend, markdown, quality, table
 from ray_soup.soups.report.text import (
     markdown_block,
@@ -58,7 +56,7 @@ def model_card(
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     summed = "each tensor is a weighted sum of the same tensor in"
     adapter = "base" in record and not recipe.adapter.merge
-    shorten = _shortener(recipe)
+    shorten = shortener(recipe)
     model = markdown_code(shorten(recipe.model))
     notes = "".join(f"\n\n{markdown_paragraph(shorten(note))}" for note in record["notes"])
     is_trained = bool(record.get("polish", {}).get("best_epoch"))
@@ -100,26 +98,6 @@ model from them{", this difference" if is_trained else ""} and the ingredients.
 """
 
 
-def _shortener(recipe: Recipe) -> Callable[[str], str]:
-    """Return a function that removes folders from the local paths in a text, as far as the recipe names them.
-
-    What a model card shows says nothing about the machine it was made on: the folder that all paths have in common is
-    removed, or, if there is none, the whole folder of each.
-    """
-    in_model = re.findall(r"[:=](/[^/&?][^&?]*)", recipe.model)
-    paths = [*in_model, *(text for text in texts_in(recipe.model_dump(mode="json")) if text.startswith("/"))]
-    folders = {os.path.dirname(re.split(r"[*?[]", path)[0]).rstrip("/") for path in paths} - {""}
-    common = os.path.commonpath(folders).rstrip("/") if folders else ""
-    removed = [common] if common else sorted(folders, key=len, reverse=True)
-
-    def shorten(text: str) -> str:
-        for folder in removed:
-            text = text.replace(f"{folder}/", "")
-        return text
-
-    return shorten
-
-
 def _preprocessing(record: Mapping[str, Any]) -> str:
     """Return the section about preprocessing; empty if run.json has none."""
     text = preprocessing_text(record.get("preprocessing", {}))
@@ -146,7 +124,7 @@ def _shares(coefficients: Coefficients) -> str:
 def _card_without_coefficients(recipe: Recipe, rows: Sequence[Row], record: Mapping[str, Any], load: str) -> str:
     """Return the model card of a model that is no weighted sum of its ingredients."""
     measures, names = measures_in(record), [ingredient["name"] for ingredient in record["ingredients"]]
-    shorten = _shortener(recipe)
+    shorten = shortener(recipe)
     notes = "".join(f"\n\n{markdown_paragraph(shorten(note))}" for note in record["notes"])
     explained = markdown_paragraph(legend(record, rows)) if record.get("examples") else ""
     return f"""{_front_matter(recipe, False)}

@@ -30,12 +30,19 @@ LONGEST_NAME = 120
 """Terminal columns of the longest name that is shown whole."""
 
 _log_format = "text"
+_stderr: TextIO | None = None
 
 
 def log_as(log_format: str) -> None:
     """Write stderr in one of LOG_FORMATS from now on."""
     global _log_format  # noqa: PLW0603 - a process has one stderr
     _log_format = log_format
+
+
+def log_to(stream: TextIO | None) -> None:
+    """Write to this stream instead of sys.stderr from now on; None: to sys.stderr again."""
+    global _stderr  # noqa: PLW0603
+    _stderr = stream
 
 
 def logs_json() -> bool:
@@ -75,15 +82,24 @@ def say(text: str) -> None:
 
 def log(found: Mapping[str, Any]) -> None:
     """Print a JSON object to stderr on one line, with the time in front; if that cannot be written, the run continues."""
+    _to_stderr(_json_line(found))
+
+
+def as_said(text: str) -> str:
+    """Return a text as `say` would print it, for who cannot wait for the lock of stderr."""
+    return _json_line({"message": text.strip()}) if logs_json() else text
+
+
+def _json_line(found: Mapping[str, Any]) -> str:
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    _to_stderr(json_text({"time": now, **found}))
+    return json_text({"time": now, **found})
 
 
 def _to_stderr(text: str) -> None:
     try:
-        click.echo(printable(redact(text)), err=True)
+        click.echo(printable(redact(text)), _stderr, err=True)
     except (OSError, ValueError):
-        _redirect(sys.stderr)
+        _redirect(_stderr or sys.stderr)
 
 
 def flush() -> None:

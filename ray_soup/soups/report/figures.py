@@ -1,4 +1,7 @@
-"""Figures of a report, each as an SVG: legible at the width of a phone and without color vision."""
+"""Figures of a report, each as an SVG: legible at the width of a phone and without color vision.
+
+Matplotlib takes a third of a second to import, so this is done once there is something to draw.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,9 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.recipe import BEST_SINGLE
@@ -23,6 +21,11 @@ from ray_soup.soups.report.tables import Row, is_reference
 from ray_soup.soups.report.text import label, one_line, shortened
 from ray_soup.task.choices import cost_in
 from ray_soup.task.outcomes import Outcome, calibration_error, reliability
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 """Colors that also differ in lightness; marker and line style differ too."""
@@ -41,6 +44,9 @@ def drawn(height: float, draw: Callable[[Figure], None], width: float = WIDTH) -
         draw: adds axes and their content to an empty figure.
         width: width of the figure in inches.
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(
         {
             "font.size": 9,
@@ -86,6 +92,8 @@ def panels(figure: Figure, labels: Sequence[str], columns: int = 2, **options: A
 
 def plain_ticks(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers; matplotlib's own labels are TeX."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

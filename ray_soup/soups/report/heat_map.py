@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
 
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.soups.report.figures import DIVERGING, drawn, label_ingredients
@@ -17,6 +13,10 @@ from ray_soup.soups.report.settings import Settings, shown_value
 from ray_soup.soups.report.tables import Table
 from ray_soup.soups.report.text import label, shortened
 from ray_soup.soups.report.trajectories import blocks_by_layer, by_layer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH = 8.5
 """Width of the heat map in inches; it takes the width of the page."""
@@ -32,6 +32,8 @@ def heat_map(coefficients: Coefficients, settings: Settings) -> str:
 
     Rows are sorted by their mean coefficient, largest first; the middle of the color scale is 1/K.
     """
+    from matplotlib.colors import TwoSlopeNorm
+
     order = np.argsort(-coefficients.shares(), kind="stable")
     values, count = by_layer(coefficients)[order], len(order)
     reach = max(float(np.abs(values - 1 / count).max()), 1e-6)
@@ -65,6 +67,8 @@ def _first(settings: Settings) -> dict[str, Sequence[Any]]:
 
 def _draw_settings(axes: Axes, settings: Mapping[str, Sequence[Any]]) -> None:
     """Draw a column of colored cells for each hyperparameter, with its values as text if there is room."""
+    from matplotlib import colormaps
+
     places = np.stack([place(column) for column in settings.values()], axis=1)
     axes.imshow(places, aspect="auto", cmap=MAP, vmin=0, vmax=1, interpolation="nearest")
     if len(places) <= MOST_ROWS:

@@ -31,6 +31,8 @@ class Measures:
     """The recipe key `loss`, which replaces the objective's loss in learning curves and trials."""
     inputs: str = "images"
     """What the examples of a classifier are: images or texts."""
+    dtype: str = "float32"
+    """The dtype of the weights with which models are evaluated."""
 
     # The names of the figures
 
@@ -124,19 +126,21 @@ class Measures:
 
 def measures_in(record: Mapping[str, Any]) -> Measures:
     """Return the names of the figures of a run.json, or of a row that names its objective."""
-    known = {key: record[key] for key in ("objective", "unit", "select_by", "inputs") if key in record}
+    known = {key: record[key] for key in ("objective", "unit", "select_by", "inputs", "dtype") if key in record}
     return Measures(**known, own_loss=record.get("loss"))
 
 
 def measures_of(recipe: Recipe) -> Measures:
     """Return the names of the figures of a recipe's runs. Raises RecipeError if its objective cannot be used."""
+    from ray_soup.task.model_spec import in_bfloat16
     from ray_soup.task.models import objective_in
     from ray_soup.task.own_functions import objective_of
 
     objective = objective_of(recipe, objective_in(recipe.model))
     name = recipe.objective if is_function(recipe.objective) else objective.name
     inputs = "texts" if name == "classification" and _classifies_texts(recipe.model) else "images"
-    return Measures(name, objective.unit, recipe.select_by, recipe.loss, inputs)
+    dtype = "bfloat16" if in_bfloat16(recipe.model) else "float32"
+    return Measures(name, objective.unit, recipe.select_by, recipe.loss, inputs, dtype)
 
 
 def _classifies_texts(spec: str) -> bool:
@@ -153,4 +157,5 @@ def recorded(measures: Measures) -> dict[str, Any]:
     """Return what run.json says about the objective, for `measures_in`."""
     found = {"objective": measures.objective, "unit": measures.unit, "select_by": measures.select_by}
     found |= {"inputs": measures.inputs} if measures.inputs != "images" else {}
+    found |= {"dtype": measures.dtype} if measures.dtype != "float32" else {}
     return found | ({"loss": measures.own_loss} if measures.own_loss else {})

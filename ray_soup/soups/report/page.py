@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
 from ray_soup.recipe import BASELINES, dump_recipe
 from ray_soup.soups.report.contents import Report, Section
+from ray_soup.soups.report.paired import paired_legend, paired_table
+from ray_soup.soups.report.paths import shortener
 from ray_soup.soups.report.plots import plots
 from ray_soup.soups.report.settings import ingredients_table
 from ray_soup.soups.report.tables import (
     legend,
     of_seed,
-    paired_legend,
-    paired_table,
     results_in_parts,
     series_legend,
     series_table,
@@ -30,14 +30,15 @@ __all__ = ["Report", "html"]
 def html(report: Report) -> str:
     """Render a report as one self-contained HTML page without external resources; its only script sorts tables.
 
-    Every value passes through `_shown` and is escaped by the template engine.
+    Every value passes through `_shown`, loses the folders of this machine, and is escaped by the template engine.
     """
     from jinja2 import Environment
 
     record = report.record
     template = (files("ray_soup.soups.report") / "page.html.jinja").read_text(encoding="utf-8")
     parts = results_in_parts(report.rows, report.measures, len(report.splits) > 1)
-    return Environment(autoescape=True, trim_blocks=True, finalize=_shown).from_string(template).render(
+    environment = Environment(autoescape=True, trim_blocks=True, finalize=_shown(shortener(report.recipe)))
+    return environment.from_string(template).render(
         title=report.title,
         subtitle=f"{record['parameters']:,} parameters; model {report.recipe.model}; total time {record['wall_s']:.0f} s.",
         notes=record["notes"],
@@ -53,9 +54,13 @@ def html(report: Report) -> str:
     )  # fmt: skip
 
 
-def _shown(value: Any) -> Any:
-    """Return a value of the template without control characters and credentials; Markup is ours already."""
-    return plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+def _shown(shorten: Callable[[str], str]) -> Callable[[Any], Any]:
+    """Return a function that removes control characters, credentials and folders from a value; Markup is ours already."""
+
+    def show(value: Any) -> Any:
+        return shorten(plain(value)) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+    return show
 
 
 def _sections(report: Report) -> Iterator[Section]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ray_soup.recipe import BEST_SINGLE
+from ray_soup.soups.report import figures, heat_map, trajectories
 from ray_soup.soups.report.contents import Plot, Report
 from ray_soup.soups.report.measures import Measures
 from ray_soup.soups.report.settings import varied_settings
@@ -30,8 +31,6 @@ def plots(report: Report) -> Iterator[Plot]:
 
 
 def _plots_of_quality(report: Report) -> Iterator[Plot]:
-    from ray_soup.soups.report import figures  # matplotlib is slow to import
-
     record, measures = report.record, report.measures
     for split in report.splits if len(report.rows) > 1 else ():
         count, figure = record["examples"][split], measures.leading(report.rows, split)
@@ -105,8 +104,6 @@ def _optimistic(report: Report) -> str:
 
 
 def _plots_of_learning(report: Report) -> Iterator[Plot]:
-    from ray_soup.soups.report import figures
-
     search, measures = report.record.get("search", {}), report.measures
     varied = {"learn.lr", "learn.model_batch"} <= set(search.get("keys", ()))
     if varied and figures.on_plane(search["trials"], search["metric"]):
@@ -140,8 +137,6 @@ def _numbers_of_curves(report: Report) -> Table:
 
 
 def _plots_of_coefficients(report: Report) -> Iterator[Plot]:
-    from ray_soup.soups.report import figures, heat_map, trajectories
-
     if report.coefficients:
         negative = any((c.values < 0).any() for c in report.coefficients.values())
         text = (
@@ -160,8 +155,6 @@ def _plots_of_coefficients(report: Report) -> Iterator[Plot]:
 
 
 def _plots_of_models(report: Report) -> Iterator[Plot]:
-    from ray_soup.soups.report import figures
-
     if report.similarity is not None:
         names = [ingredient["name"] for ingredient in report.record["ingredients"]]
         pairs = [(int(j), int(k)) for j, k in np.argwhere(np.triu(report.similarity > DUPLICATE_COSINE, 1))]

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ray_soup.io.pace import Display, Pace, duration
+from ray_soup.io.redact import printable, redact
 from ray_soup.soups.report.console import log, logs_json, make_console, name_of, say
 
 if TYPE_CHECKING:
@@ -55,6 +56,14 @@ class ProgressBar(Display):
                 bars.stop()
         elif logs_json():
             self._print(phase, now)
+
+    def tell(self, sentence: str) -> None:
+        """Print a sentence, on a terminal above the bar."""
+        if self._bars is None:
+            say(sentence)
+        else:
+            with suppress(OSError, ValueError):
+                self._console.print(printable(redact(sentence)), markup=False, highlight=False)
 
     def _print(self, phase: Pace, now: float) -> None:
         self._printed, self._announced = now, phase

@@ -130,7 +130,8 @@ def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     Returns:
         `gained` and `lost` (examples that only ours or only theirs got right), `mcnemar_p`, and `accuracy`, `accuracy_low`,
         `accuracy_high`, `nll`, `nll_low`, `nll_high`, and the same for `metric`; those of accuracy only if it has a meaning,
-        those of the metric only if the recipe has one. Without McNemar's test, `nll_p`.
+        those of the metric only if the recipe has one. Without McNemar's test, `nll_p`. For each score of the objective,
+        as `score_NAME`, `score_NAME_low`, `score_NAME_high` and `score_NAME_p`, the p-value of the permutation test.
     """
     from scipy.stats import binomtest
 
@@ -140,6 +141,8 @@ def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     if ours.scores is not None and theirs.scores is not None:
         metric = ratio_interval(ours.scores.astype(np.float64) - theirs.scores, None, ours.group)
         found |= dict(zip(("metric", "metric_low", "metric_high"), metric, strict=True))
+    for name in ours.means if ours.means.keys() == theirs.means.keys() else ():
+        found |= _of_score(name, ours, theirs)
     if ours.correct is None or theirs.correct is None or ours.weight is not None:
         found["nll_p"] = sign_flip_p(losses if ours.group is None else by_group(losses, ours.group))
     if ours.correct is None or theirs.correct is None:
@@ -152,6 +155,16 @@ def paired_test(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return {"gained": gained, "lost": lost, "mcnemar_p": p, **found}
+
+
+def _of_score(name: str, ours: Outcome, theirs: Outcome) -> dict[str, float]:
+    """Return the paired test of one of the objective's scores."""
+    assert ours.named is not None
+    assert theirs.named is not None
+    differences = ours.named[name] - theirs.named[name]
+    key, ends = f"score_{name}", ratio_interval(differences, None, ours.group)
+    p = sign_flip_p(differences if ours.group is None else by_group(differences, ours.group))
+    return {**dict(zip((key, f"{key}_low", f"{key}_high"), ends, strict=True)), f"{key}_p": p}
 
 
 def is_better(ours: Outcome, theirs: Outcome, select_by: str) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ray_soup.recipe import BASELINES, BEST_SINGLE, METHODS, PEFT_MERGES, TRAINED
+from ray_soup.recipe import BEST_SINGLE, METHODS, PEFT_MERGES, TRAINED
 from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.text import (
     BEFORE_REFIT,
@@ -15,11 +14,10 @@ from ray_soup.soups.report.text import (
     OPTIMISTIC,
     OPTIMISTIC_NOTE,
     capital,
-    markdown_paragraph,
     markdown_text,
     number,
 )
-from ray_soup.task.outcomes import judged, test_sets
+from ray_soup.task.outcomes import test_sets
 
 Row = Mapping[str, Any]
 """Figures of one model, by the keys of results.jsonl."""
@@ -40,6 +38,9 @@ COSTS = ("steps", "image_passes", "seconds", "peak_memory_bytes", "ingredients_u
 EVALUATE = "evaluate_"
 """Begins the keys of figures that the recipe's function `evaluate` computed; their names follow."""
 
+FIGURES = ("accuracy", "metric", "nll", "ece", "scaled", "perplexity", "byte", "sd")
+"""Last parts of keys such as test_nll that are no score of the recipe's objective."""
+
 REFIT = "refit_steps"
 """Key of a row whose soup was refitted on fit and select: its figures on select are those before the refit."""
 
@@ -58,6 +59,14 @@ def splits_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(split for split, _, figure in figures if figure in ("accuracy", "nll")))
 
 
+def scores_in(rows: Iterable[Row]) -> list[str]:
+    """Return the names of what the objective's `scores` returned, whose means the rows have, as in `test_f1`."""
+    rows = list(rows)
+    splits = splits_of(rows)
+    parts = (key.rpartition("_") for row in rows for key in row if not key.startswith(EVALUATE))
+    return list(dict.fromkeys(name for split, _, name in parts if split in splits and name not in FIGURES))
+
+
 def titled(split: str) -> str:
     """Return a split's name for display: a named test set is called by its name alone."""
     return split.removeprefix("test_")
@@ -66,11 +75,11 @@ def titled(split: str) -> str:
 def quality(rows: Sequence[Row], measures: Measures = Measures()) -> list[tuple[str, str, str]]:
     """Return the columns of model quality in the rows.
 
-    For each split these are accuracy, metric, loss, and what follows from it; then come the figures of the recipe's function
-    `evaluate`.
+    For each split these are accuracy, metric, loss, what follows from it, and the scores of the objective; then come the
+    figures of the recipe's function `evaluate`.
     """
     columns, splits = [MODEL], splits_of(rows)
-    tests = test_sets(splits)
+    tests, scores = test_sets(splits), scores_in(rows)
     for split in splits:
         name, one = titled(split), len(tests) < 2
         columns += [
@@ -84,6 +93,7 @@ def quality(rows: Sequence[Row], measures: Measures = Measures()) -> list[tuple[
                 (f"{split}_perplexity", "perplexity" if one else f"{name} perplexity", "{:.4g}"),
                 (f"{split}_bits_per_byte", "bits/byte" if one else f"{name} bits/byte", "{:.4f}"),
             ]
+        columns += [(f"{split}_{score}", f"{name} {score}", "{:.4f}") for score in scores]
     return [*columns, *own_columns(rows)]
 
 
@@ -124,7 +134,8 @@ def results_in_parts(rows: Sequence[Row], measures: Measures, several: bool) -> 
     if not several:
         return [("Results", [*columns, *cost(measures)])]
     figures = {"accuracy": capital(measures.accuracy), "metric": "Metric", "nll": capital(measures.loss_per_unit),
-               "nll_scaled": "NLL scaled", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}  # fmt: skip
+               "nll_scaled": "NLL scaled", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte",
+               **{name: capital(name) for name in scores_in(rows)}}  # fmt: skip
     groups: list[tuple[str, Columns]] = [
         (title, [c for c in columns[1:] if c not in own and c[0].endswith(f"_{figure}")])
         for figure, title in figures.items()
@@ -185,59 +196,6 @@ def _display_scale(key: str) -> float:
     return 100 if key.endswith("_accuracy") else 1e-6 if key == "peak_memory_bytes" else 1
 
 
-def paired_table(tests: Iterable[Row], against: str, split: str, measures: Measures) -> Table:
-    """Format paired tests on a split: differences from the baseline `against`, with intervals and p-values.
-
-    Accuracy, or the recipe's metric if it makes the choices, stands before the loss.
-    """
-    some = [t for t in tests if (t["against"], t["split"]) == (against, split)]
-    first = _first_tested(some, measures)
-    cells: list[tuple[str, str, Callable[[Row], str]]] = [
-        ("model_name", f"minus {against}", lambda t: t["model_name"]),
-        (first, "metric (95 %)" if first == "metric" else "points (95 %)", partial(_difference, first, measures)),
-        ("mcnemar_p", "p", lambda t: f"{t['mcnemar_p']:.2g}"),
-        ("nll", f"{measures.loss_heading} (95 %)", partial(_difference, "nll", measures)),
-        ("nll_p", "p", lambda t: f"{t['nll_p']:.2g}"),
-    ]
-    shown = [c for c in cells if any(c[0] in t for t in some) and (c[0] != "mcnemar_p" or first == "accuracy")]
-    return [heading for _, heading, _ in shown], [[cell(t) for _, _, cell in shown] for t in some]
-
-
-def _difference(figure: str, measures: Measures, test: Row) -> str:
-    """Format the difference in a figure with its interval; that of accuracy in percentage points."""
-    difference, low, high = (test[key] for key in (figure, f"{figure}_low", f"{figure}_high"))
-    if figure == "accuracy":
-        shown = [number("{:+.2f}", 100 * value) for value in (difference, low, high)]
-        return f"{shown[0]} ({shown[1]}, {shown[2]})"
-    shown = [measures.shown(figure, value, "+") for value in (difference, low, high)]
-    return f"{shown[0]} ({shown[1]}, {shown[2]})"
-
-
-def paired_legend(tests: Sequence[Row], measures: Measures) -> str:
-    """Return the legend of the paired tests."""
-    first = _first_tested(tests, measures)
-    points = f"{measures.accuracy} (percentage points)" if first == "accuracy" else "the metric"
-    what = [points] if any(first in test for test in tests) else []
-    p_value = ""
-    if first == "accuracy" and any("mcnemar_p" in test for test in tests):
-        p_value = ", and the p-value of the exact McNemar test on accuracy"
-    elif any("nll_p" in test for test in tests):
-        p_value = (
-            f", and the p-value of the paired permutation test on the {measures.loss}, which flips the signs of the "
-            "differences of whole examples, or documents"
-        )
-    return (
-        f"Paired tests on the test set: differences in {' and in '.join([*what, measures.loss_per_unit])} with 95 % "
-        f"bootstrap intervals{p_value}. A negative {measures.loss} difference is an improvement. If an interval contains 0, "
-        "the difference is not significant."
-    )
-
-
-def _first_tested(tests: Sequence[Row], measures: Measures) -> str:
-    """Return the figure that stands before the loss in a table of tests."""
-    return "metric" if measures.select_by == "metric" and any("metric" in test for test in tests) else "accuracy"
-
-
 def series_table(rows: Sequence[Row], key: str, split: str, measures: Measures = Measures()) -> Table:
     """Format the leading figure on a split, with a row for each method and a column for each value of `key`."""
     values, figure = list(dict.fromkeys(row[key] for row in rows)), measures.leading(rows, split)
@@ -275,42 +233,6 @@ def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def comparison_parts(record: Mapping[str, Any]) -> Iterator[Table | str]:
-    """Yield all tables of a comparison, and the lines of text that stand before or after them.
-
-    Args:
-        record: run.json of a comparison.
-    """
-    splits, measures, rows = judged(record["examples"]), measures_in(record), record["table"]
-
-    def each(table_on: Callable[[str], Table]) -> Iterator[Table | str]:
-        """Yield one table for each test set, under the set's name if there are several."""
-        for split in splits:
-            yield from [f"On {titled(split)}:"] if len(splits) > 1 else []
-            yield table_on(split)
-
-    yield table(rows, [*quality(rows, measures), *cost(measures)])
-    yield legend(record, rows)
-    if record["tests"]:
-        for baseline in BASELINES:
-            yield from each(partial(paired_table, record["tests"], baseline, measures=measures))
-        yield paired_legend(record["tests"], measures)
-    for name, key in (("eliminations", "dropped"), ("counts", "count")):
-        if record[name]:
-            yield from each(partial(series_table, record[name], key, measures=measures))
-            yield series_legend(record[name], key, splits[0], measures, of_seed(record))
-
-
-def as_markdown(parts: Iterable[Table | str]) -> str:
-    """Format tables and lines of text as Markdown."""
-    return "\n\n".join(markdown_paragraph(part) if isinstance(part, str) else markdown(*part) for part in parts)
-
-
-def comparison_markdown(record: Mapping[str, Any]) -> str:
-    """Format all tables of the comparison in run.json as Markdown, each followed by its legend."""
-    return as_markdown(comparison_parts(record))
-
-
 def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
     """Return the legend of the main table: what its figures were measured on and what its columns mean.
 
@@ -326,6 +248,8 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
 
     about = [measures.explained(has("accuracy"))]
     about += ["Metric: mean of the recipe's metric over the examples."] if has("metric") else []
+    if scores := scores_in(rows):
+        about.append(f"{', '.join(scores)}: means of the objective's scores over the examples.")
     about += ["Perplexity: exp of the NLL per token."] if has("perplexity") else []
     about += ["Bits/byte: NLL in bits per byte of the texts."] if has("bits_per_byte") else []
     about += ["NLL scaled: test NLL after temperature scaling fitted on select."] if has("nll_scaled") else []
@@ -353,7 +277,7 @@ def legend(record: Mapping[str, Any], rows: Sequence[Row] = ()) -> str:
         about.append(f"{MEAN_SINGLE}: mean of the ingredients' own figures.")
     used = " Test was used for reporting only." if test_sets(examples) else ""
     text = (
-        f"Examples: {sizes}. All figures are measured on the written model files, in float32.{used} "
+        f"Examples: {sizes}. All figures are measured on the written model files, in {measures.dtype}.{used} "
         f"{' '.join(filter(None, about))}"
     ).rstrip()
     if len(seeds) > 1:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_soup.io.claims import CLAIM, discard
 from ray_soup.io.disk import writing
 
 if TYPE_CHECKING:
     from ray_soup.soups.state import LearnState
 
 
-def scalars(board: Path) -> Callable[[int, int, LearnState], None]:
+def scalars(board: Path, own: Path | None = None) -> Callable[[int, int, LearnState], None]:
     """Return a callback for the end of every epoch that writes the learning curve to TensorBoard event files.
 
     The first call replaces the folder `board` and writes the whole curve of the state, so a resumed run has all of it; later
@@ -22,6 +23,7 @@ def scalars(board: Path) -> Callable[[int, int, LearnState], None]:
 
     Args:
         board: the folder of the event files.
+        own: a folder of this run on the same disk, in which the new folder is made before it gets its name; None: beside it.
 
     Returns:
         A callback of (step, steps, state), which closes the files once step >= steps. It raises SoupError if they cannot be
@@ -36,9 +38,13 @@ def scalars(board: Path) -> Callable[[int, int, LearnState], None]:
             if writer is None:
                 from tensorboardX.event_file_writer import EventsWriter  # has no thread, unlike SummaryWriter
 
-                shutil.rmtree(board, ignore_errors=True)
-                board.mkdir(parents=True, exist_ok=True)
-                writer = EventsWriter(str(board / "events"))
+                board.parent.mkdir(parents=True, exist_ok=True)
+                new = (own or board.parent) / f"{CLAIM}{board.name}"
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
+                writer = EventsWriter(str(new / "events"))
+                discard(board, new.parent)
+                new.rename(board)  # the open file moves with it
             for line in state.curve[written:]:
                 for name in ("fit_nll", "select_nll", "select_accuracy", "select_metric", "lr"):
                     if name in line:

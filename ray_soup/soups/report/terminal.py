@@ -1,4 +1,7 @@
-"""The results of commands on the terminal: tables, sentences, and the names of written files. Does not import torch."""
+"""The results of commands on the terminal: tables, sentences, and the names of written files. Does not import torch.
+
+What makes tables is imported by the functions that print them: a help text and `ray-soup inspect` need none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ray_soup.recipe import BEST_SINGLE
 from ray_soup.soups.report.console import echo, name_of, print_json, say
-from ray_soup.soups.report.ending import how_good, how_to_load, what_was_made
 from ray_soup.soups.report.marks import insert
-from ray_soup.soups.report.measures import Measures, measures_in
 from ray_soup.soups.report.progress_bar import ProgressBar
-from ray_soup.soups.report.tables import comparison_markdown, steps_table
-from ray_soup.soups.report.terminal_tables import comparison_text, figures_text, table_text, trials_text
-from ray_soup.soups.report.text import preprocessing_text
 
 if TYPE_CHECKING:
     from ray_soup.soups.output import Soup
+    from ray_soup.soups.report.measures import Measures
 
 __all__ = [
     "ProgressBar", "echo", "print_comparison", "print_evaluation", "print_ingredients", "print_json", "print_row",
@@ -26,16 +25,24 @@ __all__ = [
 
 def print_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """Print a table, as `table_text` formats it."""
+    from ray_soup.soups.report.terminal_tables import table_text
+
     echo(table_text(head, cells))
 
 
-def print_row(*rows: Mapping[str, Any], measures: Measures = Measures()) -> None:
+def print_row(*rows: Mapping[str, Any], measures: Measures | None = None) -> None:
     """Print the figures of one model or two, one figure per line: side by side they do not fit into 80 columns."""
-    echo(figures_text(rows, measures))
+    from ray_soup.soups.report.measures import Measures
+    from ray_soup.soups.report.terminal_tables import figures_text
+
+    echo(figures_text(rows, measures or Measures()))
 
 
 def print_evaluation(row: Mapping[str, Any], as_json: bool) -> None:
     """Print the figures of one model that `ray-soup evaluate` computed, its notes, and how the data were preprocessed."""
+    from ray_soup.soups.report.measures import measures_in
+    from ray_soup.soups.report.text import preprocessing_text
+
     for note in row.get("notes", ()):
         say(note)
     if as_json:
@@ -43,6 +50,8 @@ def print_evaluation(row: Mapping[str, Any], as_json: bool) -> None:
     print_row(row, measures=measures_in(row))
     if preprocessing := preprocessing_text(row.get("preprocessing", {})):
         echo(f"Preprocessing: {preprocessing}")
+    if "dtype" in row:
+        echo(f"Computed with weights in {row['dtype']}.")
     return None
 
 
@@ -56,6 +65,9 @@ def _rows_of(soup: Soup) -> list[Mapping[str, Any]]:
 
 def print_soup(soup: Soup, as_json: bool) -> None:
     """Print the figures of a soup, where it was written, and how to load it."""
+    from ray_soup.soups.report.measures import measures_in
+    from ray_soup.soups.report.tables import steps_table
+
     _print_notes(soup)
     if as_json:
         print_json({"out": str(soup.out), "results": soup.rows, "run": soup.record})
@@ -72,6 +84,8 @@ def print_soup(soup: Soup, as_json: bool) -> None:
 
 def _print_ending(soup: Soup, files: str) -> None:
     """Print what a run has made, how good it is, where it is, and how to load it."""
+    from ray_soup.soups.report.ending import how_good, how_to_load, what_was_made
+
     rows = _rows_of(soup)
     echo(what_was_made(soup.record, rows))
     if good := how_good(soup.record, rows):
@@ -98,6 +112,9 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
 
     Raises RecipeError if the file `into` has no marks.
     """
+    from ray_soup.soups.report.markdown import comparison_markdown
+    from ray_soup.soups.report.terminal_tables import comparison_text
+
     if into:
         insert(comparison_markdown(soup.record), into)
         say(f"Wrote the tables into {into}.")
@@ -116,6 +133,8 @@ def print_comparison(soup: Soup, as_json: bool, markdown: bool = False, into: st
 
 def print_trials(record: Mapping[str, Any]) -> None:
     """Print the trials of the search in run.json, its Pareto front, and which trial is best."""
+    from ray_soup.soups.report.terminal_tables import trials_text
+
     echo(trials_text(record))
 
 

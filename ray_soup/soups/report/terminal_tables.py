@@ -13,12 +13,12 @@ from typing import Any
 from ray_soup.recipe import BASELINES
 from ray_soup.soups.report.console import LONGEST_NAME, NARROWEST
 from ray_soup.soups.report.measures import Measures, measures_in
+from ray_soup.soups.report.paired import paired_table
 from ray_soup.soups.report.tables import (
     Row,
     Table,
     cost,
     of_seed,
-    paired_table,
     quality,
     results_in_parts,
     series_table,

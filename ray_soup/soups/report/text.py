@@ -42,6 +42,23 @@ def number(form: str, value: float) -> str:
     return text.replace("-", "+" if "+" in form else "", 1) if is_zero else text
 
 
+def size_in_bytes(nbytes: float) -> str:
+    """Format a number of bytes, as in 1.2 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Format an estimated time, as in 12.3 ms, 4.5 s, 6 min or 1.7 h."""
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def plain(text: str) -> str:
     """Return a text for a page or a figure: printable, in characters of XML, without credentials. Newlines stay."""
     return _NO_XML.sub(lambda found: ascii(found[0])[1:-1], printable(redact(text)))
@@ -79,7 +96,7 @@ def preprocessing_text(record: Mapping[str, Any]) -> str:
     parts = [f"the function {record['function']}"] if "function" in record else []
     parts += [f"as the function {record['model']} returns it"] if "model" in record else []
     parts += [f"texts of up to {record['length']:,} tokens"] if "length" in record else []
-    for name in ("size", "channels", "mean", "std", "crop", "interpolation"):
+    for name in ("size", "resize_size", "channels", "mean", "std", "crop", "interpolation"):
         if name in record:
             values = record[name] if isinstance(record[name], list) else [record[name]]
             join, shown = (
@@ -89,7 +106,10 @@ def preprocessing_text(record: Mapping[str, Any]) -> str:
             parts.append(f"{name} {join.join(shown)}")
     cut = [f"{share:.1%} of {name}" for name, share in record.get("cut", {}).items()]
     parts += [f"{' and '.join(cut)} longer"] if cut else []
-    return f"{'; '.join(parts)} ({SOURCES[source]})" if parts else SOURCES[source]
+    why = SOURCES[source]
+    if places := list(dict.fromkeys(str(place).removeprefix("its ") for place in record.get("files", {}).values())):
+        why += f"{'' if source == 'files' else '; the rest as the files of the ingredients say'}: {', '.join(places)}"
+    return f"{'; '.join(parts)} ({why})" if parts else why
 
 
 def markdown_text(text: str) -> str:

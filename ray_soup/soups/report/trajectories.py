@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ray_soup.mixing.blocks import layer_of
 from ray_soup.mixing.coefficients import Coefficients
 from ray_soup.mixing.schedules import decay_of
 from ray_soup.soups.report.figures import BLUE, GREY, ORANGE, drawn
 from ray_soup.soups.report.text import label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CAPTION = (
     "Which {unit}s each soup uses, and the decay of the learning rate that it amounts to. Above: the weight of each {unit}. "

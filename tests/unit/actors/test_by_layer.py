@@ -96,12 +96,17 @@ def coordinates(blocks: int) -> np.ndarray:
     return (0.1 * np.random.default_rng(0).standard_normal((COUNT, blocks))).astype(np.float32)
 
 
-@pytest.mark.parametrize("blocks", ["tensor", "layer", "model", 300, {"tensor": 5}])
+@pytest.mark.parametrize(
+    ("blocks", "dtype"),
+    [*((blocks, "int8") for blocks in ("tensor", "layer", "model", 300, {"tensor": 5})), ({"tensor": 5}, "int4")],
+)
 @pytest.mark.parametrize("chosen", [EVERYTHING, (1, 4), (3,)])
-def test_loss_and_gradient_are_those_of_the_whole_model(deep: Path, blocks: Blocks, chosen: tuple[int, ...]) -> None:
+def test_loss_and_gradient_are_those_of_the_whole_model(
+    deep: Path, blocks: Blocks, dtype: str, chosen: tuple[int, ...]
+) -> None:
     found = []
     for by_layer in (False, True):
-        pool = pool_of(deep, by_layer)
+        pool = pool_of(deep, by_layer, directions__dtype=dtype)
         x = coordinates(pool.open_all(blocks).partition.count)
         pool.begin(np.array(chosen), x, "float32")
         for _ in range(2):  # the second step begins with no gradient of the first
@@ -269,5 +274,5 @@ def test_private_memory_is_that_of_a_layer_and_of_what_is_held(tmp_path: Path) -
         peak, *figures[by_layer] = map(float, done.stdout.split())
         peaks[by_layer] = peak / count
     np.testing.assert_allclose(figures[True], figures[False], rtol=1e-4)
-    assert peaks[False] > 8, peaks
+    assert peaks[False] > 7.5, peaks
     assert peaks[True] < 1, peaks

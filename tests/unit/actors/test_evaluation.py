@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 
+from ray_soup.actors import evaluation
 from ray_soup.actors.evaluation import outcome_of, score
+from ray_soup.io.cache import cache_at
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.evaluations import ensemble_outcomes
 from ray_soup.task.data import Split
 from ray_soup.task.objective import Classification
-from ray_soup.task.outcomes import LOG_FACTORS, best_log_factor, join_outcomes, scaled_nll
+from ray_soup.task.outcomes import LOG_FACTORS, Outcome, best_log_factor, join_outcomes, scaled_nll
 from tests import tiny
 from tests.conftest import InProcess, values, yield_last
 from tests.unit.task.test_outcomes import example
@@ -84,16 +90,28 @@ def test_a_score_sums_over_the_examples(zoo: Path, micro_batch: int) -> None:
     assert score(shard.replica, split, 2.0).loss != pytest.approx(found.loss, rel=1e-3)
 
 
+def assert_equal(found: list[Outcome], expected: list[Outcome]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.loss, theirs.loss)
+        np.testing.assert_array_equal(ours.correct, theirs.correct)
+
+
 def test_the_ensemble_is_the_mean_of_the_logits_on_any_actor(zoo: Path) -> None:
-    """On two actors that evaluated all members, and on two that replace them at the end."""
+    """On two actors that evaluated all members, on two that replace them at the end, and on one that serves both ranks."""
     recipe = make_recipe(values(zoo, method="greedy"))
     paths = tuple(str(zoo / "zoo" / f"model_{k}.safetensors") for k in range(4))
     splits = [Split("fit", np.arange(100, 331, dtype=np.int32)), Split("test", np.arange(600, dtype=np.int32))]
-    actors, others = InProcess(recipe, 2).shards, InProcess(recipe, 2).shards
+    actors, others, one = InProcess(recipe, 2).shards, InProcess(recipe, 2).shards, InProcess(recipe).shards[0]
     parts = [[split.parts(2)[rank] for split in splits] for rank in range(2)]
-    members = [[yield_last(s.evaluate_member(paths[: k + 1], parts[s.rank])) for s in actors] for k in range(4)]
-    found = [yield_last(s.evaluate_ensemble(paths, parts[s.rank])) for s in actors]
-    again = [yield_last(s.evaluate_ensemble(paths, parts[s.rank])) for s in others]
+    members = [[yield_last(actors[r].evaluate_member(paths[: k + 1], parts[r], r)) for r in range(2)] for k in range(4)]
+    for k in range(4):
+        for rank in range(2):
+            assert_equal(yield_last(one.evaluate_member(paths[: k + 1], parts[rank], rank)), members[k][rank])
+    found = [yield_last(actors[rank].evaluate_ensemble(paths, parts[rank], rank)) for rank in range(2)]
+    again = [yield_last(others[rank].evaluate_ensemble(paths, parts[rank], rank)) for rank in range(2)]
+    for rank in range(2):
+        assert_equal(yield_last(one.evaluate_ensemble(paths, parts[rank], rank)), found[rank])
+        assert_equal(again[rank], found[rank])
     images = {"fit": tiny.digits()[0][600:1197], "test": tiny.digits()[0][1197:]}
     labels = {"fit": tiny.digits()[1][600:1197], "test": tiny.digits()[1][1197:]}
     for n, split in enumerate(splits):
@@ -104,12 +122,52 @@ def test_the_ensemble_is_the_mean_of_the_logits_on_any_actor(zoo: Path) -> None:
             with torch.inference_mode():
                 logits.append(model(torch.from_numpy(images[split.source][split.rows])))
             alone = outcome_of(Classification(), logits[-1], torch.from_numpy(labels[split.source][split.rows]))
-            one = join_outcomes([members[k][rank][n] for rank in range(2)])
-            np.testing.assert_allclose(one.loss, alone.loss, rtol=1e-4, atol=1e-6)
+            whole = join_outcomes([members[k][rank][n] for rank in range(2)])
+            np.testing.assert_allclose(whole.loss, alone.loss, rtol=1e-4, atol=1e-6)
         expected = outcome_of(
             Classification(), torch.stack(logits).mean(0), torch.from_numpy(labels[split.source][split.rows])
         )
-        for outcomes in (found, again):
-            together = join_outcomes([outcomes[rank][n] for rank in range(2)])
-            np.testing.assert_allclose(together.loss, expected.loss, rtol=1e-4, atol=1e-6)
-            assert together.factored is not None
+        together = join_outcomes([found[rank][n] for rank in range(2)])
+        np.testing.assert_allclose(together.loss, expected.loss, rtol=1e-4, atol=1e-6)
+        assert together.factored is not None
+
+
+@pytest.mark.parametrize(("stop", "kept_in"), [*((stop, "folder") for stop in range(1, 9)), (4, "bucket"), (7, "bucket")])
+def test_an_ensemble_that_was_interrupted_evaluates_no_member_again(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, stop: int, kept_in: str
+) -> None:
+    """It ends during the evaluation number `stop` of eight: four members on two ranks."""
+    base = request.getfixturevalue("s3") if kept_in == "bucket" else str(tmp_path)
+    recipe = make_recipe(values(zoo, method="greedy"))
+    paths = [str(zoo / "zoo" / f"model_{k}.safetensors") for k in range(4)]
+    splits = [Split("fit", np.arange(100, 331, dtype=np.int32)), Split("test", np.arange(600, dtype=np.int32))]
+    keys, evaluated = [[f"{k}{n}" for n in range(2)] for k in range(4)], list[str]()
+    evaluate_checkpoint = evaluation.evaluate_checkpoint
+
+    def counted(replica: Any, path: str, *more: Any) -> Iterator[Any]:
+        evaluated.append(path)
+        if len(evaluated) == stop:
+            evaluated.append("interrupted")
+            raise KeyboardInterrupt
+        return (yield from evaluate_checkpoint(replica, path, *more))
+
+    def attempt(place: Path) -> tuple[list[list[Outcome]], list[Outcome]]:
+        stem = f"{base}/{place.name}/sums"
+        with cache_at(place / "cache"):
+            return ensemble_outcomes(InProcess(recipe, 2), paths, keys, splits, lambda *done: None, stem)
+
+    for place in ("whole", "cut"):
+        (tmp_path / place).mkdir()
+    whole = attempt(tmp_path / "whole")
+    monkeypatch.setattr(evaluation, "evaluate_checkpoint", counted)
+    monkeypatch.setattr(evaluation, "SAVING", math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path / "cut")
+    individual, together = attempt(tmp_path / "cut")
+    for ours, theirs in zip([*individual, together], [*whole[0], whole[1]], strict=True):
+        assert_equal(ours, theirs)
+    assert evaluated[stop - 1 : stop + 1] == [paths[(stop - 1) // 2], "interrupted"]
+    again = [path for path in evaluated if path != "interrupted"]
+    assert sorted(again) == sorted([*paths, *paths, paths[(stop - 1) // 2]])
+    assert attempt(tmp_path / "cut")[1] is not None
+    assert len(evaluated) == 10

@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ray_soup.actors.evaluation import score
+from ray_soup.errors import RecipeError
 from ray_soup.io.progress import no_progress
+from ray_soup.mixing.running_statistics import averaged
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.evaluations import figures_of
 from ray_soup.task.data import Split
-from ray_soup.task.objective import IGNORED, VOID
-from ray_soup.task.outcomes import Outcome, Score, join_outcomes
+from ray_soup.task.objective import IGNORED, VOID, Objective
+from ray_soup.task.outcomes import Outcome, Score, join_outcomes, load_outcomes, save_outcomes
 from tests.conftest import InProcess, yield_last
-from tests.kinds import KINDS, Kind
+from tests.kinds import KINDS, ClassAndNumber, Kind, by_class, classes_and_numbers
 
 Zoos = dict[str, Path]
 FIT = Split("fit", np.arange(41, dtype=np.int32))
@@ -75,7 +78,7 @@ def by_autograd(kind: Kind, folder: Path, layout: Any, factor: float, smoothing:
     thetas = [load_file(folder / "zoo" / f"model_{k}.safetensors") for k in range(4)]
     mixed = {f"model.{n}": sum(c[k] * thetas[k][n].double() for k in range(4)) for n in layout.names}
     outputs = torch.func.functional_call(Through(kind), mixed, (inputs,))
-    scaled = outputs if kind.objective in ("regression", "tests.kinds:Poisson") else outputs * t
+    scaled = outputs if not kind.is_scaled else outputs * t
     loss = kind.losses(scaled, targets, smoothing).sum() if smoothing else kind.losses(scaled, targets).sum()
     loss.backward()
     return loss.item(), c.grad.numpy(), 0.0 if t.grad is None else t.grad.item()
@@ -116,6 +119,68 @@ def test_a_step_of_three_actors_adds_up_to_that_of_one(zoos: Zoos, name: str) ->
     assert np.abs(gradient - theirs).max() <= 1e-5 * np.abs(gradient).max()
     assert loss == pytest.approx(their_loss, rel=1e-6)
     assert weight == their_weight
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))
+
+
+class OfDoubled(Objective):
+    """Calls the model on twice its inputs."""
+
+    def outputs(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        return model(2 * inputs)
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        return outputs.abs().sum(1)
+
+
+def test_running_statistics_are_those_of_the_model_as_the_objective_calls_it(tmp_path: Path) -> None:
+    here = "tests.unit.actors.test_every_objective"
+    kind = Kind(f"{here}:OfDoubled", normed, classes_and_numbers, by_class)
+    kind.write(tmp_path)
+    pool = InProcess(make_recipe(kind.values(tmp_path, model=f"{here}:normed")))
+    sums = yield_last(pool.shards[0].sum_statistics_of_file(str(tmp_path / "zoo" / "model_0.safetensors"), [FIT]))
+    inputs, _ = examples(tmp_path, FIT)
+    np.testing.assert_allclose(averaged([sums])["0.running_mean"], 2 * inputs.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("micro_batch", "size"), [(1, 1), (7, 1), (64, 1), (7, 3)])
+def test_scores_of_an_objective_are_kept_for_each_example(zoos: Zoos, tmp_path: Path, micro_batch: int, size: int) -> None:
+    kind, folder = KINDS["two_heads"], zoos["two_heads"]
+    pool = pool_of("two_heads", zoos, size, learn={"batch_size": 13, "micro_batch": micro_batch})
+    paths = tuple(str(folder / "zoo" / f"model_{k}.safetensors") for k in range(4))
+    for end in range(1, 5):
+        pool.evaluate_member(paths[:end], [TEST])
+    outputs, targets = of_all(kind, folder, TEST)
+    (alone,), (together,) = pool.evaluate_file(paths[2], [TEST]), pool.evaluate_ensemble(paths, [TEST])
+    save_outcomes({"alone": alone, "together": together}, tmp_path / "outcomes.npz")
+    kept = load_outcomes(tmp_path / "outcomes.npz")
+    for name, expected in (("alone", outputs[2]), ("together", outputs.mean(0))):
+        named = kept[name].named
+        assert named is not None
+        assert named.dtype.names == ("top-2", "distance")
+        np.testing.assert_array_equal(named["top-2"], (expected[:, :5].topk(2).indices == targets[:, :1]).any(1))
+        np.testing.assert_allclose(named["distance"], (expected[:, 5] - targets[:, 1]).abs(), rtol=1e-5, atol=1e-6)
+        assert figures_of({"test": kept[name]})["test_distance"] == named["distance"].mean()
+
+
+class OverRows(ClassAndNumber):
+    def outputs(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        return super().outputs(model, inputs).softmax(0)
+
+
+class FirstRow(ClassAndNumber):
+    def outputs(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        return super().outputs(model, inputs)[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("OverRows", "for the first example of .* change by"), ("FirstRow", "have 1 rows")]
+)
+def test_outputs_that_depend_on_other_examples_are_refused(zoos: Zoos, name: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=f"the outputs of {name} {said}"):
+        pool_of("two_heads", zoos, objective=f"tests.unit.actors.test_every_objective:{name}")
 
 
 def figures(outcome: Outcome) -> tuple[float, float | None]:

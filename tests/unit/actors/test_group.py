@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import socket
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from ray_soup.actors.group import ShardGroup, interface_towards
+from ray_soup.actors.group import GroupLost, ShardGroup, interface_towards
+from ray_soup.actors.rendezvous import share_secret
+from tests.gpu_on_cpu import gpu
 
 CPU = torch.device("cpu")
 
@@ -32,9 +37,15 @@ def test_a_single_shard_gathers_and_scatters_in_place() -> None:
     assert group.scatter(vector).data_ptr() == vector.data_ptr()
 
 
-def collective(shard: int, addresses: Any, answers: Any) -> None:
+def collective(shard: int, on_gpu: bool, addresses: Any, answers: Any) -> None:
     """Shard `shard` of 2, for 5 parameters: padded to 6."""
-    group = ShardGroup(shard, 2, 5, CPU)
+    with gpu() if on_gpu else nullcontext():
+        on_device(shard, torch.device("cuda" if on_gpu else "cpu"), addresses, answers)
+
+
+def on_device(shard: int, device: torch.device, addresses: Any, answers: Any) -> None:
+    share_secret(b"of both")
+    group = ShardGroup(shard, 2, 5, device)
     if shard == 0:
         addresses.put(group.open("127.0.0.1"))
         port = addresses.get(timeout=60)  # put back for itself
@@ -43,17 +54,26 @@ def collective(shard: int, addresses: Any, answers: Any) -> None:
         port = addresses.get(timeout=60)
         addresses.put(port)
     group.join("127.0.0.1", port)
-    vector = torch.zeros(6)
+    vector = torch.zeros(6, device=device)
     vector[group.low : group.high] = torch.arange(5.0)[group.low : group.high] + 1
-    group.gather(vector)
-    mine = group.scatter((shard + 1) * torch.arange(6.0))
-    answers.put((shard, vector.numpy(), mine.numpy()))
+    group.gather(vector)  # for which shard 0 has returned from `join`, too
+    if device.type == "cpu":
+        with pytest.raises(ConnectionRefusedError):  # nobody can join any more
+            socket.create_connection(("127.0.0.1", port)).close()
+    mine = group.scatter((shard + 1) * torch.arange(6.0, device=device))
+    total = group.add_in_order(None, (shard + 1) * torch.ones(6, device=device), 2)
+    group.gather_slices(total, summed := torch.zeros(6, device=device))
+    assert summed.tolist() == [3] * 6
+    assert group.collect(shard) == [0, 1]
+    answers.put((shard, vector.cpu().numpy(), mine.cpu().numpy()))
+    group.leave()
 
 
-def test_two_shards_gather_the_whole_vector_and_scatter_the_sum() -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_two_shards_gather_the_whole_vector_and_scatter_the_sum(on_gpu: bool) -> None:
     context = multiprocessing.get_context("spawn")
     addresses, answers = context.Queue(), context.Queue()
-    workers = [context.Process(target=collective, args=(shard, addresses, answers)) for shard in range(2)]
+    workers = [context.Process(target=collective, args=(shard, on_gpu, addresses, answers)) for shard in range(2)]
     for worker in workers:
         worker.start()
     try:
@@ -67,6 +87,26 @@ def test_two_shards_gather_the_whole_vector_and_scatter_the_sum() -> None:
     for vector, _ in found.values():
         np.testing.assert_array_equal(vector[:5], np.arange(5) + 1)
     np.testing.assert_array_equal(np.concatenate([found[0][1], found[1][1]]), 3.0 * np.arange(5))
+
+
+def test_a_process_whose_group_was_lost_while_it_formed_can_join_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(values: torch.Tensor) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    try:
+        group = ShardGroup(0, 1, 5, CPU)
+        port = group.open("127.0.0.1")
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "all_reduce", lost)
+            with pytest.raises(GroupLost, match="Connection closed by peer"):
+                group.join("127.0.0.1", port)
+        assert not dist.is_initialized()
+        group = ShardGroup(0, 1, 5, CPU)
+        group.join("127.0.0.1", group.open("127.0.0.1"))
+        assert dist.get_world_size() == 1
+    finally:
+        group.leave()
+    assert not dist.is_initialized()
 
 
 def test_the_interface_towards_this_machine_is_the_loopback() -> None:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ray_soup.actors.precision import autocast, choose_precision, micro_batch_size
 from ray_soup.recipe import make_recipe
@@ -33,6 +34,28 @@ def test_auto_chooses_the_precision_that_is_faster_on_this_cpu(
     for instructions, asked, found in ((True, "auto", faster), (False, "auto", "float32"), (True, "bfloat16", "bfloat16")):
         monkeypatch.setattr("ray_soup.actors.precision.has_bfloat16", lambda device, has=instructions: has)
         assert choose_precision(make_recipe({"model": tiny.SPEC, "precision": asked}), model, images) == found
+
+
+class RunsAgain(torch.nn.Module):
+    """A model that computes its attention again in the backward pass, to save memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+    def attend(self, images: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.first(images)[:, None].chunk(3, -1)
+        return self.last(torch.nn.functional.scaled_dot_product_attention(query, key, value)).relu()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = checkpoint(self.attend, images, use_reentrant=False)
+        return found
+
+
+def test_a_model_that_runs_layers_again_can_be_timed_in_both_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_soup.actors.precision.has_bfloat16", lambda device: True)
+    recipe = make_recipe({"model": tiny.SPEC})
+    assert choose_precision(recipe, RunsAgain(), torch.randn(2, 5, 8)) in ("float32", "bfloat16")
 
 
 def test_an_autocast_context_can_be_entered_again() -> None:

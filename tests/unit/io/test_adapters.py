@@ -19,7 +19,7 @@ from ray_soup.io.adapters import AdapterConfig, adapter_file, open_adapter, open
 from ray_soup.io.find import find_checkpoints, open_ingredients
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.adapters import lift
 from tests.adapters import ATTENTION, make_adapter, values, write_adapters, write_texts
 from tests.unit.task.language_models import byte_tokenizer, llama, saved

@@ -12,9 +12,11 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from ray_soup.errors import IngredientError
 from ray_soup.io.binding import Reading, best_reading
+from ray_soup.io.check import check_fits
 from ray_soup.io.formats import TensorInfo
-from ray_soup.io.ingredient import open_ingredient
+from ray_soup.io.ingredient import Ingredient, open_ingredient
 from ray_soup.io.names import PREFIXES, WRAPPERS, unwrapped
 
 BARE = ("a.weight", "a.bias", "b.weight", "b.bias")
@@ -23,14 +25,14 @@ MODEL = set(BARE)
 
 def infos(names: Iterable[str]) -> dict[str, TensorInfo]:
     """Tensors that can be told apart: the n-th name has the shape [n + 1]."""
-    return {name: TensorInfo(torch.float32, (n + 1,), 0, 4 * n) for n, name in enumerate(names)}
+    return {name: TensorInfo("float32", (n + 1,), 0, 4 * n) for n, name in enumerate(names)}
 
 
 def infos_of(names: Iterable[str]) -> dict[str, TensorInfo]:
     """The same, but what belongs to a metric or counts steps has the dtype and shape that it has there."""
     counts = {"tp", "fn", "confmat", "weight", "initted", "step"}
     return {
-        name: TensorInfo(torch.int64, (), 0, 4 * n) if name in METRICS or name in counts else info
+        name: TensorInfo("int64", (), 0, 4 * n) if name in METRICS or name in counts else info
         for n, (name, info) in enumerate(infos(names).items())
     }
 
@@ -47,9 +49,9 @@ def read(
     numbers = itertools.count(1)
     given = {
         key: {
-            n: TensorInfo(some[n].dtype, some[n].shape, 0, next(numbers))
+            n: TensorInfo(some[n].dtype_name, some[n].shape, 0, next(numbers))
             if isinstance(some, Mapping)
-            else TensorInfo(torch.float32, (place := next(numbers),), 0, place)
+            else TensorInfo("float32", (place := next(numbers),), 0, place)
             for n in some
         }
         for key, some in containers.items()
@@ -135,25 +137,25 @@ def test_what_is_incomplete_or_ambiguous_does_not_fit(names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("beside", "shape", "dtype"),
     [
-        ("scale", (), torch.float32),  # may multiply the logits, as may all below
-        ("temperature", (1,), torch.float32),
-        ("class_weights", (4,), torch.float32),
-        ("criterion.logit_scale", (), torch.float32),
-        ("loss.bias", (4,), torch.float32),
-        ("criterion.weight", (4, 8), torch.float32),  # ArcFace: the classifier is in the loss
-        ("loss_head.weight", (4,), torch.float32),
-        ("metrics.fid.inception.conv.weight", (4, 3, 3, 3), torch.float32),
-        ("train_acc.head.weight", (4,), torch.float32),
-        ("metric_head.weight", (1,), torch.float32),
-        ("step", (1,), torch.float32),
-        ("head.step", (), torch.int64),
-        ("discriminator.a.weight", (1,), torch.float32),
-        ("teacher_forcing.weight", (1,), torch.float32),
-        ("ema_gate.weight", (1,), torch.float32),
+        ("scale", (), "float32"),  # may multiply the logits, as may all below
+        ("temperature", (1,), "float32"),
+        ("class_weights", (4,), "float32"),
+        ("criterion.logit_scale", (), "float32"),
+        ("loss.bias", (4,), "float32"),
+        ("criterion.weight", (4, 8), "float32"),  # ArcFace: the classifier is in the loss
+        ("loss_head.weight", (4,), "float32"),
+        ("metrics.fid.inception.conv.weight", (4, 3, 3, 3), "float32"),
+        ("train_acc.head.weight", (4,), "float32"),
+        ("metric_head.weight", (1,), "float32"),
+        ("step", (1,), "float32"),
+        ("head.step", (), "int64"),
+        ("discriminator.a.weight", (1,), "float32"),
+        ("teacher_forcing.weight", (1,), "float32"),
+        ("ema_gate.weight", (1,), "float32"),
     ],
 )
 def test_what_could_belong_to_the_computation_is_not_left_out(
-    prefix: str, beside: str, shape: tuple[int, ...], dtype: torch.dtype
+    prefix: str, beside: str, shape: tuple[int, ...], dtype: str
 ) -> None:
     given = {**infos(under(prefix)), beside: TensorInfo(dtype, shape, 0, 99)}
     reading = best_reading({"": given}, MODEL, {})
@@ -277,6 +279,11 @@ def test_of_two_containers_with_the_whole_model_the_first_is_used_and_both_are_n
         "?key=state_dict_ema to the path to use another.",
     )
     assert read({"state_dict": BARE, "optimizer": ["x"]})[1].remarks == ()
+    (remark,) = read({"state_dict": BARE, "current_model_state": BARE})[1].remarks
+    assert remark.startswith(
+        "its `state_dict` is the average of the weights over the training (Lightning's WeightAveraging)"
+    )
+    assert remark.endswith("append ?key=current_model_state to the path to use the last weights.")
     found, reading = read({"state_dict": [*BARE, "c"], "state_dict_ema": BARE})  # not the second one in silence
     assert set(found) == {*MODEL, "c"}
 
@@ -291,6 +298,50 @@ def test_tied_and_renamed_tensors_count_once_and_both_copies_are_compared() -> N
     assert set(reading.aliases) == {"a.gamma", "head.weight"}
     found, reading = read(["net.a.gamma", "net.a.bias", "net.head.weight", "net.b.bias"], (), tied)
     assert fits(found, reading)
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_counters_that_files_of_old_versions_lack_are_zero_as_torch_loads_them(tmp_path: Path, prefix: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3))
+    model[1].num_batches_tracked += 5
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    counters = [name for name in state if name.endswith("num_batches_tracked")]
+
+    def bound(names: Iterable[str]) -> Ingredient:
+        torch.save({prefix + name: state[name] for name in names}, tmp_path / "a.pt")
+        return check_fits(open_ingredient(str(tmp_path / "a.pt")), shapes, {})
+
+    found = bound(name for name in state if name not in counters)
+    for name, tensor in state.items():
+        assert torch.equal(found.read(name).view(tensor.shape), tensor if name not in counters else torch.tensor(0))
+    assert found.read(counters[0]).dtype == torch.int64
+    assert found.remarks == (
+        "it has no num_batches_tracked, like files from before PyTorch 0.4.1: they are 0, as torch loads it.",
+    )
+    with pytest.raises(IngredientError, match=rf"missing: {counters[1]}"):
+        bound(name for name in state if name != counters[1])
+    with pytest.raises(IngredientError, match=r"missing: 0\.bias"):
+        bound(name for name in state if name not in [*counters, "0.bias"])
+
+
+@pytest.mark.parametrize("at", ["state_dict", "", "teacher."])
+def test_tensors_without_counters_are_no_second_model_beside_one_with_them(tmp_path: Path, at: str) -> None:
+    """Some scripts keep an average of the floating-point tensors alone."""
+    model = torch.nn.BatchNorm1d(3)
+    state = dict(model.state_dict())
+    average = {name: tensor + 1 for name, tensor in state.items() if tensor.is_floating_point()}
+    file = {"model": state, **({at: average} if at == "state_dict" else average)}
+    if at.endswith("."):
+        file = {**average, **{at + name: tensor for name, tensor in state.items()}}
+    torch.save(file, tmp_path / "a.pt")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = open_ingredient(str(tmp_path / "a.pt")).bind(shapes, {})
+    if at.endswith("."):
+        assert "it contains both teacher." in found.unclear
+    else:
+        assert torch.equal(found.read("weight"), state["weight"])
+        assert not found.unclear
 
 
 STARTS = st.lists(st.sampled_from([*PREFIXES, *(f"{w}." for w in WRAPPERS), "net.", "ema_model."]), max_size=2).map("".join)

@@ -13,7 +13,7 @@ import pytest
 
 from ray_soup.errors import SoupError
 from ray_soup.io import cache
-from ray_soup.io.cache import InUse, cache_at, cache_folder, cached, content_key, lookup
+from ray_soup.io.cache import InUse, cache_at, cache_folder, cached, content_key, lookup, scratch
 from ray_soup.io.progress import drain
 from tests.faults import FaultyDisk, faulty
 
@@ -169,6 +169,28 @@ def test_half_made_folders_of_killed_runs_are_removed(root: Path) -> None:
     (root / f"{KEY}.tmp-killed").mkdir(parents=True)
     built()
     assert names(root) == [KEY]
+
+
+def test_a_scratch_folder_goes_with_its_context_and_those_of_killed_processes_with_the_next(tmp_path: Path) -> None:
+    with cache_at(tmp_path):
+        (tmp_path / "scratch" / f"{KEY}.tmp-killed").mkdir(parents=True)
+        with scratch() as outer, scratch() as inner:
+            assert [len(names(folder)) for folder in (outer, inner)] == [0, 0]
+            (outer / "file").touch()
+            assert {outer.name, inner.name} <= {*names(tmp_path / "scratch")}
+        left = {name for name in names(tmp_path / "scratch") if not name.endswith(".lock")}
+        assert not left
+        assert not list((tmp_path / "scratch").glob("*.lock")) or [*(tmp_path / "scratch").glob("*.lock")] == [
+            tmp_path / "scratch" / f"{KEY}.lock"
+        ]
+
+
+def test_an_entry_that_was_discarded_is_removed_once_nobody_uses_it(root: Path) -> None:
+    first, second = built(), built()
+    first.discard()
+    assert (second.path / "content").exists()
+    second.discard()
+    assert not second.path.exists()
 
 
 def test_the_least_recently_used_entries_are_evicted_but_none_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

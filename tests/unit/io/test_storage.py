@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ray_soup.errors import RecipeError, SoupError
-from ray_soup.io import storage
+from ray_soup.io import objects, storage
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.ingredient import open_ingredient
@@ -62,7 +64,6 @@ def test_a_local_copy_of_a_folder_or_file_is_made_once_for_each_version(s3: str)
     assert drain(storage.local_copy(f"{s3}/data/entry.json")) == file
     storage._HELD.clear()  # as in another process
     assert drain(storage.local_copy(f"{s3}/data/entry.json")) == file
-    storage._HELD.clear()
     storage.write_bytes(b"other bytes", f"{s3}/data/entry.json")
     assert Path(drain(storage.local_copy(f"{s3}/data/entry.json"))).read_bytes() == b"other bytes"
     with pytest.raises(FileNotFoundError):
@@ -77,6 +78,9 @@ def test_local_paths_and_uris_have_the_same_functions(s3: str, tmp_path: Path) -
         assert storage.listdir(storage.join(base, "none")) == []
         assert list(storage.walk(base)) == ["a/b/notes", "a/model_1.pt", "a/model_2.pt"]
         assert sorted(storage.glob(f"{base}/a/model_[12].pt")) == [f"{base}/a/model_{k}.pt" for k in (1, 2)]
+        assert sorted(storage.glob(f"{base}/*/*")) == [f"{base}/a/{name}" for name in ("b", "model_1.pt", "model_2.pt")]
+        assert storage.glob(f"{base}/*/b") == storage.glob(f"{base}/**/b") == [f"{base}/a/b"]
+        assert storage.glob(f"{base}/a/*/b") == storage.glob(f"{base}/*/model_1.pt/*") == []
         assert b"".join(map(bytes, storage.chunks(f"{base}/a/b/notes"))) == b"a/b/notes"
         assert bytes(storage.open_file(f"{base}/a/b/notes", 9).read(2, 3)) == b"b/n"
         assert (storage.isdir(f"{base}/a"), storage.isfile(f"{base}/a"), storage.exists(f"{base}/a")) == (True, False, True)
@@ -102,7 +106,7 @@ def test_patterns_match_as_in_a_shell(path: str, pattern: str, expected: bool) -
 
 
 def test_an_unknown_scheme_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"nowhere://a/b: cannot open this storage .*Use s3://, gs://"):
+    with pytest.raises(RecipeError, match=r"nowhere://a/b: cannot open this storage .*Use s3://, gs://, az://"):
         storage.exists("nowhere://a/b")
 
 
@@ -124,10 +128,10 @@ def test_ingredients_in_a_bucket_equal_those_on_disk(s3: str, zoo: Path, tmp_pat
 
 
 class Proxy:
-    """A TCP relay before the endpoint that cuts the first connections."""
+    """A TCP relay before the endpoint that cuts connections: the first, and `short` more after `most` bytes of answers."""
 
-    def __init__(self, target: int, cuts: int) -> None:
-        self.cuts, self.target = cuts, target
+    def __init__(self, target: int, cuts: int, most: int = 1 << 62, short: int = 1 << 62) -> None:
+        self.cuts, self.target, self.most, self.short = cuts, target, most, short
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -143,34 +147,105 @@ class Proxy:
                 client.close()
                 continue
             onward = socket.create_connection(("127.0.0.1", self.target))
-            for one, other in ((client, onward), (onward, client)):
-                threading.Thread(target=self.relay, args=(one, other), daemon=True).start()
+            self.short -= 1
+            most_back = self.most if self.short >= 0 else 1 << 62
+            for one, other, most in ((client, onward, 1 << 62), (onward, client, most_back)):
+                threading.Thread(target=self.relay, args=(one, other, most), daemon=True).start()
 
     @staticmethod
-    def relay(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
+    def relay(source: socket.socket, target: socket.socket, most: int) -> None:
+        with suppress(OSError):
+            while most > 0 and (data := source.recv(min(most, 1 << 16))):
                 target.sendall(data)
-        except OSError:
-            pass
-        finally:
-            target.close()
+                most -= len(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+QUICK = {"max_retries": 3, "backoff": {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5)}}
 
 
 def test_failed_requests_are_retried_and_then_named(
     s3: str, endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr(objects, "RETRY", QUICK)
     storage.write_bytes(b"here", f"{s3}/file")
-    for cuts, works in ((4, True), (10**9, False)):  # each of our attempts is two of the SDK's
+    for cuts, works in ((3, True), (10**9, False)):
         proxy = Proxy(int(endpoint["AWS_ENDPOINT_URL"].rpartition(":")[2]), cuts)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        storage._s3.cache_clear()
         if works:
             assert storage.read_bytes(f"{s3}/file") == b"here"
             assert proxy.cuts == 0
         else:
-            with pytest.raises(SoupError, match=f"The storage failed at {s3}/file after 4 attempts in 0 s"):
+            with pytest.raises(SoupError, match=f"The storage failed at {s3}/file after 4 attempts in 0 s: ") as error:
                 storage.read_bytes(f"{s3}/file")
+            assert error.value.exit_code == 1
         proxy.server.close()
-    storage._s3.cache_clear()
+
+
+def test_a_body_that_is_cut_is_read_on(s3: str, endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(0).bytes(1 << 22)
+    storage.write_bytes(data, f"{s3}/file")
+    proxy = Proxy(int(endpoint["AWS_ENDPOINT_URL"].rpartition(":")[2]), 0, most=1 << 20)
+    monkeypatch.setattr(objects, "RETRY", {**QUICK, "max_retries": 10})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    assert storage.read_bytes(f"{s3}/file") == data
+    proxy.server.close()
+
+
+def test_a_list_that_is_cut_is_asked_for_once_more(
+    s3: str, endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/x", "a/y", "b"):
+        storage.write_bytes(b"here", f"{s3}/{name}")
+    monkeypatch.setattr(objects, "PAUSES_S", (0.0,) * 2)
+    port = int(endpoint["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    for ask, answer in (
+        (lambda: storage.listdir(s3), ["a", "b"]),
+        (lambda: list(storage.walk(s3)), ["a/x", "a/y", "b"]),
+        (lambda: storage.isdir(f"{s3}/a"), True),
+    ):
+        for short, works in ((2, True), (3, False)):
+            proxy = Proxy(port, 0, 400, short)  # inside the body
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+            if works:
+                assert ask() == answer
+                assert proxy.short < 0
+            else:
+                with pytest.raises(SoupError, match=f"The storage failed at {s3}"):
+                    ask()
+            proxy.server.close()
+
+
+def test_a_bucket_that_does_not_exist_is_refused_at_once(s3: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    missing = f"{s3}-2"
+    for action in (
+        lambda: storage.exists(missing),
+        lambda: storage.listdir(f"{missing}/a"),
+        lambda: storage.walk(missing),
+        lambda: storage.glob(f"{missing}/*.pt"),
+        lambda: storage.write_bytes(b"x", f"{missing}/a"),
+        lambda: storage.upload(tmp_path / "file", f"{missing}/a"),
+        lambda: storage.remove(f"{missing}/a"),
+        lambda: open_ingredients(f"{missing}/zoo"),
+    ):
+        with pytest.raises(RecipeError, match=rf"{missing}.*: the bucket does not exist\. Create it, or fix the URI\."):
+            action()
+
+
+def test_what_stands_for_a_folder_in_other_tools_is_no_file(s3: str) -> None:
+    """The console of AWS and pyarrow put an empty object in its place, whose name ends in a slash."""
+    system, path = storage.filesystem(s3)
+    system.create_dir(f"{path}/a/b", recursive=True)
+    storage.write_bytes(b"", f"{s3}/a/empty")
+    storage.write_bytes(b"x", f"{s3}/c/file")
+    system.create_dir(f"{path}/c")
+    assert list(storage.walk(s3)) == ["a/empty", "c/file"]
+    assert storage.listdir(s3) == ["a", "c"]
+    assert storage.listdir(f"{s3}/a") == ["b", "empty"]
+    assert storage.listdir(f"{s3}/a/b") == []
+    assert storage.isdir(f"{s3}/a/b")
+    assert not storage.isfile(f"{s3}/a/b")

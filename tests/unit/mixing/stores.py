@@ -34,9 +34,22 @@ def dense(folder: Path, layout: Layout) -> np.ndarray:
 
 def stored_directions(store: DirectionStore) -> np.ndarray:
     """The stored directions, decompressed: float64 [K, N]."""
-    rows = torch.from_numpy(np.array(store.rows))
-    wide = (rows.view(torch.bfloat16) if store.dtype == "bfloat16" else rows).double().numpy()
+    if store.dtype == "int4":
+        rows = np.stack([int4_elements(row) for row in store.rows])
+    else:
+        stored = torch.from_numpy(np.array(store.rows))
+        rows = (stored.view(torch.bfloat16) if store.dtype == "bfloat16" else stored).double().numpy()
+    wide = np.zeros((len(rows), store.layout.numel))
     parts = partition(store.layout, "tensor")
-    for start, stop, _, chunk in store.pieces(store.blocks(parts)[0], 0, store.layout.numel):
-        wide[:, start:stop] *= store.scales[:, [chunk]]
+    for start, stop, _, chunk, place in store.pieces(store.blocks(parts)[0], 0, store.layout.numel):
+        wide[:, start:stop] = rows[:, place : place + stop - start] * store.scales[:, [chunk]]
     return wide
+
+
+def int4_elements(row: np.ndarray) -> np.ndarray:
+    """The elements of a packed row, uint8 [bytes], as store_format describes it: float64 [elements]."""
+    groups = np.array(row).reshape(-1, 68)
+    scales = (groups[:, :4].copy().view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    codes = np.stack([groups[:, 4:] & 15, groups[:, 4:] >> 4], axis=1).astype(np.int64)
+    codes[codes > 7] -= 16
+    return (scales[:, :, None] * codes).reshape(-1)

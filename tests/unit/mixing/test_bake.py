@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ray_soup.errors import IngredientError, SoupError
 from ray_soup.io.check import check_together
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.mixing import shard_files
 from ray_soup.mixing.bake import bake, overwrite_tensors
 from ray_soup.mixing.coefficients import MEAN, Coefficients, to_coefficients
 from tests.tiny import Tiny
@@ -140,6 +143,24 @@ def test_a_full_disk_leaves_no_partly_written_model(tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_a_write_that_fails_while_others_go_on_leaves_no_model(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def fdatasync(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # the system says so once; later calls succeed
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(shard_files, "SYNC_BYTES", 0)
+    coefficients = random_coefficients(list(dict(Tiny().named_parameters())))
+    with pytest.raises(SoupError, match=r"soup\.safetensors could not be written \(Input/output error\)"):
+        bake(coefficients, opened(zoo / "zoo"), tmp_path / "soup.safetensors")
+    assert not list(tmp_path.glob("soup*"))
+
+
 def test_an_interrupted_bake_leaves_no_partly_written_model(zoo: Path, tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -192,7 +213,7 @@ def test_a_value_too_large_for_the_dtype_is_named(tmp_path: Path) -> None:
     for k in range(2):
         save_file({"w": torch.full((3,), 1e5)}, tmp_path / f"{k}.safetensors")
     c = Coefficients(np.full((2, 1), 0.5), ("0", "1"), ("w",), {"w": 0})
-    with pytest.raises(IngredientError, match=r"tensor w does not fit into torch\.float16.*Set out_dtype: float32"):
+    with pytest.raises(IngredientError, match=r"tensor w does not fit into float16.*Set out_dtype: float32"):
         bake(c, opened(tmp_path), tmp_path / "soup.safetensors", out_dtype="float16")
 
 

@@ -31,7 +31,7 @@ def test_a_model_is_the_written_soup_plus_the_difference_rounded_once(
     saved = load_file(tmp_path / "difference.safetensors")
     assert saved.keys() == SHAPES.keys()
     assert all(torch.equal(saved[name], change[name]) for name in SHAPES)
-    opened = open_difference(tmp_path / "difference.safetensors", SHAPES)
+    opened = open_difference(str(tmp_path / "difference.safetensors"), SHAPES)
     norm = apply_difference(opened, tmp_path / "model.safetensors")
     model = load_file(tmp_path / "model.safetensors")
     assert torch.equal(model["buffer"], torch.arange(4))
@@ -55,4 +55,4 @@ def test_a_model_is_the_written_soup_plus_the_difference_rounded_once(
 def test_a_difference_of_another_model_is_refused(tmp_path: Path, wrong: dict[str, torch.Tensor], message: str) -> None:
     save_file({**changes(), **wrong}, tmp_path / "d.safetensors")
     with pytest.raises(RecipeError, match=message):
-        open_difference(tmp_path / "d.safetensors", SHAPES)
+        open_difference(str(tmp_path / "d.safetensors"), SHAPES)

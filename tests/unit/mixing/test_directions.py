@@ -17,20 +17,21 @@ from ray_soup.io.progress import drain
 from ray_soup.mixing import build_store
 from ray_soup.mixing.blocks import Layout, layout_of, partition
 from ray_soup.mixing.directions import CHUNK, has_store, open_store
-from ray_soup.mixing.store_format import StoreRecord
+from ray_soup.mixing.kernels_int4 import pack
+from ray_soup.mixing.store_format import GROUP, GROUP_BYTES, StoreRecord
 from tests.tiny import Tiny
-from tests.unit.mixing.stores import bound, dense, make_store, stored_directions
+from tests.unit.mixing.stores import bound, dense, int4_elements, make_store, stored_directions
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-7), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-7), ("bfloat16", 2**-8), ("int8", 1 / 254), ("int4", 1 / 8)])
 def test_center_directions_and_norms_are_the_formulas(zoo: Path, dtype: str, error: float) -> None:
     layout = layout_of(Tiny())
     store = make_store(str(zoo / "zoo"), layout, dtype)
     vectors = dense(zoo / "zoo", layout)
     np.testing.assert_array_equal(store.center, vectors.mean(axis=0).astype(np.float32))
     exact = vectors - vectors.mean(axis=0)
-    unit = np.abs(exact).max() if dtype == "int8" else np.abs(exact)
-    assert (np.abs(stored_directions(store) - exact) <= error * 1.001 * unit + 1e-9).all()
+    unit = np.abs(exact).max() if dtype.startswith("int") else np.abs(exact)
+    assert (np.abs(stored_directions(store) - exact) <= error * 1.01 * unit + 1e-9).all()
     for blocks in ("tensor", "layer", "model"):
         parts, norms = store.blocks(partition(layout, blocks))
         for b in range(parts.count):
@@ -125,7 +126,8 @@ def test_progress_ends_at_the_size_of_all_ingredients(tmp_path: Path, monkeypatc
     assert list(open_store(ingredients, layout, "float32")) == [(800, total), (856, total), (total, total)]
 
 
-def test_ranges_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_ranges_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     size = 3 * CHUNK + 5
     layout = Layout(("a", "b"), ((size,), (7,)))
     for k in range(3):
@@ -135,10 +137,36 @@ def test_ranges_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     for threads, ranges in ((1, 1 << 28), (3, 1)):
         monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / f"cache{threads}"))
         monkeypatch.setattr(build_store, "RANGE_BYTES", ranges)
-        stores.append(make_store(str(tmp_path / "*.safetensors"), layout, "int8", threads))
+        stores.append(make_store(str(tmp_path / "*.safetensors"), layout, dtype, threads))
     for array in ("center", "rows", "scales"):
         np.testing.assert_array_equal(getattr(stores[0], array), getattr(stores[1], array))
     np.testing.assert_allclose(stores[0].squares, stores[1].squares, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 1000])
+def test_int4_keeps_the_largest_element_of_64_and_rounds_the_others(size: int) -> None:
+    direction = np.random.default_rng(size).standard_normal(size).astype(np.float32) * np.float32(1e-5)
+    direction[64:128] = 0
+    groups = -(-size // GROUP)
+    packed = np.full(groups * GROUP_BYTES, 255, np.uint8)
+    pack(direction, packed)
+    found = int4_elements(packed)
+    assert not found[size:].any()
+    assert not found[64:128].any()
+    error = np.abs(found[:size] - direction)
+    for start in range(0, size, 64):
+        exact, wrong = np.abs(direction[start : start + 64]), error[start : start + 64]
+        assert (wrong <= exact.max() / 8 * 1.01).all()
+        assert wrong[exact.argmax()] <= exact.max() / 250
+    if size == 1000:
+        assert np.linalg.norm(error) < 0.1 * np.linalg.norm(direction)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-37, 1e-30])
+def test_int4_makes_directions_too_small_for_a_scale_zero(size: float) -> None:
+    packed = np.full(GROUP_BYTES, 255, np.uint8)
+    pack(np.full(128, size, np.float32), packed)
+    assert not packed.any()
 
 
 def test_values_that_are_not_finite_are_named_and_leave_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

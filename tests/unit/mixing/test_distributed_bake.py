@@ -105,9 +105,9 @@ def test_a_tensor_of_more_than_four_gigabytes(tmp_path: Path) -> None:
     part[7] = 5
     with open(tmp_path / "__0_0.distcp", "wb") as stream:
         parts = [part] * (1 << 12) + [torch.full((100,), 9, dtype=torch.uint8)]
-        distributed_bake._write_archive(stream, 0, (numel,), torch.uint8, iter(parts))
+        distributed_bake._write_archive(stream, 0, (numel,), "uint8", iter(parts))
         place = distributed_bake._Place("__0_0.distcp", 0, stream.tell())
-    distributed_bake._write_metadata(tmp_path / ".metadata", {"a": (numel,)}, {"a": torch.uint8}, {"a": place}, {})
+    distributed_bake._write_metadata(tmp_path / ".metadata", {"a": (numel,)}, {"a": "uint8"}, {"a": place}, {})
     ingredient = open_ingredient(str(tmp_path))
     assert ingredient.read("a", numel - 101, numel).tolist() == [0] + [9] * 100
     assert ingredient.read("a", (1 << 31) + 7, (1 << 31) + 8).tolist() == [5]

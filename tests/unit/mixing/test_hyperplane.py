@@ -11,20 +11,20 @@ from ray_soup.mixing.blocks import flatten, layout_of, partition
 from ray_soup.mixing.coefficients import to_coefficients, to_x
 from ray_soup.mixing.directions import DTYPES
 from ray_soup.mixing.hyperplane import (
-    ITEMSIZE,
     Hyperplane,
     combine_in_torch,
     decompressed,
     project_in_torch,
     synthetic_plane,
 )
+from ray_soup.mixing.store_format import GROUP, ITEMSIZE
 from tests.tiny import Tiny
 from tests.unit.mixing.stores import dense, make_store, stored_directions
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocks", ["tensor", "layer", "model", 900])
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 6], [3]])
 def test_combine_and_project_are_the_formulas(zoo: Path, dtype: str, blocks: str | int, chosen: list[int]) -> None:
@@ -55,7 +55,7 @@ def test_combine_and_project_are_the_formulas(zoo: Path, dtype: str, blocks: str
             np.testing.assert_allclose(found, inside, atol=1e-5 * np.abs(projected).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_kernels_are_the_formulas(zoo: Path, dtype: str) -> None:
     """Triton's interpreter runs them on the CPU."""
     cuda = pytest.importorskip("ray_soup.mixing.kernels_cuda")
@@ -72,7 +72,8 @@ def test_gpu_kernels_are_the_formulas(zoo: Path, dtype: str) -> None:
         x = random.standard_normal((len(chosen), parts.count)).astype(np.float32)
         plane = Hyperplane(store, parts, low, high, CPU)
         plane.choose(np.array(chosen))
-        rows, tiles = plane.rows(), cuda.cut(plane.pieces, low, parts.count, CPU)
+        group = GROUP if dtype == "int4" else 1
+        rows, tiles = plane.rows(), cuda.cut(plane.pieces, low, plane.places[0], parts.count, CPU, group)
         scales = torch.from_numpy(store.scales[chosen])
         out = base[low:high].clone()
         expected = torch.zeros(high - low)
@@ -84,24 +85,32 @@ def test_gpu_kernels_are_the_formulas(zoo: Path, dtype: str) -> None:
         np.testing.assert_allclose(found.numpy(), in_torch, atol=1e-5 * np.abs(in_torch).max())
 
 
-@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
-def test_the_projected_gradient_is_that_of_autograd(zoo: Path, blocks: str) -> None:
-    """Compared with a graph of all ingredients in float64: dL/dy of theta[b] = sum_k c[k, b] theta_k[b]."""
+@pytest.mark.parametrize(
+    ("blocks", "dtype"),
+    [("tensor", "float32"), ("layer", "float32"), ("model", "float32"), ("tensor", "int8"), ("tensor", "int4")],
+)
+def test_the_projected_gradient_is_that_of_autograd(zoo: Path, blocks: str, dtype: str) -> None:
+    """Compared with a graph of all ingredients in float64: dL/dy of theta[b] = sum_k c[k, b] theta_k[b].
+
+    Compressed directions stand for ingredients that differ from those in the files, and whose mean is not quite the center.
+    """
     layout = layout_of(Tiny())
-    store = make_store(str(zoo / "zoo"), layout, "float32")
+    store = make_store(str(zoo / "zoo"), layout, dtype)
     parts, norms = store.blocks(partition(layout, blocks))
-    vectors = torch.from_numpy(dense(zoo / "zoo", layout))
+    center = torch.from_numpy(np.array(store.center)).double()
+    vectors = torch.from_numpy(dense(zoo / "zoo", layout) if dtype == "float32" else stored_directions(store))
     random = np.random.default_rng(1)
     y = torch.from_numpy(0.1 * random.standard_normal(norms.shape)).requires_grad_()
     held_out = np.load(zoo / "heldout.npz")
     images, labels = torch.from_numpy(held_out["images"][:64]), torch.from_numpy(held_out["labels"][:64])
 
     x = y / torch.from_numpy(norms)
-    c = x + (1 - x.sum(dim=0)) / len(x)
+    c = x + (1 - x.sum(dim=0)) / len(x) if dtype == "float32" else x
     theta, position = {}, 0
     for name, shape, size, block in zip(layout.names, layout.shapes, layout.sizes, parts.block, strict=True):
-        weights = c[:, block] if block >= 0 else torch.full((len(c),), 1 / len(c), dtype=torch.float64)
-        theta[name] = (weights @ vectors[:, position : position + size]).view(shape)
+        span = slice(position, position + size)
+        mixed = c[:, block] @ vectors[:, span] if block >= 0 else 0
+        theta[name] = (mixed + (0 if dtype == "float32" and block >= 0 else center[span])).view(shape)
         position += size
     model = Tiny().double()
     model.float = lambda: model
@@ -136,7 +145,16 @@ class DoubleImages:
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_synthetic_directions_have_the_same_values_in_every_dtype(dtype: str) -> None:
     """Bits that stand for denormal values would slow a processor down, and the times would not be those of real ones."""
-    reference, compressed = (synthetic_plane(d, 3, 1000, CPU, 1).store for d in ("float32", dtype))
-    torch.testing.assert_close(decompressed(compressed, 0, 1000, 0), decompressed(reference, 0, 1000, 0), rtol=0, atol=0)
-    assert compressed.rows.dtype == DTYPES[dtype]
-    assert compressed.rows.itemsize == ITEMSIZE[dtype]
+    reference, compressed = (synthetic_plane(d, 3, 1000, CPU, 1) for d in ("float32", dtype))
+    found, expected = (decompressed(plane.store, plane.pieces[0]) for plane in (compressed, reference))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert compressed.store.rows.dtype == DTYPES[dtype]
+    assert compressed.store.rows.itemsize == ITEMSIZE[dtype]
+
+
+def test_synthetic_directions_in_int4_are_whole_numbers() -> None:
+    plane = synthetic_plane("int4", 3, 1000, CPU, 1)
+    found = decompressed(plane.store, plane.pieces[0])
+    assert found.shape == (3, 1000)
+    assert set(found.unique().tolist()) == set(range(-8, 8))
+    assert plane.store.rows.nbytes == 3 * 1024 * ITEMSIZE["int4"]

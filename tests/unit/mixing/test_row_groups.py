@@ -16,7 +16,7 @@ from torch import nn
 
 from ray_soup.errors import RecipeError
 from ray_soup.io.ingredient import open_ingredient
-from ray_soup.mixing.bake import bake, soup_range
+from ray_soup.mixing.bake import as_tensor, bake, soup_range
 from ray_soup.mixing.blocks import Layout, Partition, flatten, layout_of, partition
 from ray_soup.mixing.coefficients import (
     FORMAT,
@@ -36,7 +36,7 @@ from ray_soup.mixing.row_groups import row_cuts
 from ray_soup.mixing.stores import gram
 from ray_soup.soups.proof import compare_sample
 from ray_soup.soups.report.trajectories import by_layer
-from tests.unit.mixing.stores import bound, dense, make_store
+from tests.unit.mixing.stores import bound, dense, make_store, stored_directions
 
 CPU = torch.device("cpu")
 COUNT = 5
@@ -240,7 +240,7 @@ def test_one_group_has_the_bits_of_whole_tensors(folder: Path, layout: Layout) -
     assert np.array_equal(store.pieces(one, 0, layout.numel), store.pieces(whole, 0, layout.numel))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_norms_are_those_of_the_directions_and_zero_for_rows_that_are_equal(
     folder: Path, layout: Layout, dtype: str
 ) -> None:
@@ -250,7 +250,8 @@ def test_norms_are_those_of_the_directions_and_zero_for_rows_that_are_equal(
     vectors = dense(folder, layout)
     exact, column = vectors - vectors.mean(axis=0), column_of(parts, layout)
     expected = np.stack([np.linalg.norm(exact[:, column == b], axis=1) for b in range(parts.count)], axis=1)
-    np.testing.assert_allclose(norms, expected, rtol={"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2}[dtype], atol=1e-12)
+    tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 0.2}[dtype]
+    np.testing.assert_allclose(norms, expected, rtol=tolerance, atol=1e-12)
     frozen = parts.names.index("frozen.weight[3:6]")
     assert not norms[:, frozen].any()
     assert np.count_nonzero(~norms.any(axis=0)) == 1
@@ -258,11 +259,11 @@ def test_norms_are_those_of_the_directions_and_zero_for_rows_that_are_equal(
     whole, of_tensors = store.blocks(partition(layout, "tensor"))
     for name in whole.names:
         some = [b for b, n in enumerate(parts.names) if n == name or n.startswith(f"{name}[")]
-        np.testing.assert_allclose(np.linalg.norm(norms[:, some], axis=1), of_tensors[:, whole.names.index(name)], rtol=1e-2)
+        np.testing.assert_allclose(np.linalg.norm(norms[:, some], axis=1), of_tensors[:, whole.names.index(name)], rtol=5e-2)
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 def test_combine_and_project_of_any_slice_are_the_formulas(folder: Path, layout: Layout, dtype: str, seed: int) -> None:
     """For random groups, on random shards, in the compiled loops and in torch."""
     random = np.random.default_rng(seed)
@@ -272,28 +273,29 @@ def test_combine_and_project_of_any_slice_are_the_formulas(folder: Path, layout:
     for t, offset in enumerate(layout.offsets[:-1]):
         for start, stop, block in parts.groups(t, int(layout.sizes[t])) if parts.block[t] >= 0 else ():
             column[offset + start : offset + stop] = block
-    wide = np.zeros((COUNT, layout.numel))
-    for start, stop, _, chunk in store.pieces(store.blocks(partition(layout, "tensor"))[0], 0, layout.numel):
-        wide[:, start:stop] = store.rows[:, start:stop] * store.scales[:, [chunk]].astype(np.float64)
+    wide = stored_directions(store)
     chosen = random.permutation(COUNT)[: random.integers(1, COUNT + 1)]
     x = random.standard_normal((len(chosen), parts.count)).astype(np.float32)
     base, gradient = (random.standard_normal(layout.numel).astype(np.float32) for _ in range(2))
     combined = base + (np.where(column >= 0, x[:, column], 0) * wide[chosen]).sum(axis=0)
     products = wide[chosen] * gradient
     cut = int(random.integers(1, layout.numel))
-    sums, inner = [], np.zeros((COUNT, COUNT))
-    for low, high in ((0, cut), (cut, layout.numel)):
+    sums, inner, slices = [], np.zeros((COUNT, COUNT)), []
+    for low, high in ((0, cut), (cut, layout.numel), (0, layout.numel)):
         plane = Hyperplane(store, parts, low, high, CPU, threads=2)
         plane.choose(chosen)
         part, out = torch.from_numpy(base[low:high]), torch.zeros(2, high - low)
         plane.combine(out[0], part, x)
         combine_in_torch(plane, plane.rows(), out[1], part, x)
+        slices.append(out[0])
         for found in out:
             np.testing.assert_allclose(found.numpy(), combined[low:high], atol=1e-5, rtol=1e-5)
         g = torch.from_numpy(gradient[low:high])
         sums.append(plane.project(g))
         np.testing.assert_allclose(project_in_torch(plane, plane.rows(), g), sums[-1], atol=1e-4)
-        inner += sum(gram(plane, (n, 2)) for n in range(2))
+        if (low, high) != (0, layout.numel):
+            inner += sum(gram(plane, (n, 2)) for n in range(2))
+    assert torch.equal(torch.cat(slices[:2]), slices[2])
     expected = np.stack([products[:, column == b].sum(axis=1) for b in range(parts.count)], axis=1)
     np.testing.assert_allclose(sums[0] + sums[1], expected, atol=1e-5 * max(1, np.abs(expected).max()))
     np.testing.assert_allclose(inner, wide @ wide.T, rtol=1e-4, atol=1e-4)
@@ -326,7 +328,8 @@ def test_the_gradient_is_that_of_autograd(folder: Path, layout: Layout, groups: 
     F.cross_entropy(ours(inputs.float()), labels, reduction="sum").backward()
     found, expected = to_x(plane.project(gradient), norms), y.grad.numpy()
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
-    assert np.count_nonzero(np.linalg.norm(expected, axis=0)) > 0.8 * parts.count
+    moved = np.linalg.norm(expected, axis=0) > 1e-9  # queries and keys of a single token have no gradient but rounding
+    assert np.count_nonzero(moved) > 0.6 * parts.count
 
 
 # Coefficients and models
@@ -458,7 +461,7 @@ def test_any_shapes_and_any_cuts_are_mixed_row_by_row(tmp_path: Path) -> None:
         check_covers(made, shapes, tmp_path)
         for t, (name, shape) in enumerate(shapes.items()):
             size = int(layout.sizes[t])
-            found = soup_range(made, ingredients, name, 0, size, torch.float64)
+            found = as_tensor(soup_range(made, ingredients, name, 0, size, "float64"))
             bounds = [0, *parts.cuts.get(t, ()), size]
             for block, (low, high) in enumerate(itertools.pairwise(bounds), start=int(parts.block[t])):
                 exact = sum(values[k, block] * states[k][name].double().ravel()[low:high] for k in range(2))

@@ -13,7 +13,8 @@ from torch.optim.swa_utils import update_bn
 import ray_soup
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.progress import drain
-from ray_soup.mixing.running_statistics import Statistics, averaged, buffers_of, summed, tracking_layers
+from ray_soup.mixing.recalibration import summed, tracking_layers
+from ray_soup.mixing.running_statistics import Statistics, averaged, buffers_of
 from tests import tiny
 
 

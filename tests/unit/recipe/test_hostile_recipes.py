@@ -287,7 +287,7 @@ KEYS: list[tuple[str, Any, str]] = [
     ("actors.gpus", True, "found true."),
     ("actors.wait_s", -1, "Expected a number from 0 to 604,800."),
     ("actors.wait_s", float("inf"), "Expected a number from 0 to 604,800."),
-    ("directions.dtype", "int4", "Expected float32 or bfloat16 or int8."),
+    ("directions.dtype", "int2", "Expected float32 or bfloat16 or int8 or int4."),
     ("shard_size", float("inf"), "Expected a size of 1 byte or more, as in 5GB."),
     ("shard_size", 0, "Expected a size"),
     ("shard_size", -1, "Expected a size"),

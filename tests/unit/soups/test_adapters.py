@@ -19,9 +19,9 @@ from ray_soup.mixing.stores import open_store
 from ray_soup.mixing.truncate import distance, truncated
 from ray_soup.recipe import dump_recipe, make_recipe
 from ray_soup.soups.finished import bake_copy, verify
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.records import finished_record, write_run_record
 from ray_soup.soups.run import run
-from ray_soup.soups.session import open_inputs
 from tests.adapters import values, write_adapters, write_texts
 from tests.unit.task.language_models import llama
 

@@ -22,9 +22,9 @@ from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups import finished, records
 from ray_soup.soups.finished import bake_copy, evaluate, verify
 from ray_soup.soups.identity import begun
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.output import open_output
 from ray_soup.soups.run import run
-from ray_soup.soups.session import open_inputs
 from ray_soup.soups.state import LearnState, load_state, save_state
 from ray_soup.tune import records as training
 from tests import tiny
@@ -345,13 +345,16 @@ RECORDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
         records.read_resolved,
     ),
     "entry.json": (lambda file: records.write_entry({"figures": {"steps": 3}, "notes": []}, file), records.read_entry),
-    "metrics.json": (lambda file: training.write_metrics(METRICS, file), training.read_metrics),
-    "failures.json": (lambda file: training.write_failures([{**HYPER, "error": "e"}], file), training.read_failures),
+    "metrics.json": (lambda file: training.write_metrics(METRICS, str(file)), training.read_metrics),
+    "failures.json": (
+        lambda file: training.write_failures([{**HYPER, "error": "e"}], file),
+        lambda file: training.read_failures(str(file)),
+    ),
     "manifest.json": (
         lambda file: training.write_manifest(
             [{**HYPER, **METRICS, "file": f"model_{k}.safetensors", "sha256": "0" * 64} for k in range(2)], file
         ),
-        training.read_manifest,
+        lambda file: training.read_manifest(str(file)),
     ),
 }  # fmt: skip
 EDITABLE = ("run.json", "results.jsonl", "begun.json", "metrics.json", "failures.json", "manifest.json")
@@ -379,7 +382,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path, name: str) -> None:
 def test_a_manifest_whose_checkpoints_are_gone_is_refused(tmp_path: Path) -> None:
     RECORDS["manifest.json"][0](tmp_path / "manifest.json")
     with pytest.raises(RecipeError, match=r"model_0\.safetensors is missing, but \S+manifest\.json lists it"):
-        training.read_manifest(tmp_path / "manifest.json")
+        training.read_manifest(str(tmp_path / "manifest.json"))
 
 
 @pytest.mark.slow
@@ -421,13 +424,13 @@ def test_verify_compares_with_what_the_files_own_libraries_load(
     assert verify(tmp_path / "right")[-1] == (
         "12 sampled tensors equal those computed from the ingredients as their own libraries load them"
     )
-    read = Ingredient.read
+    for name in ("read", "read_array"):
 
-    def shifted(self: Ingredient, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        found = read(self, name, start, stop)
-        return found + 0.5 if name == "query.weight" and self.name == "1" else found
+        def shifted(self: Ingredient, tensor: str, *where: Any, read: Callable[..., Any] = getattr(Ingredient, name)) -> Any:
+            found = read(self, tensor, *where)
+            return found + 0.5 if tensor == "query.weight" and self.name == "1" else found
 
-    monkeypatch.setattr(Ingredient, "read", shifted)
+        monkeypatch.setattr(Ingredient, name, shifted)
     run(recipe, tmp_path / "wrong")
     with pytest.raises(SoupError, match=r"model\.safetensors: the tensor query\.weight has \S+ where the ingredients, as"):
         verify(tmp_path / "wrong")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,8 +76,8 @@ def test_a_disk_that_fails_from_some_write_on(commands: dict[str, Command], tmp_
 def test_every_failed_write_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its own: what follows is `finetune` and `compare`."""
     monkeypatch.setattr(demo.np, "loadtxt", lambda *_, **__: np.zeros((30, 785), np.uint8))
-    monkeypatch.setattr(demo, "finetune", lambda *_, **__: None)
-    monkeypatch.setattr(demo, "compare", lambda *_, **__: None)
+    monkeypatch.setattr("ray_soup.tune.finetune.finetune", lambda *_, **__: None)
+    monkeypatch.setattr("ray_soup.soups.compare.compare", lambda *_, **__: None)
 
     def command(folder: Path) -> dict[str, bytes]:
         demo.demo(folder / "out")
@@ -185,15 +184,15 @@ def test_failed_writes_of_a_curve_are_named(tmp_path: Path) -> None:
     state = SimpleNamespace(curve=[{"steps": n, "select_nll": float(n)} for n in range(3)])
     disk = FaultyDisk([tmp_path])
     with faulty(disk):
-        scalars(tmp_path / "board")(3, 3, state)  # type: ignore[arg-type]
+        scalars(tmp_path / "counted" / "board")(3, 3, state)  # type: ignore[arg-type]
     assert disk.count > 10
     for fails_at in range(disk.count):
-        shutil.rmtree(tmp_path / "board", ignore_errors=True)
+        board = tmp_path / str(fails_at) / "board"
         with (
-            faulty(FaultyDisk([tmp_path], errno.ENOSPC, fails_at)),
-            pytest.raises(SoupError, match=f"{tmp_path}/board could not be written .*Free some disk space"),
+            faulty(FaultyDisk([board.parent], errno.ENOSPC, fails_at)),
+            pytest.raises(SoupError, match=f"{board} could not be written .*Free some disk space"),
         ):
-            scalars(tmp_path / "board")(3, 3, state)  # type: ignore[arg-type]
+            scalars(board)(3, 3, state)  # type: ignore[arg-type]
 
 
 def test_every_failed_write_of_a_torch_archive_is_named(tmp_path: Path) -> None:

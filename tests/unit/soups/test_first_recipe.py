@@ -20,7 +20,7 @@ from ray_soup.io.find import open_ingredients
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.doctor import diagnose
 from ray_soup.soups.first_recipe import FirstRecipe, first_recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.recognize import recognize
 from tests.tiny import SPEC, build, write_data
 from tests.unit.task import library_models as models

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from ray_soup.actors.evaluation import outcome_of
@@ -16,7 +19,7 @@ from ray_soup.soups.mixture import mean_of
 from ray_soup.task.choices import ranking
 from ray_soup.task.data import Split, calibration_batches
 from ray_soup.task.objective import Classification
-from ray_soup.task.outcomes import Outcome
+from ray_soup.task.outcomes import Outcome, Score
 from tests import tiny
 from tests.conftest import InProcess, values
 from tests.unit.mixing.test_running_statistics import statistics_by_torch
@@ -93,6 +96,78 @@ def test_the_search_equals_the_plain_loop(zoo: Path, tmp_path: Path, seed: int) 
     if seed % 2:  # a duplicate has the same outcome: it comes right behind its twin
         order = ranking(dict(enumerate(held_out)))
         assert order.index(6) == order.index(2) + 1
+
+
+def probability(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A metric: the probability of the label."""
+    return outputs.softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("select_by", ["metric", "nll"])
+def test_the_search_goes_by_the_figure_of_select_by(zoo: Path, tmp_path: Path, seed: int, select_by: str) -> None:
+    """A plain loop that adds whatever raises the mean of the metric, or lowers the mean loss, on all images."""
+    (tmp_path / "zoo").mkdir()
+    write_random_zoo(zoo / "zoo", tmp_path / "zoo", seed)
+    recipe = make_recipe({
+        **values(zoo, method="greedy", metric=f"{__name__}:probability", select_by=select_by),
+        "ingredients": str(tmp_path / "zoo" / "*.safetensors"),
+    })  # fmt: skip
+    pool = InProcess(recipe, size=1 + seed)
+    states = [load_file(f) for f in sorted((tmp_path / "zoo").glob("*.safetensors"))]
+    images, labels = (torch.from_numpy(a[600:1197]) for a in tiny.digits())
+
+    def figure(chosen: list[int]) -> float:
+        model = tiny.Tiny().eval()
+        mean = {n: sum(states[k][n].double() for k in chosen) / len(chosen) for n in states[0]}
+        model.load_state_dict({n: tensor.to(states[0][n].dtype) for n, tensor in mean.items()})
+        with torch.inference_mode():
+            outputs = model(images)
+            found = probability(outputs, labels).double() if select_by == "metric" else -F.cross_entropy(outputs, labels)
+            return found.mean().item()
+
+    kept, *others = sorted(range(7), key=lambda k: (-figure([k]), k))
+    chosen = [kept]
+    for k in others:
+        if figure([*chosen, k]) >= figure(chosen):
+            chosen.append(k)
+    split = Split("fit", np.arange(597, dtype=np.int32))
+    held_out = {}
+    for k, ingredient in enumerate(pool.inputs.ingredients):
+        (held_out[k],) = pool.evaluate_file(ingredient.path, [split])
+    search = greedy(pool, held_out, [split], select_by=select_by)
+    assert search.kept == chosen
+    assert search.gain / 597 == pytest.approx(figure(chosen), rel=1e-5)
+
+
+@pytest.mark.parametrize("error", [-2e-7, 2e-7])
+@pytest.mark.parametrize(("keep", "kept"), [(">=", [0, 1]), (">", [0])])
+def test_a_duplicate_is_kept_as_keep_says_however_a_machine_rounds(
+    zoo: Path, tmp_path: Path, keep: str, kept: list[int], error: float
+) -> None:
+    """Batches of other sizes give other last digits: by how much, and in which direction, depends on the machine."""
+    (tmp_path / "zoo").mkdir()
+    state = load_file(min((zoo / "zoo").glob("*.safetensors")))
+    for name in ("a", "b"):
+        save_file(state, tmp_path / "zoo" / f"{name}.safetensors")
+    changes = {"method": "greedy", "select_by": "nll", "ingredients": str(tmp_path / "zoo" / "*.safetensors")}
+    pool = Rounding(make_recipe(values(zoo, **changes)))
+    split = Split("fit", np.arange(597, dtype=np.int32))
+    held_out = {k: pool.evaluate_file(ingredient.path, [split])[0] for k, ingredient in enumerate(pool.inputs.ingredients)}
+    pool.error = error
+    assert greedy(pool, held_out, [split], keep, select_by="nll").kept == kept
+
+
+class Rounding(InProcess):
+    """Actors whose losses of candidates are off by a relative error."""
+
+    error = 0.0
+
+    def try_candidate(
+        self, kept: tuple[int, ...], candidate: int, splits: list[Split], calibration: Sequence[Split] = ()
+    ) -> Score:
+        score = super().try_candidate(kept, candidate, splits, calibration)
+        return replace(score, loss=score.loss * (1 + self.error))
 
 
 @pytest.mark.slow

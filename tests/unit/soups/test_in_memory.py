@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.soups import in_memory
 from tests import tiny
 from tests.conftest import ROOT
+from tests.unit.task.language_models import bert_for, llama, nudge
 
 
 def loader(folder: Path, name: str) -> DataLoader:
@@ -88,7 +90,14 @@ def test_a_message_says_what_is_wrong_with_the_arguments(zoo: Path) -> None:
         ({"test": 3}, "test is of type int; expected batches of (images, labels), or a dataset. Pass a DataLoader."),
         ({"fit": None}, "fit is of type NoneType; expected batches"),
         ({"fit": torch.zeros(3, 8)}, "fit: an example holds Tensor; expected (images, labels)"),
-        ({"fit": [({"ids": torch.zeros(2, 8)}, [0, 1])]}, "fit: images are of type dict; expected tensors or arrays"),
+        ({"fit": [({"ids": "x"}, [0, 1])]}, "fit: ids are of type str; expected tensors or arrays"),
+        ({"fit": [{"ids": torch.zeros(2, 8)}]}, "fit: a batch holds ids; expected (images, labels), or a dictionary of inp"),
+        ({"fit": [{"ids": torch.zeros(2, 8), "labels": [0, 1]}]}, "fit: the only input is called ids, and the model's firs"),
+        ({"fit": [{"images": 0, "ids": 0, "label": 0}]}, "fit: an input of a batch is called images, a name with a meaning"),
+        (
+            {"fit": [{"ids": torch.zeros(2, 8), "labels": [0, 1]}, (torch.zeros(2, 8), [0, 1])]},
+            "fit: found batches of ids, labels and images, labels; expected the same entries in all. Yield them alike.",
+        ),
         ({"fit": [(torch.zeros(2, 8), ["a", "b"])]}, "fit: labels are of type list; expected tensors or arrays of numbers"),
         (
             {"fit": [(torch.zeros(2, n), [0, 1]) for n in (8, 7)]},
@@ -140,6 +149,49 @@ def test_datasets_give_the_soup_that_their_batches_give(zoo: Path) -> None:
     soups = [ray_soup.mix_state_dicts(tiny.Tiny(), states(zoo)[:3], form, "uniform") for form in forms]
     for soup in soups:
         assert soup.figures == soups[0].figures
+
+
+def test_dictionaries_give_the_soup_of_the_same_pairs(zoo: Path) -> None:
+    images, labels = (torch.cat(parts) for parts in zip(*loader(zoo, "heldout"), strict=True))
+    pairs = list(zip(images.split(100), labels.split(100), strict=True))
+    of_examples = [{"images": image, "label": int(label)} for image, label in zip(images, labels, strict=True)]
+    forms = [pairs, [{"images": x, "labels": y} for x, y in pairs], [({"images": x}, y) for x, y in pairs], of_examples]
+    soups = [ray_soup.mix_state_dicts(tiny.Tiny(), states(zoo)[:3], form, "uniform") for form in forms]
+    for soup in soups:
+        assert soup.figures == soups[0].figures
+
+
+@pytest.mark.parametrize("task", ["CausalLM", "MaskedLM", "TokenClassification"])
+def test_collated_batches_of_transformers_are_scored_as_the_library_scores_them(task: str) -> None:
+    """Padded batches of input_ids, attention_mask and labels; the figures are the library's own loss per token."""
+    from transformers import BatchEncoding
+
+    model = llama() if task == "CausalLM" else bert_for(f"For{task}")
+    random, batches, near = torch.Generator().manual_seed(0), [], []
+    for _ in range(5):
+        ids = torch.randint(2, model.config.vocab_size, (4, 12), generator=random)
+        mask = torch.arange(12) < torch.randint(4, 13, (4, 1), generator=random)
+        wanted = torch.randint(2, (4, 12), generator=random) if task == "TokenClassification" else ids
+        labels = torch.where(mask, wanted, -100)
+        batches.append(BatchEncoding({"input_ids": ids, "attention_mask": mask.long(), "labels": labels}))
+    for seed in range(3):
+        own = copy.deepcopy(model)
+        nudge(own, seed)
+        near.append(own.state_dict())
+    called = (
+        torch.compile(model, backend="eager") if task == "CausalLM" else model
+    )  # whose own forward moves the labels, too
+    objective = {"CausalLM": "causal_lm", "MaskedLM": "masked_lm"}.get(task, "token_classification")
+    soup = ray_soup.mix_state_dicts(called, near, batches[:3], "uniform", select=batches[3:], objective=objective)
+    called.load_state_dict(soup.state_dict())
+    loss, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in batches[3:]:
+            scored = batch["labels"][:, 1:] if task == "CausalLM" else batch["labels"]
+            units = int((scored != -100).sum())
+            loss, count = loss + model(**batch).loss.item() * units, count + units
+    assert soup.figures["select_nll"] == pytest.approx(loss / count, rel=1e-5)
+    assert any("moved by one place" in note for note in soup.notes) == (task == "CausalLM")
 
 
 NOTEBOOK = """

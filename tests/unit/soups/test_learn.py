@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.learn import learn, summary
+from ray_soup.soups.curve import summary
+from ray_soup.soups.learn import learn
 from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.state import PLAIN_VERSION, VERSION, LearnState, load_state, save_state
 from ray_soup.soups.turns import model_batches

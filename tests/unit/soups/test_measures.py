@@ -13,16 +13,17 @@ from ray_soup.errors import RecipeError
 from ray_soup.recipe import dump_recipe, load_recipe, make_recipe, with_changes
 from ray_soup.soups.baseline import improvement, remarks_on, significance
 from ray_soup.soups.comparison import diagnosis, verdict
+from ray_soup.soups.evaluations import figures_of
 from ray_soup.soups.report import figures
 from ray_soup.soups.report.measures import Measures, measures_in, measures_of, recorded
+from ray_soup.soups.report.paired import paired_legend, paired_table
 from ray_soup.soups.report.statistics import paired_test
 from ray_soup.soups.report.tables import (
     cost,
     legend,
     of_seed,
-    paired_legend,
-    paired_table,
     quality,
+    results_in_parts,
     series_legend,
     series_table,
     series_title,
@@ -154,6 +155,28 @@ def test_paired_tests_have_the_columns_that_mean_something() -> None:
     head, text = head_of(plain[0], plain[1], Measures())
     assert head == ["minus greedy", "points (95 %)", "p", "NLL (95 %)"]
     assert "and the p-value of the exact McNemar test on accuracy. A" in text
+
+
+def test_scores_of_an_objective_have_columns_in_every_table() -> None:
+    named = [np.array([(n % 2, n / 9) for n in range(9)], [("exact", "f8"), ("top-2", "f8")]) for _ in range(2)]
+    named[1]["exact"] = 0
+    ours, theirs = (dataclasses.replace(Outcome(np.ones(9), np.arange(9) < 7), named=each) for each in named)
+    test = paired_test(ours, theirs)
+    assert (test["score_exact"], test["score_top-2"], test["score_top-2_p"]) == (pytest.approx(4 / 9), 0, 1)
+    assert test["score_exact_p"] == 2 / 2**4  # all four differences have one sign
+    tests = [{"split": "test", "model_name": "mehl+", "against": "greedy", **test}]
+    head, (cells,) = paired_table(tests, "greedy", "test", Measures())
+    assert head[-4:] == ["exact (95 %)", "p", "top-2 (95 %)", "p"]
+    assert cells[-4].startswith("+0.4444 (+")
+    assert cells[-3:] == ["0.12", "+0.0000 (+0.0000, +0.0000)", "1"]
+    assert "in NLL and in exact and in top-2 with 95 %" in paired_legend(tests, Measures())
+    rows = [{"model_name": "a", **figures_of({"test_v1": ours, "test_v2": theirs}), "test_v1_top-2_sd": 0.1}]
+    assert table(rows, quality(rows, Measures()))[0] == [
+        "model", "v1 %", "v1 NLL", "v1 exact", "v1 top-2", "v2 %", "v2 NLL", "v2 exact", "v2 top-2",
+    ]  # fmt: skip
+    titles = [title for title, _ in results_in_parts(rows, Measures(), several=True)]
+    assert titles == ["Accuracy", "NLL", "Exact", "Top-2"]
+    assert "exact, top-2: means of the objective's scores over the examples." in legend({"examples": {"test": 9}}, rows)
 
 
 def test_the_paired_interval_of_a_metric_contains_its_difference_and_resamples_documents() -> None:

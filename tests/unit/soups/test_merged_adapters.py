@@ -14,9 +14,9 @@ from torch import nn
 from ray_soup.errors import IngredientError, RecipeError, SoupError
 from ray_soup.recipe import dump_recipe, make_recipe
 from ray_soup.soups.finished import bake_copy, verify
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.records import finished_record
 from ray_soup.soups.run import run
-from ray_soup.soups.session import open_inputs
 from tests.adapters import loaded, values, write_adapters
 from tests.conftest import values as values_of_a_zoo
 from tests.unit.soups.test_adapters import rewritten

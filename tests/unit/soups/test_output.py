@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 import yaml
 
 from ray_soup.errors import IngredientError, RecipeError, SoupError
-from ray_soup.io import storage
+from ray_soup.io import lease, storage
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import Ingredient
+from ray_soup.io.lease import state_folder
 from ray_soup.recipe import Recipe, for_method, make_recipe, with_changes
 from ray_soup.soups import records
 from ray_soup.soups.identity import begun
@@ -238,7 +239,7 @@ def test_a_damaged_begun_json_is_refused(tmp_path: Path, recipe: Recipe, content
 
 def test_a_folder_that_another_run_uses_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    message = rf"Another run is using {out}\. Wait for it, or choose another folder\."
+    message = rf"Another run is using {out}: process {os.getpid()} on .*\. Wait for it, or choose another folder\."
     with open_output(out), pytest.raises(RecipeError, match=message), open_output(out):
         pass
     with open_output(out):
@@ -252,7 +253,8 @@ def test_a_run_that_begins_nothing_leaves_no_trace(tmp_path: Path, existed: bool
         out.mkdir()
     with open_output(out) as output:
         assert output.folder == out
-        assert (out / "state" / "lease").exists()
+        assert output.state("lease").exists()
+        assert output.state().parent == out / "state" / "run-1"
     assert out.exists() == existed
     assert not existed or names(out) == []
 
@@ -343,15 +345,51 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, recipe: Recipe
             publish(output, recipe)
 
 
+def take_over(out: Path) -> None:
+    """Do what a run on another host does that takes over."""
+    before, successor = Path(state_folder(str(out))), out / "state" / "run-2" / "theirs"
+    successor.mkdir(parents=True)
+    (successor / "lease").write_text('{"host": "another-host", "pid": 1, "run": "theirs", "beat": 7}')
+    before.rename(successor / f"before-1-{before.name}")
+    before.parent.rmdir()
+
+
 def test_a_run_whose_folder_was_taken_over_publishes_nothing(tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
-    with open_output(out) as output:
-        output.begin(begun(recipe, ingredients_of(recipe)))
-        (out / "state" / "lease").write_text('{"host": "another-host", "pid": 1, "run": "theirs", "beat": 7}')
-        with pytest.raises(SoupError, match=r"process 1 on another-host took over"):
+
+    def finish_late() -> None:
+        with open_output(out) as output:
+            output.begin(begun(recipe, ingredients_of(recipe)))
+            take_over(out)
             publish(output, recipe)
+
+    with pytest.raises(SoupError, match=r"process 1 on another-host took over"):
+        finish_late()
     assert not (out / "run.json").exists()
     assert not (out / "model.safetensors").exists()
+
+
+def test_a_run_that_was_taken_over_leaves_a_later_run_with_its_number_alone(tmp_path: Path) -> None:
+    """P is suspended, Q takes over and ends, R begins; then P wakes, and fails."""
+    out = tmp_path / "out"
+
+    def files() -> dict[str, bytes | None]:
+        return {name: data for name, data in tree(out).items() if not name.endswith("/lease")}
+
+    with ExitStack() as stack:
+        first = stack.enter_context(open_output(out))
+        first.lease._stop.set()
+        lease._ACTIVE.clear()
+        with open_output(out) as second:
+            assert second.state().parent.name == "run-2"
+        third = stack.enter_context(open_output(out))
+        assert third.state().parent == first.state().parent
+        (third.staging() / "model.safetensors").touch()
+        before = files()
+        with pytest.raises(SoupError, match="could not be written"):
+            save_state(LearnState(torch.zeros(2, 1)), first.state("learn.pt"))
+        fail_with(first, KeyboardInterrupt(), lambda: None)
+        assert files() == before
 
 
 def test_staging_starts_empty(tmp_path: Path) -> None:
@@ -520,7 +558,7 @@ def test_overwriting_replaces_what_runs_wrote_once_the_new_run_is_finished(tmp_p
 
     def fails(output: Output, error: BaseException, *made: str) -> None:
         assert names(out) == ["state"]
-        assert names(out / "state") == ["begun.json", "lease", "replaced"]
+        assert names(output.state()) == ["begun.json", "lease", "replaced"]
         fail_with(output, error, lambda: [output.state(name).write_bytes(learned(1)) for name in made])
 
     for error in (RecipeError("a label"), SoupError("no Ray"), KeyboardInterrupt()):
@@ -534,6 +572,39 @@ def test_overwriting_replaces_what_runs_wrote_once_the_new_run_is_finished(tmp_p
     assert names(out) == ["model.safetensors", "recipe.yaml", "results.jsonl", "run.json", "state"]
     assert names(out / "state") == ["begun.json"]
     assert begin(out, other) is not None
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_actors_keep_is_work_and_is_replaced(
+    tmp_path: Path, recipe: Recipe, remote: bool, request: pytest.FixtureRequest
+) -> None:
+    """A run that ends with an error can be resumed from it, and one that overwrites it begins without it."""
+    out = f"{request.getfixturevalue('s3')}/out" if remote else str(tmp_path / "out")
+
+    def refuse() -> None:
+        with open_output(out) as output:
+            output.begin(begun(recipe, ingredients_of(recipe)))
+            with output.recording_failures():
+                storage.write_bytes(b"state", f"{output.kept_by_actors('polish')}_0.pt")
+                raise RecipeError("a metric")
+
+    def look() -> None:
+        with open_output(out) as output:
+            assert output.begin(begun(recipe, ingredients_of(recipe))) is None
+            assert storage.read_bytes(f"{output.kept_by_actors('polish')}_0.pt") == b"state"
+            raise KeyboardInterrupt
+
+    with pytest.raises(RecipeError, match="a metric"):
+        refuse()
+    assert json.loads(storage.read_bytes(f"{out}/run.json"))["error"] == "a metric"
+    with pytest.raises(KeyboardInterrupt):
+        look()
+    with open_output(out, overwrite=True) as output:
+        assert output.begin(begun(recipe, ingredients_of(recipe))) is None
+        assert not storage.exists(f"{output.kept_by_actors('polish')}_0.pt")
+        storage.write_bytes(b"new", f"{output.kept_by_actors('polish')}_0.pt")
+        publish(output, recipe)
+    assert not [name for name in storage.walk(out) if "actors" in name or "replaced" in name]
 
 
 def test_overwriting_refuses_other_and_changed_files_by_name(tmp_path: Path, recipe: Recipe) -> None:
@@ -582,7 +653,7 @@ def test_overwriting_loses_nothing_wherever_it_is_interrupted(
         moves = 0
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", moved)
-            patch.setattr("ray_soup.soups.output.put_back", lambda out: None)  # the process is gone
+            patch.setattr("ray_soup.soups.output.put_back", lambda *_: None)  # the process is gone
             patch.setattr("ray_soup.soups.output.restore", lambda state, before: True)
             with suppress(MemoryError):
                 overwrite(out, other, lambda output: None)
@@ -631,9 +702,13 @@ def test_a_refused_overwrite_changes_nothing_and_a_new_soup_is_the_one_that_is_p
         ({"rows": {"a": [1]}}, {"rows": {"a": [2]}}, "files under compare.rows that have changed"),
         ({"source": "a"}, {"source": "b"}, "was begun by `ray-soup bake a`"),
         ({"source": "a"}, {}, "was begun by `ray-soup bake a`"),
+        ({"adopted": {"mean": "0.5", "img_size": "48"}}, {"adopted": {"mean": "0.4"}},
+         "was started with what files of the ingredients state, which has changed: mean was 0.5 and is now 0.4; img_size "
+         "was 48 and is now not stated. Choose a new folder, restore the files, or add --overwrite"),
+        ({}, {"adopted": {"mean": "0.4"}}, "which has changed: mean was not stated and is now 0.4."),
     ],
-)
-def test_other_rows_and_another_source_make_another_run(
+)  # fmt: skip
+def test_other_rows_files_and_another_source_make_another_run(
     tmp_path: Path, recipe: Recipe, before: dict[str, Any], now: dict[str, Any], said: str
 ) -> None:
     options: dict[str, Any] = {} if "source" in before else {"compare": [1, [], []]}
@@ -642,6 +717,27 @@ def test_other_rows_and_another_source_make_another_run(
         publish(output, recipe)
     with pytest.raises(RecipeError, match=re.escape(said)):
         begin(tmp_path / "out", recipe, **options, **now)
+
+
+def test_a_recipe_that_states_what_was_adopted_is_the_same(tmp_path: Path, recipe: Recipe) -> None:
+    """`recipe.yaml` in OUT states it: this is the recipe that a user reruns. Another value is another recipe."""
+    plain, stated, other, some, all_of_it = (
+        with_changes(recipe, {"model": f"timm:resnet18{options}"})
+        for options in ("", "?mean=0.5", "?mean=0.4", "?std=1", "?mean=0.5&std=1")
+    )
+    same = ((plain, {"mean": "0.5"}, stated), (stated, {}, plain), (some, {"mean": "0.5"}, all_of_it))
+    for number, (first, adopted, second) in enumerate(same):
+        out = tmp_path / str(number)
+        with open_output(out) as output:
+            output.begin(begun(first, ingredients_of(recipe), **({"adopted": adopted} if adopted else {})))
+            publish(output, first)
+        more = {"adopted": {"mean": "0.5"}} if second is plain else {}
+        with open_output(out) as output:
+            assert output.begin(begun(second, ingredients_of(recipe), **more)) is not None
+        with pytest.raises(RecipeError, match=r"model was timm:resnet18.* and is now timm:resnet18.mean=0.4"):
+            begin(out, other)
+        with pytest.raises(RecipeError, match=r"belongs to another recipe: data.test was .* and is now .*other.npz"):
+            begin(out, with_changes(second, {"data.test": "other.npz"}), **more)
 
 
 def test_published_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, recipe: Recipe) -> None:
@@ -771,35 +867,80 @@ def test_a_uri_is_published_from_a_local_mirror(s3: str, tmp_path: Path, recipe:
     with pytest.raises(RecipeError) as error:
         fail()
     assert str(error.value) == f"{uri}/file is wrong"
-    assert storage.exists(f"{uri}/state/begun.json")
+    assert storage.exists(f"{state_folder(uri)}/begun.json")
     with open_output(uri) as output:
         assert output.begin(begun(recipe, ingredients_of(recipe))) is None
         assert output.shared_files() == ()
         assert output.uri_of("a", "b") == f"{uri}/a/b"
         (output.folder / "part.safetensors").write_bytes(b"part")
         (output.folder / "index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
+        before = output.visible_to_actors(output.folder / "index.json")
+        (output.folder / "part.safetensors").write_bytes(b"next")
         seen = output.visible_to_actors(output.folder / "index.json")
-        assert seen == f"{uri}/state/evaluated/index.json"
-        assert storage.read_bytes(f"{uri}/state/evaluated/part.safetensors") == b"part"
+        assert re.fullmatch(rf"{output.lease.folder}/evaluated/[0-9a-f]+/index\.json", seen)
+        assert storage.read_bytes(seen.replace("index.json", "part.safetensors")) == b"next"
+        assert seen != before
+        assert sorted(storage.walk(f"{output.lease.folder}/evaluated").keys()) == [
+            f"{seen.split('/')[-2]}/{name}" for name in ("index.json", "part.safetensors")
+        ]
         (output.folder / "part.safetensors").unlink()
         (output.folder / "index.json").unlink()
         publish(output, recipe)
         soup = Soup(output.folder, ROWS, {}).at(uri)
     assert soup.out == uri
     assert sorted(storage.walk(uri)) == [
-        "model.safetensors", "recipe.yaml", "results.jsonl", "run.json", "state/begun.json",
+        "model.safetensors", "recipe.yaml", "results.jsonl", "run.json", "state/lease",
+        f"{state_folder(uri).removeprefix(uri)[1:]}/begun.json",
     ]  # fmt: skip
     with open_output(uri) as output:
         assert output.begin(begun(recipe, ingredients_of(recipe))) is not None
 
 
-def test_overwriting_at_a_uri_deletes_the_earlier_run_at_once(s3: str, recipe: Recipe) -> None:
+def test_a_run_at_a_uri_has_its_token_again_when_it_is_resumed(s3: str, recipe: Recipe) -> None:
+    found = set()
+    for compare in ([2, [], []], [3, [], []], [3, [], []]):
+        with open_output(f"{s3}/out") as output:
+            assert output.begin(begun(recipe, ingredients_of(recipe), compare=compare)) is None
+            found.add(output.token())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("has_lease", [False, True])
+def test_a_folder_of_an_earlier_version_is_resumed_and_keeps_its_token(
+    tmp_path: Path, recipe: Recipe, has_lease: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state is in OUT/state itself, begun.json has no token, and the lease of its run may have been left behind."""
+    monkeypatch.setattr(lease, "LEASE_S", 1)
+    out = tmp_path / "out"
+    (out / "state").mkdir(parents=True)
+    records.write_begun(begun(recipe, ingredients_of(recipe), compare=[2, [], []]), out / "state" / "begun.json")
+    (out / "state" / "learn.pt").write_bytes(learned(1))
+    if has_lease:
+        (out / "state" / "lease").write_text('{"host": "another-host", "pid": 1, "run": "theirs", "beat": 7}')
+        (out / "state" / "lock").touch()
+    found = {token_of(out)}
+    for seeds in (2, 3):
+        with open_output(out) as output:
+            assert output.begin(begun(recipe, ingredients_of(recipe), compare=[seeds, [], []])) is None
+            assert output.state("learn.pt").read_bytes() == learned(1)
+            found.add(output.token())
+    assert len(found) == 1
+    assert names(out / "state") == ["begun.json", "learn.pt"]
+
+
+def test_overwriting_at_a_uri_says_so_at_once_and_replaces_the_earlier_run_at_the_end(s3: str, recipe: Recipe) -> None:
     uri, other = f"{s3}/out", with_changes(recipe, {"learn.lr": 0.5})
     for which, overwrites in ((recipe, False), (other, True)):
         with open_output(uri, overwrite=overwrites) as output:
             assert output.begin(begun(which, ingredients_of(which))) is None
-            assert not storage.exists(f"{uri}/run.json")
+            assert storage.exists(f"{uri}/run.json") == overwrites
+            if overwrites:
+                assert json.loads(storage.read_bytes(f"{uri}/run.json"))["exit"] == 1
+                assert storage.exists(f"{uri}/model.safetensors")
             publish(output, which)
+    assert sorted(name for name in storage.walk(uri) if not name.startswith("state/")) == [
+        "model.safetensors", "recipe.yaml", "results.jsonl", "run.json",
+    ]  # fmt: skip
     with open_output(uri) as output:
         assert output.begin(begun(other, ingredients_of(other))) is not None
 
@@ -809,5 +950,5 @@ def test_a_local_folder_is_where_actors_see_it(tmp_path: Path) -> None:
     with open_output(out) as output:
         assert output.uri_of("a", "b") == str(out / "a" / "b")
         assert output.visible_to_actors(out / "a") == str(out / "a")
-        assert output.shared_files() == (str(out / "state" / "resolved.json"),)
+        assert output.shared_files() == (str(output.state("resolved.json")),)
     assert Soup(out, [], {}).at("given/name").out == out

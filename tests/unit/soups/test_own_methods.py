@@ -17,12 +17,12 @@ from ray_soup.actors.messages import Mesh
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.progress import no_progress
 from ray_soup.recipe import make_recipe
+from ray_soup.soups.inputs import CALIBRATION_WHILE_CHOOSING, open_inputs
 from ray_soup.soups.make import make, make_without_data, mix
 from ray_soup.soups.methods.interface import NeedsDataError, Session
 from ray_soup.soups.methods.results import Model, result_of
 from ray_soup.soups.mixture import Mixture
 from ray_soup.soups.rows import open_rows
-from ray_soup.soups.session import CALIBRATION_WHILE_CHOOSING, open_inputs
 from ray_soup.soups.session import Session as RunSession
 from tests import tiny
 from tests.conftest import InProcess, values

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 import ray_soup
 from ray_soup.recipe import dump_recipe, for_method, make_recipe
-from ray_soup.soups.curve import best_epochs
-from ray_soup.soups.learn import refit_steps, summary
+from ray_soup.soups.curve import best_epochs, refit_steps, summary
 from ray_soup.soups.optimize import learning_rate
 from ray_soup.soups.report.tables import legend, quality, table
 from ray_soup.soups.state import load_state

@@ -122,6 +122,7 @@ def test_the_legend_explains_only_what_the_table_has() -> None:
         "Examples: select 3, test 3. All figures are measured on the written model files, in float32. Test was used for "
         "reporting only."
     )
+    assert legend({**record, "dtype": "bfloat16"}) == plain.replace("in float32", "in bfloat16")
     explained = {
         "† optimistic: the model was learned, stopped or chosen on this data.": {"model_name": "mehl", "select_nll": 1.0},
         "‡ before the refit, which learned on this data, too.": {"model_name": "uniform", "refit_steps": 3},

@@ -20,8 +20,8 @@ from ray_soup.io.hashing import sha256_file
 from ray_soup.soups.export import FORMS
 from ray_soup.soups.output import Soup
 from ray_soup.soups.records import write_results, write_run_record
+from ray_soup.soups.report.markdown import comparison_markdown
 from ray_soup.soups.report.notebook import as_html, as_text
-from ray_soup.soups.report.tables import comparison_markdown
 from ray_soup.soups.results import KINDS, load_results, with_kinds
 
 HOSTILE = "50 % & <b>_$x$#{a}~^\\n"

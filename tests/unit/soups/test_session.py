@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,47 @@ from safetensors.torch import load_file, save_file
 
 from ray_soup.actors.in_process import InProcessPool
 from ray_soup.actors.messages import Mesh, SetupInfo
+from ray_soup.errors import RecipeError
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.session import Session, open_inputs
+from ray_soup.soups.inputs import Inputs, open_inputs
+from ray_soup.soups.rows import open_rows
+from ray_soup.soups.session import Session
 from ray_soup.task.data import Split, calibration_batches
 from tests.conftest import values
+from tests.ray.own_loops import image_folders
+
+
+def test_a_model_of_another_program_must_have_been_trained_as_the_ingredients(tmp_path: Path) -> None:
+    """Also where only the files state how that was; they may all be silent."""
+    import timm
+
+    states = {name: timm.create_model("test_resnet", num_classes=3).state_dict() for name in ("zoo/0", "zoo/1", "row")}
+    (tmp_path / "zoo").mkdir()
+    data = image_folders(tmp_path)["fit"]
+
+    def opened(zoo: dict[str, Any], row: dict[str, Any]) -> Inputs:
+        for (name, state), args in zip(states.items(), (zoo, zoo, row), strict=True):
+            torch.save({"state_dict": state, "args": args}, tmp_path / f"{name}.pt")
+        rows = {"compare": {"rows": {"other": str(tmp_path / "row.pt")}}}
+        recipe = make_recipe({
+            "model": "timm:test_resnet?classes=3", "ingredients": str(tmp_path / "zoo"), "data": {"fit": data}, **rows
+        })  # fmt: skip
+        inputs = open_inputs(recipe)
+        open_rows(recipe, inputs)
+        return inputs
+
+    small, large = {"img_size": 48}, {"img_size": 64}
+    for zoo, row, adopted in ((small, small, {"img_size": "48"}), (small, {}, {"img_size": "48"}), ({}, {}, {})):
+        inputs = opened(zoo, row)
+        assert inputs.adopted == inputs.started.get("adopted", {}) == adopted
+    with pytest.raises(
+        RecipeError, match=r"^compare\.rows\.other: .*img_size 48 and .*row\.pt with 64; one value must be used"
+    ):
+        opened(small, large)
+    with pytest.raises(
+        RecipeError, match=r"(?s)^compare\.rows\.other: .*row\.pt was trained with img_size 64, which neither.*=64$"
+    ):
+        opened({}, large)
 
 
 @pytest.mark.slow

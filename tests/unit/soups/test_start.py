@@ -21,8 +21,8 @@ from ray_soup.mixing.coefficients import MEAN, Affine, Coefficients, save_coeffi
 from ray_soup.recipe import dump_recipe, for_method, make_recipe
 from ray_soup.soups.identity import begun as begun_record
 from ray_soup.soups.identity import check_same
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.records import write_run_record
-from ray_soup.soups.session import open_inputs
 from ray_soup.soups.start import Start, began_note, beginning, matches, open_start
 from ray_soup.soups.state import load_state
 from tests import tiny

@@ -16,7 +16,7 @@ from ray_soup.io.progress import WHOLE_RUN
 from ray_soup.soups.output import Soup
 from ray_soup.soups.report import console, progress_bar, terminal
 from ray_soup.soups.report.marks import MARK
-from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_row, print_soup
+from ray_soup.soups.report.terminal import ProgressBar, print_comparison, print_evaluation, print_row, print_soup
 from ray_soup.soups.report.terminal_tables import comparison_text, table_text
 from ray_soup.soups.report.zoo import print_zoo
 
@@ -342,3 +342,10 @@ def test_the_last_lines_say_what_was_made_how_good_it_is_and_how_to_load_it(caps
     )
     assert lines[-4].endswith("accuracy 50.00% against 50.00%. Figures on select are optimistic: choices were made on it.")
     assert lines[-3].startswith("It is in out/model.safetensors")
+
+
+def test_an_evaluation_says_if_the_weights_were_not_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    print_evaluation(row("out"), as_json=False)
+    plain = capsys.readouterr().out
+    print_evaluation(row("out", dtype="bfloat16"), as_json=False)
+    assert capsys.readouterr().out == f"{plain}Computed with weights in bfloat16.\n"

@@ -44,18 +44,17 @@ def test_options_that_are_off_leave_the_record_of_a_folder_as_it_was() -> None:
         ({}, None),
         ({"frozen": 1000}, "the ingredients are adapters"),
         ({"by_layer": True}, "actors.by_layer is true"),
-        ({"mirror": object()}, "OUT is remote storage, and the actors keep their state on a disk"),
         ({"numel": 10**12}, "it takes about 17,0.*GB per actor, and the cluster has 8.0 GB"),
     ],
 )
 def test_a_reference_that_cannot_be_made_has_a_reason(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], why: str | None
 ) -> None:
-    monkeypatch.setattr(trained, "memory_of_each", lambda mesh: 8e9)
+    monkeypatch.setattr(trained, "memory_of_each", lambda *_: 8e9)
     recipe = make_recipe({"model": "a:b", "actors": {"by_layer": changes.get("by_layer", False)}})
     inputs = SimpleNamespace(frozen=changes.get("frozen", 0), layout=SimpleNamespace(numel=changes.get("numel", 10**6)))
     session = SimpleNamespace(recipe=recipe, inputs=inputs, mesh=changes.get("mesh", Mesh(2, 1)), model_batch=4)
-    found = trained._why_not(cast(Any, session), cast(Any, SimpleNamespace(mirror=changes.get("mirror"))))
+    found = trained._why_not(cast(Any, session))
     assert found == why if why is None or "GB" not in why else found is not None and "GB per actor" in found
 
 

@@ -18,11 +18,12 @@ from ray_soup.errors import RecipeError
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.mixing.schedules import DECAYS, average, schedule
 from ray_soup.recipe import SCHEDULES, dump_recipe, make_recipe
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.soups.learn import _Learning, learn
 from ray_soup.soups.methods.scheduled import choose
 from ray_soup.soups.optimize import parametrization
 from ray_soup.soups.run import run
-from ray_soup.soups.session import Session, open_inputs
+from ray_soup.soups.session import Session
 from ray_soup.soups.trajectory import roughness
 from ray_soup.task.data import batch_positions
 from tests import tiny

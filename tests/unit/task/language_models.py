@@ -65,13 +65,13 @@ def gpt2(vocabulary: int = 320) -> nn.Module:
     )).eval()  # fmt: skip
 
 
-def bert_for(task: str, vocabulary: int = 320, **more: Any) -> nn.Module:
+def bert_for(task: str, vocabulary: int = 320, std: float = 0.2, **more: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.2, **more,
+        max_position_embeddings=64, initializer_range=std, **more,
     )  # fmt: skip
     return getattr(transformers, f"Bert{task}")(config).eval()
 
@@ -81,6 +81,14 @@ def can_pack(name: str) -> bool:
     import transformers
 
     return name != "gpt2" or int(transformers.__version__.partition(".")[0]) >= 5
+
+
+def nudge(model: nn.Module, seed: int) -> None:
+    """Add a little noise to all parameters: models of several seeds are near each other."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
 
 
 def saved(model: nn.Module, tokenizer: Any, folder: Path) -> str:

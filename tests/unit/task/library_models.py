@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -143,6 +144,34 @@ def tokenizer(folder: Path) -> Any:
     made = BertTokenizer(str(folder / "words.txt"))
     (folder / "words.txt").unlink()
     return made
+
+
+def questions() -> nn.Module:
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    return BertForQuestionAnswering(BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.5,
+    ))  # fmt: skip
+
+
+def write_questions(folder: Path) -> None:
+    """Write `base-model`, checkpoints below `runs`, and rows of questions and answers, two of which are cut off."""
+    tokenizer(folder / "words").save_pretrained(folder / "base-model")
+    questions().save_pretrained(folder / "base-model")
+    for number in range(3):
+        torch.manual_seed(number)
+        questions().save_pretrained(folder / f"runs/{number}/checkpoint-500")
+    words = ["good", "bad", "film", "a", "very", "book"]
+    for seed, name in enumerate(("heldout", "test")):
+        random, rows = np.random.default_rng(seed), []
+        for n in range(24):
+            context = [words[k] for k in random.integers(6, size=40 if n in (3, 5) else 9)]
+            first = 30 if n in (3, 5) else int(random.integers(7))
+            start = len(" ".join(context[:first])) + (first > 0)
+            row = {"question": "good or bad ?", "context": " ".join(context), "answer": " ".join(context[first : first + 2])}
+            rows.append(json.dumps({**row, "start": start}))
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def lightning(state: dict[str, torch.Tensor], **more: Any) -> dict[str, Any]:

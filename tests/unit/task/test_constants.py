@@ -15,7 +15,8 @@ from ray_soup.io.check import check_together
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.mixing.blocks import layout_of
-from ray_soup.task.models import describe, load_checkpoint, load_model
+from ray_soup.task.loading import load_model
+from ray_soup.task.models import describe, load_checkpoint
 from tests.unit.task.library_models import bert
 
 State = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ from ray_soup.io.adapters import open_adapter
 from ray_soup.io.lifting import group_of
 from ray_soup.mixing.adapter_bake import bake_adapter
 from ray_soup.recipe import make_recipe
-from ray_soup.soups.session import open_inputs
+from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.adapters import bound_to
 from ray_soup.task.companions import adapter_lines
 from ray_soup.task.heads import resolved_recipe

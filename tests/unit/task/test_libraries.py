@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from PIL import Image
 from ray_soup.errors import RecipeError
 from ray_soup.mixing.blocks import layout_of
 from ray_soup.recipe import load_recipe
+from ray_soup.task.companions import loading_lines
+from ray_soup.task.libraries import structure
 from ray_soup.task.model_spec import ModelSpec
 from ray_soup.task.models import build, describe, fingerprint
 from tests.unit.task.library_models import IMAGES, TEXTS, add_tiny_clip, bert, tokenizer, vit
@@ -51,12 +55,12 @@ def test_a_description_is_the_layout_and_a_fingerprint_is_the_same_in_every_proc
         ("timm:test_vitt?classes=3", "timm has no 'test_vitt'; did you mean test_vit"),
         ("timm:test_resnet.x?classes=3", r"timm has no pretrained weights 'x' for test_resnet; it has r160_in1k\."),
         ("torchvision:resnet5?classes=3", "torchvision has no 'resnet5'; did you mean resnet50 or resnet"),
-        ("torchvision:fcn_resnet50?classes=3", "torchvision has no 'fcn_resnet50'"),
+        ("torchvision:fcn_resnet5?classes=3", "torchvision has no 'fcn_resnet5'; did you mean fcn_resnet50"),
         ("open_clip:ViT-B-23?classes=3", "open_clip has no 'ViT-B-23'; did you mean ViT-B-32"),
         ("timm:qqqqqqqq?classes=3", "timm has no 'qqqqqqqq'; choose one of its [0-9]+ models, such as "),
         ("open_clip:tiny-clip", "expected a positive integer for the option 'classes'. Write it as in open_clip:tiny-clip"),
         ("timm:test_vit?classes=x", "expected a positive integer for the option 'classes'. Write it as in timm:test_vit"),
-        ("timm:test_vit?class=3", "has the unknown option 'class'; known options: classes"),
+        ("timm:test_vit?class=3", "has the unknown option 'class'; did you mean classes"),
         ("open_clip:tiny-clip?classes=3&normalize=1", "expected normalize=true or normalize=false"),
         ("transformers:tests", "tests has no config.json that transformers can read"),
         ("keras:x?classes=3", "expected open_clip:, timm: or torchvision:NAME"),
@@ -65,6 +69,61 @@ def test_a_description_is_the_layout_and_a_fingerprint_is_the_same_in_every_proc
 )
 def test_an_unknown_model_or_option_is_refused(spec: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
+        build(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments"),
+    [
+        ("timm:test_resnet?classes=3&act_layer=gelu&drop_rate=0.25", {"act_layer": "gelu", "drop_rate": 0.25}),
+        ("timm:test_vit?classes=3&qkv_bias=false&init_values=1e-05", {"qkv_bias": False, "init_values": 1e-5}),
+        ("torchvision:mobilenet_v3_small?classes=3&dropout=0.5", {"dropout": 0.5}),
+        ("torchvision:mobilenet_v3_small?classes=3&width_mult=0.5", {"width_mult": 0.5}),
+        ("torchvision:resnet50?classes=3&width_per_group=32", {"width_per_group": 32}),
+    ],
+)
+def test_other_options_are_arguments_of_the_librarys_constructor(spec: str, arguments: dict[str, Any]) -> None:
+    import timm
+    import torchvision
+
+    parsed = ModelSpec.parse(spec)
+    make = timm.create_model if parsed.library == "timm" else torchvision.models.get_model
+    with torch.device("meta"):
+        ours, theirs, plain = (
+            build(spec).model,
+            make(parsed.name, num_classes=3, **arguments),
+            make(parsed.name, num_classes=3),
+        )
+    vars(ours).pop("own_loader", None)  # the text of the spec, for names that the library's own loader knows
+    assert structure(ours) == structure(theirs) != structure(plain)
+    assert all(f"{name}={value!r}" in loading_lines(spec, ["model.safetensors"]) for name, value in arguments.items())
+
+
+def test_other_options_of_open_clip_reach_its_constructor() -> None:
+    assert "QuickGELU" in repr(build("open_clip:tiny-clip?classes=3&quick_gelu=true").model)
+    assert "QuickGELU" in repr(build("open_clip:tiny-clip?classes=3&force_quick_gelu=true").model)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("timm:test_resnet?classes=3&act_layers=gelu", "'act_layers', which test_resnet does not take; did you mean act"),
+        ("timm:test_resnet?classes=3&img_sise=48", "'img_sise', which test_resnet does not take; did you mean img_size"),
+        ("timm:test_resnet?classes=3&qqqqqq=1", "which test_resnet does not take; options with a meaning of their own: c"),
+        ("timm:test_resnet?classes=3&act_layer=geluu", "timm cannot create 'timm:test_resnet?classes=3&act_layer=geluu'"),
+        ("timm:test_resnet?classes=3&pretrained=true", "the option 'pretrained', which a recipe cannot set: the weights c"),
+        ("timm:test_resnet?classes=3&checkpoint_path=a.pt", "the option 'checkpoint_path', which a recipe cannot set"),
+        ("torchvision:resnet18?classes=3&weights=DEFAULT", "the option 'weights', which a recipe cannot set"),
+        ("timm:test_vit?classes=3&qkv_bias=False", "expected true, false, a number or a text for the option 'qkv_bias'"),
+        ("torchvision:resnet18?classes=3&zero_init_residual=no", "expected true, false, a number or a text for the option"),
+        ("torchvision:resnet18?classes=3&zero_init=true", "which resnet18 does not take; did you mean zero_init_residual?"),
+        ("torchvision:mobilenet_v3_small?classes=3&dropouts=0.5", "does not take; did you mean dropout?"),
+        ("open_clip:tiny-clip?classes=3&quick_gellu=true", "'quick_gellu', which tiny-clip does not take; did you mean "),
+        ("open_clip:tiny-clip?classes=3&pretrained_image=true", "the option 'pretrained_image', which a recipe cannot set"),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_constructor_does_not_take_is_refused(spec: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
         build(spec)
 
 

@@ -108,6 +108,28 @@ def test_losses_and_gradients_are_those_of_whole_logits(pair: tuple[Any, Any, Ob
     assert close(own_gradients, gradients, 5e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied", "bert"])
+def test_gradients_of_parts_in_bfloat16_are_summed_in_float32(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the weight and the bias of the output layer. In bfloat16, 512 parts add up to an error of several percent."""
+    spec = saved(MODELS[name](), None, tmp_path / "m") + "?dtype=bfloat16"
+    monkeypatch.setattr(logits, "CHUNK", WORDS)
+    ids, found = torch.randint(WORDS, (8, 64), generator=torch.Generator().manual_seed(0)), []
+    for most in (1 << 26, 0):
+        monkeypatch.setattr(logits, "MOST_OUTPUTS", most)
+        torch.manual_seed(0)
+        built = build(spec)
+        assert hold_back(built.model.eval(), CPU)
+        outputs = built.model({"input_ids": ids}).float()
+        assert isinstance(outputs, Logits) == (most == 0)
+        OBJECTIVES[built.objective]().losses(outputs, ids.roll(1, 1)).sum().backward()
+        head = built.model.get_output_embeddings()
+        found.append([p.grad.double() for p in head.parameters()])
+    for own, expected in zip(*found, strict=True):
+        assert (own - expected).norm() < 0.01 * expected.norm()
+
+
 def test_what_is_evaluated_is_that_of_whole_logits(pair: tuple[Any, Any, Objective]) -> None:
     *models, objective = pair
     with torch.inference_mode():

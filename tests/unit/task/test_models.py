@@ -17,7 +17,8 @@ from ray_soup.io.check import check_together
 from ray_soup.io.find import open_ingredients
 from ray_soup.io.ingredient import open_ingredient
 from ray_soup.task.companions import loading_lines, write_companions
-from ray_soup.task.models import build, describe, load_checkpoint, load_model
+from ray_soup.task.loading import load_model
+from ray_soup.task.models import build, describe, load_checkpoint
 from tests.unit.task.library_models import (
     IMAGES,
     TEXTS,
@@ -58,7 +59,7 @@ def written_again(model: nn.Module, folder: Path, spec: str) -> str:
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors"
     )
-    write_companions(spec, folder, torch.float32)
+    write_companions(spec, folder, "float32")
     return loading_lines(spec, [file.name for file in folder.iterdir()])
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ray_soup.actors.evaluation import outcome_of
 from ray_soup.errors import RecipeError
 from ray_soup.recipe import make_recipe
+from ray_soup.task.models import build, call_as, outputs_of
 from ray_soup.task.objective import (
     IGNORED,
     OBJECTIVES,
@@ -91,6 +92,13 @@ def test_multi_label_losses_are_those_of_bce_with_logits() -> None:
     objective, (outputs, targets) = MultiLabel(), LABELS
     mean = objective.losses(outputs, targets).sum() / objective.weights(targets).sum()
     torch.testing.assert_close(mean, nn.BCEWithLogitsLoss()(outputs, targets))
+    one = outputs[:, :1], targets[:, 0]  # a single label need not be in a list
+    for found, expected in zip(
+        (objective.losses(*one), objective.correct(*one), objective.weights(one[1])),
+        (objective.losses(one[0], one[1][:, None]), (one[0][:, 0] > 0) == (one[1] > 0.5), torch.ones(6)),
+        strict=True,
+    ):
+        assert found.tolist() == expected.tolist()
     assert torch.equal(objective.correct(outputs, targets), ((outputs.sigmoid() > 0.5) == targets.bool()).sum(1))
     unknown = targets.clone()
     unknown[:, 0] = -1
@@ -319,6 +327,92 @@ def test_an_unsound_objective_of_the_user_is_refused(name: str, said: str) -> No
     outputs, targets = NUMBERS
     with pytest.raises(RecipeError, match=said):
         loss_of(recipe, objective_of(recipe), outputs[:1], targets[:1])
+
+
+def with_scores(returned: Any) -> Any:
+    return type("Scored", (Distances,), {"scores": lambda self, outputs, targets: returned(outputs)})
+
+
+TensorInstead = with_scores(lambda o: o[:, 0])
+Underscored = with_scores(lambda o: {"exact_match": o[:, 0]})
+Reserved = with_scores(lambda o: {"nll": o[:, 0]})
+Heading = with_scores(lambda o: {"Loss": o[:, 0]})
+EachNumberScored = with_scores(lambda o: {"f1": o})
+NotFinite = with_scores(lambda o: {"f1": o[:, 0] / 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("TensorInstead", r"scores returned \[3\]; expected a dictionary"),
+        ("Underscored", "the name 'exact_match'; expected letters, digits and hyphens"),
+        ("Reserved", "the name 'nll'; .* none of accuracy, loss, nll"),
+        ("Heading", "the name 'Loss'; .* none of accuracy, loss, nll"),
+        ("EachNumberScored", r"scores returned \[3, 3\] as f1 for 3 examples; expected numbers \[3\]"),
+        ("NotFinite", "scores returned -?inf as f1; expected finite numbers"),
+    ],
+)
+def test_unsound_scores_are_refused(name: str, said: str) -> None:
+    recipe = make_recipe({"model": "a:b", "objective": f"{HERE}:{name}"})
+    with pytest.raises(RecipeError, match=said):
+        loss_of(recipe, objective_of(recipe), NUMBERS[0][:1], NUMBERS[1][:1])
+
+
+OfSigns = with_scores(lambda o: {"positive" if o[0, 0] > 0 else "negative": o[:, 0]})
+
+
+def test_scores_must_have_the_same_names_for_each_batch() -> None:
+    own = objective_of(make_recipe({"model": "a:b", "objective": f"{HERE}:OfSigns"}))
+    assert own.scores(torch.ones(1, 3), torch.ones(1, 3))["positive"].dtype == torch.float64
+    with pytest.raises(RecipeError, match="scores returned the names negative, and positive before"):
+        own.scores(-torch.ones(1, 3), torch.ones(1, 3))
+
+
+MeanScore = with_scores(lambda o: {"hit": (o.argmax(1) == 0).double().mean().expand(len(o))})
+
+
+def test_a_score_must_not_depend_on_other_examples() -> None:
+    """Also if the examples of the check at the start are too alike to show it."""
+    own = objective_of(make_recipe({"model": "a:b", "objective": f"{HERE}:MeanScore"}))
+    for alike in (torch.ones(3, 2), torch.zeros(1, 2)):
+        own.scores(alike, alike)
+    with pytest.raises(RecipeError, match=r"the score hit of an example is 0\.6667 among 3 and 1 alone; expected equal"):
+        own.scores(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.ones(3, 2))
+
+
+class Joined(Distances):
+    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+        return model(inputs)
+
+
+class FirstOfPair(Joined):
+    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+        return super().outputs(model, inputs)[0]["logits"]
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"logits": 2 * x}, x
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Distances", "returned tuple for one example of test"),
+        ("Joined", "the outputs of Joined are tuple for one example of test, .*; expected one float tensor"),
+        ("FirstOfPair", ""),
+    ],
+)
+def test_an_objective_may_say_what_the_outputs_are(name: str, said: str) -> None:
+    own = objective_of(make_recipe({"model": "a:b", "objective": f"{HERE}:{name}"}))
+    model = build(f"{HERE}:Pair").model
+    call_as(own, model)
+    if said:
+        with pytest.raises(RecipeError, match=said):
+            outputs_of(model, NUMBERS[0][:1], NUMBERS[1][:1], own, "a:b", "test")
+    else:
+        found = outputs_of(model, NUMBERS[0][:1], NUMBERS[1][:1], own, "a:b", "test")
+        assert torch.equal(found, 2 * NUMBERS[0][:1])
 
 
 class Weighted(Classification):

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from ray_soup.errors import RecipeError
-from ray_soup.task.models import build, load_model
+from ray_soup.task.loading import load_model
+from ray_soup.task.models import build
 from ray_soup.task.pretrained import fill_zero_shot, load_pretrained
 from tests.tiny import Tiny
 from tests.unit.task.library_models import IMAGES, add_tiny_clip, assert_same, clip, clip_logits, vit, write_epochs, zoo_of

@@ -20,7 +20,7 @@ from ray_soup.task.companions import write_companions
 from ray_soup.task.evidence import check_start
 from ray_soup.task.models import build
 from tests.unit.task.library_models import bert, tokenizer, vit
-from tests.unit.task.test_evidence import ARRAYS, IMAGES, checked
+from tests.unit.task.test_evidence import ARRAYS, IMAGES, checked, used
 from tests.unit.task.test_other_scripts import trained
 
 Change = Mapping[str, Any]
@@ -58,9 +58,8 @@ def refused(model: Path | str, paths: Sequence[str], data: Mapping[str, str] = I
 @pytest.mark.parametrize("kind", ["vit", "bert"])
 def test_folders_that_act_like_that_of_the_recipe_pass(tmp_path: Path, zoo: Path, kind: str) -> None:
     """Among them are a soup's, and one that only another version would write in this way."""
-    import torch
 
-    write_companions(f"transformers:{zoo / kind}", tmp_path, torch.bfloat16)
+    write_companions(f"transformers:{zoo / kind}", tmp_path, "bfloat16")
     shutil.copy(zoo / kind / "model.safetensors", tmp_path)
     same = changed(zoo / kind, tmp_path / "same", {
         "config.json": {"transformers_version": "4.1", "attention_probs_dropout_prob": 0.5, "initializer_range": 0.1},
@@ -162,13 +161,15 @@ def test_a_tokenizer_with_other_merges_is_refused(tmp_path: Path, zoo: Path) -> 
     assert checked(f"transformers:{folders[0]}", folders[:1]) == []
 
 
-def test_a_length_at_which_a_tokenizer_cuts_must_be_stated(tmp_path: Path, zoo: Path) -> None:
+def test_a_length_at_which_all_tokenizers_cut_is_used(tmp_path: Path, zoo: Path) -> None:
     path = changed(zoo / "bert", tmp_path / "a", {"tokenizer_config.json": {"model_max_length": 8}})
-    found = refused(zoo / "bert", [path])
-    assert f"The tokenizer in {path} cuts texts at 8 tokens (model_max_length); the recipe's model at 16." in found
-    line = found.partition("model: ")[2].partition("\n")[0]
+    (note,) = checked(f"transformers:{zoo / 'bert'}", [path])
+    assert note.startswith(f"The tokenizer in {path} cuts texts at 8 tokens (model_max_length), which is used, because the ")
+    line = used(f"transformers:{zoo / 'bert'}", [path])
     assert line == f"transformers:{zoo / 'bert'}?length=8"
     assert checked(line, [path]) == []
+    found = refused(zoo / "bert", [path, str(zoo / "bert")])
+    assert f"and that in {zoo / 'bert'} at 16; one length must be used for all." in found
     (note,) = checked(f"transformers:{zoo / 'bert'}?length=12", [path])
     assert note.endswith("cuts texts at 8 tokens (model_max_length); the recipe states 12, which is used.")
 
@@ -244,5 +245,5 @@ def test_the_files_beside_ingredients_in_a_bucket_are_compared(s3: str, tmp_path
     run = Path(trained(tmp_path, force_image_size=256)).parent.parent
     for name in ("checkpoints/epoch_2.pt", "params.txt"):
         storage.upload(run / name, f"{s3}/logs/run/{name}")
-    with pytest.raises(RecipeError, match=r"image_size 256 \(params\.txt\)"):
-        checked("open_clip:ViT-B-32?classes=3", [f"{s3}/logs/run/checkpoints/epoch_2.pt"])
+    (note,) = checked("open_clip:ViT-B-32?classes=3", [f"{s3}/logs/run/checkpoints/epoch_2.pt"])
+    assert "image_size 256 (params.txt); the recipe states nothing" in note

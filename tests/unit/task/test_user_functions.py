@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ray_soup.task.functions import call, failure, import_function, installed_fi
 from ray_soup.task.models import build, describe, outputs_of
 from ray_soup.task.objective import Classification
 from ray_soup.task.own_functions import loss_of, metric_of
+from tests.conftest import ROOT
 
 LABEL = torch.zeros(1, dtype=torch.int64)
 HOSTILE = '''
@@ -228,8 +230,15 @@ def test_an_interrupt_is_not_an_error_of_the_function() -> None:
         call("model", "a:b", interrupted)
 
 
-def test_an_exit_by_a_signal_handler_is_not_an_error_of_the_function() -> None:
+@pytest.mark.parametrize("replaced", [False, True], ids=["sys.exit", "sys.exit of W&B"])
+def test_an_exit_by_a_signal_handler_is_not_an_error_of_the_function(
+    replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray turns SIGTERM into sys.exit(15) within whatever runs."""
+    monkeypatch.setattr(sys, "exit", sys.exit)  # put back afterwards what the hook replaces
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    if replaced:
+        pytest.importorskip("wandb.sdk.lib.exit_hooks").ExitHooks().hook()
     space = {"__name__": "ray._private.worker"}
     exec("import sys\ndef handler(): sys.exit(15)", space)
     with pytest.raises(SystemExit):
@@ -328,3 +337,24 @@ def test_in_a_worker_process_the_drivers_folders_go_behind_the_installed_package
     monkeypatch.setattr(sys, "argv", ["/x/ray/_private/workers/default_worker.py", "--a"])
     installed_first()
     assert sys.path == [*installed, "/editable", "/driver", ""]
+
+
+def test_a_worker_in_a_clone_of_the_repository_uses_the_installed_package(tmp_path: Path) -> None:
+    """Ray puts the driver's current folder in front."""
+    installed, clone = tmp_path / "site-packages", tmp_path / "clone"
+    for folder in (installed, clone):
+        shutil.copytree(ROOT / "ray_soup", folder / "ray_soup", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"""
+import sys
+sys.argv[0] = "default_worker.py"
+sys.path.insert(0, {str(clone)!r})
+from ray_soup.recipe import load
+import ray_soup
+print(load.__file__, ray_soup.__file__, ray_soup.task.functions.PACKAGE, ray_soup.__version__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=clone, env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    package = installed / "ray_soup"
+    assert done.stdout.split()[:3] == [str(package / "recipe" / "load.py"), str(package / "__init__.py"), str(package)], done

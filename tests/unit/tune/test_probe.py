@@ -10,7 +10,7 @@ import torch
 from ray_soup.errors import RecipeError
 from ray_soup.io.progress import drain
 from ray_soup.recipe import make_recipe
-from ray_soup.task.models import load_model
+from ray_soup.task.loading import load_model
 from ray_soup.tune.probe import probe
 from tests.unit.task.library_models import IMAGES, add_tiny_clip, assert_same, clip, clip_logits, write_epochs, zoo_of
 
@@ -30,7 +30,7 @@ def test_a_head_of_class_names_gives_the_logits_of_the_whole_clip(tmp_path: Path
 
     def probed(spec: str) -> torch.nn.Module:
         recipe = make_recipe({"model": spec, "data": {"train": "x.npz"}, "finetune": tuned})
-        drain(probe(recipe, tmp_path / "init.safetensors"))
+        drain(probe(recipe, str(tmp_path / "init.safetensors")))
         return load_model(spec, str(tmp_path / "init.safetensors"))
 
     whole = load_model(f"open_clip:tiny-clip?zeroshot={names}&template={'|'.join(templates)}", source)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from ray_soup.errors import RecipeError
+from ray_soup.io.mirror import Mirror
 from ray_soup.recipe import dump_recipe, load_recipe, make_recipe, parse_overrides, with_changes
-from ray_soup.tune.search import make_configs, pareto
+from ray_soup.soups.output import Output
+from ray_soup.tune.search import _loggers, make_configs, pareto
 from tests.conftest import values
 
 
@@ -70,3 +75,23 @@ def test_no_trial_beats_one_on_the_pareto_front() -> None:
     stopped, jittered = {**trial(0.1, 900, 4), "percent": 50}, trial(0.11, 890, 8.9)
     others = [trial(0.2, 900, 9), trial(None, 0, 0), stopped, jittered]
     assert pareto([best, light, quick, *others]) == [best, light, quick]
+
+
+def test_trackers_of_a_search_know_it_by_the_name_of_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a URI, too, where each process has a local copy with a name of its own."""
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("RAY_SOUP_CACHE", str(tmp_path / "cache"))
+    wandb, mlflow = Mock(), Mock()
+    fakes = {"wandb": SimpleNamespace(WandbLoggerCallback=wandb), "mlflow": SimpleNamespace(MLflowLoggerCallback=mlflow)}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, f"ray.air.integrations.{name}", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mlflow", Mock())
+    recipe = make_recipe({"model": "a:b", "search": {"loggers": ["wandb", "mlflow"]}})
+    mirror = Mirror("s3://bucket/soups/best")
+    for place in (Output(tmp_path / "best", Mock()), Output(mirror.folder, Mock(), mirror)):
+        place.folder.mkdir(parents=True)
+        _loggers(recipe, place)
+        assert wandb.call_args.args == ("mine", "best")
+        assert wandb.call_args.kwargs["dir"] == str(place.folder / "wandb")
+        assert mlflow.call_args.kwargs == {"experiment_name": "best"}

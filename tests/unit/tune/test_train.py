@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ray_soup.errors import RecipeError, SoupError
+from ray_soup.io import storage
+from ray_soup.io.hashing import sha256_file
 from ray_soup.io.progress import drain
 from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.tune.augment import Augment
@@ -40,35 +42,40 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def train_an_epoch(recipe: Recipe, init: str, file: Path) -> None:
-    started = train(recipe, HYPER, init, file)
+def train_an_epoch(recipe: Recipe, init: str, file: Path | str) -> None:
+    started = train(recipe, HYPER, init, str(file))
     assert next(started)[1] == 3
     started.close()
 
 
-def test_a_resumed_training_is_bit_identical(zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_resumed_training_is_bit_identical(zoo: Path, tmp_path: Path, place: str, request: pytest.FixtureRequest) -> None:
     recipe, init = recipe_of(zoo), str(zoo / "zoo" / "model_0.safetensors")
-    whole = drain(train(recipe, HYPER, init, tmp_path / "whole.safetensors"))
+    parts = str(tmp_path / "parts") if place == "disk" else f"{request.getfixturevalue('s3')}/parts"
+    (tmp_path / "parts").mkdir()
+    whole = drain(train(recipe, HYPER, init, str(tmp_path / "whole.safetensors")))
     for _ in range(2):
-        train_an_epoch(recipe, init, tmp_path / "parts.safetensors")
-    assert drain(train(recipe, HYPER, init, tmp_path / "parts.safetensors")) == whole
-    assert same(tmp_path / "whole.safetensors", tmp_path / "parts.safetensors")
-    assert sorted(f.name for f in tmp_path.glob("parts*")) == ["parts.json", "parts.safetensors"]
+        train_an_epoch(recipe, init, f"{parts}/model.safetensors")
+    assert list(storage.walk(parts)) == ["model.state"]
+    assert drain(train(recipe, HYPER, init, f"{parts}/model.safetensors")) == whole
+    assert list(storage.walk(parts)) == ["model.json", "model.safetensors"]
+    assert storage.read_bytes(f"{parts}/model.safetensors") == (tmp_path / "whole.safetensors").read_bytes()
+    assert whole["sha256"] == sha256_file(f"{parts}/model.safetensors")
     assert not same(tmp_path / "whole.safetensors", Path(init))
 
 
 def test_a_state_without_a_version_is_resumed_and_a_newer_one_refused(zoo: Path, tmp_path: Path) -> None:
     recipe, init = recipe_of(zoo), str(zoo / "zoo" / "model_0.safetensors")
-    whole = drain(train(recipe, HYPER, init, tmp_path / "whole.safetensors"))
+    whole = drain(train(recipe, HYPER, init, str(tmp_path / "whole.safetensors")))
     train_an_epoch(recipe, init, tmp_path / "parts.safetensors")
     file = tmp_path / "parts.state"
     state = torch.load(file, weights_only=True)
     assert state.pop("version") == 2
     torch.save({**state, "version": 3}, file)
     with pytest.raises(RecipeError, match=r"parts\.state has version 3; this ray_soup reads versions up to 2"):
-        drain(train(recipe, HYPER, init, tmp_path / "parts.safetensors"))
+        drain(train(recipe, HYPER, init, str(tmp_path / "parts.safetensors")))
     torch.save(state, file)  # as ray_soup 0.1 wrote it
-    assert drain(train(recipe, HYPER, init, tmp_path / "parts.safetensors")) == whole
+    assert drain(train(recipe, HYPER, init, str(tmp_path / "parts.safetensors"))) == whole
     assert same(tmp_path / "whole.safetensors", tmp_path / "parts.safetensors")
 
 
@@ -77,10 +84,10 @@ def test_a_finished_training_is_not_repeated(zoo: Path, tmp_path: Path) -> None:
     metrics = {"train_loss": 0.25, "accuracy": 0.5}
     for version in ({}, {"version": 2}):
         record.write_text(json.dumps({**version, **metrics}))
-        assert drain(train(recipe, HYPER, None, file)) == metrics
+        assert drain(train(recipe, HYPER, None, str(file))) == metrics
     record.write_text(json.dumps({"version": 3, **metrics}))
     with pytest.raises(RecipeError, match=r"m\.json has version 3"):
-        drain(train(recipe, HYPER, None, file))
+        drain(train(recipe, HYPER, None, str(file)))
     assert not file.exists()
 
 
@@ -89,7 +96,7 @@ def test_bfloat16_passes_leave_float32_parameters(zoo: Path, tmp_path: Path) -> 
     found = {}
     for precision in ("float32", "bfloat16"):
         file = tmp_path / f"{precision}.safetensors"
-        found[precision] = drain(train(recipe_of(zoo, precision=precision), hyper, init, file))
+        found[precision] = drain(train(recipe_of(zoo, precision=precision), hyper, init, str(file)))
     assert not same(tmp_path / "float32.safetensors", tmp_path / "bfloat16.safetensors")
     assert all(t.dtype in (torch.float32, torch.int64) for t in load_file(tmp_path / "bfloat16.safetensors").values())
     assert found["bfloat16"]["train_loss"] == pytest.approx(found["float32"]["train_loss"], rel=0.05)
@@ -97,7 +104,7 @@ def test_bfloat16_passes_leave_float32_parameters(zoo: Path, tmp_path: Path) -> 
 
 def test_a_training_that_diverges_is_an_error(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(SoupError, match="Training diverged with"):
-        drain(train(recipe_of(zoo), changed(lr=1e30), None, tmp_path / "m.safetensors"))
+        drain(train(recipe_of(zoo), changed(lr=1e30), None, str(tmp_path / "m.safetensors")))
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -134,7 +141,7 @@ def test_a_linear_probe_equals_scikit_learns_logistic_regression(zoo: Path, tmp_
     save_file({**pretrained, "text.tower": torch.zeros(3)}, tmp_path / "pretrained.safetensors")
     wd = 1e-2
     recipe = recipe_of(zoo, finetune={"pretrained": str(tmp_path / "pretrained.safetensors"), "probe_wd": wd})
-    drain(probe(recipe, tmp_path / "init.safetensors"))
+    drain(probe(recipe, str(tmp_path / "init.safetensors")))
     made = load_file(tmp_path / "init.safetensors")
     assert all(torch.equal(made[name], pretrained[name]) for name in made if not name.startswith("head."))
     model = tiny.Tiny()
@@ -158,4 +165,4 @@ def test_a_checkpoint_that_lacks_more_or_less_than_a_head_is_refused(zoo: Path, 
     ):
         recipe = recipe_of(zoo, finetune={"pretrained": str(tmp_path / f"{name}.safetensors")})
         with pytest.raises(RecipeError, match=message):
-            drain(probe(recipe, tmp_path / "init.safetensors"))
+            drain(probe(recipe, str(tmp_path / "init.safetensors")))
