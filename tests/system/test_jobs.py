@@ -52,6 +52,12 @@ class Head:
             f"--address=127.0.0.1:{self.port}", f"--temp-dir={temp}w", "--num-cpus=2",
             f"--dashboard-agent-listen-port={free_port()}", f"--runtime-env-agent-port={free_port()}",
         )  # fmt: skip
+        self.wait(lambda: self.alive() == 2)
+
+    def alive(self) -> int:
+        """Return the number of nodes that have joined the cluster."""
+        nodes = json.load(self.get("/nodes?view=summary"))["data"]["summary"]
+        return sum((node.get("raylet") or {}).get("state") == "ALIVE" for node in nodes)
 
     def start(self, *arguments: str) -> None:
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
