@@ -40,6 +40,7 @@ from ray_soup.soups.run import run  # noqa: E402
 from ray_soup.soups.state import load_state  # noqa: E402
 from ray_soup.task.preprocessing import completed  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.ports import free_port  # noqa: E402
 
 LONGEST = (
     "ray/test_uris.py", "system/test_chaos.py", "ray/test_search.py", "ray/test_train.py", "system/test_storage.py",
@@ -135,12 +136,6 @@ def soup(zoo: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> 
     out = tmp_path_factory.mktemp("soup") / "out"
     run(make_recipe(values(zoo, learn__lr=0.05)), out)
     return out
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_port
+
 FAULTS = ("500", "503", "stall", "cut", "half")
 """Answers 500 or 503, gives no answer, closes the connection without one, or in the middle of one."""
 STALL_S = 30.0
@@ -25,9 +27,7 @@ class S3Server:
     """Serves 127.0.0.1:`port` of this network namespace, and `address`:`port` of the namespace called `netns`, if given."""
 
     def __init__(self, folder: Path, netns: str = "", address: str = "") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.address = address
         self._faults = folder / "s3-faults.json"
         self._log = folder / "s3.log"

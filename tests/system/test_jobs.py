@@ -25,7 +25,8 @@ import yaml
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.run import run
-from tests.conftest import ROOT, free_port, ray_soup, steps_saved, values
+from tests.conftest import ROOT, ray_soup, steps_saved, values
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 LEARN = {"learn": {"batch_size": 2, "epochs": 8}}
