@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 SHORT = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # the path of a Ray socket may have 107 bytes
 os.environ["RAY_TMPDIR"] = str(SHORT)
@@ -26,6 +27,11 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # with more processes than cores, threads that spin cost ten times the time
 ROOT = Path(__file__).parent.parent
+
+# The same examples in every run, however busy the machine is; --hypothesis-profile=other draws others.
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("other", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 from ray_soup.actors.in_process import InProcessPool  # noqa: E402
 from ray_soup.actors.messages import Mesh, StoreInfo  # noqa: E402

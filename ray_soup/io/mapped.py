@@ -7,6 +7,7 @@ core dump. `guard` ends it with a sentence instead.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import faulthandler
 import mmap
 import os
@@ -154,13 +155,12 @@ class _Action(ctypes.Structure):
     )
 
 
-_ENDING: list[None] = []
+_ENDING = itertools.count()
 
 
 def _end(_number: int, info: Any, _context: int | None) -> None:
     """End the process: the file at the address that could not be read has been cut, or its disk fails."""
-    _ENDING.append(None)
-    if len(_ENDING) > 1:  # another thread is ending the process
+    if next(_ENDING):  # another thread is ending the process
         time.sleep(60)
     path = "A file"
     with suppress(Exception):

@@ -157,6 +157,11 @@ class ObjectFile:
         with failures(self.uri):
             return memoryview(self._store.get_range(self._path, start=offset, length=nbytes))
 
+    def content(self) -> bytes:
+        """Return all bytes of one version. Raises FileNotFoundError."""
+        with failures(self.uri):
+            return bytes(self._store.get(self._path).bytes())
+
     def write(self, content: bytes | Path) -> None:
         """Write an object: these bytes, or a copy of a local file. Raises FileNotFoundError if that does not exist."""
         size = content.stat().st_size if isinstance(content, Path) else len(content)

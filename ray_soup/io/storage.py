@@ -125,7 +125,7 @@ def join(folder: str, *names: str) -> str:
 
 def read_bytes(path: str) -> bytes:
     """Read a whole small file. Raises FileNotFoundError."""
-    return b"".join(chunks(path)) if is_remote(path) else Path(path).read_bytes()
+    return _remote(path).content() if is_remote(path) else Path(path).read_bytes()
 
 
 class LocalFile:

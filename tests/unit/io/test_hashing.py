@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_no_digest_is_remembered_of_a_file_that_changes_while_it_is_baked(settle
     coefficients = Coefficients(np.full((3, 1), 1 / 3), ("0", "1", "2"), ("all",), {"a": 0})
 
     def touch(done: int, total: int) -> None:
+        time.sleep(0.02)  # the clock of a file system ticks every 10 ms or less often
         os.utime(settled / "1.safetensors")
 
     with pytest.raises(IngredientError, match=r"1\.safetensors changed while it was in use"):

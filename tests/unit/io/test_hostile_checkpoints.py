@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import resource
 import struct
@@ -13,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -274,8 +276,8 @@ def test_a_file_that_is_replaced_rewritten_or_removed_is_noticed(tmp_path: Path)
         ingredient = open_ingredient(str(path))
         assert ingredient.read("a", 0, 10).sum() == 0
         check_unchanged([ingredient])
+        time.sleep(0.02)  # the clock of a file system ticks every 10 ms or less often
         if what == "replaced":
-            time.sleep(0.02)  # the clock of a file system ticks every 10 ms or less often
             other.replace(path)
         elif what == "removed":
             path.unlink()
@@ -353,6 +355,7 @@ def test_no_soup_is_made_of_a_file_that_changes_while_it_is_mixed(tmp_path: Path
 
         def change(*_news: int, path: Path = path, step: int = step) -> None:
             nonlocal seen
+            time.sleep(0.02)  # as above
             if seen == step and how == "replaced":
                 (tmp_path / "other").replace(path)
             elif seen == step:
@@ -514,7 +517,6 @@ def test_other_files_are_named_as_what_they_are(tmp_path: Path, content: str) ->
 def test_open_ingredients_hold_no_file_descriptors(tmp_path: Path) -> None:
     from ray_soup.io.storage import LocalFile
 
-    before = len(list(Path("/proc/self/fd").iterdir()))
     held = []
     for k in range(5):
         saved(tmp_path / f"{k}.pt")
@@ -522,8 +524,13 @@ def test_open_ingredients_hold_no_file_descriptors(tmp_path: Path) -> None:
         for suffix in ("pt", "safetensors"):
             ingredient = open_ingredient(str(tmp_path / f"{k}.{suffix}"))
             held.append((ingredient, ingredient.read("a.weight"), LocalFile(ingredient.path)))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert len(held) == 10
+    opened = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing
+            opened.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    assert opened
+    assert not [name for name in opened if name.startswith(str(tmp_path))]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

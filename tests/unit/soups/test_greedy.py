@@ -59,6 +59,10 @@ def plain_greedy(states: list[dict[str, torch.Tensor]], held_out: list[Outcome],
             for n, t in states[0].items()
         }
         model.load_state_dict(mean)
+        with torch.inference_mode():
+            first, second = model(images).topk(2).values.T
+        if (first - second).min() < 1e-5:
+            pytest.skip("the largest outputs of an image are almost equal on this machine: rounding decides")
         return int(outcome_on(model, images, labels).correct.sum())
 
     order = sorted(range(len(states)), key=lambda k: (-int(held_out[k].correct.sum()), held_out[k].nll, k))

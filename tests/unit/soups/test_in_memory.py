@@ -218,6 +218,7 @@ class Data(torch.utils.data.Dataset):
 def build():
     return Net()
 
+torch.manual_seed(0)
 model, images = Net(), torch.randn(120, 8)
 state_dicts = [{name: t + 0.1 * torch.randn_like(t) for name, t in model.state_dict().items()} for _ in range(3)]
 soup = ray_soup.mix_state_dicts(model, state_dicts, Data(images, images[:, :4].argmax(dim=1)), "mehl", learn={"epochs": 1})
