@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ os.environ["RAY_TMPDIR"] = str(SHORT)
 os.environ["RAY_SOUP_CACHE"] = str(SHORT / "cache")
 os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT / "numba")
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15 another test would starve its workers
 os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # with more processes than cores, threads that spin cost ten times the time
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ from ray_soup.soups.run import run  # noqa: E402
 from ray_soup.soups.state import load_state  # noqa: E402
 from ray_soup.task.preprocessing import completed  # noqa: E402
 from tests import tiny  # noqa: E402
-from tests.ports import free_port  # noqa: E402
+from tests.ports import answers, free_port  # noqa: E402
 
 LONGEST = (
     "ray/test_uris.py", "system/test_chaos.py", "ray/test_search.py", "ray/test_train.py", "system/test_storage.py",
@@ -88,8 +88,7 @@ def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where `tests.tiny:build` is found, by actors too
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+def _with_one_thread() -> Iterator[None]:
     """Compute with as many threads as an actor with one CPU does."""
     import torch
 
@@ -97,6 +96,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(_with_one_thread)
+one_thread_here = pytest.fixture(scope="module")(_with_one_thread)
 
 
 @pytest.fixture(scope="session")
@@ -162,12 +165,11 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, log.read_text()
+        deadline = time.monotonic() + 180
+        while server.poll() is None and time.monotonic() < deadline and not answers(port):
             time.sleep(0.1)
+        assert server.poll() is None, log.read_text()
+        assert answers(port), log.read_text()
         yield environment
     finally:
         server.terminate()
@@ -250,6 +252,16 @@ def steps_saved(out: Path | str) -> int:
         return 0  # in a bucket the object was replaced by a longer one between reading its size and its bytes
 
 
+def children_called(name: str, pid: int | None = None) -> list[psutil.Process]:
+    """Return the running processes below the process `pid`, or below this one, whose title or command contains `name`."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it ends
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def kill_tree(process: subprocess.Popen[Any]) -> None:
     """Kill a command and everything it started; Ray's own agents would live on for a minute."""
     children = psutil.Process(process.pid).children(recursive=True)
@@ -258,4 +270,4 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
     for child in children:
         with suppress(psutil.NoSuchProcess):
             child.kill()
-    psutil.wait_procs(children, timeout=20)
+    psutil.wait_procs(children, timeout=60)

@@ -29,6 +29,7 @@ from ray_soup.io import storage
 from ray_soup.io.cache import content_key
 from ray_soup.mixing.coefficients import Coefficients, load_coefficients
 from ray_soup.soups.state import load_state
+from tests.benchmarks.chaos_parts import IMPATIENT as IMPATIENT
 from tests.conftest import ROOT, ray_soup, steps_saved
 from tests.s3_server import S3Server
 
@@ -161,7 +162,7 @@ class Hosts:
         log = self.folder / f"ray{host}.log"
         log.unlink(missing_ok=True)
         self.start(host, [sys.executable, "-c", script, "start", *head, *options], log.name)
-        wait_for(lambda: "Ray runtime started" in log.read_text(), 60, lambda: f"no Ray on host {host}: {log.read_text()}")
+        wait_for(lambda: "Ray runtime started" in log.read_text(), 180, lambda: f"no Ray on host {host}: {log.read_text()}")
 
     @property
     def address(self) -> str:
@@ -176,7 +177,11 @@ class Hosts:
         return self.command(ray_soup(verb, str(file), str(out)), out, **environment)
 
     def command(self, command: list[str], out: Path | str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a command on the head, connected to the cluster; `log(out)` is what it says."""
+        """Start a command on the head, connected to the cluster; `log(out)` is what it says.
+
+        Actors of an earlier command have ended by then.
+        """
+        wait_for(lambda: not any(self.actors()), 120, lambda: "actors of an earlier command are left")
         return self.start(0, command, f"{_name(out)}.log", RAY_ADDRESS=self.address, **environment)
 
     def actors(self) -> tuple[int, ...]:
@@ -194,7 +199,7 @@ class Hosts:
         for _ in range(2):
             saved = self._steps(out)
             wait_for(
-                lambda saved=saved: self._steps(out) > saved or process.poll() is not None, 120,
+                lambda saved=saved: self._steps(out) > saved or process.poll() is not None, 300,
                 lambda: f"not learning: {self.log(out)}",
             )  # fmt: skip
         assert process.poll() is None, self.log(out)
@@ -208,7 +213,7 @@ class Hosts:
             return load_state(max(mirrors, key=lambda file: file.stat().st_mtime_ns)).steps
         return 0
 
-    def finish(self, process: subprocess.Popen[bytes], out: Path | str, timeout: float = 120) -> Coefficients:
+    def finish(self, process: subprocess.Popen[bytes], out: Path | str, timeout: float = 400) -> Coefficients:
         """Wait for the end of a command, which must succeed, and return the coefficients of its soup."""
         assert process.wait(timeout) == 0, self.log(out)
         if isinstance(out, Path):
@@ -255,13 +260,6 @@ def wait_for(what: Callable[[], Any], seconds: float, why: Callable[[], str]) ->
         time.sleep(0.05)
 
 
-# Ray gives up a node that it cannot reach after a minute; with these settings, after seconds.
-IMPATIENT = {
-    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3",
-}  # fmt: skip
-
-
 @contextlib.contextmanager
 def two_hosts(cpus: tuple[int, int] = (1, 1), *, private: bool = False, **more: str) -> Iterator[Hosts]:
     """Start two hosts with a Ray node each.
@@ -277,6 +275,7 @@ def two_hosts(cpus: tuple[int, int] = (1, 1), *, private: bool = False, **more: 
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     environment |= {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
     }  # fmt: skip
     hosts = Hosts(folder, {**environment, **more}, cpus=cpus, private=private)
     try:

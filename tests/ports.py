@@ -16,7 +16,12 @@ def free_port() -> int:
     """
     while True:
         port = SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if port not in _given and probe.connect_ex(("127.0.0.1", port)) != 0:
-                _given.add(port)
-                return port
+        if port not in _given and not answers(port):
+            _given.add(port)
+            return port
+
+
+def answers(port: int) -> bool:
+    """Return whether a server on this machine accepts connections at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

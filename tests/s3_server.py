@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.ports import free_port
+from tests.ports import answers, free_port
 
 FAULTS = ("500", "503", "stall", "cut", "half")
 """Answers 500 or 503, gives no answer, closes the connection without one, or in the middle of one."""
@@ -43,10 +43,9 @@ class S3Server:
     def _wait(self) -> None:
         started = time.monotonic()
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            if self._process.poll() is not None or time.monotonic() - started > 60:
+            if answers(self.port):
+                return
+            if self._process.poll() is not None or time.monotonic() - started > 180:
                 raise OSError(f"no S3 server: {self._log.read_text()}")
             time.sleep(0.1)
 
@@ -72,7 +71,7 @@ class S3Server:
     def bucket(self, name: str) -> str:
         """Create an empty bucket, and return its URI."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
-        urllib.request.urlopen(request, timeout=30).close()
+        urllib.request.urlopen(request, timeout=180).close()
         return f"s3://{name}"
 
     def fail(self, fault: str, seconds: float) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ class Stopped:
     def __init__(self, pid: int, report: Path) -> None:
         self._pid, self._report = pid, report
 
-    def wait(self, seconds: float = 120) -> bool:
+    def wait(self, seconds: float = 300) -> bool:
         """Wait until it has stopped or ended; return whether it has stopped."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._report.exists():
                 return False
-            if psutil.pid_exists(self._pid) and psutil.Process(self._pid).status() == psutil.STATUS_STOPPED:
-                return True
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(self._pid).status() == psutil.STATUS_STOPPED:
+                    return True
             time.sleep(0.02)
         raise AssertionError(f"process {self._pid} has neither stopped nor ended")
 
@@ -56,13 +57,16 @@ class Starter:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self._folder, self._count = process, folder, 0
 
-    def start(self, command: str, out: str, at: int = -1) -> Stopped:
-        """Start a command of `commands_of` that writes to `out`, and stops before write number `at`, or never."""
+    def start(self, command: str, out: str, at: int = -1, lease_s: float = 1) -> Stopped:
+        """Start a command of `commands_of` that writes to `out`, and stops before write number `at`, or never.
+
+        It takes over a folder whose holder was silent for `lease_s` seconds.
+        """
         self._count += 1
         report = self._folder / f"report_{self._count}.json"
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = {"command": command, "out": out, "at": at, "report": str(report)}
+        line = {"command": command, "out": out, "at": at, "report": str(report), "lease_s": lease_s}
         self._process.stdin.write(json.dumps(line) + "\n")
         self._process.stdin.flush()
         return Stopped(int(self._process.stdout.readline()), report)
@@ -126,7 +130,7 @@ def _work(line: dict[str, Any], zoo: Path, scratch: Path) -> None:
     recipe = without_data(zoo) if line["command"] == "uniform" else make_recipe(small)
     said, code, complete = "", 0, False
     with in_this_process(beat_s=0.3), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "LEASE_S", 1)
+        patch.setattr(lease, "LEASE_S", line["lease_s"])
         out = line["out"]
         if storage.is_remote(out):
             for owner, name in ((obstore, "put"), (obstore, "copy"), (storage, "upload"), (storage, "remove")):

@@ -52,6 +52,7 @@ def resolve_mesh(
     """
     found: list[tuple[Mesh, float]] = []
     settle(now)
+    wait_s = recipe.actors.wait_s
 
     def missing() -> list[dict[str, float]]:
         may_have = largest_resources() if now else _cluster_resources()
@@ -74,7 +75,9 @@ def resolve_mesh(
             "are still starting."
         )
 
-    wait_for_nodes(missing, complaint, recipe.actors.wait_s, progress)
+    if missing() and now and _fits(found[0][0].shards, found[0][1], recipe.actors.gpus, _cluster_resources()):
+        wait_s = max(wait_s, held_s())
+    wait_for_nodes(missing, complaint, wait_s, progress)
     return found[0]
 
 
@@ -254,6 +257,11 @@ def _fits(actors: int, cpus: float, gpus: float, have: dict[str, float]) -> bool
 
 def _bundles(recipe: Recipe, actors: int, cpus: float) -> list[dict[str, float]]:
     return [{"CPU": cpus, "GPU": recipe.actors.gpus}] * actors
+
+
+def held_s() -> float:
+    """Return the seconds after which what is held on the cluster is held by others, not by actors that end slowly."""
+    return 4 * SETTLE_S
 
 
 def settle(now: bool = True) -> None:

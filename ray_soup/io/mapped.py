@@ -7,8 +7,8 @@ core dump. `guard` ends it with a sentence instead.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import faulthandler
+import itertools
 import mmap
 import os
 import re

@@ -18,6 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.caching import IndexDataCacheFile
 from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import overload as numba_overload
 from numpy.typing import NDArray
@@ -40,7 +41,26 @@ def jit_in_order(function: F) -> F:
 
 
 def _compiled(function: F, fast: set[str]) -> F:
-    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(function))
+    made: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(function)
+    made._cache._cache_file.__class__ = CompiledFiles
+    return cast(F, made)
+
+
+class CompiledFiles(IndexDataCacheFile):
+    """The compiled code of one function in numba's cache, by the types of its arguments; each file says which it is for.
+
+    numba takes no lock: of two processes that compile at once for different types, the index of one may name the file of
+    the other. Code for other types, or of other source, counts as missing here; it is compiled and saved again.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Save the code for these types."""
+        super().save(key, (self._source_stamp, key, data))  # type: ignore[no-untyped-call]
+
+    def load(self, key: Any) -> Any:
+        """Return the code for these types; None if there is none."""
+        found = super().load(key)  # type: ignore[no-untyped-call]
+        return found[2] if isinstance(found, tuple) and found[:2] == (self._source_stamp, key) else None
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:

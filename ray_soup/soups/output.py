@@ -21,7 +21,7 @@ from ray_soup.errors import RecipeError, SoupError, Stopped, explain
 from ray_soup.io import kept, storage
 from ray_soup.io.cache import content_key
 from ray_soup.io.checkpoint_files import ADAPTER_CONFIG, ADAPTER_FILES
-from ray_soup.io.claims import CLAIM, HELD, discard
+from ray_soup.io.claims import CLAIM, HELD, LEASE, discard
 from ray_soup.io.disk import read_json, write_bytes, writing
 from ray_soup.io.distributed import METADATA, is_metadata
 from ray_soup.io.find import check_apart
@@ -329,8 +329,9 @@ class Output:
                 self.finished = True
         with suppress(OSError, SoupError):  # the soup is finished, whatever is left
             staging.rmdir()
+            own = f"{LEASE}.{os.getpid()}-"  # a heartbeat is being written
             for left in self.state().iterdir():
-                if left.name not in (*KEPT_STATE, *also) and not left.name.startswith(CLAIM):
+                if left.name not in (*KEPT_STATE, *also) and not left.name.startswith((CLAIM, own)):
                     self._clear(left)
 
 

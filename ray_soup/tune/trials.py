@@ -17,7 +17,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from ray_soup.actors.placement import NoRoom, held_by_others, room_for, wait_for_nodes
+from ray_soup.actors.placement import NoRoom, held_by_others, held_s, room_for, wait_for_nodes
 from ray_soup.errors import DiskError, RecipeError
 from ray_soup.io.disk import writing
 from ray_soup.io.progress import WHOLE_RUN, ProgressCallback
@@ -79,6 +79,7 @@ def wait_for_room(actors: list[dict[str, float]], wait_s: float, progress: Progr
             "actors.wait_s to wait for nodes that are still starting."
         )
 
+    wait_s = max(wait_s, held_s() if _fit(actors, nodes()) else 0)
     wait_for_nodes(lambda: [] if _fit(actors, nodes()) and room_for(actors) else actors, complaint, wait_s, progress)
 
 
@@ -145,7 +146,7 @@ def restored(experiment: Path, trainable: Any) -> tune.Tuner | None:
     classes have moved, wrote it.
     """
     if tune.Tuner.can_restore(experiment):
-        with suppress(EOFError, ValueError, pickle.UnpicklingError, ModuleNotFoundError):
+        with suppress(EOFError, LookupError, FileNotFoundError, ValueError, pickle.UnpicklingError, ModuleNotFoundError):
             return tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True, restart_errored=True)
     shutil.rmtree(experiment, ignore_errors=True)
     return None

@@ -50,7 +50,7 @@ NOTICE_S = 5.0
 """Seconds from the announcement of a node's end to its end."""
 TOGETHER = 0.6
 """The share of faults after which another one comes at once; none comes after one that ends the driver."""
-GIVE_UP_S = 600
+GIVE_UP_S = 300
 """Seconds without progress after which a run counts as stuck."""
 RECIPE = {
     "method": "mehl+",

@@ -142,12 +142,11 @@ def test_adapters_and_soup_in_a_bucket(made: Path, s3: str, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(tmp_path_factory: pytest.TempPathFactory, one_thread_here: None) -> Path:
     """Six adapters of one tiny Llama, as of a sweep over learning rates; mixed ranks and modules, one with rsLoRA."""
     folder, texts, words = tmp_path_factory.mktemp("tuned"), docstrings(), byte_tokenizer(docstrings()[:200], 512)
     write_documents(folder / "fit.jsonl", texts[:200])
     write_documents(folder / "test.jsonl", texts[200:400])
-    torch.set_num_threads(1)
     model = llama(512, std=0.02)
     train(model, words, texts[500:800], 0, 1e-2, 4)
     saved(model, words, folder / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_soup.actors import placement
+from ray_soup.actors import placement, recovery
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.on_ray import RayPool
 from ray_soup.recipe import Recipe, make_recipe
@@ -40,21 +41,24 @@ def learned(pool: RayPool, recipe: Recipe, file: Path, after_step: Callable[...,
 
 def reach(pool: RayPool, actors: int) -> None:
     """Call the pool until this many actors serve it."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while pool.counts.actors < actors:
         assert time.monotonic() < deadline
         pool.peak_memory()
 
 
-def test_a_run_on_four_actors_then_on_one_then_on_three_has_the_bits_of_any_other(zoo: Path, tmp_path: Path) -> None:
+def test_a_run_on_four_actors_then_on_one_then_on_three_has_the_bits_of_any_other(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Actors are killed while another program takes their room, which it gives back in part later."""
     import ray
 
+    monkeypatch.setattr(recovery, "SLOW", math.inf)  # an actor that is slow on a busy machine keeps its replicas
     cpus, found, told, served = all_cpus() / 4, dict[str, LearnState](), dict[str, list[str]](), list[int]()
     recipe = make_recipe(values(zoo, learn__epochs=4, actors={"replicas": 4, "cpus": cpus}))
     ingredients = open_inputs(recipe).ingredients
     for name in ("four", "one", "changing"):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while placement.teams_with_room(recipe, 1, cpus) < 4:  # the actors of the run before have ended
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -68,7 +72,7 @@ def test_a_run_on_four_actors_then_on_one_then_on_three_has_the_bits_of_any_othe
                 if step == 5:
                     reach(pool, 4)
                 elif step == 10:
-                    for actor in pool.handles[1:]:
+                    for actor in set(pool.handles) - {pool.handles[0]}:
                         ray.kill(actor)
                     for holder in holders:
                         holder.enter_context(held(cpus))

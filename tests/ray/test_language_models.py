@@ -218,13 +218,12 @@ def train(model: nn.Module, words: Any, texts: list[str], seed: int, lr: float, 
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(tmp_path_factory: pytest.TempPathFactory, one_thread_here: None) -> Path:
     """Six fine-tunes of one tiny Llama on different parts of the text."""
     folder, texts, words = tmp_path_factory.mktemp("tuned"), docstrings(), byte_tokenizer(docstrings()[:200], 512)
     write_texts(folder / "fit.jsonl", texts[:300])
     write_texts(folder / "test.jsonl", texts[300:500])
     training = texts[500:1100]
-    torch.set_num_threads(1)  # faster for a model of this size
     model = llama(512, std=0.02)
     train(model, words, training, 0, 1e-2, 5)
     saved(model, words, folder / "init")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ray_soup.recipe import make_recipe
+from ray_soup.soups import live
 from ray_soup.soups.run import run
 from tests.conftest import values
 
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.slow
 def test_a_learned_soup_that_was_interrupted_is_one_run_of_each_tracker(
     zoo: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(live, "CLOSE_STOPPED_S", 120.0)  # both have been opened and closed before the run is resumed
+    monkeypatch.setattr(live, "CLOSE_S", 240.0)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")

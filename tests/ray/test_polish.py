@@ -112,7 +112,8 @@ def test_a_uri_gets_the_same_model_after_the_same_interruption(
     seen = list[tuple[str, int, int]]()
     with cache_at(tmp_path / "second"):
         soup = run(recipe_of(conv_zoo), out, lambda *progress: seen.append(progress))
-    assert min(done for what, done, total in seen if what == "polishing, lr 0.004" and total > 1) > 4
+    again = [done for what, done, total in seen if what == "polishing, lr 0.004" and total > 1]
+    assert not again or min(again) > 4  # an actor may have ended its training before it was killed
     assert not any(what == "polishing, lr 0.0001" and total > 1 for what, _, total in seen)
     for name in ("model.safetensors", "difference.safetensors"):
         assert storage.read_bytes(f"{out}/{name}") == (polished.out / name).read_bytes()

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from ray_soup.actors import placement
@@ -21,7 +20,7 @@ from ray_soup.io.progress import no_progress
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.inputs import open_inputs
 from ray_soup.task.data import Split
-from tests.conftest import values
+from tests.conftest import children_called, values
 from tests.ray.others import all_cpus, held
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -103,8 +102,16 @@ def test_cpus_that_others_hold_do_not_count(zoo: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(placement, "SETTLE_S", 2.0)
     total = int(all_cpus())
     recipe = make_recipe(values(zoo, actors={"replicas": total, "cpus": 1}))
+
+    def wait_for_room_for(teams: int) -> None:
+        deadline = time.monotonic() + 120
+        while placement.teams_with_room(recipe, 1, 1) != teams:  # Ray's view is a moment old
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    wait_for_room_for(total)
     with held(total - 1):
-        assert placement.teams_with_room(recipe, 1, 1) == 1
+        wait_for_room_for(1)
         assert resolve_mesh(recipe, 1000, 8, now=True) == (Mesh(total, 1), 1)
         assert resolve_mesh(make_recipe(values(zoo, actors={"cpus": 1})), 1000, 8, now=True)[0] == Mesh(total, 1)
         two = make_recipe(values(zoo, actors={"replicas": 1, "shards": total, "cpus": 1}))
@@ -112,9 +119,7 @@ def test_cpus_that_others_hold_do_not_count(zoo: Path, monkeypatch: pytest.Monke
             RecipeError, match=rf"has {total} and 0, but only 1 CPUs and 0 GPUs are free: .* the other {total - 1}"
         ):
             resolve_mesh(two, 1000, 8, now=True)
-    deadline = time.monotonic() + 30
-    while placement.teams_with_room(recipe, 1, 1) < total:
-        assert time.monotonic() < deadline
+    wait_for_room_for(total)
 
 
 def test_errors_of_an_actor_come_out_as_themselves_and_its_death_is_named(zoo: Path, tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_errors_of_an_actor_come_out_as_themselves_and_its_death_is_named(zoo: P
         sentence, code = explain(odd.value)
         assert code == 1
         assert sentence.startswith("Unexpected error at ray_soup.actors.shard:")
-        (process,) = [p for p in psutil.Process().children(recursive=True) if "RemoteShard" in " ".join(p.cmdline())]
+        (process,) = children_called("RemoteShard")
         process.kill()
         process.wait(20)
         loss = pool._collect({0: pool.handles[0].reset_peak.remote()}, {})

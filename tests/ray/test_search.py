@@ -31,7 +31,7 @@ from ray_soup.soups.state import LearnState, load_state
 from ray_soup.tune.search import search
 from ray_soup.tune.trainable import bundles, soup_of, soup_resources, soup_trainable
 from ray_soup.tune.trials import results_of, wait_for_room
-from tests.conftest import ROOT, kill_tree, ray_soup, values
+from tests.conftest import ROOT, children_called, kill_tree, ray_soup, values
 from tests.ray.events import wait_for
 from tests.ray.others import all_cpus, held
 from tests.stopping import running, stop
@@ -50,7 +50,7 @@ def test_a_trial_that_no_node_can_hold_is_refused_at_once(zoo: Path, tmp_path: P
         search(make_recipe(values(zoo, actors={"cpus": 50})), tmp_path / "out")
     with pytest.raises(RecipeError, match=r"needs an actor with CPU 1, memory 1e\+15; the nodes .* have: CPU .* Reduce x"):
         wait_for_room([{"CPU": 1, "memory": 1e15}], 0, no_progress, "x")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     said: list[str] = []
     with pytest.raises(RecipeError, match="A trial needs 2 actors with CPU 99 each"):
         wait_for_room([{"CPU": 99}] * 2, 1, lambda what, done, total: said.append(what), "x")
@@ -75,7 +75,7 @@ def progress(what, done, total):
         cluster.add_node(num_cpus=3)
 
 
-wait_for_room([{"CPU": 2}], 60, progress, "actors")
+wait_for_room([{"CPU": 2}], 240, progress, "actors")
 assert set(said) == {"waiting for CPUs"}, said
 ray.shutdown()
 cluster.shutdown()
@@ -162,7 +162,7 @@ def test_a_search_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Path,
     """It is stopped while trials run, with Ctrl-C after it was resumed, and killed when one trial has ended."""
     recipe = values(
         zoo,
-        learn={"batch_size": 8, "epochs": 16},
+        learn={"batch_size": 8, "epochs": 24},
         search={"learn.lr": {"grid": [0.03, 0.003]}, "scheduler": "none"},
     )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
@@ -184,7 +184,7 @@ def test_a_search_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Path,
 
     def one_has_ended_and_one_is_halfway() -> bool:
         found = states().values()
-        return any(s.turn == 1 for s in found) and any(s.turn == 0 and s.epoch > 0 for s in found)
+        return any(s.turn == 1 for s in found) and any(s.turn == 0 and 0 < s.epoch < 18 for s in found)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before = saved()
@@ -250,7 +250,7 @@ def test_optuna_suggests_trials_and_loggers_receive_them(zoo: Path, tmp_path: Pa
     command = ray_soup("search", str(tmp_path / "r.yaml"), str(tmp_path / "out"), "--json", "--log-format=json")
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **loggers}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not re.match(r"\[\d{4}-\d\d-\d\d .* core_worker\.cc", line)]
+    lines = [line for line in done.stderr.splitlines() if not re.match(r"\[\d{4}-\d\d-\d\d .* \w+\.cc:", line)]
     assert all("time" in json.loads(line) for line in lines), done.stderr
     trials = json.loads(done.stdout.splitlines()[-1])["run"]["search"]["trials"]
     assert (trials[0]["learn.lr"], trials[0]["learn.model_batch"]) == (0.01, 8)
@@ -272,8 +272,7 @@ def test_a_trial_survives_the_loss_of_its_actor(zoo: Path, tmp_path: Path, clust
 
     def kill_one(what: str, done: int, total: int) -> None:
         if what == "searching" and not killed and list((tmp_path / "out" / "state").glob("**/trials/*.pt")):
-            children = psutil.Process().children(recursive=True)
-            killed.append(next(child for child in children if "RemoteShard" in " ".join(child.cmdline())))
+            killed.append(max(children_called("RemoteShard"), key=psutil.Process.create_time))
             killed[0].kill()
 
     record = search(make_recipe(recipe), tmp_path / "out", kill_one).record

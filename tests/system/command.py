@@ -54,7 +54,7 @@ def commands_in(environment: dict[str, str]) -> Iterator[Command]:
         yield command
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(60) == 0
+        assert process.wait(180) == 0
     finally:
         if process.poll() is None:
             kill_tree(process)

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ray_soup.recipe import Recipe, load_recipe
 from ray_soup.soups.compare import compare
@@ -23,7 +25,9 @@ QUICK = (
 
 
 def script(folder: Path, text: str) -> dict[str, Any]:
-    """Run a script as `python script.py` does in this folder, but in this process; return its variables."""
+    """Run a script as `python script.py` does in this folder, but in this process, seeded; return its variables."""
+    torch.manual_seed(0)
+    np.random.seed(0)
     names: dict[str, Any] = {"__name__": "__main__"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
