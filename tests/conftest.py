@@ -23,7 +23,7 @@ os.environ["RAY_TMPDIR"] = str(SHORT)
 os.environ["RAY_SOUP_CACHE"] = str(SHORT / "cache")
 os.environ["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(SHORT / "numba")
 os.environ.pop("RAY_ADDRESS", None)
-os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15 another test would starve its workers
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - at the 15 of Ray another test would starve its workers
 os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # with more processes than cores, threads that spin cost ten times the time
 ROOT = Path(__file__).parent.parent
