@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_soup.errors import SoupError
-from ray_soup.io.disk import json_value, write_json, writing
+from ray_soup.io.disk import files_below, json_value, write_json, writing
 
 Record = dict[str, Any]
 RUN = re.compile(r"run-([0-9]+)")
@@ -207,7 +207,7 @@ def _move_content(source: Path, target: Path) -> None:
 def _appended(out: Path, mine: Path) -> Iterator[Path]:
     """Yield the files that an earlier process may hold open and append to."""
     for folder in (*(out / name for name in APPENDED), mine / "tune"):
-        yield from (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+        yield from (file for file in files_below(folder) if not file.is_symlink())
 
 
 def _detach(file: Path, mine: Path) -> None:

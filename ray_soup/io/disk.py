@@ -32,6 +32,17 @@ READ_AGAIN = ("recipe", "ingredients", "path", "name", "model_name", "folder", "
 """Keys of JSON files with paths, names and recipes, which must be read as they were written."""
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return the sorted files at any depth of a folder, none if it does not exist. Files and folders may come and go."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found = (Path(at, name) for at, _, names in os.walk(folder, onerror=failed) for name in names)
+    return sorted(path for path in found if path.is_file())
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an OSError in this context into a DiskError that says why `path` could not be written and what to do."""

@@ -14,7 +14,7 @@ from ray_soup.errors import RecipeError
 from ray_soup.io import storage
 from ray_soup.io.cache import cache_folder, content_key
 from ray_soup.io.claims import CLAIM
-from ray_soup.io.disk import writing
+from ray_soup.io.disk import files_below, writing
 from ray_soup.io.hub_path import is_hub
 from ray_soup.io.lease import Lease
 from ray_soup.io.progress import ProgressCallback, no_progress
@@ -198,7 +198,7 @@ class Mirror:
 
     def _uploadable(self, only: str) -> dict[str, Path]:
         """Return the files whose relative paths begin with `only`, except locks and files that are being written."""
-        files = {str(f.relative_to(self.folder)): f for f in self.folder.rglob("*") if f.is_file()}
+        files = {str(f.relative_to(self.folder)): f for f in files_below(self.folder)}
         return {
             name: file
             for name, file in files.items()

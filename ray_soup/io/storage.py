@@ -14,6 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,11 @@ def listdir(path: str) -> list[str]:
 def walk(folder: str) -> dict[str, Stat]:
     """Return all files below a folder, sorted by their paths relative to the folder."""
     if not is_remote(folder):
-        files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
-        return {str(f.relative_to(folder)): stat(str(f)) for f in files}
+        files = {}
+        for file in disk.files_below(Path(folder)):
+            with suppress(FileNotFoundError):  # removed just now
+                files[str(file.relative_to(folder))] = stat(str(file))
+        return files
     found = _remote(folder).listed(recursive=True)
     return {name: at for name, at in sorted(found.items()) if at is not None}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from ray_soup.errors import RecipeError, SoupError
 from ray_soup.io.claims import CLAIM, HELD, discard
-from ray_soup.io.disk import read_json, write_bytes, writing
+from ray_soup.io.disk import files_below, read_json, write_bytes, writing
 from ray_soup.io.hashing import sha256_file
 from ray_soup.io.mirror import OF_ACTORS
 from ray_soup.soups.records import read_begun, read_run_record
@@ -46,14 +45,12 @@ def contents(state: Path) -> dict[str, bytes]:
     This is the content of those in STARTED, and size and time of the others.
     """
     found = {}
-    for file in state.rglob("*"):
+    for file in files_below(state):
         name = str(file.relative_to(state))
         if not name.startswith(("out/", f"{REPLACED}/", CLAIM)) and name not in HELD and not name.endswith(".tmp"):
             with suppress(FileNotFoundError):  # removed just now
-                seen = file.stat()
-                if stat.S_ISREG(seen.st_mode):
-                    known = file.name in STARTED
-                    found[name] = file.read_bytes() if known else f"{seen.st_size} {seen.st_mtime_ns}".encode()
+                seen, known = file.stat(), file.name in STARTED
+                found[name] = file.read_bytes() if known else f"{seen.st_size} {seen.st_mtime_ns}".encode()
     return found
 
 

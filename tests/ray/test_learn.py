@@ -18,6 +18,7 @@ import yaml
 
 from ray_soup.actors.messages import Mesh
 from ray_soup.actors.on_ray import RayPool
+from ray_soup.io.disk import files_below
 from ray_soup.io.progress import no_progress
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe, with_changes
@@ -164,7 +165,7 @@ def test_a_killed_driver_is_resumed_and_ends_bit_identical(zoo: Path, tmp_path: 
 
 def scalars_of(out: Path) -> int:
     """Bytes that TensorBoard can read of a run so far."""
-    return sum(file.stat().st_size for file in (out / "tensorboard").rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files_below(out / "tensorboard"))
 
 
 @pytest.mark.slow

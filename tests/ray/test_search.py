@@ -32,7 +32,7 @@ from ray_soup.tune.search import search
 from ray_soup.tune.trainable import bundles, soup_of, soup_resources, soup_trainable
 from ray_soup.tune.trials import results_of, wait_for_room
 from tests.conftest import ROOT, children_called, kill_tree, ray_soup, values
-from tests.ray.events import wait_for
+from tests.ray.events import appeared, wait_for
 from tests.ray.others import all_cpus, held
 from tests.stopping import running, stop
 
@@ -162,7 +162,7 @@ def test_a_search_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Path,
     """It is stopped while trials run, with Ctrl-C after it was resumed, and killed when one trial has ended."""
     recipe = values(
         zoo,
-        learn={"batch_size": 8, "epochs": 24},
+        learn={"batch_size": 8, "epochs": 20},
         search={"learn.lr": {"grid": [0.03, 0.003]}, "scheduler": "none"},
     )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
@@ -170,13 +170,13 @@ def test_a_search_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Path,
     state = tmp_path / "out" / "state"
 
     def states() -> dict[str, LearnState]:
-        return {f.name: load_state(f) for f in state.glob("**/trials/*.pt")}
+        return {f.name: load_state(f) for f in appeared(state, "trials/*.pt")}
 
     def saved() -> dict[str, int]:
         return {name: found.steps for name, found in states().items()}
 
     def snapshot_ns() -> int:
-        return max((f.stat().st_mtime_ns for f in state.glob("**/tune/experiment_state-*.json")), default=0)
+        return max((f.stat().st_mtime_ns for f in appeared(state, "tune/experiment_state-*.json")), default=0)
 
     def wait_for_snapshot() -> None:
         known = snapshot_ns()
@@ -184,7 +184,7 @@ def test_a_search_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Path,
 
     def one_has_ended_and_one_is_halfway() -> bool:
         found = states().values()
-        return any(s.turn == 1 for s in found) and any(s.turn == 0 and 0 < s.epoch < 18 for s in found)
+        return any(s.turn == 1 for s in found) and any(s.turn == 0 and 0 < s.epoch < 14 for s in found)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before = saved()
@@ -271,7 +271,7 @@ def test_a_trial_survives_the_loss_of_its_actor(zoo: Path, tmp_path: Path, clust
     killed: list[psutil.Process] = []
 
     def kill_one(what: str, done: int, total: int) -> None:
-        if what == "searching" and not killed and list((tmp_path / "out" / "state").glob("**/trials/*.pt")):
+        if what == "searching" and not killed and appeared(tmp_path / "out" / "state", "trials/*.pt"):
             killed.append(max(children_called("RemoteShard"), key=psutil.Process.create_time))
             killed[0].kill()
 

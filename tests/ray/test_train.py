@@ -20,7 +20,7 @@ from ray_soup.recipe import Recipe, make_recipe
 from ray_soup.soups.run import run
 from ray_soup.tune.finetune import finetune
 from tests.conftest import ROOT, kill_tree, ray_soup, values
-from tests.ray.events import wait_for
+from tests.ray.events import appeared, wait_for
 from tests.ray.others import all_cpus, held
 from tests.stopping import running, stop
 
@@ -152,18 +152,18 @@ def test_a_finetune_that_is_stopped_and_killed_resumes_to_the_same_bits(zoo: Pat
     state = tmp_path / "made" / "state"
     for number, file in ((signal.SIGTERM, "init.state"), (signal.SIGINT, "trials/*.state")):
         with running(command, cwd=ROOT) as process:
-            wait_for(lambda file=file: list(state.glob(f"**/{file}")), process)
+            wait_for(lambda file=file: appeared(state, file), process)
             stop(process, number)
-        assert list(state.glob(f"**/{file}"))  # of an unfinished training
+        assert appeared(state, file)  # of an unfinished training
         assert not (tmp_path / "made" / "manifest.json").exists()
 
     def epochs() -> dict[str, int]:
         """Finished epochs of each unfinished training. A training that ends just now deletes its state."""
-        found = {}
-        for file in state.glob("**/trials/*.state"):
+        reached = {}
+        for file in appeared(state, "trials/*.state"):
             with suppress(FileNotFoundError):
-                found[file.name] = torch.load(file, weights_only=True)["epoch"]
-        return found
+                reached[file.name] = torch.load(file, weights_only=True)["epoch"]
+        return reached
 
     stopped = epochs()
     with running(command, cwd=ROOT) as process:

@@ -12,7 +12,7 @@ from ray_soup.soups.finished import verify
 from tests.stopped import Starter, starter
 
 pytestmark = pytest.mark.slow
-SAMPLES = 6
+SAMPLES = 4
 """How many of the writes of a run are tried, at even distances."""
 
 

@@ -189,7 +189,7 @@ def test_a_soup_from_a_bucket_into_a_bucket_is_bit_identical_to_one_on_disk(
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_from_the_bucket_on_another_machine(zoo: Path, s3: str, tmp_path: Path, cluster: None) -> None:
-    local, remote = in_the_bucket(zoo, s3, tmp_path, learn={"batch_size": 8, "epochs": 60})
+    local, remote = in_the_bucket(zoo, s3, tmp_path, learn={"batch_size": 8, "epochs": 36})
     command = ray_soup("learn", str(remote), f"{s3}/out")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
     try:
