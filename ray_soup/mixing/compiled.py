@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.caching import IndexDataCacheFile
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import overload as numba_overload
 from numpy.typing import NDArray
@@ -42,7 +43,8 @@ def jit_in_order(function: F) -> F:
 
 def _compiled(function: F, fast: set[str]) -> F:
     made: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(function)
-    made._cache._cache_file.__class__ = CompiledFiles
+    if isinstance(made, Dispatcher):  # unless NUMBA_DISABLE_JIT is set
+        made._cache._cache_file.__class__ = CompiledFiles  # type: ignore[attr-defined]
     return cast(F, made)
 
 
