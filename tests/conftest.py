@@ -247,9 +247,9 @@ def steps_saved(out: Path | str) -> int:
     """Return the steps that a run in progress could resume from: 0 before its first epoch is saved."""
     state = f"{state_folder(str(out))}/learn.pt"
     try:
-        return load_state(io.BytesIO(storage.read_bytes(state))).steps if storage.exists(state) else 0
-    except (RuntimeError, SoupError):
-        return 0  # in a bucket the object was replaced by a longer one between reading its size and its bytes
+        return load_state(io.BytesIO(storage.read_bytes(state))).steps
+    except (FileNotFoundError, RuntimeError, SoupError):
+        return 0  # there is none, or the storage fails just now
 
 
 def children_called(name: str, pid: int | None = None) -> list[psutil.Process]:

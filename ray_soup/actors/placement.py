@@ -137,17 +137,19 @@ def wait_for_nodes(
     from ray.autoscaler.sdk import request_resources
 
     started, asking = time.monotonic(), False
-    while bundles := missing():
-        waited = time.monotonic() - started
-        if waited >= wait_s:
-            raise error(complaint())
-        request_resources(bundles=[{k: v for k, v in bundle.items() if v} for bundle in bundles])
-        asking = True
-        what = "GPUs" if any(bundle.get("GPU") for bundle in bundles) else "CPUs"
-        progress(f"waiting for {what}", int(waited), int(wait_s))
-        time.sleep(min(2.0, wait_s))
-    if asking:
-        request_resources(bundles=[])  # from now on, the actors keep the nodes
+    try:
+        while bundles := missing():
+            waited = time.monotonic() - started
+            if waited >= wait_s:
+                raise error(complaint())
+            asking = True
+            request_resources(bundles=[{k: v for k, v in bundle.items() if v} for bundle in bundles])
+            what = "GPUs" if any(bundle.get("GPU") for bundle in bundles) else "CPUs"
+            progress(f"waiting for {what}", int(waited), int(wait_s))
+            time.sleep(min(2.0, wait_s))
+    finally:
+        if asking:
+            request_resources(bundles=[])  # from now on, the actors keep the nodes
 
 
 def _mesh_on(recipe: Recipe, parameters: int, ingredients: int, have: dict[str, float]) -> tuple[Mesh, float]:
@@ -261,7 +263,7 @@ def _bundles(recipe: Recipe, actors: int, cpus: float) -> list[dict[str, float]]
 
 def held_s() -> float:
     """Return the seconds after which what is held on the cluster is held by others, not by actors that end slowly."""
-    return 4 * SETTLE_S
+    return 3 * SETTLE_S
 
 
 def settle(now: bool = True) -> None:

@@ -111,11 +111,6 @@ class ArrowFile:
         with self._failures():
             return memoryview(self._file.read_at(nbytes, offset))
 
-    def content(self) -> bytes:
-        """Return all bytes. Raises FileNotFoundError."""
-        with self._failures(), self.system.open_input_file(self.path) as file:
-            return bytes(file.read())
-
     def write(self, content: bytes | Path) -> None:
         """Write a file atomically: these bytes, or a copy of a local file."""
         from pyarrow import fs

@@ -36,7 +36,7 @@ def files_below(folder: Path) -> list[Path]:
     """Return the sorted files at any depth of a folder, none if it does not exist. Files and folders may come and go."""
 
     def failed(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise error
 
     found = (Path(at, name) for at, _, names in os.walk(folder, onerror=failed) for name in names)

@@ -159,6 +159,8 @@ class ObjectFile:
 
     def content(self) -> bytes:
         """Return all bytes of one version. Raises FileNotFoundError."""
+        if not self._path:
+            raise FileNotFoundError(f"{self.uri} does not exist")
         with failures(self.uri):
             return bytes(self._store.get(self._path).bytes())
 

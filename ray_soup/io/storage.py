@@ -129,7 +129,9 @@ def join(folder: str, *names: str) -> str:
 
 def read_bytes(path: str) -> bytes:
     """Read a whole small file. Raises FileNotFoundError."""
-    return _remote(path).content() if is_remote(path) else Path(path).read_bytes()
+    if is_object(path):
+        return ObjectFile(path).content()
+    return b"".join(chunks(path)) if is_remote(path) else Path(path).read_bytes()
 
 
 class LocalFile:

@@ -146,7 +146,7 @@ def restored(experiment: Path, trainable: Any) -> tune.Tuner | None:
     classes have moved, wrote it.
     """
     if tune.Tuner.can_restore(experiment):
-        with suppress(EOFError, LookupError, FileNotFoundError, ValueError, pickle.UnpicklingError, ModuleNotFoundError):
+        with suppress(EOFError, ValueError, pickle.UnpicklingError, ModuleNotFoundError):
             return tune.Tuner.restore(str(experiment), trainable, resume_unfinished=True, restart_errored=True)
     shutil.rmtree(experiment, ignore_errors=True)
     return None

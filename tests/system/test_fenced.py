@@ -56,7 +56,7 @@ def test_a_run_that_was_suspended_before_any_write_changes_nothing_of_its_succes
     base = str(tmp_path) if place == "disk" else request.getfixturevalue("s3")
     whole = runs.start(command, f"{base}/whole").end()
     assert whole["code"] == 0, whole
-    step = max(1, whole["writes"] // SAMPLES)
+    step = max(1, whole["writes"] // SAMPLES)  # heartbeats add writes now and then: the last four may be missing
     published = [check_fenced(runs, command, f"{base}/at_{at}", at) for at in range(step, whole["writes"] - 4, step)]
     assert published.count(False) >= SAMPLES // 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,3 +145,22 @@ def test_bundles_fit_into_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room_for([{"CPU": 1, "memory": 60}]) == 1
     assert room_for([{"CPU": 0.1}]) == 50
     assert room_for([{"CPU": 1, "GPU": 1}]) == 0
+
+
+def test_a_run_waits_for_its_own_actors_to_end_and_leaves_no_request_behind(
+    cluster_of: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without actors.wait_s, and also if they do not end."""
+    asked: list[Any] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(placement, "SETTLE_S", 20.0)
+    monkeypatch.setattr(placement, "settle", lambda now: None)
+    cluster_of["free"] = [{"CPU": 0}, {"CPU": 0}, {"CPU": 8}]
+    assert resolve_mesh(recipe(), 1000, 8, now=True) == (Mesh(4, 1), 2)
+    assert asked == [[{"CPU": 2}], []]
+    monkeypatch.setattr(placement, "SETTLE_S", 0.01)
+    cluster_of["free"] = [{"CPU": 0}]
+    with pytest.raises(RecipeError, match="other programs on the cluster hold the other 8 CPUs"):
+        resolve_mesh(recipe(), 1000, 8, now=True)
+    assert len(asked) > 2
+    assert asked[-1] == []
