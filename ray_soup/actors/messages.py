@@ -142,6 +142,8 @@ class SetupInfo:
     """The versions of ray_soup, torch and Python on the node."""
     node_id: str = ""
     """Ray's identifier of the node."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """A digest of the examples of each source."""
 
 
 @dataclass(frozen=True)

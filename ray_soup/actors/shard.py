@@ -97,7 +97,7 @@ class Shard:
         yield SetupInfo(
             {name: len(e) for name, e in examples.items()}, None, {}, fingerprint, socket.gethostname(),
             tuple(dict.fromkeys(notes)), {name: e.cut for name, e in examples.items() if e.cut is not None},
-            own_versions(),
+            own_versions(), examples={name: e.digest() for name, e in examples.items()},
         )  # fmt: skip
 
     def compare_examples(self) -> Stream[ComparedExamples]:

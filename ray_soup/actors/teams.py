@@ -17,7 +17,7 @@ import numpy as np
 from ray_soup.actors.assignment import assigned
 from ray_soup.actors.calls import Hear, Loss, LostAgain, unheard
 from ray_soup.actors.messages import Mesh, MeshCounts, SetupInfo
-from ray_soup.actors.versions import compare_versions
+from ray_soup.actors.versions import check_examples, compare_versions
 from ray_soup.errors import SoupError
 from ray_soup.io.environment import deadline_s
 from ray_soup.io.progress import ProgressCallback, no_progress, tell
@@ -84,6 +84,7 @@ class TeamMesh(ABC):
         self._numbered = 0
         self._progress: ProgressCallback = no_progress
         self._seen: tuple[str, ...] = ()
+        self._first: SetupInfo | None = None  # the report of the first actor that was ready
         self._opened: tuple[tuple[int, ...], Blocks] | None = None
         self._begun: tuple[np.ndarray, np.ndarray, str] | None = None
         self._used: Statistics | None = None
@@ -222,6 +223,8 @@ class TeamMesh(ABC):
         actors = team.actors
         team.infos = yield _by_shard([actor.setup.remote(self._seen) for actor in actors]), True
         compare_versions(team.infos)
+        self._first = self._first or team.infos[0]
+        check_examples(self._first, team.infos)
         if len(actors) > 1:
             (place,) = yield {0: actors[0].serve_group.remote()}, False
             yield _by_shard([actor.join.remote(*place) for actor in actors]), False

@@ -1,4 +1,4 @@
-"""The versions that a run depends on, on the driver and on the actors' nodes."""
+"""What has to be equal on all actors of a run: the versions that it depends on, and the examples."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def compare_versions(infos: Sequence[SetupInfo]) -> tuple[str, ...]:
         some = f"{len(other)} of {len(infos)} actors {'has' if len(other) == 1 else 'have'}"
         notes.append(f"{some} {name} {versions}, the driver {mine}: a run on other nodes may differ in the last bits.")
     return tuple(notes)
+
+
+def check_examples(first: SetupInfo, infos: Sequence[SetupInfo]) -> None:
+    """Raise RecipeError if actors hold other examples than the first one of the run."""
+    for info in infos:
+        for name, digest in info.examples.items():
+            if digest != first.examples.get(name):
+                raise RecipeError(
+                    f"data.{name}: an actor on {info.node} has other examples than the first actor, on {first.node}. Every "
+                    "actor reads the data itself: let a function that draws at random use a fixed seed, let all nodes see "
+                    "the same files, and leave these alone during a run."
+                )

@@ -246,6 +246,8 @@ def cached_copy(path: str) -> Generator[tuple[int, int], None, tuple[InUse, Path
                     file.write(chunk)
                     done += len(chunk)
                     yield done, total
+        if ({"": stat(path)} if "" in files else walk(path)) != files:
+            raise SoupError(f"{path} changed while it was copied. Rerun the command.")
 
     key = content_key(path, [[name, s.size, s.version] for name, s in files.items()])
     hold = yield from cached("files", key, total, make)

@@ -5,8 +5,10 @@ Modules import numba and llvmlite from here: the folder of numba's cache must be
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ray_soup.io.cache import cache_folder
@@ -29,6 +31,8 @@ __all__ = ["add_rows", "addresses", "carray", "cgutils", "implements", "intrinsi
 carray = numba.carray  # type: ignore[attr-defined] # an array over memory; numba does not export it in its types
 
 F = TypeVar("F", bound=Callable[..., Any])
+SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""The digest of this package's source."""
 
 
 def jit(function: F) -> F:
@@ -52,17 +56,18 @@ class CompiledFiles(IndexDataCacheFile):
     """The compiled code of one function in numba's cache, by the types of its arguments; each file says which it is for.
 
     numba takes no lock: of two processes that compile at once for different types, the index of one may name the file of
-    the other. Code for other types, or of other source, counts as missing here; it is compiled and saved again.
+    the other. And it looks at the file of a loop only, not at those of the loops and constants that it uses. Code for other
+    types, or of other sources, counts as missing here; it is compiled and saved again.
     """
 
     def save(self, key: Any, data: Any) -> None:
         """Save the code for these types."""
-        super().save(key, (self._source_stamp, key, data))  # type: ignore[no-untyped-call]
+        super().save(key, (SOURCES, key, data))  # type: ignore[no-untyped-call]
 
     def load(self, key: Any) -> Any:
         """Return the code for these types; None if there is none."""
         found = super().load(key)  # type: ignore[no-untyped-call]
-        return found[2] if isinstance(found, tuple) and found[:2] == (self._source_stamp, key) else None
+        return found[2] if isinstance(found, tuple) and found[:2] == (SOURCES, key) else None
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:

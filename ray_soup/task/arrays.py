@@ -54,6 +54,7 @@ def read_npz(source: Source, path: str) -> Generator[tuple[int, int], None, RawE
     The first time, the images are compared with their checksum and searched for NaN. Yields (bytes checked, total). Raises
     RecipeError if the file is damaged, or if its arrays are not labeled examples.
     """
+    identity = (identity_of(source, [Path(path)]),)
     raw = check_npz(source, path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -64,7 +65,6 @@ def read_npz(source: Source, path: str) -> Generator[tuple[int, int], None, RawE
         raise
     except Exception as error:  # zipfile, zlib and numpy raise almost anything for a damaged file
         raise _unreadable(source, error) from error
-    identity = (identity_of(source, [Path(path)]),)
     for name, array in inputs.items():
         if isinstance(array, np.memmap):
             key = content_key("npz", identity, *([] if name == "images" else [name]))

@@ -6,6 +6,7 @@ a memory-mapped array: images in uint8 if the rest of the preprocessing is arith
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from ray_soup.task.preprocess import Preprocess, Tail, preprocess_identity
 from ray_soup.task.raw_examples import IGNORED, Arrays, RawExamples, row_number
 from ray_soup.task.sources import named_sources, peek_classes
 from ray_soup.task.tokenized import open_source
+
+SAMPLED = 256
+"""Examples of a source from which `Examples.digest` is computed."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,18 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """Return a hash of the targets, lengths and tokens of SAMPLED examples from all over the source.
+
+        Decoded images are left out: other versions of a decoder may round them differently.
+        """
+        rows = np.unique(np.linspace(0, max(0, len(self) - 1), SAMPLED).astype(np.int64))[: len(self)]
+        inputs = self.images.values() if isinstance(self.images, dict) else [self.images]
+        tokens = [array for array in inputs if array.dtype.kind in "iu" and array.dtype != np.uint8]
+        found = [array[rows] for array in (self.labels, self.lengths, self.groups, *tokens) if array is not None]
+        hashes = [hashlib.blake2b(np.ascontiguousarray(part).data).hexdigest() for part in found]
+        return content_key(len(self), [str(part.dtype) for part in found], hashes)
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Inputs, torch.Tensor]:
         """Gather inputs [n, ...] and targets [n, ...] of `rows`, int [n], on a device."""
@@ -251,6 +267,7 @@ def _decoded(
     """Decode and preprocess the examples of a source if they are neither arrays nor in the cache."""
     if decoder is None:
         assert raw.arrays is not None
+        raw.source.check_unchanged()
         return _examples(raw, raw.arrays)
     count, first = len(raw.labels), decoder.first
 
@@ -265,6 +282,7 @@ def _decoded(
                 yield done, count
 
     hold = yield from cached("data", decoded_key(raw, preprocess), first.nbytes * count, make)
+    raw.source.check_unchanged()
     return _examples(raw, np.load(hold.path / "images.npy", mmap_mode="r"), decoder.tail, hold)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,19 @@ class Source:
     """A path, a URI or `module:function`."""
     targets: str = "classes"
     """The kind of targets that the objective needs."""
+    seen: list[list[Any]] = field(default_factory=list, compare=False, repr=False)
+    """What `identity_of` has found out about its files so far."""
 
     def error(self, text: str) -> RecipeError:
         """Return the error `text` about this source."""
         return RecipeError(f"{self.key}: {self.spec}: {text}")
+
+    def check_unchanged(self) -> None:
+        """Raise RecipeError if one of its files has changed since it was identified, which is before it is read."""
+        for file, size, modified, _ in self.seen:
+            now = check_regular(self, Path(file))
+            if (now.st_size, now.st_mtime_ns) != (size, modified):
+                raise self.error(f"{file} changed while it was read. Rerun the command.")
 
 
 def row_number(row: int) -> str:
@@ -199,8 +208,10 @@ def check_regular(source: Source, path: str | Path) -> os.stat_result:
 
 def identity_of(source: Source, files: Sequence[Path]) -> list[Any]:
     """Identify files by path, size in bytes, and times of modification and last change in ns. Raises RecipeError."""
-    found = [(file, check_regular(source, file)) for file in files]
-    return [[str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns] for file, status in found]
+    statuses = [(file, check_regular(source, file)) for file in files]
+    found = [[str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns] for file, status in statuses]
+    source.seen.extend(found)
+    return found
 
 
 def reason(error: BaseException) -> str:

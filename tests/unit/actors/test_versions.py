@@ -1,12 +1,18 @@
-"""Versions of the driver and of the actors that differ are named before the first step."""
+"""Versions of the driver and of the actors that differ, and other examples, are named before the first step."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from ray_soup.actors.messages import SetupInfo
 from ray_soup.actors.versions import compare_versions, own_versions
 from ray_soup.errors import RecipeError
+from ray_soup.recipe import make_recipe
+from tests.conftest import InProcess, values
+from tests.tiny import digits
 
 
 def info(node: str, **other: str) -> SetupInfo:
@@ -34,3 +40,18 @@ def test_another_ray_soup_is_refused() -> None:
         f"{own_versions()['ray_soup']}, as on the driver. Install one version on all nodes, or send it with the job: "
         "`ray job submit --runtime-env-json`."
     )
+
+
+def drawn() -> list[tuple[np.ndarray, int]]:
+    """A dataset that draws its examples at random, without a seed."""
+    images, labels = digits()
+    chosen = 1197 + np.random.permutation(len(labels) - 1197)[:200]  # the others are in heldout.npz
+    return list(zip(images[chosen], labels[chosen].tolist(), strict=True))
+
+
+def test_actors_that_would_evaluate_other_examples_are_refused(zoo: Path) -> None:
+    data = {"fit": str(zoo / "heldout.npz"), "test": f"{__name__}:drawn"}
+    recipe = make_recipe(values(zoo, data=data))
+    assert InProcess(recipe).setup_info.examples.keys() == {"fit", "test"}
+    with pytest.raises(RecipeError, match=r"data\.test: an actor on .* has other examples than the first .*fixed seed"):
+        InProcess(recipe, 2)

@@ -185,6 +185,17 @@ def test_failed_requests_are_retried_and_then_named(
         proxy.server.close()
 
 
+def test_a_file_that_changes_while_it_is_copied_is_refused(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PART", 1000)
+    storage.write_bytes(bytes(5000), f"{s3}/file")
+    work = storage.local_copy(f"{s3}/file")
+    next(work)
+    storage.write_bytes(bytes([1]) * 6000, f"{s3}/file")
+    with pytest.raises(SoupError, match=rf"{s3}/file changed while it was copied\. Rerun"):
+        drain(work)
+    assert Path(drain(storage.local_copy(f"{s3}/file"))).read_bytes() == bytes([1]) * 6000
+
+
 def test_a_body_that_is_cut_is_read_on(s3: str, endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.random.default_rng(0).bytes(1 << 22)
     storage.write_bytes(data, f"{s3}/file")

@@ -30,6 +30,8 @@ def test_processes_that_compile_at_once_never_get_wrong_code(tmp_path: Path, mon
     third.save("float32", "code for float32")
     assert [third.load(key) for key in ("int8", "float32", "int4")] == ["code for int8", "code for float32", None]
     assert CompiledFiles(str(tmp_path), "loop", "other source").load("int8") is None
+    monkeypatch.setattr(compiled, "SOURCES", "of other loops that this one calls")
+    assert third.load("int8") is None
 
 
 def test_compiled_loops_are_kept_in_such_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,28 @@ def test_every_kind_of_source_gives_equal_arrays_and_digests(tmp_path: Path) -> 
         assert targets.tolist() == labels, kind
         np.testing.assert_array_equal(hashes, found["a.npz"][2])
     assert len(set(found["a.npz"][2].tolist())) == 10
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """Labels are read before images, so that those of one version could go with those of another."""
+    refused = set()
+    for kind, spec in in_every_kind(tmp_path, [Image.fromarray(image) for image in digits()[0][:10]], [0, 1] * 5).items():
+        work = load_named(Data(test=str(spec)), "test", as_tensor)
+        if next(work, None) is None:
+            continue  # arrays, which are mapped into memory
+        whole = Path(spec)
+        file = (
+            whole
+            if whole.is_file()
+            else sorted(f for f in whole.rglob("*") if f.suffix in (".png", ".parquet", ".arrow"))[-1]
+        )
+        time.sleep(0.02)  # the clock of a file system ticks every 10 ms or less often
+        file.write_bytes(file.read_bytes())
+        with pytest.raises(RecipeError, match=rf"data\.test: .*{re.escape(file.name)} changed while it was read\. Rerun"):
+            drain(work)
+        refused.add(kind)
+        assert len(load(spec)) == 10
+    assert len(refused) > 2, refused
 
 
 def test_a_saved_dataset_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
