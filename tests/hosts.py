@@ -29,7 +29,6 @@ from ray_soup.io import storage
 from ray_soup.io.cache import content_key
 from ray_soup.mixing.coefficients import Coefficients, load_coefficients
 from ray_soup.soups.state import load_state
-from tests.benchmarks.chaos_parts import IMPATIENT as IMPATIENT
 from tests.conftest import ROOT, ray_soup, steps_saved
 from tests.s3_server import S3Server
 

@@ -231,7 +231,7 @@ def cached_copy(path: str) -> Generator[tuple[int, int], None, tuple[InUse, Path
     closed, and the local path. Raises FileNotFoundError.
     """
     base = posixpath.basename(path.rstrip("/"))
-    files = {"": stat(path)} if isfile(path) else walk(path)
+    files = _files_of(path)
     if not files:
         raise FileNotFoundError(f"{path} does not exist")
     total = sum(s.size for s in files.values())
@@ -246,12 +246,17 @@ def cached_copy(path: str) -> Generator[tuple[int, int], None, tuple[InUse, Path
                     file.write(chunk)
                     done += len(chunk)
                     yield done, total
-        if ({"": stat(path)} if "" in files else walk(path)) != files:
+        if _files_of(path) != files:
             raise SoupError(f"{path} changed while it was copied. Rerun the command.")
 
     key = content_key(path, [[name, s.size, s.version] for name, s in files.items()])
     hold = yield from cached("files", key, total, make)
     return hold, hold.path / "copy" / base
+
+
+def _files_of(path: str) -> dict[str, Stat]:
+    """Return the files of a folder by their relative paths, or a file by an empty name."""
+    return {"": stat(path)} if isfile(path) else walk(path)
 
 
 def _make_folder(target: str) -> None:

@@ -15,8 +15,9 @@ import pytest
 from ray_soup.mixing.coefficients import load_coefficients
 from ray_soup.recipe import make_recipe
 from ray_soup.soups.run import run
+from tests.benchmarks.chaos_parts import IMPATIENT
 from tests.conftest import ROOT, put, values
-from tests.hosts import IMPATIENT, Hosts, storage_of, two_hosts
+from tests.hosts import Hosts, storage_of, two_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
